@@ -1,0 +1,37 @@
+"""M3Ret: one vision transformer that embeds any medical scan.
+
+Importing this package registers the model with transformers, so that `AutoModel.from_pretrained` needs no remote code.
+"""
+
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForPreTraining
+
+from .configuration_m3ret import M3RetConfig
+from .image_processing_m3ret import M3RetImageProcessor
+from .modeling_m3ret import M3RetForPreTraining, M3RetModel
+from .reading_m3ret import M3RetReadError, ReadLimits, Scan, read_scan
+from .version import __version__
+
+
+# with the installed package: found by model_type
+AutoConfig.register("m3ret", M3RetConfig, exist_ok=True)
+AutoModel.register(M3RetConfig, M3RetModel, exist_ok=True)
+AutoModelForPreTraining.register(M3RetConfig, M3RetForPreTraining, exist_ok=True)
+AutoImageProcessor.register(M3RetConfig, image_processor_classes={"pil": M3RetImageProcessor}, exist_ok=True)
+
+# without it: save_pretrained copies the code into the checkpoint
+M3RetConfig.register_for_auto_class()
+M3RetModel.register_for_auto_class("AutoModel")
+M3RetForPreTraining.register_for_auto_class("AutoModelForPreTraining")
+M3RetImageProcessor.register_for_auto_class("AutoImageProcessor")
+
+__all__ = [
+    "M3RetConfig",
+    "M3RetForPreTraining",
+    "M3RetImageProcessor",
+    "M3RetModel",
+    "M3RetReadError",
+    "ReadLimits",
+    "Scan",
+    "__version__",
+    "read_scan",
+]

@@ -1,0 +1,184 @@
+"""Files, arrays and images of any kind -> packed patches for the encoder.
+
+One rule sizes every scan from its array and its voxel spacing alone; nothing asks which modality it is. Reading is in
+`reading_m3ret`; this file resizes, normalises and packs. It travels inside every checkpoint and imports nothing of the
+rest of the project.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, TypedDict
+
+import torch
+from torch import Tensor
+from transformers import BaseImageProcessor, BatchFeature
+
+from .modeling_m3ret import patchify
+from .reading_m3ret import Scan, read_scan
+
+
+class M3RetImageProcessorKwargs(TypedDict, total=False):
+    size: int
+    num_frames: int
+    max_patches: int
+    patch_size: int
+    patch_depth: int
+    num_channels: int
+    image_mean: float
+    image_std: float
+
+
+class M3RetImageProcessor(BaseImageProcessor):
+    """Reads scans and packs them: `processor(["ct.nii.gz", "clip.mp4", "chest.dcm", "series/"], return_tensors="pt")`.
+
+    A scan is a path, bytes, a PIL image, an array or tensor (`H W`, `H W C`, `D H W`, `D H W C`), a folder that holds a
+    DICOM series, a list of DICOM slices, a `datasets` row, or a `Scan`. A call takes one scan or a list of scans, kinds
+    mixed; so the slices of one series as a list go into a list of their own: `processor([[slice_1, slice_2]])`.
+
+    Size policy, the same for every scan:
+
+    1. In the plane a scan gets the area `size` x `size`, its (physical) aspect ratio kept, each side rounded to whole
+       patches.
+    2. In depth it keeps its slices or frames, up to `num_frames`; never more than make its voxels as deep as they are
+       wide. Where the spacing in depth is known, slices are resampled over their whole thickness; where it is not
+       (frames of a video), frames evenly spaced over the clip are taken as they are.
+    3. What still exceeds `max_patches` shrinks by one factor along every axis.
+
+    Args:
+        size: edge in pixels of the square whose area a slice gets. 224 as in ViT, DINO and MAE.
+        num_frames: most slices or frames. 32 with 16 px patches 4 deep gives a CT 8 x 14 x 14 patches, some eight
+            X-rays' worth of work.
+        max_patches: most patches of a scan. 2048 is the power of two over those 1568, and binds only for larger
+            settings or long thin shapes: it bounds memory, where attention grows with its square.
+        patch_size, patch_depth, num_channels: of the encoder, see `M3RetConfig`.
+        image_mean, image_std: subtracted and divided by; .5 and .5 take the reader's [0, 1] to [-1, 1]. One pair for
+            all, since ImageNet's colour means describe no scan.
+    """
+
+    model_input_names = ["pixel_values", "grid_thw"]
+    valid_kwargs = M3RetImageProcessorKwargs  # type: ignore[assignment]  # those that from_pretrained may override
+
+    def __init__(
+        self,
+        size: int = 224,
+        num_frames: int = 32,
+        max_patches: int = 2048,
+        patch_size: int = 16,
+        patch_depth: int = 4,
+        num_channels: int = 3,
+        image_mean: float = 0.5,
+        image_std: float = 0.5,
+        **kwargs: Any,
+    ):
+        super().__init__(**kwargs)
+        if min(size, num_frames, max_patches, patch_size, patch_depth) < 1:
+            raise ValueError("size, num_frames, max_patches, patch_size and patch_depth are at least 1")
+        self.size = size
+        self.num_frames = num_frames
+        self.max_patches = max_patches
+        self.patch_size = patch_size
+        self.patch_depth = patch_depth
+        self.num_channels = num_channels
+        self.image_mean = image_mean
+        self.image_std = image_std
+
+    def preprocess(
+        self,
+        images: Any,
+        *,
+        size: int | None = None,
+        num_frames: int | None = None,
+        max_patches: int | None = None,
+        return_tensors: str | None = "pt",
+        **unknown: Any,
+    ) -> BatchFeature:
+        """One scan or a list of scans -> `pixel_values (P, C*t*p*p)` float32 and `grid_thw (B, 3)` int64.
+
+        Raises:
+            M3RetReadError: for a scan that cannot be read.
+            TypeError: for an argument that this processor does not have.
+        """
+        if unknown:
+            raise TypeError(f"M3RetImageProcessor has no argument {', '.join(sorted(unknown))}")
+        settings = {"size": size, "num_frames": num_frames, "max_patches": max_patches}
+        scans = images if isinstance(images, (list, tuple)) else [images]
+        if not scans:
+            raise ValueError("no scan was given")
+        packed = [self.pack(self.read(scan, num_frames), **settings) for scan in scans]
+        rows, grids = zip(*packed, strict=True)
+        data = {"pixel_values": torch.cat(rows), "grid_thw": torch.tensor(grids, dtype=torch.int64)}
+        return BatchFeature(data, tensor_type=return_tensors)
+
+    def read(self, source: Any, num_frames: int | None = None) -> Scan:
+        """Read one scan, of a clip no more frames than will be used."""
+        return read_scan(source, num_frames=num_frames or self.num_frames)
+
+    def pack(self, scan: Scan, **settings: int | None) -> tuple[Tensor, tuple[int, int, int]]:
+        """One scan -> its rows `(P, C*t*p*p)` float32, normalised, and its grid. `settings` as in `preprocess`."""
+        volume = self.resize(scan, **settings)  # (1 or 3, D, H, W)
+        rows = patchify(volume[None], self.patch_depth, self.patch_size)[0]
+        if volume.shape[0] == 1:  # the same values for every channel: repeated last, where it is cheapest
+            rows = rows.repeat(1, self.num_channels)
+        D, H, W = volume.shape[1:]
+        return rows, (-(-D // self.patch_depth), H // self.patch_size, W // self.patch_size)
+
+    def resize(self, scan: Scan, **settings: int | None) -> Tensor:
+        """A scan by the size policy, normalised: `(1 or 3, D, H, W)` float32."""
+        # a picture's memory may be read-only, which torch has no word for; nothing below writes into it either way
+        volume = torch.from_numpy(scan.array if scan.array.flags.writeable else scan.array.copy())
+        depth, height, width = self.target_shape(tuple(volume.shape[1:]), scan.spacing, **settings)
+        if depth < volume.shape[1] and scan.spacing[0] is None:
+            centres = (torch.arange(depth) + 0.5) * volume.shape[1] / depth
+            volume = volume[:, centres.long()]
+        volume = _interpolate(volume, height, width)
+        volume = volume.float().div_(255) if volume.dtype == torch.uint8 else volume.float()
+        if depth < volume.shape[1]:
+            C, D = volume.shape[:2]
+            volume = _interpolate(volume.view(C, 1, D, -1), depth, height * width).view(C, depth, height, width)
+        return (volume - self.image_mean) / self.image_std
+
+    def target_shape(
+        self,
+        shape: tuple[int, ...],
+        spacing: tuple[float | None, ...],
+        *,
+        size: int | None = None,
+        num_frames: int | None = None,
+        max_patches: int | None = None,
+    ) -> tuple[int, int, int]:
+        """Depth, height and width that the size policy gives a scan of `(D, H, W)` voxels and spacing in mm."""
+        size, num_frames = size or self.size, num_frames or self.num_frames
+        max_patches = max_patches or self.max_patches
+        D, H, W = shape
+        through, down, across = spacing
+        if down is None or across is None:
+            down = across = 1.0
+            through = None  # nothing to compare it with
+        aspect = math.sqrt((H * down) / (W * across))
+        depth = min(D, num_frames)
+        if through is not None and D > 1:
+            pixel = math.sqrt(H * down * W * across) / size  # mm
+            depth = max(1, min(depth, math.ceil(D * through / pixel)))
+
+        shrink = 1.0
+        while True:
+            edge = size * shrink
+            height = max(1, round(edge * aspect / self.patch_size))
+            width = max(1, round(edge / aspect / self.patch_size))
+            slices = max(1, round(depth * shrink))
+            if -(-slices // self.patch_depth) * height * width <= max_patches or shrink < 1e-3:
+                # a thread of a scan, thousands of times longer than wide, is cut to the budget along its length
+                height, width = min(height, max_patches), min(width, max_patches)
+                return slices, height * self.patch_size, width * self.patch_size
+            shrink *= 0.98
+
+
+def _interpolate(frames: Tensor, height: int, width: int) -> Tensor:
+    """`(C, D, H, W)` -> `(C, D, height, width)`, bilinear and antialiased; uint8 stays uint8."""
+    if tuple(frames.shape[2:]) == (height, width):
+        return frames
+    return torch.nn.functional.interpolate(frames, (height, width), mode="bilinear", antialias=True)
+
+
+__all__ = ["M3RetImageProcessor"]

@@ -1,0 +1,664 @@
+"""The M3Ret encoder, and the masked autoencoder (MAE) that pretrains it.
+
+A scan is a volume and a batch is a pack of tokens: the patches of scans of any size stand one below the other in one
+matrix, each scan with its own CLS and register tokens, and attention never crosses scans. So nothing is padded, and a
+scan's embedding does not depend on what it is batched with.
+
+Shapes: `B` scans, `P` patches in the pack, `T, H, W` grid of one scan, `L` tokens of one scan, `N` tokens in the pack,
+`C` channels, `d` hidden size. This file travels inside every checkpoint and imports nothing of the rest of the project.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils.generic import ModelOutput, can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_m3ret import M3RetConfig
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Scans as rows: patches, their places, and the layout of a pack
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def patchify(volumes: Tensor, patch_depth: int, patch_size: int) -> Tensor:
+    """Cut equal volumes into patch rows, in raster order (depth, height, width).
+
+    Args:
+        volumes: `(B, C, D, H, W)`. A depth that does not fill its last patch is padded by repeating the last slice;
+            H and W must be multiples of `patch_size`.
+
+    Returns:
+        `(B, T*H/p*W/p, C*t*p*p)`, the values of a row in the order channel, depth, height, width.
+
+    Raises:
+        ValueError: if H or W is no multiple of `patch_size`.
+    """
+    B, C, D, H, W = volumes.shape
+    if H % patch_size or W % patch_size:
+        raise ValueError(f"height and width must be multiples of the patch size {patch_size}, found {H} x {W}")
+    if missing := -D % patch_depth:
+        volumes = torch.cat([volumes, volumes[:, :, -1:].expand(-1, -1, missing, -1, -1)], dim=2)
+    T, h, w = (D + missing) // patch_depth, H // patch_size, W // patch_size
+    patches = volumes.reshape(B, C, T, patch_depth, h, patch_size, w, patch_size)
+    patches = patches.permute(0, 2, 4, 6, 1, 3, 5, 7)  # (B, T, h, w, C, t, p, p)
+    return patches.reshape(B, T * h * w, C * patch_depth * patch_size**2)
+
+
+def patch_places(grids: Sequence[tuple[int, int, int]], device: torch.device) -> Tensor:
+    """Centre of each patch in its own scan, every axis from -1 to 1, as in DINOv3: `(P, 3)` float32 for `B` grids.
+
+    A place relative to the scan and not an index, so that any grid, and a scan resized, keeps the same range.
+    """
+    places = []
+    for grid in dict.fromkeys(grids):  # each different grid once, repeated below
+        axes = [(2 * torch.arange(n, dtype=torch.float32, device=device) + 1) / n - 1 for n in grid]
+        places.append(torch.cartesian_prod(*axes))
+    if len(places) == 1:
+        return places[0].repeat(len(grids), 1)
+    of_grid = dict(zip(dict.fromkeys(grids), places, strict=True))
+    return torch.cat([of_grid[grid] for grid in grids])
+
+
+class PackLayout(NamedTuple):
+    """Where the tokens of each scan stand in the pack. Scans are sorted by length, so that equal ones are neighbours.
+
+    order: the scans, shortest first; rows: first and last+1 patch row of each scan, in the caller's order;
+    prefix: tokens in front of each scan's patches; groups: `(scans, tokens of each)` for each run of equal lengths.
+    """
+
+    order: list[int]
+    rows: list[tuple[int, int]]
+    prefix: int
+    groups: list[tuple[int, int]]
+
+    @classmethod
+    def of(cls, patch_counts: Sequence[int], prefix: int) -> PackLayout:
+        order = sorted(range(len(patch_counts)), key=lambda scan: patch_counts[scan])  # stable
+        stops = list(accumulate(patch_counts))
+        rows = [(stop - count, stop) for stop, count in zip(stops, patch_counts, strict=True)]
+        groups: list[tuple[int, int]] = []
+        for scan in order:
+            length = prefix + patch_counts[scan]
+            if groups and groups[-1][1] == length:
+                groups[-1] = (groups[-1][0] + 1, length)
+            else:
+                groups.append((1, length))
+        return cls(order, rows, prefix, groups)
+
+    @property
+    def uniform(self) -> bool:
+        return len(self.groups) == 1
+
+    def join(self, prefix: Tensor, rows: Tensor) -> Tensor:
+        """`(B, prefix, d)` and `(P, d)` in the caller's order -> `(N, d)` tokens in the pack's order."""
+        if self.uniform:
+            return torch.cat([prefix, rows.view(prefix.shape[0], -1, rows.shape[-1])], dim=1).flatten(0, 1)
+        pieces = [piece for scan in self.order for piece in (prefix[scan], rows[slice(*self.rows[scan])])]
+        return torch.cat(pieces)
+
+    def split(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """`(N, d)` in the pack's order -> `(B, prefix, d)` and `(P, d)` in the caller's order: undoes `join`."""
+        if self.uniform:
+            (scans,) = self.views(tokens)
+            return scans[:, : self.prefix], scans[:, self.prefix :].flatten(0, 1)
+        pieces = self.scans(tokens)
+        return torch.stack([piece[: self.prefix] for piece in pieces]), torch.cat([p[self.prefix :] for p in pieces])
+
+    def views(self, tokens: Tensor) -> list[Tensor]:
+        """`(N, ...)` in the pack's order -> for each group a view `(scans, L, ...)`."""
+        chunks = tokens.split([scans * length for scans, length in self.groups])
+        return [chunk.unflatten(0, group) for chunk, group in zip(chunks, self.groups, strict=True)]
+
+    def scans(self, tokens: Tensor) -> list[Tensor]:
+        """`(N, ...)` in the pack's order -> each scan's `(L, ...)`, in the caller's order."""
+        sorted_scans = tokens.split([length for scans, length in self.groups for _ in range(scans)])
+        return [sorted_scans[place] for place in self.places]
+
+    def restore(self, tokens: Tensor) -> Tensor:
+        """`(N, d)` in the pack's order -> `(N, d)` with the scans in the caller's order."""
+        return tokens if self.uniform else torch.cat(self.scans(tokens))
+
+    @property
+    def places(self) -> list[int]:
+        """Where in the pack each scan stands: the inverse of `order`."""
+        places = [0] * len(self.order)
+        for place, scan in enumerate(self.order):
+            places[scan] = place
+        return places
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Position: 3D rotary
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def rotary_tables(places: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Cosines and signed sines `(N, head_dim)` float32 that turn the channels of a head by a token's place `(N, 3)`.
+
+    RoFormer (arXiv 2104.09864) in three axes: each axis turns head_dim // 6 pairs of channels, with DINOv3's periods,
+    geometric from 1 to `theta` in units of half a scan; pairs left over carry no position. A place of zero turns
+    nothing: that is where CLS and registers stand.
+    """
+    pairs = head_dim // 6
+    exponents = torch.arange(pairs, dtype=torch.float32, device=places.device) / pairs
+    angles = 2 * math.pi * places[:, :, None] * theta**-exponents  # (N, 3, pairs)
+    angles = nn.functional.pad(angles.flatten(1), (0, head_dim // 2 - 3 * pairs))  # (N, head_dim / 2)
+    sines = torch.sin(angles)
+    return torch.cos(angles).repeat(1, 2), torch.cat([-sines, sines], dim=1)
+
+
+def rotate(heads: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+    """Turn channel pairs `(i, i + head_dim / 2)` of `(..., head_dim)` by the tables."""
+    swapped = heads.roll(heads.shape[-1] // 2, dims=-1)
+    return torch.addcmul(heads * cosines, swapped, sines)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Layers: pre-norm transformer of ViT, with layer scale and stochastic depth
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor]:
+    """Softmax attention for those who want its weights: `(B, heads, L, head_dim)` -> `(B, L, heads, head_dim)`."""
+    weights = (query @ key.transpose(2, 3) * scaling).softmax(dim=-1)  # (B, heads, L, L)
+    dropped = nn.functional.dropout(weights, p=dropout, training=module.training)
+    return (dropped @ value).transpose(1, 2), weights
+
+
+class M3RetAttention(nn.Module):
+    def __init__(self, config: M3RetConfig, hidden_size: int, num_heads: int):
+        super().__init__()
+        self.config = config
+        self.num_heads = num_heads
+        self.head_dim = hidden_size // num_heads
+        self.scaling = self.head_dim**-0.5
+        self.is_causal = False
+        self.qkv = nn.Linear(hidden_size, 3 * hidden_size, bias=config.qkv_bias)
+        self.out_proj = nn.Linear(hidden_size, hidden_size)
+
+    def forward(
+        self, tokens: Tensor, layout: PackLayout, rotary: tuple[Tensor, Tensor], **kwargs: Any
+    ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
+        """`(N, d)` -> `(N, d)` and, where the implementation gives them, groups' weights `(scans, heads, L, L)`."""
+        N, d = tokens.shape
+        qkv = self.qkv(tokens).view(N, 3, self.num_heads, self.head_dim)
+        cosines, sines = (table.to(qkv.dtype)[:, None, None] for table in rotary)
+        query, key = rotate(qkv[:, :2], cosines, sines).unbind(1)  # (N, heads, head_dim)
+        value = qkv[:, 2]
+
+        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        kwargs |= {
+            "attention_mask": None,
+            "dropout": self.config.attention_dropout if self.training else 0.0,
+            "scaling": self.scaling,
+            "is_causal": False,
+        }
+        if "flash" in self.config._attn_implementation and not layout.uniform:
+            # one variable-length kernel for all scans: (1, heads, N, head_dim) and where each scan starts
+            lengths = [length for scans, length in layout.groups for _ in range(scans)]
+            starts = torch.tensor([0, *lengths], dtype=torch.int32, device=tokens.device).cumsum(0, dtype=torch.int32)
+            kwargs |= {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts}
+            kwargs |= {"max_length_q": max(lengths), "max_length_k": max(lengths)}
+            mixed, weights = attend(self, *(x.transpose(0, 1)[None] for x in (query, key, value)), **kwargs)
+            return self.out_proj(mixed.reshape(N, d)), None
+
+        outputs, all_weights = [], []
+        for q, k, v in zip(*(layout.views(x) for x in (query, key, value)), strict=True):  # (scans, L, heads, head_dim)
+            mixed, weights = attend(self, q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), **kwargs)
+            outputs.append(mixed.reshape(-1, d))
+            all_weights.append(weights)
+        attended = outputs[0] if layout.uniform else torch.cat(outputs)
+        return self.out_proj(attended), None if all_weights[0] is None else tuple(all_weights)
+
+
+class M3RetLayerScale(nn.Module):
+    """A learned gain per channel on each residual branch: CaiT, arXiv 2103.17239."""
+
+    def __init__(self, config: M3RetConfig, hidden_size: int):
+        super().__init__()
+        self.gain = nn.Parameter(torch.full((hidden_size,), float(config.layer_scale_init)))
+
+    def forward(self, tokens: Tensor, branch: Tensor) -> Tensor:
+        """The residual stream plus the branch times its gain, in one pass over memory."""
+        return torch.addcmul(tokens, branch.to(tokens.dtype), self.gain)
+
+
+class M3RetMLP(nn.Module):
+    def __init__(self, config: M3RetConfig, hidden_size: int, intermediate_size: int):
+        super().__init__()
+        self.up_proj = nn.Linear(hidden_size, intermediate_size)
+        self.activation = ACT2FN[config.hidden_act]
+        self.down_proj = nn.Linear(intermediate_size, hidden_size)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.down_proj(self.activation(self.up_proj(tokens)))
+
+
+class M3RetLayer(GradientCheckpointingLayer):
+    """Pre-norm transformer block (ViT, arXiv 2010.11929) with stochastic depth per scan (arXiv 1603.09382)."""
+
+    def __init__(
+        self, config: M3RetConfig, hidden_size: int, num_heads: int, intermediate_size: int, drop_path: float = 0.0
+    ):
+        super().__init__()
+        self.drop_path = drop_path
+        self.attention_norm = nn.LayerNorm(hidden_size, eps=config.layer_norm_eps)
+        self.attention = M3RetAttention(config, hidden_size, num_heads)
+        self.attention_scale = M3RetLayerScale(config, hidden_size)
+        self.mlp_norm = nn.LayerNorm(hidden_size, eps=config.layer_norm_eps)
+        self.mlp = M3RetMLP(config, hidden_size, intermediate_size)
+        self.mlp_scale = M3RetLayerScale(config, hidden_size)
+
+    def forward(self, tokens: Tensor, layout: PackLayout, rotary: tuple[Tensor, Tensor], **kwargs: Any) -> Tensor:
+        attended, _ = self.attention(self.attention_norm(tokens), layout, rotary, **kwargs)
+        tokens = self.attention_scale(tokens, self._drop(attended, layout))
+        return self.mlp_scale(tokens, self._drop(self.mlp(self.mlp_norm(tokens)), layout))
+
+    def _drop(self, branch: Tensor, layout: PackLayout) -> Tensor:
+        """Leave the branch out for whole scans, and scale the rest so that the expectation stays."""
+        if not self.training or self.drop_path == 0:
+            return branch
+        scans = torch.empty(len(layout.order), device=branch.device).bernoulli_(1 - self.drop_path)
+        lengths = [length for count, length in layout.groups for _ in range(count)]
+        kept = scans.repeat_interleave(torch.tensor(lengths, device=branch.device), output_size=branch.shape[0])
+        return branch * (kept / (1 - self.drop_path))[:, None].to(branch.dtype)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The encoder
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class M3RetPreTrainedModel(PreTrainedModel):
+    config_class = M3RetConfig
+    base_model_prefix = "m3ret"
+    main_input_name = "pixel_values"
+    input_modalities = ["image", "video"]
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["M3RetEmbeddings", "M3RetLayer"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_record_outputs = {"hidden_states": M3RetLayer, "attentions": M3RetAttention}
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        std = self.config.initializer_range
+        if isinstance(module, nn.Linear):
+            init.trunc_normal_(module.weight, mean=0.0, std=std)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, M3RetEmbeddings):
+            init.trunc_normal_(module.cls_token, mean=0.0, std=std)
+            init.trunc_normal_(module.register_tokens, mean=0.0, std=std)
+        elif isinstance(module, M3RetLayerScale):
+            init.constant_(module.gain, float(self.config.layer_scale_init))
+        elif isinstance(module, M3RetDecoder):
+            init.trunc_normal_(module.mask_token, mean=0.0, std=std)
+
+
+class M3RetEmbeddings(nn.Module):
+    """Patch rows -> tokens; CLS and register tokens."""
+
+    def __init__(self, config: M3RetConfig):
+        super().__init__()
+        self.config = config
+        self.patch_embeddings = nn.Linear(config.patch_values, config.hidden_size)
+        self.cls_token = nn.Parameter(torch.zeros(1, config.hidden_size))
+        self.register_tokens = nn.Parameter(torch.zeros(config.num_register_tokens, config.hidden_size))
+
+    def prefix(self, scans: int) -> Tensor:
+        """CLS and registers for each scan: `(B, 1 + registers, d)`."""
+        return torch.cat([self.cls_token, self.register_tokens]).expand(scans, -1, -1)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """`(P, C*t*p*p)` -> `(P, d)`; or of images `(P, C*p*p)`, one slice that stands for all t of its patch.
+
+        A patch that holds one slice t times meets the sum of the weights over depth: a t-th of the work.
+        """
+        config = self.config
+        weight = self.patch_embeddings.weight  # (d, C*t*p*p)
+        if rows.shape[1] != config.patch_values:
+            weight = weight.unflatten(1, (config.num_channels, config.patch_depth, -1)).sum(2).flatten(1)
+        return nn.functional.linear(rows.to(weight.dtype), weight, self.patch_embeddings.bias)
+
+    def repeat_slices(self, rows: Tensor) -> Tensor:
+        """`(P, C*t*p*p)` as they are; rows of images `(P, C*p*p)` with their slice t times, as `(P, C*t*p*p)`."""
+        if rows.shape[1] == self.config.patch_values:
+            return rows
+        channels, depth = self.config.num_channels, self.config.patch_depth
+        return rows.view(len(rows), channels, 1, -1).expand(-1, -1, depth, -1).flatten(1)
+
+
+class M3RetEncoder(M3RetPreTrainedModel):
+    """The stack of layers over a pack of tokens."""
+
+    def __init__(self, config: M3RetConfig):
+        super().__init__(config)
+        depth = config.num_hidden_layers
+        # linear in depth, as in DeiT and DINO: the first layer always runs
+        rates = [config.drop_path_rate * layer / max(depth - 1, 1) for layer in range(depth)]
+        self.layers = nn.ModuleList(
+            M3RetLayer(config, config.hidden_size, config.num_attention_heads, config.intermediate_size, rate)
+            for rate in rates
+        )
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(
+        self, tokens: Tensor, layout: PackLayout, rotary: tuple[Tensor, Tensor], **kwargs: Any
+    ) -> BaseModelOutput:
+        for layer in self.layers:
+            tokens = layer(tokens, layout, rotary, **kwargs)
+        return BaseModelOutput(last_hidden_state=tokens)
+
+
+class M3RetModel(M3RetPreTrainedModel):
+    """Embeds scans of any kind and size. One transformer, no part of which knows the modality.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from modeling_m3ret import M3RetConfig, M3RetModel
+    >>> model = M3RetModel(M3RetConfig.vitt()).eval()
+    >>> with torch.no_grad():
+    ...     model.get_image_features(torch.rand(2, 3, 20, 96, 64)).shape
+    torch.Size([2, 192])
+
+    ```
+    """
+
+    # the decoder that a pretraining checkpoint carries is of no use here
+    _keys_to_ignore_on_load_unexpected = [r"^decoder\."]
+
+    def __init__(self, config: M3RetConfig):
+        super().__init__(config)
+        self.embeddings = M3RetEmbeddings(config)
+        self.encoder = M3RetEncoder(config)
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embeddings.patch_embeddings
+
+    @can_return_tuple
+    def forward(
+        self, pixel_values: Tensor, grid_thw: Tensor | None = None, **kwargs: Any
+    ) -> BaseModelOutputWithPooling:
+        """
+        Args:
+            pixel_values: packed rows `(P, C*t*p*p)` with `grid_thw`, as the processor gives them; or dense
+                `(B, C, D, H, W)` or `(B, C, H, W)`, H and W multiples of the patch size. Normalised floats.
+            grid_thw: int64 `(B, 3)`: patches of each scan along depth, height and width. Only with packed rows.
+            kwargs: `output_hidden_states`, `output_attentions` (needs the eager attention), `return_dict`.
+
+        Returns:
+            `pooler_output (B, d)`. Token outputs have the form of the input: dense in, `(B, L, d)` out; packed in,
+            `(N, d)` out, scan after scan in the given order, L = 1 + registers + patches tokens each (CLS,
+            registers, patches in raster order; `split_tokens` cuts it). Attentions: dense `(B, heads, L, L)` a layer;
+            packed, a layer's tuple of `(heads, L, L)`, one for each scan.
+
+        Raises:
+            ValueError: if the shapes do not fit together.
+        """
+        dense = grid_thw is None
+        rows, grids = self.rows_and_grids(pixel_values, grid_thw)
+        counts = [math.prod(grid) for grid in grids]
+        layout, encoded = self.encode(rows, patch_places(grids, rows.device), counts, **kwargs)
+        tokens = self.norm(encoded.last_hidden_state)
+
+        hidden_states: Any = encoded.hidden_states
+        attentions: Any = encoded.attentions  # of each layer one tensor a group
+        if hidden_states is not None:
+            hidden_states = tuple(state if state is None else layout.restore(state) for state in hidden_states)
+        if dense:
+            form = (len(grids), -1, tokens.shape[-1])
+            last_hidden_state = tokens.view(form)
+            if hidden_states is not None:
+                hidden_states = tuple(state if state is None else state.view(form) for state in hidden_states)
+            if attentions is not None:
+                attentions = tuple(weights[0] for weights in attentions)
+        else:
+            last_hidden_state = layout.restore(tokens)
+            if attentions is not None:
+                by_length = [[weights for group in layer for weights in group] for layer in attentions]
+                attentions = tuple(tuple(layer[place] for place in layout.places) for layer in by_length)
+        return BaseModelOutputWithPooling(
+            last_hidden_state=last_hidden_state,
+            pooler_output=self.pool(tokens, layout),
+            hidden_states=hidden_states,
+            attentions=attentions,
+        )
+
+    def get_image_features(self, pixel_values: Tensor, grid_thw: Tensor | None = None, **kwargs: Any) -> Tensor:
+        """The retrieval embedding: `pooler_output`, L2-normalised, `(B, d)` float32. Inputs as for `forward`."""
+        pooled = self(pixel_values, grid_thw, **(kwargs | {"return_dict": True})).pooler_output
+        return nn.functional.normalize(pooled.float(), dim=-1)
+
+    def split_tokens(self, last_hidden_state: Tensor, grid_thw: Tensor) -> list[Tensor]:
+        """A packed `(N, d)` output cut into the scans' own `(L, d)` tokens: CLS, registers, patches in raster order."""
+        return list(last_hidden_state.split((grid_thw.prod(-1) + self.config.num_prefix_tokens).tolist()))
+
+    def rows_and_grids(
+        self, pixel_values: Tensor, grid_thw: Tensor | None
+    ) -> tuple[Tensor, list[tuple[int, int, int]]]:
+        """Either form of the input -> its rows `(P, C*t*p*p)` and the grid of each scan.
+
+        Of dense images `(B, C, H, W)` or `(B, C, 1, H, W)` the rows hold the one slice only, `(P, C*p*p)`: see
+        `M3RetEmbeddings`.
+        """
+        config = self.config
+        if grid_thw is not None:
+            grids = [(t, h, w) for t, h, w in grid_thw.tolist()]
+            patches = sum(math.prod(grid) for grid in grids)
+            if pixel_values.shape != (patches, config.patch_values):
+                raise ValueError(
+                    f"packed pixel_values for this grid_thw are ({patches}, {config.patch_values}) "
+                    f"(patches, channels*depth*height*width of a patch), found {tuple(pixel_values.shape)}"
+                )
+            return pixel_values, grids
+        if pixel_values.ndim not in (4, 5) or pixel_values.shape[1] != config.num_channels:
+            raise ValueError(
+                f"dense pixel_values are (B, {config.num_channels}, D, H, W) or (B, {config.num_channels}, H, W), and "
+                f"packed ones come with grid_thw; found {tuple(pixel_values.shape)} and no grid_thw"
+            )
+        volumes = pixel_values if pixel_values.ndim == 5 else pixel_values[:, :, None]
+        B, _, D, H, W = volumes.shape
+        grids = [(-(-D // config.patch_depth), H // config.patch_size, W // config.patch_size)] * B
+        return patchify(volumes, 1 if D == 1 else config.patch_depth, config.patch_size).flatten(0, 1), grids
+
+    def encode(
+        self, rows: Tensor, places: Tensor, patch_counts: Sequence[int], **kwargs: Any
+    ) -> tuple[PackLayout, BaseModelOutput]:
+        """Run the layers on any choice of patch rows: all of a scan's, or only those that a mask leaves visible.
+
+        Args:
+            rows: `(P, C*t*p*p)`, scan after scan, or of images `(P, C*p*p)`.
+            places: `(P, 3)`, from `patch_places`.
+            patch_counts: rows of each scan.
+
+        Returns:
+            The layout, and the tokens `(N, d)` in the layout's order, before the last norm.
+        """
+        layout = PackLayout.of(patch_counts, self.config.num_prefix_tokens)
+        patches = self.embeddings(rows)  # (P, d)
+        tokens = layout.join(self.embeddings.prefix(len(patch_counts)).to(patches.dtype), patches)  # (N, d)
+        still = places.new_zeros(len(patch_counts), layout.prefix, 3)
+        config = self.config
+        rotary = rotary_tables(
+            layout.join(still, places), config.hidden_size // config.num_attention_heads, float(config.rope_theta)
+        )
+        return layout, self.encoder(tokens, layout, rotary, **kwargs)
+
+    def pool(self, tokens: Tensor, layout: PackLayout) -> Tensor:
+        """Normalised tokens `(N, d)` in the layout's order -> `(B, d)` in the caller's order."""
+        scans = layout.views(tokens)  # of each group (scans, L, d)
+        if self.config.pooling == "cls":
+            pooled = torch.cat([group[:, 0] for group in scans])
+        else:
+            pooled = torch.cat([group[:, layout.prefix :].mean(1) for group in scans])
+        return pooled if layout.uniform else pooled[layout.places]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Masked autoencoder
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class M3RetDecoder(M3RetPreTrainedModel):
+    """Light decoder of MAE (arXiv 2111.06377, section 3): fills in mask tokens and predicts their pixels."""
+
+    def __init__(self, config: M3RetConfig):
+        super().__init__(config)
+        width = config.decoder_hidden_size
+        self.input_proj = nn.Linear(config.hidden_size, width)
+        self.mask_token = nn.Parameter(torch.zeros(1, width))
+        self.layers = nn.ModuleList(
+            M3RetLayer(config, width, config.decoder_num_attention_heads, 4 * width)
+            for _ in range(config.decoder_num_hidden_layers)
+        )
+        self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.output_proj = nn.Linear(width, config.patch_values)
+        self.post_init()
+
+    def forward(
+        self,
+        prefix: Tensor,
+        visible_patches: Tensor,
+        visible: Tensor,
+        masked: Tensor,
+        places: Tensor,
+        patch_counts: Sequence[int],
+    ) -> Tensor:
+        """Encoded prefix `(B, prefix, d)`, visible patches `(K, d)` -> pixels of masked patches `(M, C*t*p*p)`."""
+        prefix, visible_patches = self.input_proj(prefix), self.input_proj(visible_patches)
+        rows = self.mask_token.to(visible_patches.dtype).repeat(places.shape[0], 1)
+        rows = rows.index_copy(0, visible, visible_patches)  # (P, width)
+        layout = PackLayout.of(patch_counts, prefix.shape[1])
+        config = self.config
+        rotary = rotary_tables(
+            layout.join(places.new_zeros(*prefix.shape[:2], 3), places),
+            config.decoder_hidden_size // config.decoder_num_attention_heads,
+            float(config.rope_theta),
+        )
+        tokens = layout.join(prefix, rows)
+        for layer in self.layers:
+            tokens = layer(tokens, layout, rotary)
+        _, rows = layout.split(tokens)
+        return self.output_proj(self.norm(rows[masked]))
+
+
+@dataclass
+class M3RetForPreTrainingOutput(ModelOutput):
+    """
+    loss: scalar; mean squared error over normalised pixels of masked patches, every scan weighing the same.
+    logits: predicted pixels of the masked patches, `(M, C*t*p*p)`.
+    masked: their rows in the pack, int64 `(M,)`.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    masked: Tensor | None = None
+
+
+class M3RetForPreTraining(M3RetPreTrainedModel):
+    """Masked autoencoding (MAE, arXiv 2111.06377) of packed scans; the encoder sees a quarter of each scan."""
+
+    def __init__(self, config: M3RetConfig):
+        super().__init__(config)
+        self.m3ret = M3RetModel(config)
+        self.decoder = M3RetDecoder(config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.m3ret.get_input_embeddings()
+
+    @can_return_tuple
+    def forward(
+        self, pixel_values: Tensor, grid_thw: Tensor | None = None, noise: Tensor | None = None, **kwargs: Any
+    ) -> M3RetForPreTrainingOutput:
+        """
+        Args:
+            pixel_values, grid_thw: as for [`M3RetModel`].
+            noise: float `(P,)` in [0, 1), one number a patch; the lowest of each scan stay visible. Drawn here when
+                absent; given, it makes the mask a property of the sample.
+        """
+        rows, grids = self.m3ret.rows_and_grids(pixel_values, grid_thw)
+        counts = [math.prod(grid) for grid in grids]
+        places = patch_places(grids, rows.device)
+        noise = torch.rand(rows.shape[0], device=rows.device) if noise is None else noise
+        visible, masked, visible_counts = choose_visible(noise, counts, self.config.mask_ratio)
+
+        layout, encoded = self.m3ret.encode(rows[visible], places[visible], visible_counts, **kwargs)
+        prefix, patches = layout.split(self.m3ret.norm(encoded.last_hidden_state))
+        predicted = self.decoder(prefix, patches, visible, masked, places, counts)  # (M, C*t*p*p)
+
+        target = self.m3ret.embeddings.repeat_slices(rows[masked])
+        masked_counts = [count - seen for count, seen in zip(counts, visible_counts, strict=True)]
+        loss = masked_patch_loss(predicted, target, masked_counts, self.config.norm_pixel_eps)
+        return M3RetForPreTrainingOutput(loss=loss, logits=predicted, masked=masked)
+
+
+def choose_visible(noise: Tensor, patch_counts: Sequence[int], mask_ratio: float) -> tuple[Tensor, Tensor, list[int]]:
+    """Random masking per scan: visible rows `(K,)`, masked rows `(M,)`, both scan after scan, and visible of each scan.
+
+    Of n patches round(n * mask_ratio) are masked, but one always stays visible.
+    """
+    visible_counts = [max(1, count - round(count * mask_ratio)) for count in patch_counts]
+    device = noise.device
+    counts = torch.tensor(patch_counts, device=device)
+    scan = torch.arange(len(patch_counts), device=device).repeat_interleave(counts, output_size=noise.shape[0])
+    shuffled = (scan + noise.double()).argsort()  # rows of scan 0 in random order, then of scan 1, ...
+    rank = torch.arange(noise.shape[0], device=device) - (counts.cumsum(0) - counts)[scan]
+    seen = rank < torch.tensor(visible_counts, device=device)[scan]
+    return shuffled[seen], shuffled[~seen], visible_counts
+
+
+def normalise_patches(rows: Tensor, eps: float) -> Tensor:
+    """Each patch to mean 0 and (unbiased) variance 1, in float32: the target of MAE, section 4.1."""
+    rows = rows.float()
+    variance, mean = torch.var_mean(rows, dim=-1, keepdim=True)
+    return (rows - mean) / (variance + eps).sqrt()
+
+
+def masked_patch_loss(predicted: Tensor, target: Tensor, masked_counts: Sequence[int], eps: float) -> Tensor:
+    """Mean squared error of predicted `(M, C*t*p*p)` against normalised target pixels, as a scalar in float32.
+
+    The mean over each scan's masked patches, then over scans: every scan weighs the same, since by patches one CT would
+    outweigh eight X-rays, and a mix of modalities be a training on CT. Scans without a masked patch have no part in it.
+    """
+    errors = (predicted.float() - normalise_patches(target, eps)).square().mean(-1)  # (M,)
+    return torch.stack([scan.mean() for scan in errors.split(list(masked_counts)) if len(scan)]).mean()
+
+
+__all__ = ["M3RetForPreTraining", "M3RetModel", "M3RetPreTrainedModel"]

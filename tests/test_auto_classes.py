@@ -1,0 +1,133 @@
+"""Checkpoints load by the Auto classes: with the package, as remote code without it, and the encoder by itself."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_config
+from PIL import Image
+from test_modeling import largest_difference, make_scans, pack
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForPreTraining, pipeline
+
+from modeling_m3ret import M3RetConfig, M3RetForPreTraining, M3RetImageProcessor, M3RetModel
+
+
+def save(folder: Path) -> M3RetModel:
+    model = M3RetModel(tiny_config()).eval()
+    model.save_pretrained(folder)
+    M3RetImageProcessor(size=64, num_frames=8).save_pretrained(folder)
+    return model
+
+
+@torch.no_grad()
+def test_installed_save_and_load_gives_the_same_output(tmp_path: Path) -> None:
+    model = save(tmp_path)
+    rows, grids = pack(make_scans())
+    loaded = AutoModel.from_pretrained(tmp_path).eval()
+    assert type(loaded) is M3RetModel
+    assert isinstance(AutoConfig.from_pretrained(tmp_path), M3RetConfig)
+    assert torch.equal(loaded(rows, grids).pooler_output, model(rows, grids).pooler_output)
+    processor = AutoImageProcessor.from_pretrained(tmp_path)
+    assert type(processor) is M3RetImageProcessor
+    assert (processor.size, processor.num_frames, processor.max_patches) == (64, 8, 2048)
+    assert AutoImageProcessor.from_pretrained(tmp_path, size=32).size == 32
+
+
+REMOTE = """
+import json, sys
+class NotInstalled:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "modeling_m3ret":
+            raise ImportError("this process has no package modeling_m3ret")
+sys.meta_path.insert(0, NotInstalled())
+import numpy, torch
+from transformers import AutoImageProcessor, AutoModel, AutoModelForPreTraining
+folder = sys.argv[1]
+processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=True)
+model = AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
+pretraining = AutoModelForPreTraining.from_pretrained(folder, subfolder="pretraining", trust_remote_code=True)
+inputs = processor([folder + "/scan.png", numpy.load(folder + "/scan.npy")], return_tensors="pt")
+with torch.no_grad():
+    features = model.get_image_features(**inputs)
+print(json.dumps({
+    "module": type(model).__module__, "pretraining": type(pretraining).__name__,
+    "packages": [name for name in sys.modules if name.split(".")[0] == "modeling_m3ret"],
+    "features": features.tolist(),
+}))
+"""
+
+
+@torch.no_grad()
+def test_remote_code_in_a_process_without_the_package(tmp_path: Path) -> None:
+    folder = tmp_path / "m3ret-tiny"
+    model = save(folder)
+    M3RetForPreTraining(tiny_config()).save_pretrained(folder / "pretraining")
+    generator = np.random.default_rng(0)
+    Image.fromarray(generator.integers(0, 255, (50, 70), dtype=np.uint8)).save(folder / "scan.png")
+    np.save(folder / "scan.npy", generator.random((9, 40, 40), dtype=np.float32))
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    ran = subprocess.run(
+        [sys.executable, "-c", REMOTE, str(folder)],
+        env=environment | {"HF_HOME": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr
+    answer = json.loads(ran.stdout.splitlines()[-1])
+    assert answer["module"].startswith("transformers_modules.")
+    assert answer["packages"] == []
+    assert answer["pretraining"] == "M3RetForPreTraining"
+    inputs = AutoImageProcessor.from_pretrained(folder)([folder / "scan.png", np.load(folder / "scan.npy")])
+    assert largest_difference(torch.tensor(answer["features"]), model.get_image_features(**inputs)) <= 1e-6
+
+
+@torch.no_grad()
+def test_encoder_of_a_pretraining_checkpoint_drops_only_the_decoder(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pretraining = M3RetForPreTraining(tiny_config()).eval()
+    pretraining.save_pretrained(tmp_path)
+    assert type(AutoModelForPreTraining.from_pretrained(tmp_path)) is M3RetForPreTraining
+    caplog.clear()
+    encoder, info = M3RetModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["mismatched_keys"]
+    assert all(key.startswith("decoder.") for key in info["unexpected_keys"])
+    assert not [record for record in caplog.records if record.levelname in ("WARNING", "ERROR")]
+    rows, grids = pack(make_scans())
+    assert torch.equal(encoder.eval()(rows, grids).pooler_output, pretraining.m3ret(rows, grids).pooler_output)
+    kept = dict(encoder.named_parameters())
+    dropped = {name for name, _ in pretraining.named_parameters() if name.removeprefix("m3ret.") not in kept}
+    assert dropped == {name for name, _ in pretraining.named_parameters() if name.startswith("decoder.")}
+
+
+@torch.no_grad()
+def test_loads_on_the_meta_device_and_where_device_map_says(tmp_path: Path) -> None:
+    """transformers builds on meta and fills in: whatever is not in the file would come back as garbage."""
+    model = save(tmp_path)
+    rows, grids = pack(make_scans())
+    expected = model(rows, grids).pooler_output
+    mapped = AutoModel.from_pretrained(tmp_path, device_map="cpu").eval()
+    assert torch.equal(mapped(rows, grids).pooler_output, expected)
+    half = AutoModel.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert half.dtype == torch.bfloat16
+    assert not list(model.buffers()), "everything that is not a weight is derived in forward"
+
+
+def test_image_feature_extraction_pipeline(tmp_path: Path) -> None:
+    model = save(tmp_path)
+    extractor = pipeline("image-feature-extraction", model=str(tmp_path))
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (50, 70, 3), dtype=np.uint8))
+    pooled = extractor(image, pool=True, return_tensors=True)
+    with torch.no_grad():
+        expected = model(**AutoImageProcessor.from_pretrained(tmp_path)(image)).pooler_output
+    assert largest_difference(pooled, expected) <= 1e-6

@@ -1,0 +1,345 @@
+"""The encoder's promises: an embedding belongs to its scan alone, packed is dense, positions and parts as published."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from conftest import tiny_config
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from modeling_m3ret import M3RetConfig, M3RetModel
+from modeling_m3ret.modeling_m3ret import PackLayout, patch_places, patchify, rotary_tables, rotate
+
+
+# an X-ray, a cine, a clip, a CT and an MRI stack: odd depths, odd grids, no two alike
+SHAPES = {
+    "xray": (1, 64, 48),
+    "ultrasound": (7, 48, 48),
+    "endoscopy": (16, 32, 64),
+    "ct": (21, 64, 64),
+    "mri": (9, 48, 80),
+}
+
+
+def make_scans(seed: int = 0) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(3, *shape, generator=generator) for shape in SHAPES.values()]
+
+
+def pack(scans: list[Tensor]) -> tuple[Tensor, Tensor]:
+    rows = torch.cat([patchify(scan[None], 4, 16)[0] for scan in scans])
+    return rows, torch.tensor([(-(-s.shape[1] // 4), s.shape[2] // 16, s.shape[3] // 16) for s in scans])
+
+
+def make_model(attention: str = "sdpa", **overrides: object) -> M3RetModel:
+    model = M3RetModel(tiny_config(**overrides)).eval()
+    model.set_attn_implementation(attention)
+    return model
+
+
+def largest_difference(one: Tensor, other: Tensor) -> float:
+    return float((one - other).abs().max())
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
+@torch.no_grad()
+def test_embedding_does_not_depend_on_the_batch(attention: str, pooling: str) -> None:
+    model = make_model(attention, pooling=pooling)
+    scans = make_scans()
+    mixed = model(*pack(scans)).pooler_output
+    for place, scan in enumerate(scans):
+        alone = model(*pack([scan])).pooler_output[0]
+        like = [torch.randn_like(scan), scan, torch.randn_like(scan)]
+        among_its_like = model(*pack(like)).pooler_output[1]
+        assert largest_difference(alone, among_its_like) <= 1e-5
+        assert largest_difference(alone, mixed[place]) <= 1e-5
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@torch.no_grad()
+def test_packed_equals_dense(attention: str) -> None:
+    model = make_model(attention)
+    for scan in make_scans():
+        packed = model(*pack([scan]))
+        dense = model(scan[None])
+        assert largest_difference(packed.pooler_output, dense.pooler_output) <= 1e-5
+        assert largest_difference(packed.last_hidden_state, dense.last_hidden_state[0]) <= 1e-5
+    images = torch.randn(2, 3, 32, 48)
+    assert torch.equal(model(images).pooler_output, model(images[:, :, None]).pooler_output)
+
+
+@torch.no_grad()
+def test_an_image_is_the_volume_that_repeats_it() -> None:
+    """A depth that does not fill a patch is padded with its last slice, so 1 slice and 4 equal ones are one scan."""
+    model = make_model()
+    image = torch.randn(2, 3, 1, 32, 48)
+    repeated = model(image.expand(-1, -1, 4, -1, -1)).pooler_output
+    assert largest_difference(model(image).pooler_output, repeated) <= 1e-5
+    volume = torch.randn(1, 3, 6, 32, 32)
+    filled = torch.cat([volume, volume[:, :, -1:], volume[:, :, -1:]], dim=2)
+    assert torch.equal(model(volume).pooler_output, model(filled).pooler_output)
+
+
+@torch.no_grad()
+def test_permuting_scans_permutes_outputs() -> None:
+    model = make_model()
+    scans = make_scans()
+    order = [3, 0, 4, 2, 1]
+    given, permuted = model(*pack(scans)), model(*pack([scans[place] for place in order]))
+    assert largest_difference(given.pooler_output[order], permuted.pooler_output) <= 1e-6
+    tokens = model.split_tokens(given.last_hidden_state, pack(scans)[1])
+    permuted_tokens = model.split_tokens(permuted.last_hidden_state, pack([scans[place] for place in order])[1])
+    for place, scan in enumerate(order):
+        assert largest_difference(tokens[scan], permuted_tokens[place]) <= 1e-6
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("corruption", [math.nan, 1e4])
+@torch.no_grad()
+def test_corrupting_one_scan_changes_no_other_bit(attention: str, corruption: float) -> None:
+    model = make_model(attention)
+    rows, grids = pack(make_scans())
+    starts = [0, *grids.prod(-1).cumsum(0).tolist()]
+    clean = model(rows, grids).pooler_output
+    for scan in range(len(grids)):
+        corrupted = rows.clone()
+        corrupted[starts[scan] : starts[scan + 1]] = corruption
+        after = model(corrupted, grids).pooler_output
+        others = [other for other in range(len(grids)) if other != scan]
+        assert torch.equal(clean[others], after[others])
+        assert not torch.equal(clean[scan], after[scan])
+
+
+@torch.no_grad()
+def test_every_patch_matters() -> None:
+    model = make_model()
+    rows, grids = pack(make_scans()[:2])
+    clean = model(rows, grids).pooler_output
+    counts = grids.prod(-1).tolist()
+    for row in range(len(rows)):
+        changed = rows.clone()
+        changed[row] += 1
+        scan = int(row >= counts[0])
+        assert largest_difference(clean[scan], model(changed, grids).pooler_output[scan]) > 1e-6
+
+
+@torch.no_grad()
+def test_the_place_of_a_patch_matters_on_every_axis() -> None:
+    """Attention alone is blind to order; swapping two patches along any one axis must still be seen."""
+    model = make_model(initializer_range=0.2)  # large enough weights for an untrained attention to have a say
+    grid = torch.tensor([[2, 2, 2]])
+    rows = torch.randn(8, 3 * 4 * 16 * 16)
+    clean = model(rows, grid).pooler_output
+    for axis in range(3):
+        swapped = rows.view(2, 2, 2, -1).flip(axis).reshape(8, -1)
+        assert largest_difference(clean, model(swapped, grid).pooler_output) > 1e-3
+
+
+def test_patchify_against_loops() -> None:
+    """Each row of the definition: channel, depth, height, width of the patch at (depth, height, width)."""
+    volumes = torch.randn(2, 3, 6, 32, 48)
+    rows = patchify(volumes, 4, 16)
+    padded = torch.cat([volumes, volumes[:, :, -1:], volumes[:, :, -1:]], dim=2)
+    assert rows.shape == (2, 2 * 2 * 3, 3 * 4 * 16 * 16)
+    for scan in range(2):
+        for row, (t, y, x) in enumerate((t, y, x) for t in range(2) for y in range(2) for x in range(3)):
+            patch = padded[scan, :, 4 * t : 4 * t + 4, 16 * y : 16 * y + 16, 16 * x : 16 * x + 16]
+            assert torch.equal(rows[scan, row], patch.flatten())
+
+
+def test_places_are_patch_centres_from_minus_one_to_one() -> None:
+    places = patch_places([(1, 2, 4), (1, 1, 1)], torch.device("cpu"))
+    assert places.shape == (9, 3)
+    assert places[0].tolist() == [0, -0.5, -0.75]
+    assert places[7].tolist() == [0, 0.5, 0.75]
+    assert places[8].tolist() == [0, 0, 0]
+
+
+def test_rotary_scores_depend_on_the_offset_alone() -> None:
+    """RoFormer's defining property: <R(a) q, R(b) k> = <R(a + s) q, R(b + s) k> for any shift s, in each axis."""
+    query, key = torch.randn(2, 64, dtype=torch.float64)
+
+    def score(at_query: Tensor, at_key: Tensor) -> float:
+        cosines, sines = rotary_tables(torch.stack([at_query, at_key]).double(), 64, 100.0)
+        q, k = rotate(torch.stack([query, key]), cosines, sines)
+        return float(q @ k)
+
+    a, b = torch.tensor([0.3, -0.2, 0.9]), torch.tensor([-0.6, 0.1, 0.4])
+    for shift in torch.eye(3) * 0.37:
+        assert score(a + shift, b + shift) == pytest.approx(score(a, b), abs=1e-5)
+        assert score(a + shift, b) != pytest.approx(score(a, b), abs=1e-3)
+
+
+def test_rotary_against_complex_numbers() -> None:
+    """A pair (i, i + half) is the complex number that RoFormer turns by exp(i · 2π · place / period)."""
+    places, head_dim, theta = torch.rand(5, 3) * 2 - 1, 64, 100.0
+    heads = torch.randn(5, head_dim)
+    turned = rotate(heads, *rotary_tables(places, head_dim, theta))
+    pairs = torch.complex(heads[:, :32], heads[:, 32:])
+    for axis in range(3):
+        for frequency in range(10):
+            pairs[:, 10 * axis + frequency] *= torch.exp(2j * math.pi * places[:, axis] * theta ** (-frequency / 10))
+    assert largest_difference(turned, torch.cat([pairs.real, pairs.imag], dim=1)) <= 1e-5
+    still = rotate(heads, *rotary_tables(torch.zeros(5, 3), head_dim, theta))
+    assert torch.equal(still, heads)
+
+
+def test_layout_joins_and_splits_what_it_joined() -> None:
+    counts = [3, 1, 3, 5, 1]
+    layout = PackLayout.of(counts, prefix=2)
+    assert layout.groups == [(2, 3), (2, 5), (1, 7)]
+    prefix, rows = torch.randn(5, 2, 4), torch.randn(sum(counts), 4)
+    joined = layout.join(prefix, rows)
+    back = layout.split(joined)
+    assert torch.equal(back[0], prefix)
+    assert torch.equal(back[1], rows)
+    expected = torch.cat([torch.cat([prefix[scan], part]) for scan, part in enumerate(rows.split(counts))])
+    assert torch.equal(layout.restore(joined), expected)
+
+
+@torch.no_grad()
+def test_hidden_states_and_attentions_on_request() -> None:
+    model = make_model("eager")
+    scans = make_scans()
+    rows, grids = pack(scans)
+    packed = model(rows, grids, output_hidden_states=True, output_attentions=True)
+    assert len(packed.hidden_states) == model.config.num_hidden_layers + 1
+    assert len(packed.attentions) == model.config.num_hidden_layers
+    starts = [0, *(grids.prod(-1) + 5).cumsum(0).tolist()]
+    for place, scan in enumerate(scans):
+        dense = model(scan[None], output_hidden_states=True, output_attentions=True)
+        for mine, alone in zip(packed.hidden_states, dense.hidden_states, strict=True):
+            assert largest_difference(mine[starts[place] : starts[place + 1]], alone[0]) <= 1e-5
+        for mine, alone in zip(packed.attentions, dense.attentions, strict=True):
+            assert largest_difference(mine[place], alone[0]) <= 1e-5
+            assert largest_difference(alone.sum(-1), torch.ones(())) <= 1e-5
+    normalised = model.norm(packed.hidden_states[-1])
+    assert largest_difference(normalised, packed.last_hidden_state) <= 1e-6
+    as_tuple = model(rows, grids, return_dict=False)
+    assert torch.equal(as_tuple[1], packed.pooler_output)
+
+
+@torch.no_grad()
+def test_pooling_is_what_the_config_says() -> None:
+    rows, grids = pack(make_scans())
+    for pooling in ("mean", "cls"):
+        model = make_model(pooling=pooling)
+        output = model(rows, grids)
+        for scan, tokens in enumerate(model.split_tokens(output.last_hidden_state, grids)):
+            expected = tokens[0] if pooling == "cls" else tokens[5:].mean(0)
+            assert largest_difference(output.pooler_output[scan], expected) <= 1e-6
+        features = model.get_image_features(rows, grids)
+        assert largest_difference(features, nn.functional.normalize(output.pooler_output, dim=-1)) <= 1e-6
+
+
+def test_gradient_checkpointing_gives_the_same_gradients() -> None:
+    rows, grids = pack(make_scans())
+    gradients = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        model = make_model().train()
+        if checkpointing:
+            model.activation_checkpointing_enable()
+        model(rows, grids).pooler_output.square().sum().backward()
+        gradients.append(model.encoder.layers[0].attention.qkv.weight.grad)
+    assert largest_difference(*gradients) <= 1e-5
+
+
+def test_stochastic_depth_drops_whole_scans_and_keeps_the_mean() -> None:
+    model = make_model(drop_path_rate=0.5).train()
+    layer = model.encoder.layers[-1]
+    layout = PackLayout.of([2, 4, 4], prefix=1)
+    draws = torch.stack([layer._drop(torch.ones(13, 1), layout)[:, 0] for _ in range(4000)])
+    for start, stop in ((0, 3), (3, 8), (8, 13)):
+        assert torch.equal(draws[:, start:stop].amin(1), draws[:, start:stop].amax(1))
+    assert set(draws.unique().tolist()) == {0.0, 2.0}
+    assert draws.mean(0) == pytest.approx(1, abs=0.1)  # six standard errors of a fair coin over 4000 draws
+    assert torch.equal(model.eval().encoder.layers[-1]._drop(torch.ones(13, 1), layout), torch.ones(13, 1))
+
+
+@torch.no_grad()
+def test_flash_attention_is_asked_for_each_scan_by_itself() -> None:
+    """No GPU in CI: a stand-in under a flash name computes what the kernel's cumulative lengths ask for."""
+    asked: list[list[int]] = []
+
+    def stand_in(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, **kwargs: object):
+        starts = kwargs.get("cu_seq_lens_q")
+        if starts is None:
+            pieces = [(query, key, value)]
+        else:
+            asked.append(starts.tolist())
+            assert kwargs["max_length_q"] == int(starts.diff().max())
+            lengths = starts.diff().tolist()
+            pieces = zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
+        scaled = [nn.functional.scaled_dot_product_attention(*piece, scale=kwargs["scaling"]) for piece in pieces]
+        return torch.cat(scaled, dim=2).transpose(1, 2), None
+
+    rows, grids = pack(make_scans())
+    expected = make_model()(rows, grids).pooler_output
+    torch.manual_seed(0)
+    model = make_model()
+    ALL_ATTENTION_FUNCTIONS.register("flash_stand_in", stand_in)
+    try:
+        model.config._attn_implementation_internal = "flash_stand_in"
+        assert largest_difference(model(rows, grids).pooler_output, expected) <= 1e-5
+    finally:
+        del ALL_ATTENTION_FUNCTIONS._global_mapping["flash_stand_in"]
+    assert len(asked) == model.config.num_hidden_layers
+    assert asked[0] == [0, *(grids.prod(-1) + 5).sort().values.cumsum(0).tolist()]
+
+
+@torch.no_grad()
+def test_bf16_autocast_and_bf16_weights_stay_close() -> None:
+    rows, grids = pack(make_scans())
+    model = make_model()
+    exact = model.get_image_features(rows, grids)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        autocast = model.get_image_features(rows, grids)
+    half = model.to(torch.bfloat16).get_image_features(rows, grids)
+    for approximate in (autocast, half):
+        assert approximate.dtype == torch.float32
+        assert (exact * approximate).sum(-1).min() > 0.999
+
+
+@torch.no_grad()
+def test_torch_compile_gives_the_same_embeddings() -> None:
+    model = make_model()
+    images = torch.randn(2, 3, 32, 48)
+    rows, grids = pack(make_scans()[:3])
+    expected = model(images).pooler_output, model(rows, grids).pooler_output
+    dense = torch.compile(model, fullgraph=True, backend="aot_eager")
+    assert largest_difference(dense(images).pooler_output, expected[0]) <= 1e-5
+    packed = torch.compile(model, backend="aot_eager")
+    assert largest_difference(packed(rows, grids).pooler_output, expected[1]) <= 1e-5
+
+
+def test_wrong_shapes_are_named() -> None:
+    model = make_model()
+    with pytest.raises(ValueError, match=r"packed pixel_values for this grid_thw are \(4, 3072\).*found \(3, 3072\)"):
+        model(torch.zeros(3, 3072), torch.tensor([[1, 2, 2]]))
+    with pytest.raises(ValueError, match="no grid_thw"):
+        model(torch.zeros(3, 3072))
+    with pytest.raises(ValueError, match="dense pixel_values are"):
+        model(torch.zeros(1, 1, 32, 32))
+    with pytest.raises(ValueError, match="multiples of the patch size 16, found 30 x 32"):
+        model(torch.zeros(1, 3, 30, 32))
+
+
+def test_presets_have_the_published_sizes() -> None:
+    """Parameters of the layers alone: 12 d^2 + 13 d a layer for a ViT with biases, here + 2 d of layer scale."""
+    for preset, hidden, layers in (("vitt", 192, 12), ("vits", 384, 12), ("vitb", 768, 12), ("vitl", 1024, 24)):
+        config = getattr(M3RetConfig, preset)()
+        with torch.device("meta"):
+            model = M3RetModel(config)
+        parameters = sum(parameter.numel() for parameter in model.encoder.parameters())
+        assert parameters == layers * (12 * hidden**2 + 13 * hidden + 2 * hidden)
+
+
+def test_a_config_that_cannot_be_is_refused() -> None:
+    for wrong in ({"hidden_size": 50}, {"pooling": "max"}, {"mask_ratio": 1.0}, {"patch_size": 1.5}):
+        with pytest.raises(Exception, match=next(iter(wrong))):
+            tiny_config(**wrong)

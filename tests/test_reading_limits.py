@@ -1,0 +1,348 @@
+"""Is every bad file refused, by name, with one kind of error, and before it takes memory?"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import pickle
+import struct
+import subprocess
+import sys
+import tempfile
+import textwrap
+import tracemalloc
+import zipfile
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import av
+import nibabel as nib
+import numpy as np
+import pydicom
+import pytest
+from PIL import Image
+from pydicom.data import get_testdata_file
+from pydicom.encaps import encapsulate, generate_frames
+from pydicom.uid import DeflatedExplicitVRLittleEndian, JPEG2000Lossless, JPEGBaseline8Bit, RLELossless
+from scan_files import CINE, dicom, dicom_bytes, nifti_bytes, series
+
+from modeling_m3ret.reading_m3ret import M3RetReadError, ReadLimits, read_scan
+
+
+MIB = 2**20
+RNG = np.random.default_rng(3)
+GREY = RNG.integers(0, 256, (32, 24), dtype=np.uint8)
+
+
+def png(array: np.ndarray) -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(array).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def png_claiming(width: int, height: int) -> bytes:
+    """A PNG whose header asks for more than its data hold."""
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    chunk = b"IHDR" + header
+    good = png(GREY)
+    return good[:8] + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk)) + good[33:]
+
+
+def npy_claiming(shape: tuple[int, ...], dtype: str = "<f4") -> bytes:
+    header = f"{{'descr': '{dtype}', 'fortran_order': False, 'shape': {shape}, }}".ljust(117) + "\n"
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header.encode() + b"\0" * 64
+
+
+def zip_of(name: str, data: bytes) -> bytes:
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr(name, data)
+    return stream.getvalue()
+
+
+def nifti_claiming(*shape: int) -> bytes:
+    """377 bytes that ask for gigabytes."""
+    header = nib.Nifti1Header()
+    header.set_data_shape(shape)
+    header.set_data_dtype(np.float64)
+    header["magic"], header["vox_offset"] = b"n+1", 352
+    return header.binaryblock + b"\0" * 29
+
+
+def deflated_bomb() -> bytes:
+    """A small deflated DICOM file that inflates to 256 MiB."""
+    ds = dicom(GREY)
+    ds.file_meta.TransferSyntaxUID = DeflatedExplicitVRLittleEndian
+    whole = dicom_bytes(ds)
+    start = 132 + 12 + struct.unpack("<I", whole[140:144])[0]
+    body = zlib.decompress(whole[start:], -15)
+    body += struct.pack("<HH2sHI", 0x7FE1, 0x0010, b"OB", 0, 256 * MIB) + b"\0" * (256 * MIB)
+    squeeze = zlib.compressobj(9, zlib.DEFLATED, -15)
+    return whole[:start] + squeeze.compress(body) + squeeze.flush()
+
+
+def jpeg2000_of_another_size() -> bytes:
+    """A data set of 32 x 24 pixels around a codestream that says 60,000 x 60,000."""
+    picture = io.BytesIO()
+    Image.fromarray(GREY).save(picture, "JPEG2000", no_jp2=True)
+    stream = bytearray(picture.getvalue())
+    stream[8:16] = struct.pack(">II", 60_000, 60_000)  # Xsiz, Ysiz
+    stream[24:32] = struct.pack(">II", 60_000, 60_000)  # the tile: one for all
+    ds = dicom(GREY, PixelData=encapsulate([bytes(stream)]))
+    ds["PixelData"].is_undefined_length = True
+    ds.file_meta.TransferSyntaxUID = JPEG2000Lossless
+    return dicom_bytes(ds)
+
+
+def compressed(kind: str) -> bytes:
+    ds = dicom(GREY)
+    if kind == "rle":
+        ds.compress(RLELossless)
+    else:
+        stream = io.BytesIO()
+        Image.fromarray(GREY).save(stream, "JPEG")
+        ds.PixelData = encapsulate([stream.getvalue()])
+        ds["PixelData"].is_undefined_length = True
+        ds.file_meta.TransferSyntaxUID = JPEGBaseline8Bit
+    return dicom_bytes(ds)
+
+
+def truncated_codestream(data: bytes) -> bytes:
+    """The encapsulated frame cut in its middle, the file otherwise in order."""
+    ds = pydicom.dcmread(io.BytesIO(data))
+    frame = next(generate_frames(ds.PixelData, number_of_frames=1))
+    ds.PixelData = encapsulate([frame[: len(frame) // 2]])
+    ds["PixelData"].is_undefined_length = True
+    return dicom_bytes(ds)
+
+
+def video() -> bytes:
+    folder = tempfile.TemporaryDirectory()
+    path = Path(folder.name, "clip.mp4")  # its index first, so that a cut file still opens
+    with folder, av.open(str(path), "w", options={"movflags": "faststart"}) as container:
+        track = container.add_stream("mpeg4", rate=10)
+        track.width = track.height = 64
+        track.pix_fmt = "yuv420p"
+        for _ in range(12):
+            noise = RNG.integers(0, 256, (64, 64, 3), dtype=np.uint8)
+            container.mux(track.encode(av.VideoFrame.from_ndarray(noise, format="rgb24")))
+        container.mux(track.encode())
+        container.close()
+        return path.read_bytes()
+
+
+class Planted:
+    """An object that would run code if it were unpickled."""
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[str]]:
+        return (exec, ("raise SystemExit('unpickled')",))
+
+
+def object_npy() -> bytes:
+    stream = io.BytesIO()
+    np.save(stream, np.array([Planted()], dtype=object), allow_pickle=True)
+    return stream.getvalue()
+
+
+MR = RNG.integers(0, 900, (12, 10, 8)).astype(np.int16)
+PLAIN, NIFTI = dicom_bytes(dicom(MR[:, :, 0])), nifti_bytes(MR, np.eye(4))
+BAD: dict[str, bytes | Callable[[], bytes]] = {
+    "empty.dcm": b"",
+    "text.dcm": b"This is a text file that was named .dcm by mistake.\n" * 20,
+    "random.nii.gz": RNG.bytes(900),
+    "page.png": b"<html><body>404 Not Found</body></html>",
+    "plain.gz": gzip.compress(b"hello " * 400),
+    "header_only.dcm": PLAIN[:140],
+    "cut.dcm": PLAIN[:-40],
+    "no_pixels.dcm": lambda: dicom_bytes(dicom(MR[:, :, 0], PixelData=None)),
+    "zero_rows.dcm": lambda: dicom_bytes(dicom(MR[:, :, 0], Rows=0)),
+    "many_frames.dcm": lambda: dicom_bytes(dicom(GREY, NumberOfFrames=2_000_000_000)),
+    "large_rows.dcm": lambda: dicom_bytes(dicom(GREY, Rows=65535, Columns=65535)),
+    "rle_cut.dcm": lambda: truncated_codestream(compressed("rle")),
+    "jpeg_cut.dcm": lambda: compressed("jpeg")[:-300],
+    "larger_than_said.dcm": jpeg2000_of_another_size,
+    "bomb_deflated.dcm": deflated_bomb,
+    "bomb.nii": nifti_claiming(2000, 2000, 600),
+    "bomb_under_the_limit.nii": nifti_claiming(800, 800, 100),
+    "bomb.nii.gz": gzip.compress(nifti_claiming(2000, 2000, 600)),
+    "bomb_zeros.nii.gz": lambda: gzip.compress(nifti_claiming(512, 512, 64)[:352] + b"\0" * (128 * MIB)),
+    "zero_dim.nii": NIFTI[:42] + b"\0\0" + NIFTI[44:],
+    "cut.nii": NIFTI[:-10],
+    "cut.nii.gz": gzip.compress(NIFTI)[:-900],
+    "corrupt.nii.gz": lambda: (lambda g: g[:-8] + b"\0\0\0\0" + g[-4:])(gzip.compress(NIFTI)),
+    "complex.nii": nifti_bytes(MR.astype(np.complex64), np.eye(4)),
+    "nan.nii": nifti_bytes(np.where(MR[0, 0, 0] == MR, np.nan, MR).astype(np.float32), np.eye(4)),
+    "pair.hdr": NIFTI[:344] + b"ni1\0" + NIFTI[348:],
+    "bomb.png": png_claiming(60_000, 60_000),
+    "large.png": png_claiming(10_000, 10_000),
+    "cut.png": png(GREY)[:-200],
+    "cut.jpg": lambda: (lambda s: (Image.fromarray(GREY).save(s, "JPEG"), s.getvalue()[:-400])[1])(io.BytesIO()),
+    "objects.npy": object_npy(),
+    "objects.npz": zip_of("hu.npy", object_npy()),
+    "bomb.npy": npy_claiming((40_000, 40_000, 10)),
+    "short.npy": npy_claiming((100, 100)),
+    "negative.npy": npy_claiming((-4, 10)),
+    "names.npy": npy_claiming((4,), "<U8"),
+    "bomb.npz": lambda: zip_of("hu.npy", npy_claiming((256, 512, 512), "<i2") + b"\0" * (128 * MIB)),
+    "several.npz": lambda: (lambda s: (np.savez(s, a=GREY, b=GREY), s.getvalue())[1])(io.BytesIO()),
+    "word.zip": zip_of("word/document.xml", b"<xml/>"),
+    "cut.npz": zip_of("hu.npy", npy_claiming((4, 4)))[:-30],
+    "not_a.mp4": b"\0\0\0\x20ftypisom" + b"\0" * 400,
+    "cut.mp4": lambda: (lambda v: v[: len(v) // 2])(video()),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_file_is_refused_by_name_without_taking_memory(name: str, tmp_path: Path) -> None:
+    data = BAD[name]
+    path = tmp_path / name
+    path.write_bytes(data() if callable(data) else data)
+    tracemalloc.start()
+    try:
+        with pytest.raises(M3RetReadError, match=name) as caught:
+            read_scan(path)
+        assert tracemalloc.get_traced_memory()[1] < 40 * MIB  # NumPy's and zlib's memory is traced
+    finally:
+        tracemalloc.stop()
+    assert caught.value.source == name
+    assert caught.value.found in str(caught.value)
+    assert caught.value.expected in str(caught.value)
+    with pytest.raises(M3RetReadError, match="<bytes>"):
+        read_scan(path.read_bytes())
+
+
+def test_memory_is_bounded_for_decoders_too(tmp_path: Path) -> None:
+    """C and C++ allocate outside of Python's books: all files again, in a process that may grow by 1 GiB only."""
+    for name, data in BAD.items():
+        (tmp_path / name).write_bytes(data() if callable(data) else data)
+    code = """
+        import gc, resource, sys
+        from pathlib import Path
+        import av, decord, gdcm, nibabel, pydicom, PIL.Image
+        from modeling_m3ret.reading_m3ret import M3RetReadError, read_scan
+        size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (size + 2**30, size + 2**30))
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        for path in sorted(Path(sys.argv[1]).iterdir()):
+            try:
+                read_scan(path)
+            except M3RetReadError as error:
+                if isinstance(error.__cause__, MemoryError):
+                    sys.exit(f"{path.name} ran out of memory")
+                continue
+            sys.exit(f"{path.name} was read")
+        print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+    """
+    if not Path("/proc/self/statm").exists():
+        pytest.skip("address-space limits are set from /proc here")
+    root = Path(__file__).resolve().parents[1]
+    run = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code), str(tmp_path)],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert int(run.stdout.split()[-1]) < 200  # MiB
+
+
+@pytest.mark.parametrize(
+    ("source", "named"),
+    [
+        ("nowhere/absent.nii.gz", "absent.nii.gz"),
+        ([], "series of 0"),
+        (["nowhere/slice.dcm"], "slice.dcm"),
+        ([b"text", b"more text"], "<bytes>"),
+        (3.5, "<float>"),
+        (None, "<NoneType>"),
+        ({"image": None, "video": None, "volume": None}, "<row>"),
+        ({"image": b"x", "volume": b"y"}, "exactly one"),
+        ({"bytes": None, "path": None}, "neither bytes nor a path"),
+        ({"bytes": b"nonsense", "path": "folder/IM1.dcm"}, "IM1.dcm"),
+        (np.zeros((2, 3), np.complex64), "complex64"),
+        (np.array([["a"]], dtype=object), "object"),
+        (np.zeros(5), r"\(5,\)"),
+        (np.zeros((2, 3, 4, 5, 3)), r"\(2, 3, 4, 5, 3\)"),
+        (np.zeros((2, 3, 4, 7)), r"\(2, 3, 4, 7\)"),
+        (np.zeros((0, 4)), r"\(0, 4\)"),
+        (np.array([[1.0, np.nan]]), "NaN"),
+        (np.array([[1.0, np.inf]]), "infinite"),
+        (np.array([[-np.inf, -1000.0]]), "infinite"),
+    ],
+)
+def test_bad_source_is_refused(source: Any, named: str) -> None:
+    with pytest.raises(M3RetReadError, match=named) as caught:
+        read_scan(source)
+    assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
+
+
+def test_folder_without_dicom_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(M3RetReadError, match="0 files"):
+        read_scan(tmp_path)
+    (tmp_path / "notes.dcm").write_text("text")
+    with pytest.raises(M3RetReadError, match="none of them DICOM"):
+        read_scan(tmp_path)
+
+
+def test_one_broken_slice_is_named(tmp_path: Path) -> None:
+    for index, ds in enumerate(series(MR, np.diag([1.0, 1, 1, 1]))):
+        data = dicom_bytes(ds)
+        (tmp_path / f"{index}.dcm").write_bytes(data[:-30] if index == 3 else data)
+    with pytest.raises(M3RetReadError, match=r"3\.dcm"):
+        read_scan(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("source", "limits"),
+    [
+        (png(GREY), ReadLimits(max_pixels_per_image=700)),
+        (GREY, ReadLimits(max_decoded_bytes=700)),
+        (NIFTI, ReadLimits(max_decoded_bytes=1500)),
+        (dicom(MR[:, :, 0]), ReadLimits(max_pixels_per_image=100)),
+        (dicom(np.zeros((40, 8, 8), np.uint8), sop=CINE), ReadLimits(max_decoded_bytes=2000)),
+        ([dicom(MR[:, :, 0])] * 3, ReadLimits(max_files=2)),
+    ],
+)
+def test_limits_are_the_callers_to_set(source: Any, limits: ReadLimits) -> None:
+    read_scan(source)
+    with pytest.raises(M3RetReadError):
+        read_scan(source, limits=limits)
+
+
+def test_num_frames_brings_a_long_clip_within_limits() -> None:
+    limits = ReadLimits(max_decoded_bytes=64 * 64 * 3 * 5 + 20_000)
+    data = video()
+    with pytest.raises(M3RetReadError, match="num_frames"):
+        read_scan(data, limits=ReadLimits(max_decoded_bytes=64 * 64 * 3 * 5))
+    assert read_scan(data, num_frames=5, limits=limits).array.shape[1] == 5
+
+
+def test_packaged_broken_files_are_refused() -> None:
+    for name in (
+        "MR_truncated.dcm",
+        "rtplan.dcm",
+        "badVR.dcm",
+        "JPEG2000-embedded-sequence-delimiter.dcm",
+        "test-SR.dcm",
+    ):
+        with pytest.raises(M3RetReadError, match=name):
+            read_scan(get_testdata_file(name, download=False))
+
+
+def test_import_needs_numpy_alone() -> None:
+    code = """
+        import sys
+        import importlib.util
+        spec = importlib.util.spec_from_file_location("alone", "modeling_m3ret/reading_m3ret.py")
+        module = importlib.util.module_from_spec(spec)
+        sys.modules["alone"] = module
+        spec.loader.exec_module(module)
+        heavy = {"torch", "pydicom", "nibabel", "decord", "av", "PIL"} & set(sys.modules)
+        assert not heavy, heavy
+    """
+    root = Path(__file__).resolve().parents[1]
+    run = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd=root, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
