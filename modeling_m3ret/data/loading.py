@@ -1,0 +1,191 @@
+"""Records -> packed batches, for training (random views) and for embedding (whole scans, in order).
+
+A file that cannot be read never stops a run: its place in the batch holds the error, which the caller counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from ..image_processing_m3ret import M3RetImageProcessor
+from ..reading_m3ret import M3RetReadError
+from .collection import Record
+from .views import CropRanges, random_crop
+
+
+# more unreadable neighbours than chance would bring say that the disk or the manifest is wrong, not a file
+MOST_FAILURES_IN_A_ROW = 16
+
+
+@dataclass
+class Pack:
+    """A packed batch: what the model takes, and which scans it holds.
+
+    pixel_values `(P, C*t*p*p)`, grid_thw `(B, 3)`, noise `(P,)` for MAE's mask or None, scans: index of each of the B
+    scans in the records, failures: (index, message) of those that could not be read.
+    """
+
+    pixel_values: Tensor
+    grid_thw: Tensor
+    noise: Tensor | None
+    scans: list[int]
+    failures: list[tuple[int, str]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Packed:
+    """One scan as rows `(P, C*t*p*p)`, with its grid, and noise `(P,)` in training."""
+
+    index: int
+    rows: Tensor
+    grid: tuple[int, int, int]
+    noise: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Failure:
+    index: int
+    message: str
+
+
+def collate(items: Sequence[Sequence[Packed | Failure]]) -> Pack:
+    """Items of a data set, each some views of one scan or its failure, to one pack."""
+    packed = [entry for item in items for entry in item if isinstance(entry, Packed)]
+    failures = [(entry.index, entry.message) for item in items for entry in item if isinstance(entry, Failure)]
+    noises = [entry.noise for entry in packed if entry.noise is not None]
+    return Pack(
+        pixel_values=torch.cat([entry.rows for entry in packed]) if packed else torch.empty(0, 0),
+        grid_thw=torch.tensor([entry.grid for entry in packed], dtype=torch.int64).view(-1, 3),
+        noise=torch.cat(noises) if noises else None,
+        scans=[entry.index for entry in packed],
+        failures=failures,
+    )
+
+
+class WholeScans(Dataset[list[Packed | Failure]]):
+    """Each record once, whole, by the processor: for embedding."""
+
+    def __init__(self, records: Sequence[Record], processor: M3RetImageProcessor):
+        self.records = records
+        self.processor = processor
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> list[Packed | Failure]:
+        try:
+            rows, grid = self.processor.pack(self.processor.read(self.records[index].path))
+        except M3RetReadError as error:
+            return [Failure(index, str(error))]
+        return [Packed(index, rows, grid)]
+
+
+class RandomViews(Dataset[list[Packed | Failure]]):
+    """`views` random crops of a record, all from one decode, with the noise of their masks: for pretraining.
+
+    An item is asked for by `(epoch, index)`. Crops and noise follow from (seed, epoch, index) alone, so that they do
+    not depend on the worker that cuts them or on when a run was resumed.
+
+    Raises:
+        M3RetReadError: when 16 records in a row cannot be read.
+    """
+
+    def __init__(
+        self,
+        records: Sequence[Record],
+        processor: M3RetImageProcessor,
+        *,
+        views: int,
+        ranges: CropRanges = CropRanges(),
+        seed: int = 0,
+    ):
+        self.records = records
+        self.processor = processor
+        self.views = views
+        self.ranges = ranges
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, key: tuple[int, int]) -> list[Packed | Failure]:
+        epoch, index = key
+        failures: list[Packed | Failure] = []
+        while True:
+            try:
+                scan = self.processor.read(self.records[index].path)
+                break
+            except M3RetReadError as error:
+                failures.append(Failure(index, str(error)))
+                if len(failures) == MOST_FAILURES_IN_A_ROW:
+                    raise
+                index = (index + 1) % len(self.records)  # its neighbour stands in, so that the batch stays full
+        generator = np.random.default_rng([self.seed, epoch, index])
+        views = failures
+        for _ in range(self.views):
+            rows, grid = self.processor.pack(random_crop(scan, self.ranges, generator))
+            noise = torch.from_numpy(generator.random(len(rows), dtype=np.float32))
+            views.append(Packed(index, rows, grid, noise))
+        return views
+
+
+class SeededBatches:
+    """Batches of `(epoch, index)` without end: every epoch a new order by (seed, epoch), the last short batch dropped.
+
+    Each of `processes` ranks takes every `processes`-th record of the one order, so ranks never overlap.
+    """
+
+    def __init__(self, records: int, batch_size: int, *, seed: int, process: int = 0, processes: int = 1):
+        if records < batch_size * processes:
+            raise ValueError(
+                f"{records} training scans do not fill one batch of {batch_size} on each of {processes} processes"
+            )
+        self.records = records
+        self.batch_size = batch_size
+        self.seed = seed
+        self.process = process
+        self.processes = processes
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        epoch = 0
+        while True:
+            order = np.random.default_rng([self.seed, epoch]).permutation(self.records)
+            usable = len(order) - len(order) % (self.batch_size * self.processes)
+            own = order[:usable][self.process :: self.processes]
+            for start in range(0, len(own), self.batch_size):
+                yield [(epoch, int(index)) for index in own[start : start + self.batch_size]]
+            epoch += 1
+
+
+def training_loader(dataset: RandomViews, batches: SeededBatches, num_workers: int) -> DataLoader[Pack]:
+    """Endless packs of random views."""
+    return DataLoader(
+        dataset,  # type: ignore[arg-type]  # torch types a loader by its items; collate makes them packs
+        batch_sampler=batches,
+        num_workers=num_workers,
+        collate_fn=collate,
+        worker_init_fn=_one_thread,
+        persistent_workers=num_workers > 0,
+    )
+
+
+def embedding_loader(dataset: WholeScans, batch_size: int, num_workers: int) -> DataLoader[Pack]:
+    """Packs of whole scans, in the order of the records."""
+    return DataLoader(
+        dataset,  # type: ignore[arg-type]  # as above
+        batch_size=batch_size,
+        num_workers=num_workers,
+        collate_fn=collate,
+        worker_init_fn=_one_thread,
+    )
+
+
+def _one_thread(worker: int) -> None:
+    """Workers beside a training process share its cores: a pool of threads in each would only make them wait."""
+    torch.set_num_threads(1)

@@ -1,0 +1,123 @@
+"""Batches: the same whatever the workers, disjoint between ranks, and never stopped by one bad file."""
+
+from __future__ import annotations
+
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from modeling_m3ret import M3RetImageProcessor, M3RetReadError, Scan
+from modeling_m3ret.data.collection import Record
+from modeling_m3ret.data.loading import (
+    MOST_FAILURES_IN_A_ROW,
+    Pack,
+    RandomViews,
+    SeededBatches,
+    WholeScans,
+    embedding_loader,
+    training_loader,
+)
+from modeling_m3ret.data.views import CropRanges, random_crop
+from modeling_m3ret.retrieval.embed import embed_records, pixel_embedder
+
+
+PROCESSOR = M3RetImageProcessor(size=48, num_frames=8)
+
+
+@pytest.fixture
+def records(tmp_path: Path) -> list[Record]:
+    generator = np.random.default_rng(0)
+    made = []
+    for number in range(8):
+        path = tmp_path / f"{number}.npy"
+        np.save(path, generator.random((1 + 3 * (number % 3), 50, 60), dtype=np.float32))
+        made.append(Record(str(number), path, "ct", "a", "l", f"p{number}"))
+    return made
+
+
+def equal(one: Pack, other: Pack) -> bool:
+    assert one.noise is not None
+    assert other.noise is not None
+    tensors = (
+        (one.pixel_values, other.pixel_values),
+        (one.grid_thw, other.grid_thw),
+        (one.noise, other.noise),
+    )
+    return one.scans == other.scans and all(torch.equal(mine, theirs) for mine, theirs in tensors)
+
+
+def test_training_batches_do_not_depend_on_the_workers(records: list[Record]) -> None:
+    def packs(workers: int) -> list[Pack]:
+        views = RandomViews(records, PROCESSOR, views=2, seed=3)
+        return list(islice(training_loader(views, SeededBatches(len(records), 3, seed=3), workers), 5))
+
+    alone, with_workers = packs(0), packs(2)
+    assert all(equal(one, other) for one, other in zip(alone, with_workers, strict=True))
+    assert not equal(alone[0], alone[2])
+    for pack in alone:
+        assert len(pack.scans) == len(pack.grid_thw) == 6
+        assert pack.noise is not None
+        assert len(pack.pixel_values) == len(pack.noise) == int(pack.grid_thw.prod(-1).sum())
+
+
+def test_ranks_share_an_epoch_without_overlap() -> None:
+    ranks = [SeededBatches(20, 3, seed=1, process=rank, processes=2) for rank in range(2)]
+    epochs = [list(islice(rank, 6)) for rank in ranks]  # 20 records: 18 fill three batches of three on two ranks
+    for epoch in range(2):
+        keys = [key for rank in epochs for batch in rank[3 * epoch : 3 * epoch + 3] for key in batch]
+        assert len(keys) == len(set(keys)) == 18
+        assert {number for number, _ in keys} == {epoch}
+    assert epochs[0][:3] != epochs[0][3:]
+    with pytest.raises(ValueError, match="do not fill one batch"):
+        SeededBatches(5, 3, seed=0, processes=2)
+
+
+def test_one_bad_file_is_counted_and_stops_nothing(records: list[Record]) -> None:
+    records[2].path.write_bytes(b"not an array")
+    views = RandomViews(records, PROCESSOR, views=2)
+    packs = list(islice(training_loader(views, SeededBatches(8, 4, seed=0), 0), 2))
+    assert [len(pack.scans) for pack in packs] == [8, 8]  # the neighbour stands in
+    failures = [failure for pack in packs for failure in pack.failures]
+    assert [index for index, _ in failures] == [2]
+    assert "2.npy" in failures[0][1]
+
+    pixels = embed_records(pixel_embedder(PROCESSOR), PROCESSOR, records, batch_size=3, progress=False)[0]
+    assert [record.id for record in pixels.records] == ["0", "1", "3", "4", "5", "6", "7"]
+    assert len(pixels.embeddings) == 7
+    assert len(pixels.failures) == 1
+
+
+def test_a_disk_that_is_gone_does_stop_the_run(records: list[Record]) -> None:
+    for record in records:
+        record.path.unlink()
+    with pytest.raises(M3RetReadError):
+        RandomViews(records * 4, PROCESSOR, views=1)[0, 0]
+    assert len(records * 4) > MOST_FAILURES_IN_A_ROW
+
+
+def test_whole_scans_come_in_order(records: list[Record]) -> None:
+    packs = list(embedding_loader(WholeScans(records, PROCESSOR), 3, 2))
+    assert [index for pack in packs for index in pack.scans] == list(range(8))
+    alone = PROCESSOR(records[4].path)
+    assert torch.equal(packs[1].grid_thw[1], alone["grid_thw"][0])
+
+
+def test_crops_lie_inside_and_span_their_ranges() -> None:
+    scan = Scan(np.arange(20 * 60 * 80, dtype=np.float32).reshape(1, 20, 60, 80), (1.0, 1.0, 1.0), {})
+    generator = np.random.default_rng(0)
+    areas, depths = [], []
+    for _ in range(300):
+        crop = random_crop(scan, CropRanges(), generator)
+        _, depth, height, width = crop.array.shape
+        assert np.shares_memory(crop.array, scan.array)
+        assert crop.spacing == scan.spacing
+        areas.append(height * width / 4800)
+        depths.append(depth / 20)
+    assert 0.15 < min(areas) < 0.25
+    assert 0.9 < max(areas) <= 1
+    assert 0.5 <= min(depths) < 0.6
+    assert 0.9 < max(depths) <= 1
+    assert np.mean(areas) == pytest.approx(0.6, abs=0.05)

@@ -1,0 +1,153 @@
+"""The processor: any kind of scan in one call, one size policy, values that are what the scan holds."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from modeling_m3ret import M3RetImageProcessor, M3RetReadError, Scan
+from modeling_m3ret.data.collection import read_manifest
+from modeling_m3ret.retrieval.embed import unpatchify
+
+
+def scan_of(shape: tuple[int, ...], spacing: tuple[float | None, ...] = (None, None, None)) -> Scan:
+    array = np.random.default_rng(0).random((1, *shape), dtype=np.float32)
+    return Scan(array, spacing, {})  # type: ignore[arg-type]
+
+
+def test_mixed_kinds_in_one_call(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    picture = Image.fromarray(generator.integers(0, 255, (90, 120, 3), dtype=np.uint8))
+    picture.save(tmp_path / "endoscopy.png")
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    volume = generator.normal(size=(40, 40, 24)).astype(np.float32)
+    nibabel.save(nibabel.Nifti1Image(volume, np.diag([2.0, 2.0, 3.0, 1.0])), tmp_path / "mri.nii.gz")
+    gif = [Image.fromarray(generator.integers(0, 255, (48, 64), dtype=np.uint8)) for _ in range(6)]
+    gif[0].save(tmp_path / "cine.gif", save_all=True, append_images=gif[1:])
+    sources = [
+        tmp_path / "endoscopy.png",
+        str(tmp_path / "mri.nii.gz"),
+        tmp_path / "cine.gif",
+        buffer.getvalue(),
+        picture,
+        np.asarray(picture),
+        generator.random((50, 60)),
+        torch.rand(8, 40, 40),
+        generator.integers(0, 255, (5, 40, 40, 3), dtype=np.uint8),
+        {"image": {"bytes": buffer.getvalue(), "path": None}, "video": None, "volume": None},
+        scan_of((3, 40, 40)),
+    ]
+    processor = M3RetImageProcessor(size=64)
+    inputs = processor(sources, return_tensors="pt")
+    assert inputs["grid_thw"].shape == (len(sources), 3)
+    assert inputs["grid_thw"].dtype == torch.int64
+    assert inputs["pixel_values"].shape == (int(inputs["grid_thw"].prod(-1).sum()), 3 * 4 * 16 * 16)
+    assert inputs["pixel_values"].dtype == torch.float32
+    assert inputs["pixel_values"].abs().max() <= 1
+    # the same picture by five ways is the same scan, alone and in the list
+    rows = inputs["pixel_values"].split(inputs["grid_thw"].prod(-1).tolist())
+    for same in (3, 4, 5, 9):
+        assert torch.equal(rows[0], rows[same])
+    assert torch.equal(processor(picture)["pixel_values"], rows[0])
+
+
+def test_values_are_the_scans_own() -> None:
+    """A scan that needs no resizing comes through exactly: 2 x - 1 of [0, 1], each channel the grey value."""
+    processor = M3RetImageProcessor(size=64, num_frames=8)
+    scan = scan_of((6, 64, 64), (1.0, 1.0, 1.0))
+    rows, grid = processor.pack(scan)
+    assert grid == (2, 4, 4)
+    volume = unpatchify(rows, grid, processor)
+    expected = torch.from_numpy(scan.array * 2 - 1)
+    assert torch.allclose(volume[:, :6], expected.expand(3, -1, -1, -1), atol=1e-6)
+    assert torch.equal(volume[:, 6:], volume[:, 5:6].expand(-1, 2, -1, -1))
+
+
+def test_resizing_keeps_a_constant_and_a_mean() -> None:
+    processor = M3RetImageProcessor(size=64, num_frames=8)
+    constant = Scan(np.full((1, 50, 200, 160), 0.25, dtype=np.float32), (1.0, 1.0, 1.0), {})
+    assert torch.allclose(processor.resize(constant), torch.tensor(-0.5), atol=1e-5)
+    scan = scan_of((50, 200, 160), (2.0, 1.0, 1.0))
+    assert float(processor.resize(scan).mean()) == pytest.approx(2 * scan.array.mean() - 1, abs=2e-3)
+    as_bytes = Scan((scan.array[:, :1] * 255).round().astype(np.uint8), (None, None, None), {})
+    as_floats = Scan(as_bytes.array.astype(np.float32) / 255, (None, None, None), {})
+    assert (processor.resize(as_bytes) - processor.resize(as_floats)).abs().max() <= 2 / 255
+
+
+@pytest.mark.parametrize(
+    ("shape", "spacing", "expected"),
+    [
+        ((1, 512, 512), (None, None, None), (1, 224, 224)),  # a square picture
+        ((1, 2000, 1000), (None, 0.1, 0.1), (1, 320, 160)),  # area kept: 316.8 x 158.4, to whole patches
+        ((1, 100, 200), (None, 2.0, 1.0), (1, 224, 224)),  # pixels twice as high as wide: square in mm
+        ((20, 480, 640), (None, None, None), (20, 192, 256)),  # a clip keeps its frames
+        ((300, 480, 640), (None, None, None), (32, 192, 256)),  # up to num_frames
+        ((300, 512, 512), (1.0, 0.7, 0.7), (32, 224, 224)),  # a chest CT
+        ((10, 512, 512), (5.0, 0.5, 0.5), (10, 224, 224)),  # thick slices: never more than there are
+        ((64, 512, 512), (0.3, 0.7, 0.7), (12, 224, 224)),  # 19.2 mm at 1.6 mm a pixel: voxels as deep as wide
+        ((48, 32, 32), (2.5, 4.0, 4.0), (32, 224, 224)),  # a small crop is enlarged in the plane, not in depth
+    ],
+)
+def test_size_policy(shape: tuple[int, ...], spacing: tuple[float | None, ...], expected: tuple[int, ...]) -> None:
+    assert M3RetImageProcessor().target_shape(shape, spacing) == expected
+
+
+def test_no_scan_exceeds_its_token_budget() -> None:
+    generator = np.random.default_rng(0)
+    for _ in range(300):
+        shape = tuple(int(2 ** generator.uniform(0, 12)) for _ in range(3))
+        spacing = tuple(None if generator.random() < 0.3 else float(2 ** generator.uniform(-3, 3)) for _ in range(3))
+        size, frames, budget = (int(2 ** generator.uniform(4, 9)) for _ in range(3))
+        processor = M3RetImageProcessor(size=size, num_frames=frames, max_patches=budget)
+        depth, height, width = processor.target_shape(shape, spacing)
+        assert height % 16 == width % 16 == 0
+        assert 1 <= depth <= min(shape[0], frames)
+        assert -(-depth // 4) * height * width // 256 <= budget
+
+
+def test_settings_can_be_given_to_a_call() -> None:
+    processor = M3RetImageProcessor()
+    volume = np.random.default_rng(0).random((40, 64, 64))
+    assert processor(volume)["grid_thw"].tolist() == [[8, 14, 14]]
+    assert processor(volume, size=112, num_frames=16)["grid_thw"].tolist() == [[4, 7, 7]]
+    assert processor(volume, max_patches=100)["grid_thw"].prod() <= 100
+    with pytest.raises(TypeError, match="no argument colour"):
+        processor(volume, colour="blue")
+
+
+def test_frames_of_a_clip_are_taken_and_slices_of_a_volume_averaged() -> None:
+    """Between two frames of a video nothing exists; between two slices of a CT there is tissue."""
+    alternating = np.zeros((1, 64, 32, 32), dtype=np.float32)
+    alternating[:, 1::2] = 1
+    processor = M3RetImageProcessor(size=32, num_frames=16)
+    frames = processor.resize(Scan(alternating, (None, None, None), {}))
+    assert set(frames.unique().tolist()) <= {-1.0, 1.0}
+    slices = processor.resize(Scan(alternating, (1.0, 1.0, 1.0), {}))
+    assert slices[:, 2:-2].abs().max() < 0.3
+
+
+def test_a_bad_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "notes.dcm").write_text("not a scan")
+    with pytest.raises(M3RetReadError, match=r"notes\.dcm"):
+        M3RetImageProcessor()([np.zeros((32, 32), dtype=np.uint8), tmp_path / "notes.dcm"])
+    with pytest.raises(ValueError, match="no scan"):
+        M3RetImageProcessor()([])
+
+
+def test_real_scans_of_every_kind_in_one_call(devset: Path) -> None:
+    records = read_manifest(devset)
+    kinds = {
+        suffix: next(r.path for r in records if r.path.suffix == suffix) for suffix in (".jpg", ".mp4", ".gz", ".npz")
+    }
+    series = next(record.path for record in records if record.path.is_dir() and record.modality == "ct")
+    inputs = M3RetImageProcessor()([series, *kinds.values()], return_tensors="pt")
+    assert inputs["grid_thw"].tolist()[0] == [8, 14, 14]  # 98 slices of a chest, to 32
+    assert len(inputs["grid_thw"]) == 5
+    assert torch.isfinite(inputs["pixel_values"]).all()
