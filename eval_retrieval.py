@@ -1,0 +1,65 @@
+"""Measure a checkpoint's zero-shot retrieval on a labelled collection, beside chance, pixels and untrained weights.
+
+    python eval_retrieval.py --model m3ret-vitb --data FOLDER          # FOLDER holds a manifest.csv
+    python eval_retrieval.py --model m3ret-smoke --data phantom --holdout 0.3
+
+`--holdout` takes only the patients that `train.py` held out with the same number; the default takes all.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, set_seed
+
+from modeling_m3ret import M3RetModel, __version__
+from modeling_m3ret.data.collection import open_collection, split_by_group
+from modeling_m3ret.retrieval.embed import embed_records, encoder_embedder, pixel_embedder
+from modeling_m3ret.retrieval.evaluation import evaluate, format_table, to_json
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="checkpoint folder or Hub id")
+    parser.add_argument("--data", required=True, help="folder with a manifest.csv, or phantom[:SUBJECTS[:SEED]]")
+    parser.add_argument("--holdout", type=float, default=None, help="part of the patients that training held out")
+    parser.add_argument("--batch_size", type=int, default=16, help="scans in a pack")
+    parser.add_argument("--num_workers", type=int, default=1, help="processes that decode")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--seed", type=int, default=0, help="of the untrained encoder's weights")
+    parser.add_argument("--output", type=Path, default=None, help="also write the table as JSON")
+    arguments = parser.parse_args()
+
+    records = open_collection(arguments.data)
+    if arguments.holdout is not None:
+        _, records = split_by_group(records, arguments.holdout)
+    processor = AutoImageProcessor.from_pretrained(arguments.model)
+    model = AutoModel.from_pretrained(arguments.model).eval().to(arguments.device)
+    set_seed(arguments.seed)
+    untrained = M3RetModel(AutoConfig.from_pretrained(arguments.model)).eval().to(arguments.device)
+
+    embedders = {
+        "pixels": pixel_embedder(processor),
+        "untrained": encoder_embedder(untrained),
+        "trained": encoder_embedder(model),
+    }
+    embedded = embed_records(
+        list(embedders.values()),
+        processor,
+        records,
+        batch_size=arguments.batch_size,
+        num_workers=arguments.num_workers,
+    )
+    rows = evaluate(dict(zip(embedders, embedded, strict=True)))
+    print(format_table(rows))
+    failures = embedded[0].failures
+    for message in failures:
+        print(f"not read: {message}")
+    print(f"{len(embedded[0].records)} scans embedded, {len(failures)} could not be read")
+    if arguments.output:
+        facts = {"m3ret": __version__, "torch": torch.__version__, "seed": arguments.seed, "not_read": len(failures)}
+        arguments.output.write_text(to_json(rows, **facts) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

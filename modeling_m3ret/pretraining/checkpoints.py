@@ -1,0 +1,56 @@
+"""What a run leaves behind: a folder for `from_pretrained`, whole or not there at all, and metrics line by line."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from ..image_processing_m3ret import M3RetImageProcessor
+from ..modeling_m3ret import M3RetForPreTraining
+
+
+def save_checkpoint(
+    folder: Path, model: M3RetForPreTraining, processor: M3RetImageProcessor, card: str, facts: dict[str, Any]
+) -> None:
+    """Write the encoder, the processor and their code into `folder`, and the whole pretraining model below it.
+
+    `AutoModel.from_pretrained(folder)` gives the encoder; `AutoModelForPreTraining.from_pretrained(folder,
+    subfolder="pretraining")` the encoder with its decoder, to go on from. Written beside and renamed, so that a folder
+    of this name is always whole; an older one is replaced.
+
+    Args:
+        card: the model card, `README.md`. facts: what the run was and measured, `training.json`.
+    """
+    beside = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    shutil.rmtree(beside, ignore_errors=True)
+    model.m3ret.save_pretrained(beside)
+    processor.save_pretrained(beside)
+    model.save_pretrained(beside / "pretraining")
+    (beside / "README.md").write_text(card, encoding="utf-8")
+    (beside / "training.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    for path in (*beside.rglob("*"), beside):
+        _sync(path)
+    replaced = folder.with_name(f".{folder.name}.{os.getpid()}.replaced")
+    if folder.exists():
+        folder.rename(replaced)
+    beside.rename(folder)
+    _sync(folder.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def append_json_line(path: Path, entry: dict[str, Any]) -> None:
+    """Add one object as a line; a line is written in one go, so that a reader never meets half of one."""
+    with path.open("a", encoding="utf-8") as lines:
+        lines.write(json.dumps(entry) + "\n")
+
+
+def _sync(path: Path) -> None:
+    """Have the file or folder on disk before a rename makes it visible."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,108 @@
+"""Everything a pretraining run can be told: one dataclass, filled from a YAML file and `--key value` overrides."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import yaml
+
+
+@dataclass
+class RunConfig:
+    """
+    output_dir: the checkpoint folder that the run ends with, a name that `from_pretrained` takes.
+    run_dir: what the run writes on its way (`metrics.jsonl`, trackers).
+    data: folder with a `manifest.csv`, or `phantom[:SUBJECTS[:SEED]]`.
+    exclude_modalities: never seen in pretraining; MRI, as in the paper, to have an unseen modality to test on.
+    holdout: part of the patients kept out of pretraining; the closing table is theirs.
+    objective: what is learned; masked autoencoding.
+    preset: vitt, vits, vitb or vitl. model: overrides of `M3RetConfig`.
+    size, num_frames, max_patches: the processor's size policy, for the views in training and for the checkpoint.
+    steps: optimiser steps. batch_size: scans decoded in a step by each process; views_per_decode: random crops of
+        each, so that a step learns from batch_size x views_per_decode views.
+    learning_rate, weight_decay, adam_beta2: AdamW of MAE (arXiv 2111.06377, table 8): 1.5e-4 for 256 views a step,
+        times views / 256, is what `learning_rate: null` resolves to; decay .05; betas .9 and .95.
+    warmup_fraction: part of the steps with a linear warm-up; 40 of MAE's 800 epochs.
+    gradient_clip: largest norm of the gradient. MAE clips nothing; at 3 (SimDINO's) only an outlier batch is cut.
+    num_workers: processes that decode, beside each training process.
+    seed: of weights, order, crops and masks.
+    log_every: steps between lines in `metrics.jsonl`. report_to: trackio, tensorboard or wandb.
+    """
+
+    output_dir: str = "m3ret-vitb"
+    run_dir: str = "runs/vitb"
+    data: str = "phantom"
+    exclude_modalities: list[str] = field(default_factory=lambda: ["mri"])
+    holdout: float = 0.3
+    objective: str = "mae"
+    preset: str = "vitb"
+    model: dict[str, Any] = field(default_factory=dict)
+    size: int = 224
+    num_frames: int = 32
+    max_patches: int = 2048
+    steps: int = 100_000
+    batch_size: int = 64
+    views_per_decode: int = 4
+    learning_rate: float | None = None
+    weight_decay: float = 0.05
+    adam_beta2: float = 0.95
+    warmup_fraction: float = 0.05
+    gradient_clip: float = 3.0
+    num_workers: int = 4
+    seed: int = 0
+    log_every: int = 10
+    report_to: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.objective != "mae":
+            raise ValueError(f"objective is mae, not {self.objective!r}")
+        if self.preset not in ("vitt", "vits", "vitb", "vitl"):
+            raise ValueError(f"preset is vitt, vits, vitb or vitl, not {self.preset!r}")
+        if not 0 <= self.holdout < 1:
+            raise ValueError(f"holdout is a part from 0 to below 1, not {self.holdout}")
+        if min(self.steps, self.batch_size, self.views_per_decode, self.log_every) < 1:
+            raise ValueError("steps, batch_size, views_per_decode and log_every are at least 1")
+
+    def peak_learning_rate(self, processes: int) -> float:
+        """The learning rate after warm-up: as set, or MAE's, linear in the views of a step."""
+        if self.learning_rate is not None:
+            return self.learning_rate
+        return 1.5e-4 * self.batch_size * self.views_per_decode * processes / 256
+
+
+def parse_run_config(arguments: Sequence[str] | None = None, description: str | None = None) -> RunConfig:
+    """`--config FILE.yaml [--key value ...]` -> a `RunConfig`; what the command line says wins over the file.
+
+    Lists and mappings are given as YAML: `--exclude_modalities "[mri, ct]"`, `--model "{mask_ratio: 0.9}"`.
+
+    Raises:
+        ValueError: for a key that does not exist, or a value of another type, naming both.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, help="YAML file with any of the keys below")
+    for entry in fields(RunConfig):
+        parser.add_argument(f"--{entry.name}", type=yaml.safe_load, default=argparse.SUPPRESS, help=str(entry.type))
+    given = vars(parser.parse_args(arguments))
+    values: dict[str, Any] = {}
+    if path := given.pop("config"):
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    return _checked(values | given)
+
+
+def _checked(values: dict[str, Any]) -> RunConfig:
+    types = get_type_hints(RunConfig)
+    for key, value in values.items():
+        if key not in types:
+            raise ValueError(f"there is no key {key!r}; the keys are {', '.join(types)}")
+        allowed = get_args(types[key]) if type(None) in get_args(types[key]) else (types[key],)
+        kinds = [kind if isinstance(kind, type) else getattr(kind, "__origin__", kind) for kind in allowed]
+        if float in kinds and isinstance(value, int) and not isinstance(value, bool):
+            values[key] = value = float(value)
+        if not isinstance(value, tuple(kinds)) or (isinstance(value, bool) and bool not in kinds):
+            raise ValueError(f"{key} is {' or '.join(kind.__name__ for kind in kinds)}, not {json.dumps(value)}")
+    return RunConfig(**values)

@@ -1,0 +1,57 @@
+"""A run is told by YAML and command line, and a wrong word is refused by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from modeling_m3ret.pretraining.run_config import RunConfig, parse_run_config
+
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+def test_the_command_line_wins_over_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("steps: 7\npreset: vitt\nmodel: {mask_ratio: 0.5}\n")
+    config = parse_run_config(["--config", str(file), "--steps", "9", "--exclude_modalities", "[ct, mri]"])
+    assert (config.steps, config.preset, config.model) == (9, "vitt", {"mask_ratio": 0.5})
+    assert config.exclude_modalities == ["ct", "mri"]
+    assert config.seed == RunConfig().seed
+
+
+@pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.yaml")), ids=lambda file: file.stem)
+def test_every_config_that_we_ship_is_valid(file: Path) -> None:
+    config = parse_run_config(["--config", str(file)])
+    assert config.output_dir.startswith("m3ret-")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--steps", "many"], "steps is int, not"),
+        (["--steps", "0"], "at least 1"),
+        (["--steps", "true"], "steps is int, not true"),
+        (["--preset", "vith"], "preset is vitt"),
+        (["--objective", "simclr"], "objective is mae"),
+        (["--holdout", "1.5"], "holdout is a part"),
+    ],
+)
+def test_a_wrong_value_is_named(arguments: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parse_run_config(arguments)
+
+
+def test_an_unknown_key_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("stepps: 7\n")
+    with pytest.raises(ValueError, match="no key 'stepps'"):
+        parse_run_config(["--config", str(file)])
+
+
+def test_learning_rate_follows_the_views_of_a_step() -> None:
+    """MAE's linear rule: 1.5e-4 for 256 views."""
+    assert RunConfig(batch_size=64, views_per_decode=4).peak_learning_rate(1) == pytest.approx(1.5e-4)
+    assert RunConfig(batch_size=64, views_per_decode=4).peak_learning_rate(8) == pytest.approx(1.2e-3)
+    assert RunConfig(learning_rate=1e-3).peak_learning_rate(8) == 1e-3

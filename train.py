@@ -1,0 +1,143 @@
+"""Pretrain an M3Ret encoder, and end with a checkpoint for `from_pretrained` and a retrieval table.
+
+    accelerate launch train.py --config configs/vitb.yaml                      # the paper's size, GPUs
+    accelerate launch train.py --config configs/smoke.yaml                     # minutes on two CPU cores
+    accelerate launch train.py --config configs/smoke.yaml --data FOLDER --steps 500 --report_to tensorboard
+
+Every key of the YAML file can be given as `--key value`; what each means stands in
+`modeling_m3ret/pretraining/run_config.py`.
+"""
+
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from tqdm.auto import tqdm
+
+from modeling_m3ret import M3RetConfig, M3RetForPreTraining, M3RetImageProcessor, M3RetModel
+from modeling_m3ret.data.collection import open_collection, split_by_group, without_modalities
+from modeling_m3ret.data.loading import RandomViews, SeededBatches, training_loader
+from modeling_m3ret.pretraining.checkpoints import append_json_line, save_checkpoint
+from modeling_m3ret.pretraining.model_card import write_card
+from modeling_m3ret.pretraining.optimisation import build_optimiser, warmup_cosine
+from modeling_m3ret.pretraining.run_config import parse_run_config
+from modeling_m3ret.retrieval.embed import embed_records, encoder_embedder, pixel_embedder
+from modeling_m3ret.retrieval.evaluation import evaluate, format_table, to_json
+
+
+def main() -> None:
+    config = parse_run_config(description=__doc__)
+    run_dir = Path(config.run_dir)
+    accelerator = Accelerator(log_with=config.report_to, project_dir=run_dir)
+    accelerator.init_trackers("m3ret", config={key: str(value) for key, value in asdict(config).items()})
+    set_seed(config.seed)
+
+    # ---- data: every patient is either trained on or held out -------------------------------------------------------
+    with accelerator.main_process_first():  # the phantom is made once
+        records = open_collection(config.data)
+    training, held_out = split_by_group(records, config.holdout)
+    training = without_modalities(training, config.exclude_modalities)
+    processor = M3RetImageProcessor(size=config.size, num_frames=config.num_frames, max_patches=config.max_patches)
+    views = RandomViews(training, processor, views=config.views_per_decode, seed=config.seed)
+    batches = SeededBatches(
+        len(training),
+        config.batch_size,
+        seed=config.seed,
+        process=accelerator.process_index,
+        processes=accelerator.num_processes,
+    )
+    loader = training_loader(views, batches, config.num_workers)
+    accelerator.print(f"{len(training)} scans to train on, {len(held_out)} held out, of {config.data}")
+
+    # ---- model: the objective is the model's own loss (MAE) ---------------------------------------------------------
+    model_config = getattr(M3RetConfig, config.preset)(**config.model)
+    model = M3RetForPreTraining(model_config)
+    learning_rate = config.peak_learning_rate(accelerator.num_processes)
+    optimiser = build_optimiser(model, config, learning_rate)
+    model, optimiser = accelerator.prepare(model, optimiser)
+
+    # ---- the loop ---------------------------------------------------------------------------------------------------
+    warmup = max(1, round(config.warmup_fraction * config.steps))
+    run_dir.mkdir(parents=True, exist_ok=True)
+    metrics_file = run_dir / "metrics.jsonl"
+    metrics_file.unlink(missing_ok=True)
+    unreadable: dict[int, str] = {}
+    scans_seen = views_seen = 0
+    model.train()
+    started = time.perf_counter()
+    progress = tqdm(range(config.steps), desc="pretraining", unit="step", disable=not accelerator.is_main_process)
+    for step, pack in zip(progress, loader, strict=False):
+        unreadable |= dict(pack.failures)
+        for group in optimiser.param_groups:
+            group["lr"] = learning_rate * warmup_cosine(step, config.steps, warmup)
+        output = model(
+            pack.pixel_values.to(accelerator.device),
+            pack.grid_thw.to(accelerator.device),
+            noise=pack.noise.to(accelerator.device),
+        )
+        accelerator.backward(output.loss)
+        gradient_norm = accelerator.clip_grad_norm_(model.parameters(), config.gradient_clip)
+        optimiser.step()
+        optimiser.zero_grad()
+
+        scans_seen += len(set(pack.scans)) * accelerator.num_processes
+        views_seen += len(pack.scans) * accelerator.num_processes
+        if (step + 1) % config.log_every == 0 or step + 1 == config.steps:
+            loss = accelerator.reduce(output.loss.detach(), "mean").item()
+            seconds = time.perf_counter() - started
+            entry = {
+                "step": step + 1,
+                "loss": loss,
+                "gradient_norm": float(gradient_norm),
+                "learning_rate": optimiser.param_groups[0]["lr"],
+                "views": views_seen,
+                "views_per_second": views_seen / seconds,
+                "seconds": seconds,
+            }
+            progress.set_postfix(loss=f"{loss:.4f}", views_per_s=f"{views_seen / seconds:.0f}")
+            accelerator.log({key: value for key, value in entry.items() if key != "step"}, step=step + 1)
+            if accelerator.is_main_process:
+                append_json_line(metrics_file, entry)
+    progress.close()
+
+    # ---- what it is worth, and the checkpoint -----------------------------------------------------------------------
+    if accelerator.is_main_process:
+        trained = accelerator.unwrap_model(model).eval()
+        set_seed(config.seed)
+        untrained = M3RetModel(model_config).eval().to(accelerator.device)
+        embedders = {
+            "pixels": pixel_embedder(processor),
+            "untrained": encoder_embedder(untrained),
+            "trained": encoder_embedder(trained.m3ret),
+        }
+        embedded = embed_records(list(embedders.values()), processor, held_out, num_workers=min(1, config.num_workers))
+        rows = evaluate(dict(zip(embedders, embedded, strict=True)))
+        facts = {
+            "objective": config.objective,
+            "preset": config.preset,
+            "steps": config.steps,
+            "views": views_seen,
+            "training_scans": len(training),
+            "modalities": sorted({record.modality for record in training}),
+            "unseen_modalities": config.exclude_modalities,
+            "held_out_scans": len(embedded[0].records),
+            "unreadable_scans": len(unreadable) + len(embedded[0].failures),
+            "seconds": round(time.perf_counter() - started, 1),
+        }
+        (run_dir / "retrieval.json").write_text(to_json(rows, **facts) + "\n", encoding="utf-8")
+        card = write_card(
+            Path(__file__).with_name("model_card.md"), config, model_config, trained.m3ret.num_parameters(), facts, rows
+        )
+        save_checkpoint(Path(config.output_dir), trained, processor, card, facts)
+        print(format_table(rows))
+        for message in [*unreadable.values(), *embedded[0].failures]:
+            print(f"not read: {message}")
+        print(f"checkpoint: {config.output_dir}   metrics: {metrics_file}")
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()
