@@ -164,8 +164,8 @@ def rotary_tables(places: Tensor, head_dim: int, theta: float) -> tuple[Tensor, 
 
 def rotate(heads: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
     """Turn channel pairs `(i, i + head_dim / 2)` of `(..., head_dim)` by the tables."""
-    swapped = heads.roll(heads.shape[-1] // 2, dims=-1)
-    return torch.addcmul(heads * cosines, swapped, sines)
+    first, second = heads.chunk(2, dim=-1)
+    return torch.addcmul(heads * cosines, torch.cat([second, first], dim=-1), sines)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

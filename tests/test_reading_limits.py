@@ -335,14 +335,19 @@ def test_packaged_broken_files_are_refused() -> None:
 def test_import_needs_numpy_alone() -> None:
     code = """
         import sys
-        import importlib.util
-        spec = importlib.util.spec_from_file_location("alone", "modeling_m3ret/reading_m3ret.py")
-        module = importlib.util.module_from_spec(spec)
-        sys.modules["alone"] = module
-        spec.loader.exec_module(module)
+        import types
+        package = types.ModuleType("alone")  # the files side by side, without what modeling_m3ret/__init__.py imports
+        package.__path__ = ["modeling_m3ret"]
+        sys.modules["alone"] = package
+        from alone.reading_m3ret import read_scan
         heavy = {"torch", "pydicom", "nibabel", "decord", "av", "PIL"} & set(sys.modules)
         assert not heavy, heavy
     """
     root = Path(__file__).resolve().parents[1]
     run = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd=root, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
+
+
+def test_a_path_that_cannot_exist_is_refused_like_any_other() -> None:
+    with pytest.raises(M3RetReadError):
+        read_scan("a\0b.png")
