@@ -13,6 +13,7 @@ import torch
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, set_seed
 
 from modeling_m3ret import M3RetModel, __version__
+from modeling_m3ret.cpu import prepare_cpu
 from modeling_m3ret.data.collection import open_collection, split_by_group
 from modeling_m3ret.retrieval.embed import embed_records, encoder_embedder, pixel_embedder
 from modeling_m3ret.retrieval.evaluation import evaluate, format_table, to_json
@@ -30,6 +31,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=None, help="also write the table as JSON")
     arguments = parser.parse_args()
 
+    if arguments.device == "cpu":
+        prepare_cpu()
     records = open_collection(arguments.data)
     if arguments.holdout is not None:
         _, records = split_by_group(records, arguments.holdout)

@@ -17,6 +17,7 @@ from accelerate.utils import set_seed
 from tqdm.auto import tqdm
 
 from modeling_m3ret import M3RetConfig, M3RetForPreTraining, M3RetImageProcessor, M3RetModel
+from modeling_m3ret.cpu import prepare_cpu
 from modeling_m3ret.data.collection import open_collection, split_by_group, without_modalities
 from modeling_m3ret.data.loading import RandomViews, SeededBatches, training_loader
 from modeling_m3ret.pretraining.checkpoints import append_json_line, save_checkpoint
@@ -33,6 +34,8 @@ def main() -> None:
     accelerator = Accelerator(log_with=config.report_to, project_dir=run_dir)
     accelerator.init_trackers("m3ret", config={key: str(value) for key, value in asdict(config).items()})
     set_seed(config.seed)
+    if accelerator.device.type == "cpu":
+        prepare_cpu(accelerator.state.num_processes)
 
     # ---- data: every patient is either trained on or held out -------------------------------------------------------
     with accelerator.main_process_first():  # the phantom is made once
@@ -40,7 +43,8 @@ def main() -> None:
     training, held_out = split_by_group(records, config.holdout)
     training = without_modalities(training, config.exclude_modalities)
     processor = M3RetImageProcessor(size=config.size, num_frames=config.num_frames, max_patches=config.max_patches)
-    views = RandomViews(training, processor, views=config.views_per_decode, seed=config.seed)
+    cache_bytes = int(config.cache_gib * 2**30 / max(1, config.num_workers))
+    views = RandomViews(training, processor, views=config.views_per_decode, seed=config.seed, cache_bytes=cache_bytes)
     batches = SeededBatches(
         len(training),
         config.batch_size,
@@ -72,11 +76,7 @@ def main() -> None:
         unreadable |= dict(pack.failures)
         for group in optimiser.param_groups:
             group["lr"] = learning_rate * warmup_cosine(step, config.steps, warmup)
-        output = model(
-            pack.pixel_values.to(accelerator.device),
-            pack.grid_thw.to(accelerator.device),
-            noise=pack.noise.to(accelerator.device),
-        )
+        output = model(**pack.inputs(processor, accelerator.device))
         accelerator.backward(output.loss)
         gradient_norm = accelerator.clip_grad_norm_(model.parameters(), config.gradient_clip)
         optimiser.step()

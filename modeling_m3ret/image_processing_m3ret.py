@@ -8,13 +8,15 @@ rest of the project.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, TypedDict
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import BaseImageProcessor, BatchFeature
 
-from .modeling_m3ret import patchify
+from .modeling_m3ret import cut
 from .reading_m3ret import Scan, read_scan
 
 
@@ -105,37 +107,45 @@ class M3RetImageProcessor(BaseImageProcessor):
         scans = images if isinstance(images, (list, tuple)) else [images]
         if not scans:
             raise ValueError("no scan was given")
-        packed = [self.pack(self.read(scan, num_frames), **settings) for scan in scans]
-        rows, grids = zip(*packed, strict=True)
-        data = {"pixel_values": torch.cat(rows), "grid_thw": torch.tensor(grids, dtype=torch.int64)}
-        return BatchFeature(data, tensor_type=return_tensors)
+        rows, grids = self.rows([self.resize(self.read(scan, num_frames), **settings) for scan in scans])
+        return BatchFeature({"pixel_values": rows, "grid_thw": grids}, tensor_type=return_tensors)
 
     def read(self, source: Any, num_frames: int | None = None) -> Scan:
         """Read one scan, of a clip no more frames than will be used."""
         return read_scan(source, num_frames=num_frames or self.num_frames)
 
-    def pack(self, scan: Scan, **settings: int | None) -> tuple[Tensor, tuple[int, int, int]]:
-        """One scan -> its rows `(P, C*t*p*p)` float32, normalised, and its grid. `settings` as in `preprocess`."""
-        volume = self.resize(scan, **settings)  # (1 or 3, D, H, W)
-        rows = patchify(volume[None], self.patch_depth, self.patch_size)[0]
-        if volume.shape[0] == 1:  # the same values for every channel: repeated last, where it is cheapest
-            rows = rows.repeat(1, self.num_channels)
+    def rows(self, volumes: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Resized scans, each `(1 or 3, D, H, W)` -> `pixel_values (P, C*t*p*p)` and `grid_thw (B, 3)`, where they are.
+
+        A grey scan's values are written for every channel, and each value once, straight to its place.
+        """
+        grids = [self.grid(volume) for volume in volumes]
+        values = self.num_channels * self.patch_depth * self.patch_size**2
+        rows = volumes[0].new_empty(sum(math.prod(grid) for grid in grids), values)
+        for part, volume in zip(rows.split([math.prod(grid) for grid in grids]), volumes, strict=True):
+            patches = cut(volume[None], self.patch_depth, self.patch_size)[0]  # (T, h, w, 1 or 3, t, p, p)
+            part.view(*patches.shape[:3], self.num_channels, *patches.shape[4:]).copy_(patches)
+        return rows, torch.tensor(grids, dtype=torch.int64, device=rows.device)
+
+    def grid(self, volume: Tensor) -> tuple[int, int, int]:
+        """Patches along depth, height and width of a resized scan `(C, D, H, W)`."""
         D, H, W = volume.shape[1:]
-        return rows, (-(-D // self.patch_depth), H // self.patch_size, W // self.patch_size)
+        return -(-D // self.patch_depth), H // self.patch_size, W // self.patch_size
 
     def resize(self, scan: Scan, **settings: int | None) -> Tensor:
-        """A scan by the size policy, normalised: `(1 or 3, D, H, W)` float32."""
+        """A scan by the size policy, normalised: `(1 or 3, D, H, W)` float32. `settings` as in `preprocess`."""
         # a picture's memory may be read-only, which torch has no word for; nothing below writes into it either way
         volume = torch.from_numpy(scan.array if scan.array.flags.writeable else scan.array.copy())
         depth, height, width = self.target_shape(tuple(volume.shape[1:]), scan.spacing, **settings)
-        if depth < volume.shape[1] and scan.spacing[0] is None:
-            centres = (torch.arange(depth) + 0.5) * volume.shape[1] / depth
+        C, D, H, W = volume.shape
+        if depth < D and scan.spacing[0] is None:
+            centres = (torch.arange(depth) + 0.5) * D / depth
             volume = volume[:, centres.long()]
+        elif depth < D:  # first, so that the plane is resized for the slices that stay
+            volume = _interpolate(volume.float().reshape(C, 1, D, H * W), depth, H * W).view(C, depth, H, W)
+            volume = volume / 255 if scan.array.dtype == np.uint8 else volume
         volume = _interpolate(volume, height, width)
         volume = volume.float().div_(255) if volume.dtype == torch.uint8 else volume.float()
-        if depth < volume.shape[1]:
-            C, D = volume.shape[:2]
-            volume = _interpolate(volume.view(C, 1, D, -1), depth, height * width).view(C, depth, height, width)
         return (volume - self.image_mean) / self.image_std
 
     def target_shape(

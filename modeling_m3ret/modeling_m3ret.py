@@ -35,15 +35,10 @@ from .configuration_m3ret import M3RetConfig
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def patchify(volumes: Tensor, patch_depth: int, patch_size: int) -> Tensor:
-    """Cut equal volumes into patch rows, in raster order (depth, height, width).
+def cut(volumes: Tensor, patch_depth: int, patch_size: int) -> Tensor:
+    """Equal volumes `(B, C, D, H, W)` -> `(B, T, H/p, W/p, C, t, p, p)`, their patches, where possible as a view.
 
-    Args:
-        volumes: `(B, C, D, H, W)`. A depth that does not fill its last patch is padded by repeating the last slice;
-            H and W must be multiples of `patch_size`.
-
-    Returns:
-        `(B, T*H/p*W/p, C*t*p*p)`, the values of a row in the order channel, depth, height, width.
+    A depth that does not fill its last patch is padded by repeating the last slice; H and W must be multiples of p.
 
     Raises:
         ValueError: if H or W is no multiple of `patch_size`.
@@ -52,11 +47,20 @@ def patchify(volumes: Tensor, patch_depth: int, patch_size: int) -> Tensor:
     if H % patch_size or W % patch_size:
         raise ValueError(f"height and width must be multiples of the patch size {patch_size}, found {H} x {W}")
     if missing := -D % patch_depth:
-        volumes = torch.cat([volumes, volumes[:, :, -1:].expand(-1, -1, missing, -1, -1)], dim=2)
+        last = volumes[:, :, -1:].expand(-1, -1, missing + (D == 1), -1, -1)
+        volumes = last if D == 1 else torch.cat([volumes, last], dim=2)
     T, h, w = (D + missing) // patch_depth, H // patch_size, W // patch_size
-    patches = volumes.reshape(B, C, T, patch_depth, h, patch_size, w, patch_size)
-    patches = patches.permute(0, 2, 4, 6, 1, 3, 5, 7)  # (B, T, h, w, C, t, p, p)
-    return patches.reshape(B, T * h * w, C * patch_depth * patch_size**2)
+    patches = volumes.view(B, C, T, patch_depth, h, patch_size, w, patch_size)
+    return patches.permute(0, 2, 4, 6, 1, 3, 5, 7)
+
+
+def patchify(volumes: Tensor, patch_depth: int, patch_size: int) -> Tensor:
+    """Equal volumes `(B, C, D, H, W)` -> patch rows `(B, T*H/p*W/p, C*t*p*p)`, as `cut` has them.
+
+    Rows are in raster order (depth, height, width), values of a row in the order channel, depth, height, width.
+    """
+    patches = cut(volumes, patch_depth, patch_size)
+    return patches.reshape(len(volumes), math.prod(patches.shape[1:4]), math.prod(patches.shape[4:]))
 
 
 def patch_places(grids: Sequence[tuple[int, int, int]], device: torch.device) -> Tensor:
@@ -645,10 +649,14 @@ def choose_visible(noise: Tensor, patch_counts: Sequence[int], mask_ratio: float
 
 
 def normalise_patches(rows: Tensor, eps: float) -> Tensor:
-    """Each patch to mean 0 and (unbiased) variance 1, in float32: the target of MAE, section 4.1."""
-    rows = rows.float()
-    variance, mean = torch.var_mean(rows, dim=-1, keepdim=True)
-    return (rows - mean) / (variance + eps).sqrt()
+    """Each patch `(M, n)` to mean 0 and unbiased variance 1 in float32: (x - mean) / sqrt(var + eps), MAE, section 4.1.
+
+    A layer norm, so one pass over memory; its biased variance is (n - 1) / n of the unbiased one.
+    """
+    n = rows.shape[-1]
+    biased = (n - 1) / n
+    gain = torch.full((n,), math.sqrt(biased), device=rows.device)
+    return nn.functional.layer_norm(rows.float(), (n,), weight=gain, eps=eps * biased)
 
 
 def masked_patch_loss(predicted: Tensor, target: Tensor, masked_counts: Sequence[int], eps: float) -> Tensor:
@@ -657,7 +665,8 @@ def masked_patch_loss(predicted: Tensor, target: Tensor, masked_counts: Sequence
     The mean over each scan's masked patches, then over scans: every scan weighs the same, since by patches one CT would
     outweigh eight X-rays, and a mix of modalities be a training on CT. Scans without a masked patch have no part in it.
     """
-    errors = (predicted.float() - normalise_patches(target, eps)).square().mean(-1)  # (M,)
+    target = normalise_patches(target, eps)
+    errors = nn.functional.mse_loss(predicted.float(), target, reduction="none").mean(-1)  # (M,)
     return torch.stack([scan.mean() for scan in errors.split(list(masked_counts)) if len(scan)]).mean()
 
 

@@ -177,7 +177,7 @@ quiet = _Quiet()
 def name_of(source: Any) -> str:
     """What messages call a source: the name of its file, or what kind of thing it is."""
     if isinstance(source, (str, os.PathLike)):
-        return Path(os.path.abspath(source)).name  # "." has a name too; resolve() would raise on odd ones
+        return Path(source).absolute().name
     if isinstance(source, dict):
         for key in ("image", "video", "volume", "path"):
             if source.get(key) is not None:

@@ -41,7 +41,7 @@ def make_model(attention: str = "sdpa", **overrides: object) -> M3RetModel:
 
 
 def largest_difference(one: Tensor, other: Tensor) -> float:
-    return float((one - other).abs().max())
+    return (one - other).abs().max().item()
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

@@ -5,6 +5,7 @@ A file that cannot be read never stops a run: its place in the batch holds the e
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ..image_processing_m3ret import M3RetImageProcessor
-from ..reading_m3ret import M3RetReadError
+from ..reading_m3ret import M3RetReadError, Scan
 from .collection import Record
 from .views import CropRanges, random_crop
 
@@ -25,26 +26,33 @@ MOST_FAILURES_IN_A_ROW = 16
 
 @dataclass
 class Pack:
-    """A packed batch: what the model takes, and which scans it holds.
+    """A batch on its way from the workers: resized scans without the repetition that the model's rows hold (a grey
+    image's rows hold each value twelve times), which is made where they are used.
 
-    pixel_values `(P, C*t*p*p)`, grid_thw `(B, 3)`, noise `(P,)` for MAE's mask or None, scans: index of each of the B
-    scans in the records, failures: (index, message) of those that could not be read.
+    values: all scans' voxels, float32, one after the other; shapes: `(1 or 3, D, H, W)` of each; scans: index of each
+    in the records; noise: `(P,)` for MAE's mask, or None; failures: (index, message) of those that could not be read.
     """
 
-    pixel_values: Tensor
-    grid_thw: Tensor
-    noise: Tensor | None
+    values: Tensor
+    shapes: list[tuple[int, int, int, int]]
     scans: list[int]
+    noise: Tensor | None = None
     failures: list[tuple[int, str]] = field(default_factory=list)
+
+    def inputs(self, processor: M3RetImageProcessor, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+        """What the model takes, on its device: `pixel_values (P, C*t*p*p)`, `grid_thw (B, 3)`, `noise (P,)` if any."""
+        volumes = self.values.to(device, non_blocking=True).split([math.prod(shape) for shape in self.shapes])
+        rows, grids = processor.rows([volume.view(s) for volume, s in zip(volumes, self.shapes, strict=True)])
+        inputs = {"pixel_values": rows, "grid_thw": grids}
+        return inputs if self.noise is None else inputs | {"noise": self.noise.to(device, non_blocking=True)}
 
 
 @dataclass(frozen=True)
-class Packed:
-    """One scan as rows `(P, C*t*p*p)`, with its grid, and noise `(P,)` in training."""
+class Resized:
+    """One scan by the size policy, `(1 or 3, D, H, W)` float32, and in training a number in [0, 1) for each patch."""
 
     index: int
-    rows: Tensor
-    grid: tuple[int, int, int]
+    volume: Tensor
     noise: Tensor | None = None
 
 
@@ -54,21 +62,20 @@ class Failure:
     message: str
 
 
-def collate(items: Sequence[Sequence[Packed | Failure]]) -> Pack:
+def collate(items: Sequence[Sequence[Resized | Failure]]) -> Pack:
     """Items of a data set, each some views of one scan or its failure, to one pack."""
-    packed = [entry for item in items for entry in item if isinstance(entry, Packed)]
-    failures = [(entry.index, entry.message) for item in items for entry in item if isinstance(entry, Failure)]
-    noises = [entry.noise for entry in packed if entry.noise is not None]
+    resized = [entry for item in items for entry in item if isinstance(entry, Resized)]
+    noises = [entry.noise for entry in resized if entry.noise is not None]
     return Pack(
-        pixel_values=torch.cat([entry.rows for entry in packed]) if packed else torch.empty(0, 0),
-        grid_thw=torch.tensor([entry.grid for entry in packed], dtype=torch.int64).view(-1, 3),
+        values=torch.cat([entry.volume.flatten() for entry in resized]) if resized else torch.empty(0),
+        shapes=[(*entry.volume.shape,) for entry in resized],
+        scans=[entry.index for entry in resized],
         noise=torch.cat(noises) if noises else None,
-        scans=[entry.index for entry in packed],
-        failures=failures,
+        failures=[(entry.index, entry.message) for item in items for entry in item if isinstance(entry, Failure)],
     )
 
 
-class WholeScans(Dataset[list[Packed | Failure]]):
+class WholeScans(Dataset[list[Resized | Failure]]):
     """Each record once, whole, by the processor: for embedding."""
 
     def __init__(self, records: Sequence[Record], processor: M3RetImageProcessor):
@@ -78,19 +85,21 @@ class WholeScans(Dataset[list[Packed | Failure]]):
     def __len__(self) -> int:
         return len(self.records)
 
-    def __getitem__(self, index: int) -> list[Packed | Failure]:
+    def __getitem__(self, index: int) -> list[Resized | Failure]:
         try:
-            rows, grid = self.processor.pack(self.processor.read(self.records[index].path))
+            volume = self.processor.resize(self.processor.read(self.records[index].path))
         except M3RetReadError as error:
             return [Failure(index, str(error))]
-        return [Packed(index, rows, grid)]
+        return [Resized(index, volume)]
 
 
-class RandomViews(Dataset[list[Packed | Failure]]):
+class RandomViews(Dataset[list[Resized | Failure]]):
     """`views` random crops of a record, all from one decode, with the noise of their masks: for pretraining.
 
     An item is asked for by `(epoch, index)`. Crops and noise follow from (seed, epoch, index) alone, so that they do
     not depend on the worker that cuts them or on when a run was resumed.
+
+    Decoded scans are kept for the next epoch up to `cache_bytes` in each worker: a small collection is decoded once.
 
     Raises:
         M3RetReadError: when 16 records in a row cannot be read.
@@ -104,22 +113,25 @@ class RandomViews(Dataset[list[Packed | Failure]]):
         views: int,
         ranges: CropRanges = CropRanges(),
         seed: int = 0,
+        cache_bytes: int = 0,
     ):
         self.records = records
         self.processor = processor
         self.views = views
         self.ranges = ranges
         self.seed = seed
+        self.cache_bytes = cache_bytes
+        self._cache: dict[int, Scan] = {}
 
     def __len__(self) -> int:
         return len(self.records)
 
-    def __getitem__(self, key: tuple[int, int]) -> list[Packed | Failure]:
+    def __getitem__(self, key: tuple[int, int]) -> list[Resized | Failure]:
         epoch, index = key
-        failures: list[Packed | Failure] = []
+        failures: list[Resized | Failure] = []
         while True:
             try:
-                scan = self.processor.read(self.records[index].path)
+                scan = self._read(index)
                 break
             except M3RetReadError as error:
                 failures.append(Failure(index, str(error)))
@@ -129,10 +141,19 @@ class RandomViews(Dataset[list[Packed | Failure]]):
         generator = np.random.default_rng([self.seed, epoch, index])
         views = failures
         for _ in range(self.views):
-            rows, grid = self.processor.pack(random_crop(scan, self.ranges, generator))
-            noise = torch.from_numpy(generator.random(len(rows), dtype=np.float32))
-            views.append(Packed(index, rows, grid, noise))
+            volume = self.processor.resize(random_crop(scan, self.ranges, generator))
+            noise = generator.random(math.prod(self.processor.grid(volume)), dtype=np.float32)
+            views.append(Resized(index, volume, torch.from_numpy(noise)))
         return views
+
+    def _read(self, index: int) -> Scan:
+        if index in self._cache:
+            return self._cache[index]
+        scan = self.processor.read(self.records[index].path)
+        if scan.array.nbytes <= self.cache_bytes:
+            self.cache_bytes -= scan.array.nbytes
+            self._cache[index] = scan
+        return scan
 
 
 class SeededBatches:

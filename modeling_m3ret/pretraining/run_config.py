@@ -29,7 +29,8 @@ class RunConfig:
         times views / 256, is what `learning_rate: null` resolves to; decay .05; betas .9 and .95.
     warmup_fraction: part of the steps with a linear warm-up; 40 of MAE's 800 epochs.
     gradient_clip: largest norm of the gradient. MAE clips nothing; at 3 (SimDINO's) only an outlier batch is cut.
-    num_workers: processes that decode, beside each training process.
+    num_workers: processes that decode, beside each training process. cache_gib: memory, in GiB over all workers of a
+        process, that keeps decoded scans for the next epoch; 0 for collections that would not fit anyway.
     seed: of weights, order, crops and masks.
     log_every: steps between lines in `metrics.jsonl`. report_to: trackio, tensorboard or wandb.
     """
@@ -54,6 +55,7 @@ class RunConfig:
     warmup_fraction: float = 0.05
     gradient_clip: float = 3.0
     num_workers: int = 4
+    cache_gib: float = 0.0
     seed: int = 0
     log_every: int = 10
     report_to: str | None = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -10,9 +10,13 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..data.collection import Record
-from ..data.loading import Pack, WholeScans, embedding_loader
+from ..data.loading import WholeScans, embedding_loader
 from ..image_processing_m3ret import M3RetImageProcessor
 from ..modeling_m3ret import M3RetModel
+
+
+# from pixel_values (P, C*t*p*p) and grid_thw (B, 3) to embeddings (B, d)
+Embedder = Callable[[Mapping[str, Tensor]], Tensor]
 
 
 @dataclass
@@ -25,7 +29,7 @@ class Embedded:
 
 
 def embed_records(
-    embed: Callable[[Pack], Tensor] | Sequence[Callable[[Pack], Tensor]],
+    embedders: Sequence[Embedder],
     processor: M3RetImageProcessor,
     records: Sequence[Record],
     *,
@@ -36,13 +40,12 @@ def embed_records(
     """Embed every readable scan, in order, with one or several embedders that share each decode.
 
     Args:
-        embed: from a pack to `(B, d)`: `encoder_embedder(model)`, `pixel_embedder(processor)`.
+        embedders: each from the model's inputs to `(B, d)`: `encoder_embedder(model)`, `pixel_embedder(processor)`.
         batch_size: scans in a pack. 16 keeps both cores of a small machine busy and memory at some 100 MB.
 
     Returns:
         An `Embedded` for each embedder.
     """
-    embedders = [embed] if callable(embed) else list(embed)
     parts: list[list[Tensor]] = [[] for _ in embedders]
     kept: list[int] = []
     failures: list[str] = []
@@ -52,17 +55,18 @@ def embed_records(
             failures += [message for _, message in pack.failures]
             if pack.scans:
                 kept += pack.scans
+                inputs = pack.inputs(processor)
                 for part, embedder in zip(parts, embedders, strict=True):
-                    part.append(embedder(pack).float().cpu())
+                    part.append(embedder(inputs).float().cpu())
     return [
         Embedded(torch.cat(part) if part else torch.empty(0, 0), [records[index] for index in kept], failures)
         for part in parts
     ]
 
 
-def encoder_embedder(model: M3RetModel) -> Callable[[Pack], Tensor]:
+def encoder_embedder(model: M3RetModel) -> Embedder:
     """The model's retrieval embedding, on the model's device."""
-    return lambda pack: model.get_image_features(pack.pixel_values.to(model.device), pack.grid_thw.to(model.device))
+    return lambda inputs: model.get_image_features(**{name: value.to(model.device) for name, value in inputs.items()})
 
 
 # depth x height x width of the pixel baseline's thumbnail: 16 x 16 as in tiny images (Torralba et al. 2008 use 32 x 32
@@ -70,13 +74,13 @@ def encoder_embedder(model: M3RetModel) -> Callable[[Pack], Tensor]:
 THUMBNAIL = (4, 16, 16)
 
 
-def pixel_embedder(processor: M3RetImageProcessor) -> Callable[[Pack], Tensor]:
+def pixel_embedder(processor: M3RetImageProcessor) -> Embedder:
     """The scan itself as its embedding: a 4 x 16 x 16 thumbnail in colour, minus its mean, L2-normalised."""
 
-    def embed(pack: Pack) -> Tensor:
-        counts = pack.grid_thw.prod(-1).tolist()
+    def embed(inputs: Mapping[str, Tensor]) -> Tensor:
+        grids = inputs["grid_thw"]
         thumbnails = []
-        for rows, grid in zip(pack.pixel_values.split(counts), pack.grid_thw.tolist(), strict=True):
+        for rows, grid in zip(inputs["pixel_values"].split(grids.prod(-1).tolist()), grids.tolist(), strict=True):
             volume = unpatchify(rows, grid, processor)
             thumbnails.append(torch.nn.functional.adaptive_avg_pool3d(volume, THUMBNAIL).flatten())
         stacked = torch.stack(thumbnails)

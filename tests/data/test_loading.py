@@ -39,14 +39,10 @@ def records(tmp_path: Path) -> list[Record]:
 
 
 def equal(one: Pack, other: Pack) -> bool:
-    assert one.noise is not None
-    assert other.noise is not None
-    tensors = (
-        (one.pixel_values, other.pixel_values),
-        (one.grid_thw, other.grid_thw),
-        (one.noise, other.noise),
+    mine, theirs = one.inputs(PROCESSOR), other.inputs(PROCESSOR)
+    return (
+        one.scans == other.scans and mine.keys() == theirs.keys() and all(torch.equal(mine[k], theirs[k]) for k in mine)
     )
-    return one.scans == other.scans and all(torch.equal(mine, theirs) for mine, theirs in tensors)
 
 
 def test_training_batches_do_not_depend_on_the_workers(records: list[Record]) -> None:
@@ -58,9 +54,9 @@ def test_training_batches_do_not_depend_on_the_workers(records: list[Record]) ->
     assert all(equal(one, other) for one, other in zip(alone, with_workers, strict=True))
     assert not equal(alone[0], alone[2])
     for pack in alone:
-        assert len(pack.scans) == len(pack.grid_thw) == 6
-        assert pack.noise is not None
-        assert len(pack.pixel_values) == len(pack.noise) == int(pack.grid_thw.prod(-1).sum())
+        inputs = pack.inputs(PROCESSOR)
+        assert len(pack.scans) == len(inputs["grid_thw"]) == 6
+        assert len(inputs["pixel_values"]) == len(inputs["noise"]) == int(inputs["grid_thw"].prod(-1).sum())
 
 
 def test_ranks_share_an_epoch_without_overlap() -> None:
@@ -84,7 +80,7 @@ def test_one_bad_file_is_counted_and_stops_nothing(records: list[Record]) -> Non
     assert [index for index, _ in failures] == [2]
     assert "2.npy" in failures[0][1]
 
-    pixels = embed_records(pixel_embedder(PROCESSOR), PROCESSOR, records, batch_size=3, progress=False)[0]
+    pixels = embed_records([pixel_embedder(PROCESSOR)], PROCESSOR, records, batch_size=3, progress=False)[0]
     assert [record.id for record in pixels.records] == ["0", "1", "3", "4", "5", "6", "7"]
     assert len(pixels.embeddings) == 7
     assert len(pixels.failures) == 1
@@ -102,7 +98,9 @@ def test_whole_scans_come_in_order(records: list[Record]) -> None:
     packs = list(embedding_loader(WholeScans(records, PROCESSOR), 3, 2))
     assert [index for pack in packs for index in pack.scans] == list(range(8))
     alone = PROCESSOR(records[4].path)
-    assert torch.equal(packs[1].grid_thw[1], alone["grid_thw"][0])
+    together = packs[1].inputs(PROCESSOR)
+    counts = together["grid_thw"].prod(-1).tolist()
+    assert torch.equal(together["pixel_values"].split(counts)[1], alone["pixel_values"])
 
 
 def test_crops_lie_inside_and_span_their_ranges() -> None:
@@ -121,3 +119,22 @@ def test_crops_lie_inside_and_span_their_ranges() -> None:
     assert 0.5 <= min(depths) < 0.6
     assert 0.9 < max(depths) <= 1
     assert np.mean(areas) == pytest.approx(0.6, abs=0.05)
+
+
+def test_a_cached_scan_is_read_once_and_gives_the_same_views(
+    records: list[Record], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fresh = RandomViews(records, PROCESSOR, views=2)
+    expected = [fresh[epoch, 0] for epoch in range(2)]
+    read: list[Path] = []
+    original = M3RetImageProcessor.read
+    monkeypatch.setattr(M3RetImageProcessor, "read", lambda self, source: read.append(source) or original(self, source))
+    cached = RandomViews(records, PROCESSOR, views=2, cache_bytes=20_000)  # one image of 50 x 60 float32, not two
+    for epoch in range(2):
+        for mine, theirs in zip(cached[epoch, 0], expected[epoch], strict=True):
+            assert torch.equal(mine.volume, theirs.volume)
+            assert torch.equal(mine.noise, theirs.noise)
+    assert len(read) == 1
+    for epoch in range(2):
+        _ = cached[epoch, 3]
+    assert len(read) == 3

@@ -1,0 +1,105 @@
+"""The scripts as a user runs them: phantom in, checkpoint and tables out, in processes of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoImageProcessor, AutoModel
+
+from modeling_m3ret.data.collection import read_manifest
+from modeling_m3ret.data.phantom import write_phantom
+
+
+ROOT = Path(__file__).parents[1]
+SMALL_RUN = {
+    "preset": "vitt",
+    "model": "{num_hidden_layers: 2}",
+    "size": 48,
+    "num_frames": 8,
+    "steps": 4,
+    "batch_size": 4,
+    "views_per_decode": 2,
+    "holdout": 0.5,
+    "num_workers": 1,
+    "log_every": 2,
+}
+
+
+@pytest.fixture(scope="module")
+def phantom(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_phantom(tmp_path_factory.mktemp("data") / "phantom", subjects=24, workers=2)
+
+
+def run(command: list[str], cwd: Path) -> str:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    ran = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    return ran.stdout
+
+
+def train(folder: Path, data: Path, launch: list[str], **overrides: object) -> str:
+    settings = SMALL_RUN | {"data": data, "output_dir": "m3ret-tiny", "run_dir": "runs/tiny"} | overrides
+    options = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
+    return run([sys.executable, "-m", "accelerate.commands.launch", *launch, str(ROOT / "train.py"), *options], folder)
+
+
+def test_train_ends_with_a_checkpoint_and_a_table(
+    tmp_path: Path, phantom: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    printed = train(tmp_path, phantom, [], report_to="tensorboard")
+    for word in ("| ct", "| mri", "all modalities", "across modalities", "untrained", "pixels", "chance"):
+        assert word in printed
+    lines = [json.loads(line) for line in (tmp_path / "runs/tiny/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 4]
+    assert all(0 < line["loss"] < 3 for line in lines)
+    assert list((tmp_path / "runs/tiny").rglob("events.out.tfevents*"))
+    facts = json.loads((tmp_path / "m3ret-tiny/training.json").read_text())
+    assert facts["modalities"] == ["ct", "endoscopy", "ultrasound", "xray"]
+    assert facts["unseen_modalities"] == ["mri"]
+    assert facts["views"] == 4 * 4 * 2
+    for text in ("README.md", "training.json", "config.json", "preprocessor_config.json"):
+        assert str(tmp_path) not in (tmp_path / "m3ret-tiny" / text).read_text()
+
+    monkeypatch.chdir(tmp_path)
+    model, processor = AutoModel.from_pretrained("m3ret-tiny"), AutoImageProcessor.from_pretrained("m3ret-tiny")
+    sources = [next(r.path for r in read_manifest(phantom) if r.modality == m) for m in ("ct", "xray", "endoscopy")]
+    with torch.no_grad():
+        features = model.get_image_features(**processor(sources, return_tensors="pt"))
+    assert features.shape == (3, 192)
+
+    options = {"--model": "m3ret-tiny", "--data": str(phantom), "--holdout": "0.5", "--output": "table.json"}
+    words = [word for option in options.items() for word in option]
+    evaluated = run([sys.executable, str(ROOT / "eval_retrieval.py"), *words], tmp_path)
+    # the same patients, the same scores as at the end of training
+    table = [line for line in printed.splitlines() if "| trained" in line]
+    assert table
+    assert [line for line in evaluated.splitlines() if "| trained" in line] == table
+    assert json.loads((tmp_path / "table.json").read_text())["not_read"] == 0
+
+
+def test_two_processes_train_together(tmp_path: Path, phantom: Path) -> None:
+    launch = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--main_process_port", "0"]
+    printed = train(tmp_path, phantom, [*launch, "--mixed_precision", "no", "--dynamo_backend", "no"], batch_size=2)
+    assert "all modalities" in printed
+    facts = json.loads((tmp_path / "m3ret-tiny/training.json").read_text())
+    assert facts["views"] == 4 * 2 * 2 * 2  # steps x scans x views x processes
+
+
+def test_a_wrong_word_ends_in_one_clear_line(tmp_path: Path) -> None:
+    ran = subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), "--data", "nowhere"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode != 0
+    assert "nowhere: found no manifest.csv" in ran.stderr
+    assert not list(tmp_path.glob("m3ret-*"))
