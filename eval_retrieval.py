@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel, set_seed
 from modeling_m3ret import M3RetModel, __version__
 from modeling_m3ret.cpu import prepare_cpu
 from modeling_m3ret.data.collection import open_collection, split_by_group
+from modeling_m3ret.pretraining.checkpoints import write_whole
 from modeling_m3ret.retrieval.embed import embed_records, encoder_embedder, pixel_embedder
 from modeling_m3ret.retrieval.evaluation import evaluate, format_table, to_json
 
@@ -61,7 +62,7 @@ def main() -> None:
     print(f"{len(embedded[0].records)} scans embedded, {len(failures)} could not be read")
     if arguments.output:
         facts = {"m3ret": __version__, "torch": torch.__version__, "seed": arguments.seed, "not_read": len(failures)}
-        arguments.output.write_text(to_json(rows, **facts) + "\n", encoding="utf-8")
+        write_whole(arguments.output, to_json(rows, **facts) + "\n")
 
 
 if __name__ == "__main__":

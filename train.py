@@ -13,14 +13,14 @@ from dataclasses import asdict
 from pathlib import Path
 
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import gather_object, set_seed
 from tqdm.auto import tqdm
 
 from modeling_m3ret import M3RetConfig, M3RetForPreTraining, M3RetImageProcessor, M3RetModel
 from modeling_m3ret.cpu import prepare_cpu
 from modeling_m3ret.data.collection import open_collection, split_by_group, without_modalities
 from modeling_m3ret.data.loading import RandomViews, SeededBatches, training_loader
-from modeling_m3ret.pretraining.checkpoints import append_json_line, save_checkpoint
+from modeling_m3ret.pretraining.checkpoints import append_json_line, save_checkpoint, write_whole
 from modeling_m3ret.pretraining.model_card import write_card
 from modeling_m3ret.pretraining.optimisation import build_optimiser, warmup_cosine
 from modeling_m3ret.pretraining.run_config import parse_run_config
@@ -68,7 +68,7 @@ def main() -> None:
     metrics_file = run_dir / "metrics.jsonl"
     metrics_file.unlink(missing_ok=True)
     unreadable: dict[int, str] = {}
-    scans_seen = views_seen = 0
+    views_seen = 0
     model.train()
     started = time.perf_counter()
     progress = tqdm(range(config.steps), desc="pretraining", unit="step", disable=not accelerator.is_main_process)
@@ -82,7 +82,6 @@ def main() -> None:
         optimiser.step()
         optimiser.zero_grad()
 
-        scans_seen += len(set(pack.scans)) * accelerator.num_processes
         views_seen += len(pack.scans) * accelerator.num_processes
         if (step + 1) % config.log_every == 0 or step + 1 == config.steps:
             loss = accelerator.reduce(output.loss.detach(), "mean").item()
@@ -103,6 +102,7 @@ def main() -> None:
     progress.close()
 
     # ---- what it is worth, and the checkpoint -----------------------------------------------------------------------
+    unreadable = dict(gather_object(list(unreadable.items())))  # of all ranks
     if accelerator.is_main_process:
         trained = accelerator.unwrap_model(model).eval()
         set_seed(config.seed)
@@ -126,7 +126,7 @@ def main() -> None:
             "unreadable_scans": len(unreadable) + len(embedded[0].failures),
             "seconds": round(time.perf_counter() - started, 1),
         }
-        (run_dir / "retrieval.json").write_text(to_json(rows, **facts) + "\n", encoding="utf-8")
+        write_whole(run_dir / "retrieval.json", to_json(rows, **facts) + "\n")
         card = write_card(
             Path(__file__).with_name("model_card.md"), config, model_config, trained.m3ret.num_parameters(), facts, rows
         )

@@ -41,6 +41,14 @@ def save_checkpoint(
     shutil.rmtree(replaced, ignore_errors=True)
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Write a file beside its place, and rename it there once it is on disk."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    beside.write_text(text, encoding="utf-8")
+    _sync(beside)
+    beside.replace(path)
+
+
 def append_json_line(path: Path, entry: dict[str, Any]) -> None:
     """Add one object as a line; a line is written in one go, so that a reader never meets half of one."""
     with path.open("a", encoding="utf-8") as lines:

@@ -45,6 +45,8 @@ def evaluate(methods: Mapping[str, Embedded]) -> list[Row]:
     records = next(iter(methods.values())).records
     if any(embedded.records != records for embedded in methods.values()):
         raise ValueError("the methods embedded different scans, so their scores would not compare")
+    if not records:  # a run that held nobody out
+        return []
     modality, anatomy, label, group = (
         torch.tensor(_codes([getattr(record, key) for record in records]))
         for key in ("modality", "anatomy", "label", "group")

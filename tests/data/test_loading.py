@@ -22,6 +22,7 @@ from modeling_m3ret.data.loading import (
 )
 from modeling_m3ret.data.views import CropRanges, random_crop
 from modeling_m3ret.retrieval.embed import embed_records, pixel_embedder
+from modeling_m3ret.retrieval.evaluation import evaluate
 
 
 PROCESSOR = M3RetImageProcessor(size=48, num_frames=8)
@@ -101,6 +102,12 @@ def test_whole_scans_come_in_order(records: list[Record]) -> None:
     together = packs[1].inputs(PROCESSOR)
     counts = together["grid_thw"].prod(-1).tolist()
     assert torch.equal(together["pixel_values"].split(counts)[1], alone["pixel_values"])
+
+
+def test_nothing_to_embed_gives_nothing() -> None:
+    pixels = embed_records([pixel_embedder(PROCESSOR)], PROCESSOR, [], progress=False)[0]
+    assert (len(pixels.embeddings), pixels.records, pixels.failures) == (0, [], [])
+    assert evaluate({"pixels": pixels}) == []
 
 
 def test_crops_lie_inside_and_span_their_ranges() -> None:
