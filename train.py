@@ -16,12 +16,13 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object, set_seed
 from tqdm.auto import tqdm
 
-from modeling_m3ret import M3RetConfig, M3RetForPreTraining, M3RetImageProcessor, M3RetModel
+from modeling_m3ret import M3RetImageProcessor, M3RetModel
 from modeling_m3ret.cpu import prepare_cpu
 from modeling_m3ret.data.collection import open_collection, split_by_group, without_modalities
 from modeling_m3ret.data.loading import RandomViews, SeededBatches, training_loader
 from modeling_m3ret.pretraining.checkpoints import append_json_line, save_checkpoint, write_whole
 from modeling_m3ret.pretraining.model_card import write_card
+from modeling_m3ret.pretraining.objectives import build_objective
 from modeling_m3ret.pretraining.optimisation import build_optimiser, warmup_cosine
 from modeling_m3ret.pretraining.run_config import parse_run_config
 from modeling_m3ret.retrieval.embed import embed_records, encoder_embedder, pixel_embedder
@@ -37,6 +38,9 @@ def main() -> None:
     if accelerator.device.type == "cpu":
         prepare_cpu(accelerator.state.num_processes)
 
+    # ---- objective: masked autoencoding or self-distillation, each a module that returns its loss -------------------
+    objective, model_config = build_objective(config)
+
     # ---- data: every patient is either trained on or held out -------------------------------------------------------
     with accelerator.main_process_first():  # the phantom is made once
         records = open_collection(config.data)
@@ -44,7 +48,7 @@ def main() -> None:
     training = without_modalities(training, config.exclude_modalities)
     processor = M3RetImageProcessor(size=config.size, num_frames=config.num_frames, max_patches=config.max_patches)
     cache_bytes = int(config.cache_gib * 2**30 / max(1, config.num_workers))
-    views = RandomViews(training, processor, views=config.views_per_decode, seed=config.seed, cache_bytes=cache_bytes)
+    views = RandomViews(training, processor, views=objective.views, seed=config.seed, cache_bytes=cache_bytes)
     batches = SeededBatches(
         len(training),
         config.batch_size,
@@ -55,12 +59,10 @@ def main() -> None:
     loader = training_loader(views, batches, config.num_workers)
     accelerator.print(f"{len(training)} scans to train on, {len(held_out)} held out, of {config.data}")
 
-    # ---- model: the objective is the model's own loss (MAE) ---------------------------------------------------------
-    model_config = getattr(M3RetConfig, config.preset)(**config.model)
-    model = M3RetForPreTraining(model_config)
+    # ---- optimiser --------------------------------------------------------------------------------------------------
     learning_rate = config.peak_learning_rate(accelerator.num_processes)
-    optimiser = build_optimiser(model, config, learning_rate)
-    model, optimiser = accelerator.prepare(model, optimiser)
+    optimiser = build_optimiser(objective, config, learning_rate)
+    model, optimiser = accelerator.prepare(objective, optimiser)
 
     # ---- the loop ---------------------------------------------------------------------------------------------------
     warmup = max(1, round(config.warmup_fraction * config.steps))
@@ -76,26 +78,28 @@ def main() -> None:
         unreadable |= dict(pack.failures)
         for group in optimiser.param_groups:
             group["lr"] = learning_rate * warmup_cosine(step, config.steps, warmup)
-        output = model(**pack.inputs(processor, accelerator.device))
-        accelerator.backward(output.loss)
+        loss, terms = model(**pack.inputs(processor, accelerator.device))
+        accelerator.backward(loss)
         gradient_norm = accelerator.clip_grad_norm_(model.parameters(), config.gradient_clip)
         optimiser.step()
         optimiser.zero_grad()
+        objective.after_step(step, config.steps)
 
         views_seen += len(pack.scans) * accelerator.num_processes
         if (step + 1) % config.log_every == 0 or step + 1 == config.steps:
-            loss = accelerator.reduce(output.loss.detach(), "mean").item()
+            logged = {"loss": loss, **terms}
+            logged = {name: accelerator.reduce(term.detach(), "mean").item() for name, term in logged.items()}
             seconds = time.perf_counter() - started
             entry = {
                 "step": step + 1,
-                "loss": loss,
+                **logged,
                 "gradient_norm": float(gradient_norm),
                 "learning_rate": optimiser.param_groups[0]["lr"],
                 "views": views_seen,
                 "views_per_second": views_seen / seconds,
                 "seconds": seconds,
             }
-            progress.set_postfix(loss=f"{loss:.4f}", views_per_s=f"{views_seen / seconds:.0f}")
+            progress.set_postfix(loss=f"{logged['loss']:.4f}", views_per_s=f"{views_seen / seconds:.0f}")
             accelerator.log({key: value for key, value in entry.items() if key != "step"}, step=step + 1)
             if accelerator.is_main_process:
                 append_json_line(metrics_file, entry)
@@ -104,13 +108,13 @@ def main() -> None:
     # ---- what it is worth, and the checkpoint -----------------------------------------------------------------------
     unreadable = dict(gather_object(list(unreadable.items())))  # of all ranks
     if accelerator.is_main_process:
-        trained = accelerator.unwrap_model(model).eval()
+        trained = objective.encoder.eval()
         set_seed(config.seed)
         untrained = M3RetModel(model_config).eval().to(accelerator.device)
         embedders = {
             "pixels": pixel_embedder(processor),
             "untrained": encoder_embedder(untrained),
-            "trained": encoder_embedder(trained.m3ret),
+            "trained": encoder_embedder(trained),
         }
         embedded = embed_records(list(embedders.values()), processor, held_out, num_workers=min(1, config.num_workers))
         rows = evaluate(dict(zip(embedders, embedded, strict=True)))
@@ -128,9 +132,9 @@ def main() -> None:
         }
         write_whole(run_dir / "retrieval.json", to_json(rows, **facts) + "\n")
         card = write_card(
-            Path(__file__).with_name("model_card.md"), config, model_config, trained.m3ret.num_parameters(), facts, rows
+            Path(__file__).with_name("model_card.md"), config, model_config, trained.num_parameters(), facts, rows
         )
-        save_checkpoint(Path(config.output_dir), trained, processor, card, facts)
+        save_checkpoint(Path(config.output_dir), objective, processor, card, facts)
         print(format_table(rows))
         for message in [*unreadable.values(), *embedded[0].failures]:
             print(f"not read: {message}")

@@ -83,12 +83,31 @@ def test_train_ends_with_a_checkpoint_and_a_table(
     assert json.loads((tmp_path / "table.json").read_text())["not_read"] == 0
 
 
-def test_two_processes_train_together(tmp_path: Path, phantom: Path) -> None:
+@pytest.mark.parametrize("objective", ["mae", "simdino"])
+def test_two_processes_train_together(tmp_path: Path, phantom: Path, objective: str) -> None:
     launch = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--main_process_port", "0"]
-    printed = train(tmp_path, phantom, [*launch, "--mixed_precision", "no", "--dynamo_backend", "no"], batch_size=2)
+    printed = train(
+        tmp_path,
+        phantom,
+        [*launch, "--mixed_precision", "no", "--dynamo_backend", "no"],
+        batch_size=2,
+        objective=objective,
+        local_views=3,
+        local_size=32,
+    )
     assert "all modalities" in printed
     facts = json.loads((tmp_path / "m3ret-tiny/training.json").read_text())
-    assert facts["views"] == 4 * 2 * 2 * 2  # steps x scans x views x processes
+    views = 2 if objective == "mae" else 2 + 3
+    assert facts["views"] == 4 * 2 * views * 2  # steps x scans x views x processes
+    last = json.loads((tmp_path / "runs/tiny/metrics.jsonl").read_text().splitlines()[-1])
+    config = json.loads((tmp_path / "m3ret-tiny/config.json").read_text())
+    if objective == "simdino":
+        assert -1.45 <= last["loss"] == pytest.approx(-last["compression"] - 0.45 * last["expansion_share"], abs=1e-5)
+        assert config["pooling"] == "cls"
+        assert (tmp_path / "m3ret-tiny/pretraining/simdino.safetensors").is_file()
+    else:
+        assert config["pooling"] == "mean"
+        assert (tmp_path / "m3ret-tiny/pretraining/model.safetensors").is_file()
 
 
 def test_a_wrong_word_ends_in_one_clear_line(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from ..image_processing_m3ret import M3RetImageProcessor
 from ..reading_m3ret import M3RetReadError, Scan
 from .collection import Record
-from .views import CropRanges, random_crop
+from .views import ViewKind, random_crop, random_intensity
 
 
 # more unreadable neighbours than chance would bring say that the disk or the manifest is wrong, not a file
@@ -94,7 +94,7 @@ class WholeScans(Dataset[list[Resized | Failure]]):
 
 
 class RandomViews(Dataset[list[Resized | Failure]]):
-    """`views` random crops of a record, all from one decode, with the noise of their masks: for pretraining.
+    """Random views of a record, kind after kind, all from one decode, with the noise of their masks: for pretraining.
 
     An item is asked for by `(epoch, index)`. Crops and noise follow from (seed, epoch, index) alone, so that they do
     not depend on the worker that cuts them or on when a run was resumed.
@@ -110,15 +110,13 @@ class RandomViews(Dataset[list[Resized | Failure]]):
         records: Sequence[Record],
         processor: M3RetImageProcessor,
         *,
-        views: int,
-        ranges: CropRanges = CropRanges(),
+        views: Sequence[ViewKind],
         seed: int = 0,
         cache_bytes: int = 0,
     ):
         self.records = records
         self.processor = processor
-        self.views = views
-        self.ranges = ranges
+        self.kinds = [kind for kind in views for _ in range(kind.count)]
         self.seed = seed
         self.cache_bytes = cache_bytes
         self._cache: dict[int, Scan] = {}
@@ -140,8 +138,10 @@ class RandomViews(Dataset[list[Resized | Failure]]):
                 index = (index + 1) % len(self.records)  # its neighbour stands in, so that the batch stays full
         generator = np.random.default_rng([self.seed, epoch, index])
         views = failures
-        for _ in range(self.views):
-            volume = self.processor.resize(random_crop(scan, self.ranges, generator))
+        for kind in self.kinds:
+            volume = self.processor.resize(random_crop(scan, kind.ranges, generator), size=kind.size)
+            if kind.jitter:
+                volume = random_intensity(volume, kind.jitter, generator)
             noise = generator.random(math.prod(self.processor.grid(volume)), dtype=np.float32)
             views.append(Resized(index, volume, torch.from_numpy(noise)))
         return views

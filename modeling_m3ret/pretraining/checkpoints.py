@@ -9,16 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from ..image_processing_m3ret import M3RetImageProcessor
-from ..modeling_m3ret import M3RetForPreTraining
+from .objectives import Objective
 
 
 def save_checkpoint(
-    folder: Path, model: M3RetForPreTraining, processor: M3RetImageProcessor, card: str, facts: dict[str, Any]
+    folder: Path, objective: Objective, processor: M3RetImageProcessor, card: str, facts: dict[str, Any]
 ) -> None:
-    """Write the encoder, the processor and their code into `folder`, and the whole pretraining model below it.
+    """Write the encoder, the processor and their code into `folder`, and below it what training would go on from.
 
-    `AutoModel.from_pretrained(folder)` gives the encoder; `AutoModelForPreTraining.from_pretrained(folder,
-    subfolder="pretraining")` the encoder with its decoder, to go on from. Written beside and renamed, so that a folder
+    `AutoModel.from_pretrained(folder)` gives the encoder. In `pretraining/` lie, of MAE, the encoder with its decoder
+    for `AutoModelForPreTraining`; of SimDINO student, teacher and heads. Written beside and renamed, so that a folder
     of this name is always whole; an older one is replaced.
 
     Args:
@@ -26,9 +26,9 @@ def save_checkpoint(
     """
     beside = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     shutil.rmtree(beside, ignore_errors=True)
-    model.m3ret.save_pretrained(beside)
+    objective.encoder.save_pretrained(beside)
     processor.save_pretrained(beside)
-    model.save_pretrained(beside / "pretraining")
+    objective.save(beside / "pretraining")
     (beside / "README.md").write_text(card, encoding="utf-8")
     (beside / "training.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     for path in (*beside.rglob("*"), beside):

@@ -12,7 +12,7 @@ from ..retrieval.evaluation import Row, format_table
 from .run_config import RunConfig
 
 
-OBJECTIVES = {"mae": "masked autoencoding (MAE)"}
+OBJECTIVES = {"mae": "masked autoencoding (MAE)", "simdino": "self-distillation (SimDINO)"}
 
 
 def write_card(

@@ -20,11 +20,15 @@ class RunConfig:
     data: folder with a `manifest.csv`, or `phantom[:SUBJECTS[:SEED]]`.
     exclude_modalities: never seen in pretraining; MRI, as in the paper, to have an unseen modality to test on.
     holdout: part of the patients kept out of pretraining; the closing table is theirs.
-    objective: what is learned; masked autoencoding.
+    objective: what is learned: `mae` (masked autoencoding) or `simdino` (self-distillation).
     preset: vitt, vits, vitb or vitl. model: overrides of `M3RetConfig`.
     size, num_frames, max_patches: the processor's size policy, for the views in training and for the checkpoint.
     steps: optimiser steps. batch_size: scans decoded in a step by each process; views_per_decode: random crops of
-        each, so that a step learns from batch_size x views_per_decode views.
+        each for MAE, so that a step learns from batch_size x views_per_decode views.
+    local_views, local_size: SimDINO's local crops of each scan, and their size (the global ones have `size`); 10 of 96
+        in its published command for ViT-B.
+    compression_weight, expansion_weight: of SimDINO's two terms, as shares of their maxima, see `SimDINOLoss`.
+    teacher_momentum: where the cosine to 1 starts, .996 as published.
     learning_rate, weight_decay, adam_beta2: AdamW of MAE (arXiv 2111.06377, table 8): 1.5e-4 for 256 views a step,
         times views / 256, is what `learning_rate: null` resolves to; decay .05; betas .9 and .95.
     warmup_fraction: part of the steps with a linear warm-up; 40 of MAE's 800 epochs.
@@ -49,6 +53,11 @@ class RunConfig:
     steps: int = 100_000
     batch_size: int = 64
     views_per_decode: int = 4
+    local_views: int = 10
+    local_size: int = 96
+    compression_weight: float = 1.0
+    expansion_weight: float = 0.45
+    teacher_momentum: float = 0.996
     learning_rate: float | None = None
     weight_decay: float = 0.05
     adam_beta2: float = 0.95
@@ -61,8 +70,8 @@ class RunConfig:
     report_to: str | None = None
 
     def __post_init__(self) -> None:
-        if self.objective != "mae":
-            raise ValueError(f"objective is mae, not {self.objective!r}")
+        if self.objective not in ("mae", "simdino"):
+            raise ValueError(f"objective is mae or simdino, not {self.objective!r}")
         if self.preset not in ("vitt", "vits", "vitb", "vitl"):
             raise ValueError(f"preset is vitt, vits, vitb or vitl, not {self.preset!r}")
         if not 0 <= self.holdout < 1:
@@ -71,9 +80,11 @@ class RunConfig:
             raise ValueError("steps, batch_size, views_per_decode and log_every are at least 1")
 
     def peak_learning_rate(self, processes: int) -> float:
-        """The learning rate after warm-up: as set, or MAE's, linear in the views of a step."""
+        """The learning rate after warm-up: as set, or linear in the views of a step (MAE) or its scans (SimDINO)."""
         if self.learning_rate is not None:
             return self.learning_rate
+        if self.objective == "simdino":
+            return 5e-4 * self.batch_size * processes / 256
         return 1.5e-4 * self.batch_size * self.views_per_decode * processes / 256
 
 

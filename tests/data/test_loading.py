@@ -20,7 +20,7 @@ from modeling_m3ret.data.loading import (
     embedding_loader,
     training_loader,
 )
-from modeling_m3ret.data.views import CropRanges, random_crop
+from modeling_m3ret.data.views import CropRanges, ViewKind, random_crop
 from modeling_m3ret.retrieval.embed import embed_records, pixel_embedder
 from modeling_m3ret.retrieval.evaluation import evaluate
 
@@ -48,7 +48,7 @@ def equal(one: Pack, other: Pack) -> bool:
 
 def test_training_batches_do_not_depend_on_the_workers(records: list[Record]) -> None:
     def packs(workers: int) -> list[Pack]:
-        views = RandomViews(records, PROCESSOR, views=2, seed=3)
+        views = RandomViews(records, PROCESSOR, views=[ViewKind(2)], seed=3)
         return list(islice(training_loader(views, SeededBatches(len(records), 3, seed=3), workers), 5))
 
     alone, with_workers = packs(0), packs(2)
@@ -74,7 +74,7 @@ def test_ranks_share_an_epoch_without_overlap() -> None:
 
 def test_one_bad_file_is_counted_and_stops_nothing(records: list[Record]) -> None:
     records[2].path.write_bytes(b"not an array")
-    views = RandomViews(records, PROCESSOR, views=2)
+    views = RandomViews(records, PROCESSOR, views=[ViewKind(2)])
     packs = list(islice(training_loader(views, SeededBatches(8, 4, seed=0), 0), 2))
     assert [len(pack.scans) for pack in packs] == [8, 8]  # the neighbour stands in
     failures = [failure for pack in packs for failure in pack.failures]
@@ -91,7 +91,7 @@ def test_a_disk_that_is_gone_does_stop_the_run(records: list[Record]) -> None:
     for record in records:
         record.path.unlink()
     with pytest.raises(M3RetReadError):
-        RandomViews(records * 4, PROCESSOR, views=1)[0, 0]
+        RandomViews(records * 4, PROCESSOR, views=[ViewKind(1)])[0, 0]
     assert len(records * 4) > MOST_FAILURES_IN_A_ROW
 
 
@@ -131,12 +131,13 @@ def test_crops_lie_inside_and_span_their_ranges() -> None:
 def test_a_cached_scan_is_read_once_and_gives_the_same_views(
     records: list[Record], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fresh = RandomViews(records, PROCESSOR, views=2)
+    fresh = RandomViews(records, PROCESSOR, views=[ViewKind(2)])
     expected = [fresh[epoch, 0] for epoch in range(2)]
     read: list[Path] = []
     original = M3RetImageProcessor.read
     monkeypatch.setattr(M3RetImageProcessor, "read", lambda self, source: read.append(source) or original(self, source))
-    cached = RandomViews(records, PROCESSOR, views=2, cache_bytes=20_000)  # one image of 50 x 60 float32, not two
+    one_image = 20_000  # bytes: holds one of 50 x 60 float32, not two
+    cached = RandomViews(records, PROCESSOR, views=[ViewKind(2)], cache_bytes=one_image)
     for epoch in range(2):
         for mine, theirs in zip(cached[epoch, 0], expected[epoch], strict=True):
             assert torch.equal(mine.volume, theirs.volume)

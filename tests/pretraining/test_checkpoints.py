@@ -14,6 +14,7 @@ from transformers import AutoImageProcessor, AutoModel, AutoModelForPreTraining
 from modeling_m3ret import M3RetForPreTraining, M3RetImageProcessor
 from modeling_m3ret.pretraining.checkpoints import save_checkpoint
 from modeling_m3ret.pretraining.model_card import write_card
+from modeling_m3ret.pretraining.objectives import MaskedAutoencoding
 from modeling_m3ret.pretraining.optimisation import build_optimiser, warmup_cosine
 from modeling_m3ret.pretraining.run_config import RunConfig
 from modeling_m3ret.retrieval.evaluation import Row
@@ -33,8 +34,9 @@ FACTS = {
 @torch.no_grad()
 def test_checkpoint_loads_by_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    model = M3RetForPreTraining(tiny_config()).eval()
-    save_checkpoint(Path("m3ret-tiny"), model, M3RetImageProcessor(size=64), "# card", {"steps": 1})
+    objective = MaskedAutoencoding(RunConfig(), tiny_config()).eval()
+    model = objective.model
+    save_checkpoint(Path("m3ret-tiny"), objective, M3RetImageProcessor(size=64), "# card", {"steps": 1})
     encoder = AutoModel.from_pretrained("m3ret-tiny").eval()
     images = torch.randn(2, 3, 32, 32)
     assert torch.equal(encoder(images).pooler_output, model.m3ret(images).pooler_output)
@@ -50,7 +52,7 @@ def test_checkpoint_loads_by_its_folder(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_a_save_that_fails_leaves_the_older_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "m3ret-tiny"
-    model, processor = M3RetForPreTraining(tiny_config()), M3RetImageProcessor()
+    model, processor = MaskedAutoencoding(RunConfig(), tiny_config()), M3RetImageProcessor()
     save_checkpoint(folder, model, processor, "# older", {})
     monkeypatch.setattr(processor, "save_pretrained", lambda folder: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):

@@ -34,7 +34,7 @@ def test_every_config_that_we_ship_is_valid(file: Path) -> None:
         (["--steps", "0"], "at least 1"),
         (["--steps", "true"], "steps is int, not true"),
         (["--preset", "vith"], "preset is vitt"),
-        (["--objective", "simclr"], "objective is mae"),
+        (["--objective", "simclr"], "objective is mae or simdino"),
         (["--holdout", "1.5"], "holdout is a part"),
     ],
 )

@@ -1,0 +1,198 @@
+"""Self-distillation by coding rate: SimDINO (arXiv 2502.10385).
+
+Student and teacher see crops of the same scan; their embeddings are drawn together (compression), while the covariance
+of the student's is spread out (expansion), which is all that keeps them from collapsing: no prototypes, centring,
+sharpening or temperatures. The teacher is a moving average of the student, and what is kept in the end.
+
+`V` views of a scan, the global ones first; `G` = 2 global views, which the teacher sees; `p` size of the projection.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ..modeling_m3ret import M3RetModel
+
+
+@dataclass
+class SimDINOTerms:
+    """What a batch gives, each a scalar.
+
+    loss: what is minimised, negative by design. compression: mean cosine of teacher and student over different views,
+    at most 1. expansion: coding rate of the student's global views. expansion_share: it over its closed-form maximum;
+    near 0 the features have collapsed.
+    """
+
+    loss: Tensor
+    compression: Tensor
+    expansion: Tensor
+    expansion_share: Tensor
+
+
+class SimDINOLoss(nn.Module):
+    r"""Compression and expansion of L2-normalised projections.
+
+        compression = mean over teacher view i, student view j != i, and scans of cos(t_i, s_j)
+        expansion   = mean over global views of gamma/2 logdet(I + p / (R eps) Z^T Z),  gamma = (p + R) / (p R)
+
+    with Z the student's `(R, p)` projections of one global view and R the scans **of all ranks**: the covariance is
+    summed over ranks with its gradient, so that a batch gives one loss and one gradient, however it is split.
+
+    Args:
+        eps: distortion of the coding rate; .05 in every published command (the published parser's default, .5, is not
+            what was run).
+        coeff: weight of compression; 1 as published.
+        expansion_weight: weight of `expansion / max_expansion`, so a number that means the same for any batch and any
+            number of ranks. .45 is the largest expansion that the published run can reach (64 scans on each of 8
+            ranks, covariance of one rank), so with it the balance of the two terms is the published one. None weighs
+            the raw expansion by 1, as in the formula.
+
+    Raises:
+        ValueError: if the shapes do not fit, or a view has no other to be compared with.
+    """
+
+    def __init__(self, eps: float = 0.05, coeff: float = 1.0, expansion_weight: float | None = 0.45):
+        super().__init__()
+        self.eps = eps
+        self.coeff = coeff
+        self.expansion_weight = expansion_weight
+
+    def forward(self, student: Tensor, teacher: Tensor) -> SimDINOTerms:
+        """student `(V, B, p)`, teacher `(G, B, p)`, both L2-normalised; the student's first G views are the global."""
+        V, B, p = student.shape
+        G = teacher.shape[0]
+        if teacher.shape[1:] != (B, p) or not 1 <= G <= V or V < 2:
+            raise ValueError(
+                f"student (V, B, p) and teacher (G, B, p) with G <= V and V >= 2, found {tuple(student.shape)} and "
+                f"{tuple(teacher.shape)}"
+            )
+        with torch.autocast(student.device.type, enabled=False):
+            student, teacher = student.float(), teacher.detach().float()
+            # sum over all pairs of views, less those of a view with itself; V sums instead of G V products
+            pairs = (teacher.sum(0) * student.sum(0)).sum() - (teacher * student[:G]).sum()
+            compression = pairs / (B * (G * V - G))
+            expansion, most = coding_rate(student[:G], self.eps)
+            share = expansion / most
+            spread = expansion if self.expansion_weight is None else self.expansion_weight * share
+            return SimDINOTerms(-self.coeff * compression - spread, compression, expansion, share)
+
+
+def coding_rate(views: Tensor, eps: float) -> tuple[Tensor, float]:
+    """Mean over views `(G, B, p)` of gamma/2 logdet(I + p/(R eps) Z^T Z), and the maximum that it can reach.
+
+    The determinant by Cholesky, in float32. At the maximum all r = min(R, p) eigenvalues share the trace R equally:
+    gamma/2 r ln(1 + p / (R eps) R / r).
+    """
+    _, B, p = views.shape
+    R = B * (dist.get_world_size() if dist.is_initialized() else 1)
+    covariance = sum_over_ranks(views.transpose(1, 2) @ views)  # (G, p, p)
+    identity = torch.eye(p, dtype=views.dtype, device=views.device)
+    factor = torch.linalg.cholesky(identity + p / (R * eps) * covariance)
+    half_logdet = factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)  # (G,)
+    gamma = (p + R) / (p * R)
+    rank = min(R, p)
+    return gamma * half_logdet.mean(), gamma / 2 * rank * math.log1p(p / (rank * eps))
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """All-reduce whose gradient is all-reduced too: every rank's loss depends on every rank's part."""
+
+    @staticmethod
+    def forward(ctx: object, part: Tensor) -> Tensor:
+        total = part.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: object, gradient: Tensor) -> Tensor:
+        total = gradient.clone()
+        dist.all_reduce(total)
+        return total
+
+
+def sum_over_ranks(part: Tensor) -> Tensor:
+    """The sum of all ranks' parts; alone, the part itself."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return part
+    return _SumOverRanks.apply(part)
+
+
+class SimDINOHead(nn.Module):
+    """MLP in -> hidden -> hidden -> out with GELU, output L2-normalised. 2048 and 256 as published, no prototypes."""
+
+    def __init__(self, in_size: int, hidden_size: int = 2048, out_size: int = 256):
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(in_size, hidden_size),
+            nn.GELU(),
+            nn.Linear(hidden_size, hidden_size),
+            nn.GELU(),
+            nn.Linear(hidden_size, out_size),
+        )
+        for layer in self.layers:
+            if isinstance(layer, nn.Linear):
+                nn.init.trunc_normal_(layer.weight, std=0.02)
+                nn.init.zeros_(layer.bias)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return nn.functional.normalize(self.layers(features), dim=-1)
+
+
+class SimDINO(nn.Module):
+    """Student and teacher. All views of all scans go through the student in one packed forward; the teacher sees the
+    global ones.
+
+    Args:
+        encoder: the student's start, and the teacher's.
+        views: V, views of each scan, neighbours in the pack, the two global ones first.
+    """
+
+    global_views = 2
+
+    def __init__(self, encoder: M3RetModel, loss: SimDINOLoss, views: int):
+        super().__init__()
+        if views < self.global_views:
+            raise ValueError(f"SimDINO takes at least its {self.global_views} global views, not {views}")
+        self.views = views
+        self.loss = loss
+        self.student, self.student_head = encoder, SimDINOHead(encoder.config.hidden_size)
+        self.teacher, self.teacher_head = copy.deepcopy(encoder), copy.deepcopy(self.student_head)
+        for module in (self.teacher, self.teacher_head):
+            module.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> SimDINO:
+        """The teacher never trains: it drops no path."""
+        super().train(mode)
+        self.teacher.eval()
+        return self
+
+    def forward(self, pixel_values: Tensor, grid_thw: Tensor) -> SimDINOTerms:
+        """Packed views `(P, C*t*p*p)` and grids `(B*V, 3)`, the V views of a scan one after the other."""
+        scans, rest = divmod(len(grid_thw), self.views)
+        if rest:
+            raise ValueError(f"{len(grid_thw)} views in the pack are no multiple of the {self.views} views of a scan")
+        student = self.student_head(self.student(pixel_values, grid_thw).pooler_output)
+        with torch.no_grad():
+            is_global = torch.arange(len(grid_thw), device=grid_thw.device) % self.views < self.global_views
+            rows = is_global.repeat_interleave(grid_thw.prod(-1), output_size=len(pixel_values))
+            teacher = self.teacher_head(self.teacher(pixel_values[rows], grid_thw[is_global]).pooler_output)
+        by_view = (student.view(scans, self.views, -1), teacher.view(scans, self.global_views, -1))
+        return self.loss(*(projections.transpose(0, 1) for projections in by_view))
+
+    @torch.no_grad()
+    def update_teacher(self, momentum: float) -> None:
+        """teacher = momentum x teacher + (1 - momentum) x student, all weights in one call."""
+        teacher: list[Tensor] = [*self.teacher.parameters(), *self.teacher_head.parameters()]
+        student: list[Tensor] = [*self.student.parameters(), *self.student_head.parameters()]
+        torch._foreach_lerp_(teacher, student, 1 - momentum)
+
+
+def teacher_momentum(step: int, steps: int, start: float = 0.996) -> float:
+    """Half a cosine from `start` to 1, as in DINO: late in training the teacher hardly moves."""
+    return 1 - (1 - start) * (math.cos(math.pi * step / steps) + 1) / 2

@@ -1,0 +1,161 @@
+"""SimDINO's terms against the formula in float64, its maxima in closed form, and one batch split over ranks."""
+
+from __future__ import annotations
+
+import math
+import os
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
+from conftest import tiny_config
+from test_modeling import largest_difference, make_scans, pack
+from torch import Tensor
+
+from modeling_m3ret import M3RetModel
+from modeling_m3ret.pretraining.simdino import SimDINO, SimDINOLoss, coding_rate, teacher_momentum
+
+
+def unit(*shape: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.nn.functional.normalize(torch.randn(*shape, generator=generator), dim=-1)
+
+
+def by_the_formula(student: Tensor, teacher: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Compression pair by pair and expansion by the determinant, in float64."""
+    student, teacher = student.double(), teacher.double()
+    (V, B, p), G = student.shape, len(teacher)
+    cosines = [
+        torch.nn.functional.cosine_similarity(teacher[i, b], student[j, b], dim=0)
+        for i in range(G)
+        for j in range(V)
+        for b in range(B)
+        if i != j
+    ]
+    gamma = (p + B) / (p * B)
+    rates = [
+        gamma / 2 * torch.logdet(torch.eye(p, dtype=torch.float64) + p / (B * eps) * student[v].T @ student[v])
+        for v in range(G)
+    ]
+    return torch.stack(cosines).mean(), torch.stack(rates).mean()
+
+
+@pytest.mark.parametrize(("V", "B", "p"), [(2, 5, 8), (6, 4, 16), (10, 40, 12)])
+def test_terms_and_gradient_against_the_formula(V: int, B: int, p: int) -> None:
+    student, teacher = unit(V, B, p).requires_grad_(), unit(2, B, p, seed=1)
+    terms = SimDINOLoss(eps=0.05, coeff=3.0, expansion_weight=None)(student, teacher)
+    compression, expansion = by_the_formula(student, teacher, 0.05)
+    assert terms.compression.item() == pytest.approx(compression.item(), abs=1e-6)
+    assert terms.expansion.item() == pytest.approx(expansion.item(), rel=1e-5)
+    assert terms.loss.item() == pytest.approx((-3 * compression - expansion).item(), rel=1e-5)
+    (mine,) = torch.autograd.grad(terms.loss, student)
+    # of the cosine the derivative along its own direction vanishes; ours is of the dot product of unit vectors
+    dot = sum((teacher[i] * student[j]).sum() for i in range(2) for j in range(V) if i != j) / (B * (2 * V - 2))
+    (truth,) = torch.autograd.grad(-3 * dot.double() - by_the_formula(student, teacher, 0.05)[1], student)
+    assert (mine - truth).norm() / truth.norm() <= 1e-5
+
+
+@pytest.mark.parametrize(("R", "by_hand"), [(512, 2.28), (32, 2.86), (24, 2.94)])
+def test_maximum_is_reached_by_orthogonal_features(R: int, by_hand: float) -> None:
+    """Rows that are R orthonormal directions (or each of p directions R/p times) spread as far as they can."""
+    p, eps = 256, 0.05
+    rows = torch.eye(p)[torch.arange(R) % p]
+    rate, most = coding_rate(rows[None], eps)
+    assert rate.item() == pytest.approx(most, rel=1e-5)
+    assert most == pytest.approx(by_hand, abs=0.01)
+    rate_of_others, _ = coding_rate(unit(1, R, p), eps)
+    assert rate_of_others.item() < most
+
+
+def test_default_balance_is_the_published_run() -> None:
+    """64 scans on each of 8 ranks, covariance of one rank: gamma of 512, and 64 rows that can fill 64 directions."""
+    gamma = (256 + 512) / (256 * 512)
+    assert gamma / 2 * 64 * math.log(1 + 256 / (512 * 0.05)) == pytest.approx(SimDINOLoss().expansion_weight, abs=0.001)
+
+
+def test_collapsed_features_have_almost_no_expansion_and_the_loss_knows() -> None:
+    collapsed = unit(1, 1, 64).expand(4, 32, -1)
+    terms = SimDINOLoss()(collapsed, collapsed[:2])
+    assert terms.compression.item() == pytest.approx(1, abs=1e-5)
+    assert terms.expansion_share.item() < 0.15
+    spread = torch.eye(64)[:32].expand(4, -1, -1)
+    better = SimDINOLoss()(spread, spread[:2])
+    assert better.expansion_share.item() == pytest.approx(1, abs=1e-4)
+    assert better.loss < terms.loss
+
+
+def test_the_balance_means_the_same_for_any_batch() -> None:
+    """With the share weighed, the best possible loss is -(coeff + weight), whatever the batch."""
+    for B in (8, 32, 200):
+        best = torch.eye(64)[torch.arange(B) % 64].expand(3, -1, -1)
+        terms = SimDINOLoss(coeff=1.0, expansion_weight=0.45)(best, best[:2])
+        assert terms.loss.item() == pytest.approx(-1.45, abs=0.02)
+
+
+def test_half_precision_under_autocast_is_computed_in_float32() -> None:
+    student, teacher = unit(4, 16, 32), unit(2, 16, 32, seed=1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = SimDINOLoss()(student, teacher).loss
+    assert inside.dtype == torch.float32
+    assert torch.equal(inside, SimDINOLoss()(student, teacher).loss)
+
+
+def _rank(rank: int, port: int, folder: str) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    weight = torch.eye(24, requires_grad=True)
+    student, teacher = unit(4, 10, 24), unit(2, 10, 24, seed=1)
+    part = slice(5 * rank, 5 * rank + 5)
+    projected = torch.nn.functional.normalize(student[:, part] @ weight, dim=-1)
+    terms = SimDINOLoss()(projected, teacher[:, part])
+    terms.loss.backward()
+    gradient = weight.grad
+    dist.all_reduce(gradient)  # as DDP does: the mean over ranks
+    loss = terms.loss.detach()
+    dist.all_reduce(loss)
+    if rank == 0:
+        torch.save({"gradient": gradient / 2, "loss": loss / 2}, Path(folder) / "split.pt")
+    dist.destroy_process_group()
+
+
+def test_split_over_ranks_gives_the_same_loss_and_gradient(tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    multiprocessing.spawn(_rank, args=(port, str(tmp_path)), nprocs=2)
+    split = torch.load(tmp_path / "split.pt", weights_only=True)
+    weight = torch.eye(24, requires_grad=True)
+    whole = SimDINOLoss()(torch.nn.functional.normalize(unit(4, 10, 24) @ weight, dim=-1), unit(2, 10, 24, seed=1))
+    whole.loss.backward()
+    assert split["loss"].item() == pytest.approx(whole.loss.item(), rel=1e-5)
+    assert ((split["gradient"] - weight.grad).norm() / weight.grad.norm()).item() <= 1e-5
+
+
+def test_views_of_a_scan_meet_and_the_teacher_follows() -> None:
+    torch.manual_seed(0)
+    model = SimDINO(M3RetModel(tiny_config(pooling="cls", drop_path_rate=0.1)), SimDINOLoss(), views=3).train()
+    assert not model.teacher.training
+    rows, grids = pack([scan for scan in make_scans()[:2] for _ in range(3)])
+    terms = model(rows, grids)
+    terms.loss.backward()
+    assert all(p.grad is None for p in (*model.teacher.parameters(), *model.teacher_head.parameters()))
+    assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in model.student.parameters())
+
+    before = model.teacher.encoder.layers[0].attention.qkv.weight.clone()
+    student = model.student.encoder.layers[0].attention.qkv.weight
+    with torch.no_grad():
+        student.add_(1)
+    model.update_teacher(0.9)
+    expected = 0.9 * before + 0.1 * student
+    assert largest_difference(model.teacher.encoder.layers[0].attention.qkv.weight, expected) <= 1e-6
+    with pytest.raises(ValueError, match="no multiple of the 3 views"):
+        model(*pack(make_scans()[:2]))
+
+
+def test_momentum_goes_from_its_start_to_one() -> None:
+    assert teacher_momentum(0, 100) == pytest.approx(0.996)
+    assert teacher_momentum(50, 100) == pytest.approx(0.998)
+    assert teacher_momentum(100, 100) == 1
