@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
@@ -114,8 +115,9 @@ def _checked(values: dict[str, Any]) -> RunConfig:
             raise ValueError(f"there is no key {key!r}; the keys are {', '.join(types)}")
         allowed = get_args(types[key]) if type(None) in get_args(types[key]) else (types[key],)
         kinds = [kind if isinstance(kind, type) else getattr(kind, "__origin__", kind) for kind in allowed]
-        if float in kinds and isinstance(value, int) and not isinstance(value, bool):
-            values[key] = value = float(value)
+        if float in kinds and isinstance(value, int | str) and not isinstance(value, bool):
+            with contextlib.suppress(ValueError):  # YAML 1.1 takes 1e-3 for a word; we don't
+                values[key] = value = float(value)
         if not isinstance(value, tuple(kinds)) or (isinstance(value, bool) and bool not in kinds):
             raise ValueError(f"{key} is {' or '.join(kind.__name__ for kind in kinds)}, not {json.dumps(value)}")
     return RunConfig(**values)

@@ -19,6 +19,8 @@ def test_the_command_line_wins_over_the_file(tmp_path: Path) -> None:
     assert (config.steps, config.preset, config.model) == (9, "vitt", {"mask_ratio": 0.5})
     assert config.exclude_modalities == ["ct", "mri"]
     assert config.seed == RunConfig().seed
+    assert parse_run_config(["--learning_rate", "1e-3"]).learning_rate == 0.001
+    assert parse_run_config(["--weight_decay", "1"]).weight_decay == 1.0
 
 
 @pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.yaml")), ids=lambda file: file.stem)
@@ -32,6 +34,7 @@ def test_every_config_that_we_ship_is_valid(file: Path) -> None:
     [
         (["--steps", "many"], "steps is int, not"),
         (["--steps", "0"], "at least 1"),
+        (["--learning_rate", "fast"], "learning_rate is float or NoneType, not \"fast\""),
         (["--steps", "true"], "steps is int, not true"),
         (["--preset", "vith"], "preset is vitt"),
         (["--objective", "simclr"], "objective is mae or simdino"),
