@@ -59,8 +59,10 @@ def main() -> None:
     failures = embedded[0].failures
     for message in failures:
         print(f"not read: {message}")
-    print(f"{len(embedded[0].records)} scans embedded, {len(failures)} could not be read")
+    part = "all patients, trained on or not" if arguments.holdout is None else f"held-out part of {arguments.holdout}"
+    print(f"{len(embedded[0].records)} scans embedded ({part}), {len(failures)} could not be read")
     if arguments.output:
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
         facts = {"m3ret": __version__, "torch": torch.__version__, "seed": arguments.seed, "not_read": len(failures)}
         write_whole(arguments.output, to_json(rows, **facts) + "\n")
 

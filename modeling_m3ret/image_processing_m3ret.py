@@ -35,7 +35,8 @@ class M3RetImageProcessor(BaseImageProcessor):
     """Reads scans and packs them: `processor(["ct.nii.gz", "clip.mp4", "chest.dcm", "series/"], return_tensors="pt")`.
 
     A scan is a path, bytes, a PIL image, an array or tensor (`H W`, `H W C`, `D H W`, `D H W C`), a folder that holds a
-    DICOM series, a list of DICOM slices, a `datasets` row, or a `Scan`. A call takes one scan or a list of scans, kinds
+    DICOM series, a list of DICOM slices, a `datasets` row, or a `Scan`. Channels come last: a tensor of `(3, H, W)` is
+    three slices. A call takes one scan or a list of scans, kinds
     mixed; so the slices of one series as a list go into a list of their own: `processor([[slice_1, slice_2]])`.
 
     Size policy, the same for every scan:
@@ -112,7 +113,7 @@ class M3RetImageProcessor(BaseImageProcessor):
 
     def read(self, source: Any, num_frames: int | None = None) -> Scan:
         """Read one scan, of a clip no more frames than will be used."""
-        return read_scan(source, num_frames=num_frames or self.num_frames)
+        return read_scan(source, num_frames=self.num_frames if num_frames is None else num_frames)
 
     def rows(self, volumes: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Resized scans, each `(1 or 3, D, H, W)` -> `pixel_values (P, C*t*p*p)` and `grid_thw (B, 3)`, where they are.
@@ -158,10 +159,14 @@ class M3RetImageProcessor(BaseImageProcessor):
         max_patches: int | None = None,
     ) -> tuple[int, int, int]:
         """Depth, height and width that the size policy gives a scan of `(D, H, W)` voxels and spacing in mm."""
-        size, num_frames = size or self.size, num_frames or self.num_frames
-        max_patches = max_patches or self.max_patches
+        size = self.size if size is None else size
+        num_frames = self.num_frames if num_frames is None else num_frames
+        max_patches = self.max_patches if max_patches is None else max_patches
+        if min(size, num_frames, max_patches) < 1:
+            raise ValueError(f"size, num_frames and max_patches are at least 1: {size}, {num_frames}, {max_patches}")
         D, H, W = shape
-        through, down, across = spacing
+        # a spacing that cannot be is one that is not known
+        through, down, across = (mm if mm is not None and 0 < mm < math.inf else None for mm in spacing)
         if down is None or across is None:
             down = across = 1.0
             through = None  # nothing to compare it with

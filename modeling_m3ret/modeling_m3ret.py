@@ -483,8 +483,12 @@ class M3RetModel(M3RetPreTrainedModel):
         """
         config = self.config
         if grid_thw is not None:
+            if grid_thw.ndim != 2 or grid_thw.shape[1] != 3 or grid_thw.is_floating_point() or not len(grid_thw):
+                raise ValueError(f"grid_thw is (B, 3) integers, found {tuple(grid_thw.shape)} {grid_thw.dtype}")
             grids = [(t, h, w) for t, h, w in grid_thw.tolist()]
             patches = sum(math.prod(grid) for grid in grids)
+            if min(min(grid) for grid in grids) < 1:
+                raise ValueError("grid_thw counts at least one patch along every axis of every scan")
             if pixel_values.shape != (patches, config.patch_values):
                 raise ValueError(
                     f"packed pixel_values for this grid_thw are ({patches}, {config.patch_values}) "
@@ -667,7 +671,10 @@ def masked_patch_loss(predicted: Tensor, target: Tensor, masked_counts: Sequence
     """
     target = normalise_patches(target, eps)
     errors = nn.functional.mse_loss(predicted.float(), target, reduction="none").mean(-1)  # (M,)
-    return torch.stack([scan.mean() for scan in errors.split(list(masked_counts)) if len(scan)]).mean()
+    of_scans = [scan.mean() for scan in errors.split(list(masked_counts)) if len(scan)]
+    return (
+        torch.stack(of_scans).mean() if of_scans else predicted.sum() * 0
+    )  # scans of one patch each: nothing to learn
 
 
 __all__ = ["M3RetForPreTraining", "M3RetModel", "M3RetPreTrainedModel"]

@@ -99,6 +99,12 @@ def test_size_policy(shape: tuple[int, ...], spacing: tuple[float | None, ...], 
     assert M3RetImageProcessor().target_shape(shape, spacing) == expected
 
 
+def test_a_spacing_that_cannot_be_counts_as_unknown() -> None:
+    expected = M3RetImageProcessor().target_shape((40, 64, 64), (None, None, None))
+    for mm in (0.0, -1.0, float("nan"), float("inf")):
+        assert M3RetImageProcessor().target_shape((40, 64, 64), (mm, mm, mm)) == expected
+
+
 def test_no_scan_exceeds_its_token_budget() -> None:
     generator = np.random.default_rng(0)
     for _ in range(300):
@@ -118,6 +124,9 @@ def test_settings_can_be_given_to_a_call() -> None:
     assert processor(volume)["grid_thw"].tolist() == [[8, 14, 14]]
     assert processor(volume, size=112, num_frames=16)["grid_thw"].tolist() == [[4, 7, 7]]
     assert processor(volume, max_patches=100)["grid_thw"].prod() <= 100
+    for wrong in ({"size": -5}, {"size": 0}, {"num_frames": 0}, {"max_patches": -1}):
+        with pytest.raises(ValueError, match="at least 1"):
+            processor(volume, **wrong)
     with pytest.raises(TypeError, match="no argument colour"):
         processor(volume, colour="blue")
 

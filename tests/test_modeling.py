@@ -321,6 +321,14 @@ def test_wrong_shapes_are_named() -> None:
     model = make_model()
     with pytest.raises(ValueError, match=r"packed pixel_values for this grid_thw are \(4, 3072\).*found \(3, 3072\)"):
         model(torch.zeros(3, 3072), torch.tensor([[1, 2, 2]]))
+    for grid in (
+        torch.tensor([[0, 2, 2]]),
+        torch.tensor([[1.0, 2.0, 2.0]]),
+        torch.tensor([1, 2, 2]),
+        torch.zeros(0, 3).int(),
+    ):
+        with pytest.raises(ValueError, match="grid_thw"):
+            model(torch.zeros(4, 3072), grid)
     with pytest.raises(ValueError, match="no grid_thw"):
         model(torch.zeros(3, 3072))
     with pytest.raises(ValueError, match="dense pixel_values are"):

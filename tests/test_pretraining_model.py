@@ -89,6 +89,13 @@ def test_dense_images_and_packed_rows_give_one_loss() -> None:
     assert largest_difference(dense.logits, packed.logits) <= 1e-5
 
 
+def test_scans_of_one_patch_have_nothing_to_learn_and_crash_nothing() -> None:
+    model = M3RetForPreTraining(tiny_config())
+    loss = model(torch.randn(3, 3072), torch.ones(3, 3, dtype=torch.int64)).loss
+    loss.backward()
+    assert loss.item() == 0
+
+
 def test_normalised_patches_have_mean_zero_and_variance_one() -> None:
     rows = torch.randn(10, 3072) * 5 + 3
     normalised = normalise_patches(rows, 1e-6)

@@ -122,3 +122,29 @@ def test_a_wrong_word_ends_in_one_clear_line(tmp_path: Path) -> None:
     assert ran.returncode != 0
     assert "nowhere: found no manifest.csv" in ran.stderr
     assert not list(tmp_path.glob("m3ret-*"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--report_to", "comet_ml"], "needs `pip install comet_ml`"),
+        (["--output_dir", "results"], "results: found something else there"),
+        (["--learning_rate", "1e30", "--gradient_clip", "1e30"], "not finite"),
+    ],
+)
+def test_what_would_end_badly_ends_early(tmp_path: Path, phantom: Path, options: list[str], message: str) -> None:
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "years_of_work.txt").write_text("kept")
+    words = [word for key, value in (SMALL_RUN | {"data": phantom}).items() for word in (f"--{key}", str(value))]
+    ran = subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), *words, *options],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode != 0
+    assert message in ran.stderr
+    assert (tmp_path / "results" / "years_of_work.txt").read_text() == "kept"
+    assert not list(tmp_path.glob("m3ret-*"))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,9 +44,15 @@ def open_collection(data: str | Path) -> list[Record]:
     Raises:
         CollectionError: if there is no such folder, or its manifest is not one.
     """
-    if str(data).split(":")[0] == "phantom" and not Path(data).exists():
+    if not Path(data).exists() and is_phantom(data):
         return read_manifest(_phantom_folder(str(data)))
     return read_manifest(Path(data))
+
+
+def is_phantom(data: str | Path) -> bool:
+    """Whether a collection is the synthetic one, by name or as a folder that `write_phantom` made."""
+    folder = Path(data)
+    return (folder / "phantom.json").is_file() if folder.exists() else str(data).split(":")[0] == "phantom"
 
 
 def _phantom_folder(data: str) -> Path:
@@ -69,7 +76,11 @@ def read_manifest(folder: Path) -> list[Record]:
     manifest = folder / "manifest.csv"
     if not manifest.is_file():
         raise CollectionError(f"{folder}: found no manifest.csv, expected one with the columns {', '.join(COLUMNS)}")
-    with manifest.open(newline="", encoding="utf-8") as lines:
+    try:
+        text = manifest.read_text(encoding="utf-8-sig")  # with the mark that spreadsheets put in front, or without
+    except UnicodeDecodeError as error:
+        raise CollectionError(f"{manifest}: found text that is not UTF-8, expected UTF-8") from error
+    with io.StringIO(text, newline="") as lines:
         reader = csv.DictReader(lines)
         if missing := [column for column in COLUMNS if column not in (reader.fieldnames or ())]:
             raise CollectionError(
@@ -77,6 +88,10 @@ def read_manifest(folder: Path) -> list[Record]:
             )
         records = []
         for row in reader:
+            if any(row[column] is None for column in COLUMNS) or not row["file"] or not row["modality"]:
+                raise CollectionError(
+                    f"{manifest}, line {reader.line_num}: found a row without file, modality or other cells"
+                )
             path = folder / row["file"]
             if not path.resolve().is_relative_to(folder.resolve()):
                 raise CollectionError(f"{manifest}: the row {row['id']!r} names a file outside the folder")
@@ -104,4 +119,5 @@ def split_by_group(records: Sequence[Record], holdout: float) -> tuple[list[Reco
 
 def without_modalities(records: Iterable[Record], excluded: Sequence[str]) -> list[Record]:
     """The records of all other modalities: what is kept unseen in pretraining leaves here."""
-    return [record for record in records if record.modality not in excluded]
+    names = {name.casefold() for name in excluded}
+    return [record for record in records if record.modality.casefold() not in names]

@@ -99,7 +99,7 @@ class RandomViews(Dataset[list[Resized | Failure]]):
     An item is asked for by `(epoch, index)`. Crops and noise follow from (seed, epoch, index) alone, so that they do
     not depend on the worker that cuts them or on when a run was resumed.
 
-    Decoded scans are kept for the next epoch up to `cache_bytes` in each worker: a small collection is decoded once.
+    Each worker keeps decoded scans for the next epoch, up to `cache_bytes`.
 
     Raises:
         M3RetReadError: when 16 records in a row cannot be read.
@@ -126,6 +126,7 @@ class RandomViews(Dataset[list[Resized | Failure]]):
 
     def __getitem__(self, key: tuple[int, int]) -> list[Resized | Failure]:
         epoch, index = key
+        generator = np.random.default_rng([self.seed, epoch, index])  # of the asked one: a stand-in gets other views
         failures: list[Resized | Failure] = []
         while True:
             try:
@@ -136,7 +137,6 @@ class RandomViews(Dataset[list[Resized | Failure]]):
                 if len(failures) == MOST_FAILURES_IN_A_ROW:
                     raise
                 index = (index + 1) % len(self.records)  # its neighbour stands in, so that the batch stays full
-        generator = np.random.default_rng([self.seed, epoch, index])
         views = failures
         for kind in self.kinds:
             volume = self.processor.resize(random_crop(scan, kind.ranges, generator), size=kind.size)

@@ -12,6 +12,25 @@ from ..image_processing_m3ret import M3RetImageProcessor
 from .objectives import Objective
 
 
+class CheckpointPlaceError(ValueError):
+    """A folder that a checkpoint must not be written to."""
+
+
+def checkpoint_place(folder: Path) -> Path:
+    """Where a checkpoint of this name goes, links followed; asked before a run, so that no run ends without a place.
+
+    Raises:
+        CheckpointPlaceError: if something is there that is neither an empty folder nor a checkpoint of ours, since
+            saving replaces the folder as a whole.
+    """
+    place = folder.resolve()
+    is_ours = (place / "training.json").is_file() and (place / "config.json").is_file()
+    if place == Path.cwd() or (place.exists() and not is_ours and not (place.is_dir() and not any(place.iterdir()))):
+        raise CheckpointPlaceError(f"{folder}: found something else there, expected nothing, or an older checkpoint")
+    place.parent.mkdir(parents=True, exist_ok=True)
+    return place
+
+
 def save_checkpoint(
     folder: Path, objective: Objective, processor: M3RetImageProcessor, card: str, facts: dict[str, Any]
 ) -> None:
@@ -22,7 +41,7 @@ def save_checkpoint(
     of this name is always whole; an older one is replaced.
 
     Args:
-        card: the model card, `README.md`. facts: what the run was and measured, `training.json`.
+        folder: from `checkpoint_place`. card: the model card, `README.md`. facts: what the run was, `training.json`.
     """
     beside = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     shutil.rmtree(beside, ignore_errors=True)

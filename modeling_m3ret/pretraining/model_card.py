@@ -41,8 +41,7 @@ def write_card(
         patch=f"{model.patch_depth} x {model.patch_size} x {model.patch_size}",
         size=run.size,
         num_frames=run.num_frames,
-        synthetic=run.data.split(":")[0] == "phantom",
         facts=facts,
-        table=format_table(rows),
+        table=format_table(rows) if rows else "",
     )
     return str(card)

@@ -12,6 +12,8 @@ from typing import Any, get_args, get_type_hints
 
 import yaml
 
+from ..configuration_m3ret import M3RetConfig
+
 
 @dataclass
 class RunConfig:
@@ -35,7 +37,8 @@ class RunConfig:
     warmup_fraction: part of the steps with a linear warm-up; 40 of MAE's 800 epochs.
     gradient_clip: largest norm of the gradient. MAE clips nothing; at 3 (SimDINO's) only an outlier batch is cut.
     num_workers: processes that decode, beside each training process. cache_gib: memory, in GiB over all workers of a
-        process, that keeps decoded scans for the next epoch; 0 for collections that would not fit anyway.
+        process, that keeps decoded scans for the next epoch. Each worker has its own part and meets any scan, so with
+        one worker a collection that fits is decoded once, with more it takes some epochs.
     seed: of weights, order, crops and masks.
     log_every: steps between lines in `metrics.jsonl`. report_to: trackio, tensorboard or wandb.
     """
@@ -77,8 +80,40 @@ class RunConfig:
             raise ValueError(f"preset is vitt, vits, vitb or vitl, not {self.preset!r}")
         if not 0 <= self.holdout < 1:
             raise ValueError(f"holdout is a part from 0 to below 1, not {self.holdout}")
-        if min(self.steps, self.batch_size, self.views_per_decode, self.log_every) < 1:
-            raise ValueError("steps, batch_size, views_per_decode and log_every are at least 1")
+        positive = (
+            "steps",
+            "batch_size",
+            "views_per_decode",
+            "log_every",
+            "size",
+            "num_frames",
+            "max_patches",
+            "local_size",
+        )
+        for name in positive:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is at least 1, not {getattr(self, name)}")
+        for name in (
+            "num_workers",
+            "local_views",
+            "cache_gib",
+            "weight_decay",
+            "compression_weight",
+            "expansion_weight",
+        ):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is not negative, but {getattr(self, name)} is")
+        if not 0 <= self.warmup_fraction <= 1:
+            raise ValueError(f"warmup_fraction is a part from 0 to 1, not {self.warmup_fraction}")
+        if self.gradient_clip <= 0:
+            raise ValueError(f"gradient_clip is a norm above 0 (large to clip nothing), not {self.gradient_clip}")
+        if unknown := set(self.model) - {entry.name for entry in fields(M3RetConfig)}:
+            raise ValueError(f"model has no {', '.join(sorted(unknown))}; see M3RetConfig")
+        output, run = Path(self.output_dir).resolve(), Path(self.run_dir).resolve()
+        if run.is_relative_to(output):
+            raise ValueError(
+                f"run_dir lies in output_dir ({run} in {output}), which the checkpoint replaces as a whole"
+            )
 
     def peak_learning_rate(self, processes: int) -> float:
         """The learning rate after warm-up: as set, or linear in the views of a step (MAE) or its scans (SimDINO)."""
@@ -100,7 +135,9 @@ def parse_run_config(arguments: Sequence[str] | None = None, description: str | 
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, help="YAML file with any of the keys below")
     for entry in fields(RunConfig):
-        parser.add_argument(f"--{entry.name}", type=yaml.safe_load, default=argparse.SUPPRESS, help=str(entry.type))
+        is_text = entry.type in ("str", "str | None")  # a name stays as it is written, 2024-01-01 and 0012 too
+        read = str if is_text else yaml.safe_load
+        parser.add_argument(f"--{entry.name}", type=read, default=argparse.SUPPRESS, help=str(entry.type))
     given = vars(parser.parse_args(arguments))
     values: dict[str, Any] = {}
     if path := given.pop("config"):
@@ -119,5 +156,7 @@ def _checked(values: dict[str, Any]) -> RunConfig:
             with contextlib.suppress(ValueError):  # YAML 1.1 takes 1e-3 for a word; we don't
                 values[key] = value = float(value)
         if not isinstance(value, tuple(kinds)) or (isinstance(value, bool) and bool not in kinds):
-            raise ValueError(f"{key} is {' or '.join(kind.__name__ for kind in kinds)}, not {json.dumps(value)}")
+            raise ValueError(
+                f"{key} is {' or '.join(kind.__name__ for kind in kinds)}, not {json.dumps(value, default=str)}"
+            )
     return RunConfig(**values)

@@ -58,6 +58,8 @@ def embed_records(
                 inputs = pack.inputs(processor)
                 for part, embedder in zip(parts, embedders, strict=True):
                     part.append(embedder(inputs).float().cpu())
+    if any(not torch.isfinite(embeddings).all() for part in parts for embeddings in part):
+        raise ValueError("an encoder gave embeddings that are not finite: its weights have diverged")
     return [
         Embedded(torch.cat(part) if part else torch.empty(0, 0), [records[index] for index in kept], failures)
         for part in parts

@@ -53,12 +53,15 @@ def evaluate(methods: Mapping[str, Embedded]) -> list[Row]:
     )
     same_modality = modality[:, None] == modality
     foreign = group[:, None] != group
+    # what has no label is like nothing, not like everything else that has none
+    same_label = (label[:, None] == label) & torch.tensor([bool(record.label) for record in records])
+    same_anatomy = (anatomy[:, None] == anatomy) & torch.tensor([bool(record.anatomy) for record in records])
     names = [record.modality for record in records]
     protocols = {
-        name: (same_modality, label[:, None] == label, torch.tensor([other == name for other in names]))
+        name: (same_modality, same_label, torch.tensor([other == name for other in names]))
         for name in sorted(set(names))
     }
-    protocols[ACROSS] = (~same_modality, anatomy[:, None] == anatomy, torch.ones(len(names), dtype=torch.bool))
+    protocols[ACROSS] = (~same_modality, same_anatomy, torch.ones(len(names), dtype=torch.bool))
 
     rows: list[Row] = []
     for protocol, (candidate, relevant, asked) in protocols.items():
@@ -104,7 +107,7 @@ def format_table(rows: list[Row]) -> str:
 
 
 def to_json(rows: list[Row], **facts: Any) -> str:
-    """The rows and the facts of the run (model, data, versions, failures) as JSON."""
+    """The rows, and whatever facts of the run are given, as JSON."""
     table = [{**asdict(row), "scores": dict(zip(METRICS, row.scores, strict=True))} for row in rows]
     return json.dumps({**facts, "rows": table}, indent=2)
 

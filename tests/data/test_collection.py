@@ -36,6 +36,8 @@ def test_a_manifest_gives_its_rows_in_order(tmp_path: Path) -> None:
     [
         ("id,file\n", "expected also modality, anatomy, label, group"),
         (HEADER, "found no row"),
+        (HEADER + "a\n", "line 2: found a row without"),
+        (HEADER + "a,,xray,c,l,p,,,\n", "line 2: found a row without"),
         (HEADER + "a,1.png,xray,c,l,p,,,\na,2.png,xray,c,l,p,,,\n", "ids repeat"),
         (HEADER + "a,../1.png,xray,c,l,p,,,\n", "outside the folder"),
         (HEADER + "a,/etc/passwd,xray,c,l,p,,,\n", "outside the folder"),
@@ -44,6 +46,15 @@ def test_a_manifest_gives_its_rows_in_order(tmp_path: Path) -> None:
 def test_a_manifest_that_is_none_is_refused(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(CollectionError, match=message):
         read_manifest(write(tmp_path, text))
+
+
+def test_a_manifest_from_a_spreadsheet_is_read(tmp_path: Path) -> None:
+    text = HEADER + "a,1.png,xray,c,Fraktur des Schlüsselbeins,p,,,\n"
+    (tmp_path / "manifest.csv").write_bytes(text.encode("utf-8-sig"))
+    assert read_manifest(tmp_path)[0].label == "Fraktur des Schlüsselbeins"
+    (tmp_path / "manifest.csv").write_bytes(text.encode("cp1252"))
+    with pytest.raises(CollectionError, match="not UTF-8"):
+        read_manifest(tmp_path)
 
 
 def test_no_manifest_is_said(tmp_path: Path) -> None:
@@ -74,4 +85,4 @@ def test_a_patient_is_on_one_side_and_stays_there() -> None:
 
 
 def test_excluded_modalities_leave() -> None:
-    assert {r.modality for r in without_modalities(records_of(4), ["mri"])} == {"ct", "xray"}
+    assert {r.modality for r in without_modalities(records_of(4), ["MRI"])} == {"ct", "xray"}

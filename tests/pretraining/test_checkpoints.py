@@ -12,7 +12,7 @@ from conftest import tiny_config
 from transformers import AutoImageProcessor, AutoModel, AutoModelForPreTraining
 
 from modeling_m3ret import M3RetForPreTraining, M3RetImageProcessor
-from modeling_m3ret.pretraining.checkpoints import save_checkpoint
+from modeling_m3ret.pretraining.checkpoints import CheckpointPlaceError, checkpoint_place, save_checkpoint
 from modeling_m3ret.pretraining.model_card import write_card
 from modeling_m3ret.pretraining.objectives import MaskedAutoencoding
 from modeling_m3ret.pretraining.optimisation import build_optimiser, warmup_cosine
@@ -79,7 +79,25 @@ def test_the_card_is_filled_in_and_names_no_path(tmp_path: Path) -> None:
     assert "{{" not in card
     assert "{%" not in card
     assert "synthetic" not in card
-    assert "synthetic" in write_card(template, RunConfig(data="phantom:20"), tiny_config(), 1, FACTS, rows)
+    assert "synthetic" in write_card(template, RunConfig(), tiny_config(), 1, FACTS | {"synthetic": True}, rows)
+    assert "Zero-shot" not in write_card(template, RunConfig(), tiny_config(), 1, FACTS, [])
+
+
+def test_nothing_but_an_older_checkpoint_is_ever_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.txt").write_text("years of work")
+    (tmp_path / "file").write_text("also work")
+    for place in ("thesis", "file", ".", "thesis/.."):
+        with pytest.raises(CheckpointPlaceError):
+            checkpoint_place(Path(place))
+    (tmp_path / "big-disk").mkdir()
+    (tmp_path / "m3ret-x").symlink_to(tmp_path / "big-disk")
+    for _ in range(2):  # an empty folder, then an older checkpoint, through a link that stays one
+        place = checkpoint_place(Path("m3ret-x"))
+        save_checkpoint(place, MaskedAutoencoding(RunConfig(), tiny_config()), M3RetImageProcessor(), "# card", {})
+        assert (tmp_path / "m3ret-x").is_symlink()
+        assert (tmp_path / "big-disk" / "model.safetensors").is_file()
 
 
 def test_schedule_rises_to_the_peak_and_falls_to_nothing() -> None:

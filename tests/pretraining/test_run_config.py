@@ -21,6 +21,8 @@ def test_the_command_line_wins_over_the_file(tmp_path: Path) -> None:
     assert config.seed == RunConfig().seed
     assert parse_run_config(["--learning_rate", "1e-3"]).learning_rate == 0.001
     assert parse_run_config(["--weight_decay", "1"]).weight_decay == 1.0
+    for name in ("2024-01-01", "0012", "null"):
+        assert parse_run_config(["--output_dir", name]).output_dir == name
 
 
 @pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.yaml")), ids=lambda file: file.stem)
@@ -34,7 +36,13 @@ def test_every_config_that_we_ship_is_valid(file: Path) -> None:
     [
         (["--steps", "many"], "steps is int, not"),
         (["--steps", "0"], "at least 1"),
-        (["--learning_rate", "fast"], "learning_rate is float or NoneType, not \"fast\""),
+        (["--gradient_clip", "0"], "gradient_clip is a norm above 0"),
+        (["--warmup_fraction", "3"], "warmup_fraction"),
+        (["--num_workers", "-1"], "num_workers is not negative"),
+        (["--model", "{num_hidden_layer: 1}"], "model has no num_hidden_layer"),
+        (["--run_dir", "m3ret-vitb/run"], "run_dir lies in output_dir"),
+        (["--steps", "2024-01-01"], "steps is int"),
+        (["--learning_rate", "fast"], 'learning_rate is float or NoneType, not "fast"'),
         (["--steps", "true"], "steps is int, not true"),
         (["--preset", "vith"], "preset is vitt"),
         (["--objective", "simclr"], "objective is mae or simdino"),

@@ -65,6 +65,13 @@ def test_a_modality_with_nothing_to_find_is_left_out() -> None:
     assert "endoscopy" not in {row.protocol for row in rows}
 
 
+def test_scans_without_a_label_match_nothing() -> None:
+    unlabelled = [record(f"u{n}", "ct", "", f"u{n}") for n in range(5)]
+    assert evaluate({"any": embedded(unlabelled, torch.rand(5, 3).tolist())}) == []
+    rows = evaluate({"any": embedded(RECORDS + unlabelled, torch.rand(13, 3).tolist())})
+    assert next(row.queries for row in rows if row.protocol == "ct") == 4
+
+
 def test_methods_on_different_scans_do_not_compare() -> None:
     with pytest.raises(ValueError, match="different scans"):
         evaluate({"a": embedded(RECORDS, [[1.0]] * 8), "b": embedded(RECORDS[:7], [[1.0]] * 7)})
