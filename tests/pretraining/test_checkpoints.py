@@ -80,6 +80,9 @@ def test_the_card_is_filled_in_and_names_no_path(tmp_path: Path) -> None:
     assert "{%" not in card
     assert "synthetic" not in card
     assert "synthetic" in write_card(template, RunConfig(), tiny_config(), 1, FACTS | {"synthetic": True}, rows)
+    assert "simdino.safetensors" in write_card(template, RunConfig(objective="simdino"), tiny_config(), 1, FACTS, rows)
+    mae = write_card(template, RunConfig(), tiny_config(), 1, FACTS | {"objective": "mae"}, rows)
+    assert "AutoModelForPreTraining" in mae
     assert "Zero-shot" not in write_card(template, RunConfig(), tiny_config(), 1, FACTS, [])
 
 
