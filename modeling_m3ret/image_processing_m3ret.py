@@ -36,8 +36,8 @@ class M3RetImageProcessor(BaseImageProcessor):
 
     A scan is a path, bytes, a PIL image, an array or tensor (`H W`, `H W C`, `D H W`, `D H W C`), a folder that holds a
     DICOM series, a list of DICOM slices, a `datasets` row, or a `Scan`. Channels come last: a tensor of `(3, H, W)` is
-    three slices. A call takes one scan or a list of scans, kinds
-    mixed; so the slices of one series as a list go into a list of their own: `processor([[slice_1, slice_2]])`.
+    three slices. A call takes one scan or a list of scans, kinds mixed; so the slices of one series as a list go into a
+    list of their own: `processor([[slice_1, slice_2]])`.
 
     Size policy, the same for every scan:
 

@@ -672,9 +672,9 @@ def masked_patch_loss(predicted: Tensor, target: Tensor, masked_counts: Sequence
     target = normalise_patches(target, eps)
     errors = nn.functional.mse_loss(predicted.float(), target, reduction="none").mean(-1)  # (M,)
     of_scans = [scan.mean() for scan in errors.split(list(masked_counts)) if len(scan)]
-    return (
-        torch.stack(of_scans).mean() if of_scans else predicted.sum() * 0
-    )  # scans of one patch each: nothing to learn
+    if not of_scans:  # scans of one patch each: nothing to learn, but a gradient that other ranks can add to theirs
+        return predicted.sum() * 0
+    return torch.stack(of_scans).mean()
 
 
 __all__ = ["M3RetForPreTraining", "M3RetModel", "M3RetPreTrainedModel"]

@@ -36,11 +36,21 @@ def phantom(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_phantom(tmp_path_factory.mktemp("data") / "phantom", subjects=24, workers=2)
 
 
-def run(command: list[str], cwd: Path) -> str:
+def finish(command: list[str], cwd: Path) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    ran = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
+
+
+def run(command: list[str], cwd: Path) -> str:
+    ran = finish(command, cwd)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     return ran.stdout
+
+
+def refused_by_train(options: list[str], cwd: Path) -> str:
+    ran = finish([sys.executable, str(ROOT / "train.py"), *options], cwd)
+    assert ran.returncode != 0
+    return ran.stderr
 
 
 def train(folder: Path, data: Path, launch: list[str], **overrides: object) -> str:
@@ -111,16 +121,7 @@ def test_two_processes_train_together(tmp_path: Path, phantom: Path, objective: 
 
 
 def test_a_wrong_word_ends_in_one_clear_line(tmp_path: Path) -> None:
-    ran = subprocess.run(
-        [sys.executable, str(ROOT / "train.py"), "--data", "nowhere"],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert ran.returncode != 0
-    assert "nowhere: found no manifest.csv" in ran.stderr
+    assert "nowhere: found no manifest.csv" in refused_by_train(["--data", "nowhere"], tmp_path)
     assert not list(tmp_path.glob("m3ret-*"))
 
 
@@ -136,15 +137,6 @@ def test_what_would_end_badly_ends_early(tmp_path: Path, phantom: Path, options:
     (tmp_path / "results").mkdir()
     (tmp_path / "results" / "years_of_work.txt").write_text("kept")
     words = [word for key, value in (SMALL_RUN | {"data": phantom}).items() for word in (f"--{key}", str(value))]
-    ran = subprocess.run(
-        [sys.executable, str(ROOT / "train.py"), *words, *options],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert ran.returncode != 0
-    assert message in ran.stderr
+    assert message in refused_by_train([*words, *options], tmp_path)
     assert (tmp_path / "results" / "years_of_work.txt").read_text() == "kept"
     assert not list(tmp_path.glob("m3ret-*"))
