@@ -3,34 +3,36 @@
     accelerate launch train.py --config configs/vitb.yaml                      # the paper's size, GPUs
     accelerate launch train.py --config configs/smoke.yaml                     # minutes on two CPU cores
     accelerate launch train.py --config configs/smoke.yaml --data FOLDER --steps 500 --report_to tensorboard
+    accelerate launch train.py --config configs/vitb.yaml --resume             # go on from the newest checkpoint
 
 Every key of the YAML file can be given as `--key value`; what each means stands in
-`modeling_m3ret/pretraining/run_config.py`.
+`modeling_m3ret/pretraining/run_config.py`, what the numbers mean in `docs/pretraining.md`.
 """
 
-import json
+import contextlib
 import time
 from dataclasses import asdict
 from datetime import timedelta
+from itertools import islice
 from pathlib import Path
 
-import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import gather_object, set_seed
 from tqdm.auto import tqdm
 
-from modeling_m3ret import M3RetImageProcessor, M3RetModel, __version__
+from modeling_m3ret import M3RetImageProcessor
 from modeling_m3ret.cpu import prepare_cpu
-from modeling_m3ret.data.collection import is_phantom, open_collection, split_by_group, without_modalities
+from modeling_m3ret.data.collection import open_collection, split_by_group, without_modalities
 from modeling_m3ret.data.loading import RandomViews, SeededBatches, training_loader
-from modeling_m3ret.pretraining.checkpoints import append_json_line, checkpoint_place, save_checkpoint, write_whole
-from modeling_m3ret.pretraining.model_card import write_card
+from modeling_m3ret.pretraining.checkpoints import checkpoint_place
 from modeling_m3ret.pretraining.objectives import build_objective
-from modeling_m3ret.pretraining.optimisation import build_optimiser, warmup_cosine
+from modeling_m3ret.pretraining.optimisation import build_optimiser, set_schedule
+from modeling_m3ret.pretraining.quality import OnlineQuality, collapse_alarm
 from modeling_m3ret.pretraining.run_config import parse_run_config
-from modeling_m3ret.retrieval.embed import embed_records, encoder_embedder, pixel_embedder
-from modeling_m3ret.retrieval.evaluation import evaluate, format_table, to_json
+from modeling_m3ret.pretraining.run_log import RunLog
+from modeling_m3ret.pretraining.saving import RunSaver
+from modeling_m3ret.pretraining.stopping import StopSignal, stop_if_not_finite
 
 
 def main() -> None:
@@ -39,25 +41,30 @@ def main() -> None:
     place = checkpoint_place(Path(config.output_dir))
     if config.report_to and config.report_to not in {tracker.value for tracker in get_available_trackers()}:
         raise SystemExit(f"--report_to {config.report_to} needs `pip install {config.report_to}`")
-    # rank 0 evaluates alone at the end, which may take longer than the ten minutes that others wait by default
+    # a rank may decode or evaluate for longer than the ten minutes that others wait by default
     patience = InitProcessGroupKwargs(timeout=timedelta(hours=6))
-    accelerator = Accelerator(log_with=config.report_to, project_dir=run_dir, kwargs_handlers=[patience])
-    told = {key: str(value) for key, value in asdict(config).items() if key not in ("data", "output_dir", "run_dir")}
+    accelerator = Accelerator(
+        mixed_precision=config.precision,
+        log_with=config.report_to,
+        project_dir=run_dir,
+        kwargs_handlers=[patience],
+    )
+    told = {key: str(value) for key, value in asdict(config).items() if not is_place(key)}
     accelerator.init_trackers("m3ret", config=told)  # a tracker may be elsewhere: no path
     set_seed(config.seed)
     if accelerator.device.type == "cpu":
         prepare_cpu(accelerator.state.num_processes)
 
-    # ---- objective: masked autoencoding or self-distillation, each a module that returns its loss -------------------
+    # ---- objective: masked autoencoding, self-distillation or both, a module that returns its loss ------------------
     objective, model_config = build_objective(config)
+    set_seed(config.seed, device_specific=True)  # equal weights on all ranks, and each draws its own stochastic depth
 
     # ---- data: every patient is either trained on or held out -------------------------------------------------------
     with accelerator.local_main_process_first():  # the phantom is made once
         records = open_collection(config.data)
     training, held_out = split_by_group(records, config.holdout)
-    modalities = {record.modality for record in records}
     training = without_modalities(training, config.exclude_modalities)
-    unseen = sorted(modalities - {record.modality for record in training})
+    unseen = sorted({record.modality for record in records} - {record.modality for record in training})
     processor = M3RetImageProcessor(
         size=config.size,
         num_frames=config.num_frames,
@@ -66,118 +73,108 @@ def main() -> None:
         patch_depth=model_config.patch_depth,
         num_channels=model_config.num_channels,
     )
-    cache_bytes = int(config.cache_gib * 2**30 / max(1, config.num_workers))
-    views = RandomViews(training, processor, views=objective.views, seed=config.seed, cache_bytes=cache_bytes)
+    accelerator.print(f"{len(training)} scans to train on, {len(held_out)} held out, of {config.data}")
+    accelerator.print(f"never seen in training: {', '.join(unseen) or 'no modality'}")
+    quality = OnlineQuality(training, held_out, processor, accelerator, config.num_workers)
+
+    # ---- optimiser, and where an interrupted run stood --------------------------------------------------------------
+    optimiser = build_optimiser(objective, config)
+    model, optimiser = accelerator.prepare(objective, optimiser)
+    template = Path(__file__).with_name("model_card.md")
+    saver = RunSaver(
+        *(config, accelerator, model, optimiser, objective, model_config, processor),
+        *(training, quality, unseen, template),
+    )
+    progress = saver.resume_or_begin()
+    log = RunLog(run_dir, accelerator, progress.step)
     batches = SeededBatches(
-        len(training),
+        [record.modality for record in training],
         config.batch_size,
         seed=config.seed,
+        alpha=config.mixture_alpha,
+        start=progress.step * config.accumulate,
         process=accelerator.process_index,
         processes=accelerator.num_processes,
     )
-    loader = training_loader(views, batches, config.num_workers)
-    accelerator.print(f"{len(training)} scans to train on, {len(held_out)} held out, of {config.data}")
-    accelerator.print(f"never seen in training: {', '.join(unseen) or 'no modality'}")
-
-    # ---- optimiser --------------------------------------------------------------------------------------------------
-    learning_rate = config.peak_learning_rate(accelerator.num_processes)
-    optimiser = build_optimiser(objective, config, learning_rate)
-    model, optimiser = accelerator.prepare(objective, optimiser)
+    cache_bytes = int(config.cache_gib * 2**30 / max(1, config.num_workers))
+    views = RandomViews(training, processor, views=objective.views, seed=config.seed, cache_bytes=cache_bytes)
+    packs = iter(training_loader(views, batches, config.num_workers))
 
     # ---- the loop ---------------------------------------------------------------------------------------------------
-    warmup = max(1, round(config.warmup_fraction * config.steps))
-    run_dir.mkdir(parents=True, exist_ok=True)
-    metrics_file = run_dir / "metrics.jsonl"
-    if accelerator.is_main_process:
-        metrics_file.unlink(missing_ok=True)
-    unreadable: dict[int, str] = {}
-    views_seen = 0
+    warmup = config.warmup_fraction * config.steps
+    last_step = min(config.steps, config.stop_after or config.steps)
+    stop = StopSignal(accelerator)
+    bar = tqdm(
+        total=config.steps,
+        initial=progress.step,
+        desc="pretraining",
+        unit="step",
+        disable=not accelerator.is_main_process,
+    )
+    started, seconds_before, views_before = time.perf_counter(), progress.seconds, progress.views
     model.train()
-    started = time.perf_counter()
-    progress = tqdm(range(config.steps), desc="pretraining", unit="step", disable=not accelerator.is_main_process)
-    for step, pack in zip(progress, loader, strict=False):
-        unreadable |= dict(pack.failures)
-        for group in optimiser.param_groups:
-            group["lr"] = learning_rate * warmup_cosine(step, config.steps, warmup)
-        loss, terms = model(**pack.inputs(processor, accelerator.device))
-        accelerator.backward(loss)
+    while progress.step < last_step and not stop.requested():
+        learning_rate = set_schedule(optimiser, config, progress.step, accelerator.num_processes)
+        step_packs = list(islice(packs, config.accumulate))
+        for number, pack in enumerate(step_packs, start=1):
+            progress.unreadable |= dict(pack.failures)
+            in_between = accelerator.no_sync(model) if number < len(step_packs) else contextlib.nullcontext()
+            with in_between:
+                loss, terms = model(**pack.inputs(processor, accelerator.device))
+                accelerator.backward(loss / config.accumulate)
         gradient_norm = accelerator.clip_grad_norm_(model.parameters(), config.gradient_clip)
-        if not torch.isfinite(gradient_norm):  # on every rank, since gradients are averaged before
-            scans = ", ".join(sorted({training[index].id for index in pack.scans}))
-            raise FloatingPointError(
-                f"step {step + 1}: loss or gradient is not finite; nothing was updated. Scans: {scans}"
-            )
+        stop_if_not_finite(accelerator, loss, gradient_norm, progress.step, step_packs, training, run_dir)
         optimiser.step()
         optimiser.zero_grad()
-        objective.after_step(step, config.steps)
+        objective.after_step(progress.step, config.steps)
 
-        views_seen += len(pack.scans) * accelerator.num_processes
-        if (step + 1) % config.log_every == 0 or step + 1 == config.steps:
+        progress.step += 1
+        progress.views += sum(len(pack.scans) for pack in step_packs) * accelerator.num_processes
+        progress.seconds = seconds_before + time.perf_counter() - started
+        bar.update()
+        numbers: dict[str, float] = {}
+        if progress.step % config.log_every == 0 or progress.step == config.steps:
             logged = {"loss": loss, **terms}
-            logged = {name: accelerator.reduce(term.detach(), "mean").item() for name, term in logged.items()}
-            seconds = time.perf_counter() - started
-            entry = {
-                "step": step + 1,
-                **logged,
+            numbers = {name: accelerator.reduce(term.detach(), "mean").item() for name, term in logged.items()}
+            rate = (progress.views - views_before) / (time.perf_counter() - started)
+            bar.set_postfix(loss=f"{numbers['loss']:.4f}", views_per_s=f"{rate:.0f}")
+            numbers |= {
                 "gradient_norm": float(gradient_norm),
-                "learning_rate": optimiser.param_groups[0]["lr"],
-                "views": views_seen,
-                "views_per_second": views_seen / seconds,
-                "seconds": seconds,
+                "learning_rate": learning_rate,
+                "views": progress.views,
+                "views_per_second": rate,
+                "seconds": progress.seconds,
             }
-            progress.set_postfix(loss=f"{logged['loss']:.4f}", views_per_s=f"{views_seen / seconds:.0f}")
-            accelerator.log({key: value for key, value in entry.items() if key != "step"}, step=step + 1)
-            if accelerator.is_main_process:
-                append_json_line(metrics_file, entry)
-    progress.close()
+        measures, saves = config.due(progress.step)
+        if measures or saves:
+            quality.fit_whitening(objective.encoder)
+        if measures:
+            numbers |= quality.measure(objective.encoder)
+            saver.note_quality(numbers)
+        if numbers:
+            log.numbers(progress.step, numbers)
+            if progress.step > warmup and (alarm := collapse_alarm(numbers)):
+                log.alarm(progress.step, alarm)
+        if saves or saver.is_new_best:
+            saver.save_step()
+    bar.close()
 
-    # ---- what it is worth, and the checkpoint -----------------------------------------------------------------------
-    unreadable = dict(gather_object(list(unreadable.items())))  # of all ranks
-    if accelerator.is_main_process:
-        trained = objective.encoder.eval()
-        facts = {
-            "objective": config.objective,
-            "preset": config.preset,
-            "steps": config.steps,
-            "views": views_seen,
-            "training_scans": len(training),
-            "modalities": sorted({record.modality for record in training}),
-            "unseen_modalities": unseen,
-            "holdout": config.holdout,
-            "held_out_scans": len(held_out),
-            "unreadable_scans": len(unreadable),
-            "synthetic": is_phantom(config.data),
-            "seed": config.seed,
-            "m3ret": __version__,
-            "seconds": round(time.perf_counter() - started, 1),
-        }
-        template = Path(__file__).with_name("model_card.md")
-        card = write_card(template, config, model_config, trained.num_parameters(), facts, [])
-        save_checkpoint(place, objective, processor, card, facts)  # first: an evaluation that fails costs no weights
-
-        set_seed(config.seed)
-        untrained = M3RetModel(model_config).eval().to(accelerator.device)
-        embedders = {
-            "pixels": pixel_embedder(processor),
-            "untrained": encoder_embedder(untrained),
-            "trained": encoder_embedder(trained),
-        }
-        embedded = embed_records(list(embedders.values()), processor, held_out, num_workers=config.num_workers)
-        rows = evaluate(dict(zip(embedders, embedded, strict=True)))
-        facts |= {
-            "held_out_scans": len(embedded[0].records),
-            "unreadable_scans": len(unreadable) + len(embedded[0].failures),
-        }
-        card = write_card(template, config, model_config, trained.num_parameters(), facts, rows)
-        write_whole(place / "README.md", card)
-        write_whole(place / "training.json", json.dumps(facts, indent=2) + "\n")
-        write_whole(run_dir / "retrieval.json", to_json(rows, **facts) + "\n")
-        print(format_table(rows))
-        for message in [*unreadable.values(), *embedded[0].failures]:
-            print(f"not read: {message}")
-        print(f"checkpoint: {config.output_dir}   metrics: {metrics_file}")
+    # ---- the checkpoint, and what it is worth -----------------------------------------------------------------------
+    finished = progress.step == config.steps
+    saver.save_step()
+    if finished:
+        unreadable = dict(gather_object(list(progress.unreadable.items())))  # of all ranks
+        saver.save_result(place, unreadable)
+    else:
+        accelerator.print(f"stopped after step {progress.step} of {config.steps}; `--resume` goes on from there")
+    saver.close()
+    log.summary(finished, saver.facts())
     accelerator.wait_for_everyone()
     accelerator.end_training()
+
+
+def is_place(key: str) -> bool:
+    return key in ("data", "initial", "output_dir", "run_dir", "push_to_hub")
 
 
 if __name__ == "__main__":

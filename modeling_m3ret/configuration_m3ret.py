@@ -49,6 +49,9 @@ class M3RetConfig(PreTrainedConfig):
         and not MAE's 16, so that a head has 64 channels to turn in three axes.
     norm_pixel_eps (`float`, defaults to 1e-6):
         Added to each patch's variance before its pixels are normalised (MAE reference code).
+    loss_weighting (`"scan"` or `"patch"`, defaults to `"scan"`):
+        What weighs the same in the loss of masked autoencoding. By scan, since a CT has eight times the patches of an
+        X-ray and more, and would outweigh it so.
     """
 
     model_type = "m3ret"
@@ -75,6 +78,7 @@ class M3RetConfig(PreTrainedConfig):
     decoder_num_hidden_layers: int = 4
     decoder_num_attention_heads: int = 8
     norm_pixel_eps: float = 1e-6
+    loss_weighting: str = "scan"
 
     def validate_architecture(self) -> None:
         """Cross-checks that single fields cannot express; called by `@strict` after the types are checked."""
@@ -90,6 +94,8 @@ class M3RetConfig(PreTrainedConfig):
                 )
         if self.pooling not in ("mean", "cls"):
             raise ValueError(f"pooling is 'mean' or 'cls', not {self.pooling!r}")
+        if self.loss_weighting not in ("scan", "patch"):
+            raise ValueError(f"loss_weighting is 'scan' or 'patch', not {self.loss_weighting!r}")
         if not 0 < self.mask_ratio < 1:
             raise ValueError(f"mask_ratio lies strictly between 0 and 1, not {self.mask_ratio}")
 

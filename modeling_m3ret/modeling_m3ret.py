@@ -133,6 +133,18 @@ class PackLayout(NamedTuple):
         sorted_scans = tokens.split([length for scans, length in self.groups for _ in range(scans)])
         return [sorted_scans[place] for place in self.places]
 
+    def subset(self, kept: Sequence[int]) -> PackLayout:
+        """The layout of some scans alone, given by their places in the pack, ascending."""
+        lengths = [length for scans, length in self.groups for _ in range(scans)]
+        return PackLayout.of([lengths[place] - self.prefix for place in kept], self.prefix)
+
+    def token_rows(self, kept: Sequence[int], device: torch.device) -> Tensor:
+        """Rows in the pack of those scans' tokens, `(N of them,)` int64."""
+        lengths = [length for scans, length in self.groups for _ in range(scans)]
+        starts = [stop - length for stop, length in zip(accumulate(lengths), lengths, strict=True)]
+        runs = [torch.arange(starts[place], starts[place] + lengths[place]) for place in kept]
+        return torch.cat(runs).to(device, non_blocking=True)
+
     def restore(self, tokens: Tensor) -> Tensor:
         """`(N, d)` in the pack's order -> `(N, d)` with the scans in the caller's order."""
         return tokens if self.uniform else torch.cat(self.scans(tokens))
@@ -265,7 +277,11 @@ class M3RetMLP(nn.Module):
 
 
 class M3RetLayer(GradientCheckpointingLayer):
-    """Pre-norm transformer block (ViT, arXiv 2010.11929) with stochastic depth per scan (arXiv 1603.09382)."""
+    """Pre-norm transformer block (ViT, arXiv 2010.11929) with stochastic depth per scan (arXiv 1603.09382).
+
+    Of the scans of a pack an exact part is drawn that a branch leaves out, and the branch runs on the others alone, as
+    in DINOv2 (arXiv 2304.07193, section 4): what is dropped costs nothing.
+    """
 
     def __init__(
         self, config: M3RetConfig, hidden_size: int, num_heads: int, intermediate_size: int, drop_path: float = 0.0
@@ -280,18 +296,34 @@ class M3RetLayer(GradientCheckpointingLayer):
         self.mlp_scale = M3RetLayerScale(config, hidden_size)
 
     def forward(self, tokens: Tensor, layout: PackLayout, rotary: tuple[Tensor, Tensor], **kwargs: Any) -> Tensor:
-        attended, _ = self.attention(self.attention_norm(tokens), layout, rotary, **kwargs)
-        tokens = self.attention_scale(tokens, self._drop(attended, layout))
-        return self.mlp_scale(tokens, self._drop(self.mlp(self.mlp_norm(tokens)), layout))
+        kept = self._draw(layout)
+        if kept is None:
+            attended, _ = self.attention(self.attention_norm(tokens), layout, rotary, **kwargs)
+            tokens = self.attention_scale(tokens, attended)
+        else:
+            part, rows = layout.subset(kept), layout.token_rows(kept, tokens.device)
+            tables = (rotary[0][rows], rotary[1][rows])
+            attended, _ = self.attention(self.attention_norm(tokens[rows]), part, tables, **kwargs)
+            tokens = self._add(tokens, rows, attended, self.attention_scale, len(layout.order) / len(kept))
+        kept = self._draw(layout)
+        if kept is None:
+            return self.mlp_scale(tokens, self.mlp(self.mlp_norm(tokens)))
+        rows = layout.token_rows(kept, tokens.device)
+        branch = self.mlp(self.mlp_norm(tokens[rows]))
+        return self._add(tokens, rows, branch, self.mlp_scale, len(layout.order) / len(kept))
 
-    def _drop(self, branch: Tensor, layout: PackLayout) -> Tensor:
-        """Leave the branch out for whole scans, and scale the rest so that the expectation stays."""
+    def _draw(self, layout: PackLayout) -> list[int] | None:
+        """Places in the pack of the scans that a branch runs on, or None for all."""
         if not self.training or self.drop_path == 0:
-            return branch
-        scans = torch.empty(len(layout.order), device=branch.device).bernoulli_(1 - self.drop_path)
-        lengths = [length for count, length in layout.groups for _ in range(count)]
-        kept = scans.repeat_interleave(torch.tensor(lengths, device=branch.device), output_size=branch.shape[0])
-        return branch * (kept / (1 - self.drop_path))[:, None].to(branch.dtype)
+            return None
+        scans = len(layout.order)
+        kept = max(1, scans - round(scans * self.drop_path))
+        return None if kept == scans else sorted(torch.randperm(scans)[:kept].tolist())
+
+    @staticmethod
+    def _add(tokens: Tensor, rows: Tensor, branch: Tensor, gain: M3RetLayerScale, upweight: float) -> Tensor:
+        """The branch on the rows it ran on, weighing more, so that the expectation over draws stays."""
+        return tokens.index_add(0, rows, branch.to(tokens.dtype) * (gain.gain * upweight))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -323,6 +355,9 @@ class M3RetPreTrainedModel(PreTrainedModel):
         elif isinstance(module, M3RetEmbeddings):
             init.trunc_normal_(module.cls_token, mean=0.0, std=std)
             init.trunc_normal_(module.register_tokens, mean=0.0, std=std)
+        elif isinstance(module, M3RetWhitening):
+            init.zeros_(module.mean)
+            init.eye_(module.matrix)
         elif isinstance(module, M3RetLayerScale):
             init.constant_(module.gain, float(self.config.layer_scale_init))
         elif isinstance(module, M3RetDecoder):
@@ -360,6 +395,43 @@ class M3RetEmbeddings(nn.Module):
             return rows
         channels, depth = self.config.num_channels, self.config.patch_depth
         return rows.view(len(rows), channels, 1, -1).expand(-1, -1, depth, -1).flatten(1)
+
+
+class M3RetWhitening(nn.Module):
+    """Centres and whitens pooled features, so that cosine similarity looks at what differs between scans.
+
+    Pooled features share a large mean and a few strong directions that say little of a case; without them they compare
+    better, with no label needed (Jegou and Chum, ECCV 2012). The identity until `fit`; pretraining fits it to scans of
+    its training, and anyone can fit it anew to their own.
+    """
+
+    mean: Tensor  # (d,)
+    matrix: Tensor  # (d, d)
+
+    def __init__(self, config: M3RetConfig):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(config.hidden_size))
+        self.register_buffer("matrix", torch.eye(config.hidden_size))
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """`pooler_output (B, d)` -> `(B, d)` float32."""
+        with torch.autocast(pooled.device.type, enabled=False):
+            return (pooled.float() - self.mean.float()) @ self.matrix.float().T
+
+    @torch.no_grad()
+    def fit(self, pooled: Tensor, shrinkage: float = 0.01) -> None:
+        """To pooled features `(n, d)` of mean m and covariance V diag(c) V^T: x -> diag(c + e)^(-1/2) V^T (x - m).
+
+        Args:
+            shrinkage: e is this part of the largest variance; small variances are noise, and of fewer scans than
+                dimensions some are zero. On phantom scans .001 to .1 gave the same mAP to .01.
+        """
+        pooled = pooled.double()
+        centred = pooled - pooled.mean(0)
+        variances, directions = torch.linalg.eigh(centred.T @ centred / len(pooled))
+        scale = (variances.clamp(min=0) + shrinkage * variances[-1].clamp(min=1e-12)).rsqrt()
+        self.mean.copy_(pooled.mean(0))
+        self.matrix.copy_(scale[:, None] * directions.T)
 
 
 class M3RetEncoder(M3RetPreTrainedModel):
@@ -410,6 +482,7 @@ class M3RetModel(M3RetPreTrainedModel):
         self.embeddings = M3RetEmbeddings(config)
         self.encoder = M3RetEncoder(config)
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.whitening = M3RetWhitening(config)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -465,9 +538,9 @@ class M3RetModel(M3RetPreTrainedModel):
         )
 
     def get_image_features(self, pixel_values: Tensor, grid_thw: Tensor | None = None, **kwargs: Any) -> Tensor:
-        """The retrieval embedding: `pooler_output`, L2-normalised, `(B, d)` float32. Inputs as for `forward`."""
+        """The retrieval embedding: `pooler_output`, whitened, L2-normalised: `(B, d)` float32. Inputs as `forward`."""
         pooled = self(pixel_values, grid_thw, **(kwargs | {"return_dict": True})).pooler_output
-        return nn.functional.normalize(pooled.float(), dim=-1)
+        return nn.functional.normalize(self.whitening(pooled), dim=-1)
 
     def split_tokens(self, last_hidden_state: Tensor, grid_thw: Tensor) -> list[Tensor]:
         """A packed `(N, d)` output cut into the scans' own `(L, d)` tokens: CLS, registers, patches in raster order."""
@@ -625,7 +698,7 @@ class M3RetForPreTraining(M3RetPreTrainedModel):
         counts = [math.prod(grid) for grid in grids]
         places = patch_places(grids, rows.device)
         noise = torch.rand(rows.shape[0], device=rows.device) if noise is None else noise
-        visible, masked, visible_counts = choose_visible(noise, counts, self.config.mask_ratio)
+        visible, masked, visible_counts = choose_visible(noise, counts, [self.config.mask_ratio] * len(counts))
 
         layout, encoded = self.m3ret.encode(rows[visible], places[visible], visible_counts, **kwargs)
         prefix, patches = layout.split(self.m3ret.norm(encoded.last_hidden_state))
@@ -633,16 +706,19 @@ class M3RetForPreTraining(M3RetPreTrainedModel):
 
         target = self.m3ret.embeddings.repeat_slices(rows[masked])
         masked_counts = [count - seen for count, seen in zip(counts, visible_counts, strict=True)]
-        loss = masked_patch_loss(predicted, target, masked_counts, self.config.norm_pixel_eps)
+        config = self.config
+        loss = masked_patch_loss(predicted, target, masked_counts, config.norm_pixel_eps, config.loss_weighting)
         return M3RetForPreTrainingOutput(loss=loss, logits=predicted, masked=masked)
 
 
-def choose_visible(noise: Tensor, patch_counts: Sequence[int], mask_ratio: float) -> tuple[Tensor, Tensor, list[int]]:
+def choose_visible(
+    noise: Tensor, patch_counts: Sequence[int], mask_ratios: Sequence[float]
+) -> tuple[Tensor, Tensor, list[int]]:
     """Random masking per scan: visible rows `(K,)`, masked rows `(M,)`, both scan after scan, and visible of each scan.
 
-    Of n patches round(n * mask_ratio) are masked, but one always stays visible.
+    Of a scan's n patches round(n * its mask ratio) are masked, but one always stays visible.
     """
-    visible_counts = [max(1, count - round(count * mask_ratio)) for count in patch_counts]
+    visible_counts = [max(1, n - round(n * ratio)) for n, ratio in zip(patch_counts, mask_ratios, strict=True)]
     device = noise.device
     counts = torch.tensor(patch_counts, device=device)
     scan = torch.arange(len(patch_counts), device=device).repeat_interleave(counts, output_size=noise.shape[0])
@@ -663,18 +739,21 @@ def normalise_patches(rows: Tensor, eps: float) -> Tensor:
     return nn.functional.layer_norm(rows.float(), (n,), weight=gain, eps=eps * biased)
 
 
-def masked_patch_loss(predicted: Tensor, target: Tensor, masked_counts: Sequence[int], eps: float) -> Tensor:
+def masked_patch_loss(
+    predicted: Tensor, target: Tensor, masked_counts: Sequence[int], eps: float, weighting: str = "scan"
+) -> Tensor:
     """Mean squared error of predicted `(M, C*t*p*p)` against normalised target pixels, as a scalar in float32.
 
-    The mean over each scan's masked patches, then over scans: every scan weighs the same, since by patches one CT would
-    outweigh eight X-rays, and a mix of modalities be a training on CT. Scans without a masked patch have no part in it.
+    By `scan` the mean over each scan's masked patches, then over scans that have any: by patches, one CT would outweigh
+    eight X-rays, and a mix of modalities be a training on CT. By `patch` the mean over all masked patches.
     """
     target = normalise_patches(target, eps)
     errors = nn.functional.mse_loss(predicted.float(), target, reduction="none").mean(-1)  # (M,)
-    of_scans = [scan.mean() for scan in errors.split(list(masked_counts)) if len(scan)]
-    if not of_scans:  # scans of one patch each: nothing to learn, but a gradient that other ranks can add to theirs
+    if not len(errors):  # scans of one patch each: nothing to learn, but a gradient that other ranks can add to theirs
         return predicted.sum() * 0
-    return torch.stack(of_scans).mean()
+    if weighting == "patch":
+        return errors.mean()
+    return torch.stack([scan.mean() for scan in errors.split(list(masked_counts)) if len(scan)]).mean()
 
 
 __all__ = ["M3RetForPreTraining", "M3RetModel", "M3RetPreTrainedModel"]

@@ -249,16 +249,47 @@ def test_gradient_checkpointing_gives_the_same_gradients() -> None:
     assert largest_difference(*gradients) <= 1e-5
 
 
-def test_stochastic_depth_drops_whole_scans_and_keeps_the_mean() -> None:
-    model = make_model(drop_path_rate=0.5).train()
-    layer = model.encoder.layers[-1]
-    layout = PackLayout.of([2, 4, 4], prefix=1)
-    draws = torch.stack([layer._drop(torch.ones(13, 1), layout)[:, 0] for _ in range(4000)])
-    for start, stop in ((0, 3), (3, 8), (8, 13)):
-        assert torch.equal(draws[:, start:stop].amin(1), draws[:, start:stop].amax(1))
-    assert set(draws.unique().tolist()) == {0.0, 2.0}
-    assert draws.mean(0) == pytest.approx(1, abs=0.1)  # six standard errors of a fair coin over 4000 draws
-    assert torch.equal(model.eval().encoder.layers[-1]._drop(torch.ones(13, 1), layout), torch.ones(13, 1))
+@torch.no_grad()
+def test_stochastic_depth_leaves_an_exact_part_out_and_keeps_the_mean() -> None:
+    """Of three scans and a rate of 1/3 one is left out, and the branch of the others counts 3/2."""
+    layer = make_model().encoder.layers[-1].train()
+    layer.drop_path = 1 / 3
+    layout = PackLayout.of([4, 2, 4], prefix=1)
+    tokens, rotary = torch.randn(13, 48), rotary_tables(torch.rand(13, 3), 12, 100.0)
+    layer.mlp_scale.gain.zero_()  # the attention alone
+    attended = layer.attention(layer.attention_norm(tokens), layout, rotary)[0] * layer.attention_scale.gain
+    left_out = []
+    for _ in range(600):
+        added = layer(tokens, layout, rotary) - tokens
+        dropped = [not added[start:stop].any() for start, stop in ((0, 3), (3, 8), (8, 13))]
+        assert sum(dropped) == 1
+        left_out.append(dropped.index(True))
+        kept = added.abs().sum(1) > 0
+        assert largest_difference(added[kept], 1.5 * attended[kept]) <= 1e-5
+    for scan in range(3):  # each a third of the times: 5 standard errors of 600 draws
+        assert left_out.count(scan) == pytest.approx(200, abs=58)
+    assert largest_difference(layer.eval()(tokens, layout, rotary), tokens + attended) <= 1e-5
+
+
+@torch.no_grad()
+def test_whitening_is_the_identity_until_fitted_and_then_gives_unit_covariance() -> None:
+    model = make_model()
+    rows, grids = pack(make_scans())
+    pooled = model(rows, grids).pooler_output
+    features = model.get_image_features(rows, grids)
+    assert largest_difference(features, nn.functional.normalize(pooled, dim=-1)) <= 1e-6
+    samples = torch.randn(4000, 48) @ torch.randn(48, 48) + 5
+    model.whitening.fit(samples, shrinkage=0)
+    white = model.whitening(samples)
+    assert largest_difference(white.mean(0), torch.zeros(48)) <= 1e-3
+    assert largest_difference(white.T @ white / 4000, torch.eye(48)) <= 1e-3
+    # shrinkage e: a direction of variance c is left with c / (c + e), e a part of the largest
+    model.whitening.fit(torch.randn(100_000, 48) * torch.tensor([3.0] + [1.0] * 47), shrinkage=0.5)
+    left = model.whitening(torch.randn(100_000, 48) * torch.tensor([3.0] + [1.0] * 47)).var(0)
+    assert left.max().item() == pytest.approx(1 / 1.5, rel=0.05)
+    assert left.min().item() == pytest.approx(1 / 5.5, rel=0.05)
+    model.whitening.fit(samples[:5])  # fewer scans than dimensions
+    assert model.get_image_features(rows, grids).isfinite().all()
 
 
 @torch.no_grad()

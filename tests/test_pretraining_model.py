@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import tiny_config
+from huggingface_hub.errors import StrictDataclassClassValidationError
 from test_modeling import largest_difference, make_scans, pack
 from torch import Tensor
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
@@ -16,7 +17,7 @@ from modeling_m3ret.modeling_m3ret import choose_visible, masked_patch_loss, nor
 @pytest.mark.parametrize("ratio", [0.5, 0.75, 0.9])
 def test_masked_part_is_exact_in_every_scan(ratio: float) -> None:
     counts = [1, 12, 9, 49, 200]
-    visible, masked, visible_counts = choose_visible(torch.rand(sum(counts)), counts, ratio)
+    visible, masked, visible_counts = choose_visible(torch.rand(sum(counts)), counts, [ratio] * 5)
     assert sorted([*visible.tolist(), *masked.tolist()]) == list(range(sum(counts)))
     starts = [sum(counts[:scan]) for scan in range(len(counts))]
     for start, count, seen in zip(starts, counts, visible_counts, strict=True):
@@ -29,7 +30,7 @@ def test_masked_part_is_exact_in_every_scan(ratio: float) -> None:
 
 def test_the_lowest_noise_of_each_scan_stays_visible() -> None:
     noise = torch.tensor([0.9, 0.1, 0.5, 0.3, 0.6, 0.2, 0.8, 0.99])
-    visible, masked, _ = choose_visible(noise, [4, 4], 0.5)
+    visible, masked, _ = choose_visible(noise, [4, 4], [0.5, 0.5])
     assert sorted(visible.tolist()) == [1, 3, 4, 5]
     assert sorted(masked.tolist()) == [0, 2, 6, 7]
 
@@ -77,6 +78,16 @@ def test_every_scan_weighs_the_same() -> None:
         for place, scan in enumerate(scans)
     ]
     assert together == pytest.approx(sum(alone) / len(alone), rel=1e-5)
+
+
+def test_or_every_patch_does() -> None:
+    """Errors 1, 1, 4 (two patches of one scan and one of another): 2 by patch, (1 + 4) / 2 by scan."""
+    target = torch.randn(3, 8)
+    predicted = normalise_patches(target, 1e-6) + torch.tensor([1.0, 1.0, 2.0])[:, None]
+    assert masked_patch_loss(predicted, target, [2, 1], 1e-6, "patch").item() == pytest.approx(2)
+    assert masked_patch_loss(predicted, target, [2, 1], 1e-6, "scan").item() == pytest.approx(2.5)
+    with pytest.raises(StrictDataclassClassValidationError, match="loss_weighting"):
+        tiny_config(loss_weighting="pixel")
 
 
 def test_dense_images_and_packed_rows_give_one_loss() -> None:

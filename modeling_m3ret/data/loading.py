@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from ..image_processing_m3ret import M3RetImageProcessor
 from ..reading_m3ret import M3RetReadError, Scan
 from .collection import Record
-from .views import ViewKind, random_crop, random_intensity
+from .views import ViewKind, random_crop, random_flip, random_intensity
 
 
 # more unreadable neighbours than chance would bring say that the disk or the manifest is wrong, not a file
@@ -96,8 +96,8 @@ class WholeScans(Dataset[list[Resized | Failure]]):
 class RandomViews(Dataset[list[Resized | Failure]]):
     """Random views of a record, kind after kind, all from one decode, with the noise of their masks: for pretraining.
 
-    An item is asked for by `(epoch, index)`. Crops and noise follow from (seed, epoch, index) alone, so that they do
-    not depend on the worker that cuts them or on when a run was resumed.
+    An item is asked for by `(turn, index)`, see `SeededBatches`. Crops and noise follow from (seed, turn, index) alone,
+    so that they do not depend on the worker that cuts them or on when a run was resumed.
 
     Each worker keeps decoded scans for the next epoch, up to `cache_bytes`.
 
@@ -125,8 +125,8 @@ class RandomViews(Dataset[list[Resized | Failure]]):
         return len(self.records)
 
     def __getitem__(self, key: tuple[int, int]) -> list[Resized | Failure]:
-        epoch, index = key
-        generator = np.random.default_rng([self.seed, epoch, index])  # of the asked one: a stand-in gets other views
+        turn, index = key
+        generator = np.random.default_rng([self.seed, turn, index])  # of the asked one: a stand-in gets other views
         failures: list[Resized | Failure] = []
         while True:
             try:
@@ -139,7 +139,8 @@ class RandomViews(Dataset[list[Resized | Failure]]):
                 index = (index + 1) % len(self.records)  # its neighbour stands in, so that the batch stays full
         views = failures
         for kind in self.kinds:
-            volume = self.processor.resize(random_crop(scan, kind.ranges, generator), size=kind.size)
+            view = random_flip(random_crop(scan, kind.ranges, generator), kind.flip_part, generator)
+            volume = self.processor.resize(view, size=kind.size)
             if kind.jitter:
                 volume = random_intensity(volume, kind.jitter, generator)
             noise = generator.random(math.prod(self.processor.grid(volume)), dtype=np.float32)
@@ -157,31 +158,69 @@ class RandomViews(Dataset[list[Resized | Failure]]):
 
 
 class SeededBatches:
-    """Batches of `(epoch, index)` without end: every epoch a new order by (seed, epoch), the last short batch dropped.
+    """Batches of `(turn, index)` without end, each a function of its number: a run goes on from any of them.
 
-    Each of `processes` ranks takes every `processes`-th record of the one order, so ranks never overlap.
+    An epoch is as many scans as there are records, in a random order by (seed, epoch). Of these a modality of n records
+    gets a part in proportion to n^alpha (`mixture_alpha` of `RunConfig`). It deals its records out like a deck of
+    cards, shuffled anew when used up, so that all of them are seen equally often; `turn` counts how often a record was
+    dealt before. The last, short batch of an epoch is dropped.
+
+    Each of `processes` ranks takes every `processes`-th of the one order, so that ranks never overlap.
+
+    Args:
+        modalities: of each record. start: number of the first batch.
     """
 
-    def __init__(self, records: int, batch_size: int, *, seed: int, process: int = 0, processes: int = 1):
+    def __init__(
+        self,
+        modalities: Sequence[str],
+        batch_size: int,
+        *,
+        seed: int,
+        alpha: float = 1.0,
+        start: int = 0,
+        process: int = 0,
+        processes: int = 1,
+    ):
+        records = len(modalities)
         if records < batch_size * processes:
             raise ValueError(
                 f"{records} training scans do not fill one batch of {batch_size} on each of {processes} processes"
             )
-        self.records = records
+        self.decks = [np.flatnonzero(np.asarray(modalities) == name) for name in sorted(set(modalities))]
+        weights = np.array([len(deck) ** alpha for deck in self.decks])
+        shares = records * weights / weights.sum()
+        self.dealt = np.floor(shares).astype(int)  # of each deck in an epoch
+        largest_rests = np.argsort(self.dealt - shares, kind="stable")
+        self.dealt[largest_rests[: records - self.dealt.sum()]] += 1
         self.batch_size = batch_size
         self.seed = seed
+        self.start = start
         self.process = process
         self.processes = processes
+        self.batches_in_epoch = records // (batch_size * processes)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        epoch = 0
+        epoch, first = divmod(self.start, self.batches_in_epoch)
         while True:
-            order = np.random.default_rng([self.seed, epoch]).permutation(self.records)
-            usable = len(order) - len(order) % (self.batch_size * self.processes)
-            own = order[:usable][self.process :: self.processes]
-            for start in range(0, len(own), self.batch_size):
-                yield [(epoch, int(index)) for index in own[start : start + self.batch_size]]
-            epoch += 1
+            usable = self.batches_in_epoch * self.batch_size * self.processes
+            own = self.epoch(epoch)[:usable][self.process :: self.processes]
+            for batch in range(first, self.batches_in_epoch):
+                yield own[batch * self.batch_size : (batch + 1) * self.batch_size]
+            epoch, first = epoch + 1, 0
+
+    def epoch(self, epoch: int) -> list[tuple[int, int]]:
+        """The `(turn, index)` of all ranks in one epoch, in order."""
+        hand: list[tuple[int, int]] = []
+        for number, (deck, dealt) in enumerate(zip(self.decks, self.dealt, strict=True)):
+            shuffled: dict[int, np.ndarray] = {}  # of each turn
+            for card in range(epoch * dealt, (epoch + 1) * dealt):
+                turn, place = divmod(card, len(deck))
+                if turn not in shuffled:
+                    shuffled[turn] = np.random.default_rng([self.seed, number, turn]).permutation(deck)
+                hand.append((turn, int(shuffled[turn][place])))
+        order = np.random.default_rng([self.seed, epoch]).permutation(len(hand))
+        return [hand[place] for place in order]
 
 
 def training_loader(dataset: RandomViews, batches: SeededBatches, num_workers: int) -> DataLoader[Pack]:
@@ -193,6 +232,7 @@ def training_loader(dataset: RandomViews, batches: SeededBatches, num_workers: i
         collate_fn=collate,
         worker_init_fn=_one_thread,
         persistent_workers=num_workers > 0,
+        generator=torch.Generator(),  # its own: a loader draws a number when it starts, and a resumed run starts twice
     )
 
 
@@ -204,6 +244,7 @@ def embedding_loader(dataset: WholeScans, batch_size: int, num_workers: int) -> 
         num_workers=num_workers,
         collate_fn=collate,
         worker_init_fn=_one_thread,
+        generator=torch.Generator(),  # its own: to measure draws no number of the training that it interrupts
     )
 
 

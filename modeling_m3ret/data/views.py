@@ -1,8 +1,8 @@
-"""Random views of a scan for pretraining: 3D crops, resized by the processor's own size policy, and intensity jitter.
+"""Random views of a scan for pretraining: 3D crops, resized by the processor's own size policy, and intensity changes.
 
-A view is a scan like any other; nothing here asks for the modality. Many views are cut from one decode, since decoding
-a CT costs more than a training step on it. No flips (left and right differ in a body), no hue or solarise (a Hounsfield
-unit has no colour).
+A view is a scan like any other; nothing here asks for the modality, and what is done follows from the array alone: only
+an array that has colour gets another colour. Many views are cut from one decode, since decoding a CT costs more than a
+training step on it. No flips unless asked for (left and right differ in a body), and no solarise.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import math
 from dataclasses import dataclass, replace
 
 import numpy as np
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from ..reading_m3ret import Scan
 
@@ -37,26 +38,41 @@ LOCAL_CROPS = CropRanges(area=(0.05, 0.4), depth=(0.2, 0.5))
 
 @dataclass(frozen=True)
 class Jitter:
-    """Ranges of an intensity change, and the part of the views that it befalls.
+    """Intensity changes: the ranges that each is drawn from, and in `..._part` the part of the views that it befalls.
 
-    contrast and brightness: factor and shift (in parts of the range), .4 as in SimDINO's colour jitter, half of it for
-    the shift, which clips. gamma: .7 to 1.5, nnU-Net's. part: .8, SimDINO's.
+    contrast, brightness: factor and shift (in parts of the range), .4 and .8 of the views as in SimDINO's colour
+    jitter, half of it for the shift, which clips. gamma: .7 to 1.5, nnU-Net's (Isensee et al. 2021), with them.
+    white_balance, saturation: of arrays with colour alone, factor of each channel and distance from grey, with them;
+    SimDINO's saturation is .2 and its hue .1, and light sources differ by more. grey_part: SimDINO's.
+    noise: standard deviation, of the range; blur: standard deviation in pixels; low_resolution: factor of the size that
+    the view is shrunk to and blown up from; parts and ranges nnU-Net's.
     """
 
     contrast: tuple[float, float] = (0.6, 1.4)
     brightness: tuple[float, float] = (-0.2, 0.2)
     gamma: tuple[float, float] = (0.7, 1.5)
+    white_balance: tuple[float, float] = (0.7, 1.4)
+    saturation: tuple[float, float] = (0.6, 1.4)
     part: float = 0.8
+    grey_part: float = 0.2
+    noise: tuple[float, float] = (0.0, 0.1)
+    noise_part: float = 0.1
+    blur: tuple[float, float] = (0.5, 1.0)
+    blur_part: float = 0.2
+    low_resolution: tuple[float, float] = (0.5, 1.0)
+    low_resolution_part: float = 0.25
 
 
 @dataclass(frozen=True)
 class ViewKind:
-    """How many views of a kind each decode gives, and what they are. size: as of the processor; None: its own."""
+    """How many views of a kind each decode gives, and what they are. size: as of the processor; None: its own.
+    flip_part: of the views, how many are mirrored left to right."""
 
     count: int
     ranges: CropRanges = CropRanges()
     size: int | None = None
     jitter: Jitter | None = None
+    flip_part: float = 0.0
 
 
 def random_crop(scan: Scan, ranges: CropRanges, generator: np.random.Generator) -> Scan:
@@ -72,13 +88,59 @@ def random_crop(scan: Scan, ranges: CropRanges, generator: np.random.Generator) 
     return replace(scan, array=scan.array[(slice(None), *box)])
 
 
+def random_flip(scan: Scan, part: float, generator: np.random.Generator) -> Scan:
+    """The scan, or for a part of the draws its mirror image."""
+    if generator.random() >= part:
+        return scan
+    return replace(scan, array=np.ascontiguousarray(scan.array[..., ::-1]))
+
+
 def random_intensity(volume: Tensor, jitter: Jitter, generator: np.random.Generator) -> Tensor:
-    """Contrast, brightness and gamma of a resized view in [-1, 1], the same for all its voxels and channels."""
-    if generator.random() >= jitter.part:
-        return volume
-    contrast, brightness, gamma = (
-        generator.uniform(*ends) for ends in (jitter.contrast, jitter.brightness, jitter.gamma)
-    )
-    unit = ((volume + 1) / 2).clamp_(0, 1).pow_(gamma)
-    mean = unit.mean()
-    return ((unit - mean) * contrast + mean + brightness).clamp_(0, 1) * 2 - 1
+    """A resized view `(1 or 3, D, H, W)` in [-1, 1] with its sharpness and its intensities changed: one draw a view.
+
+    In the order of an acquisition: what the optics lose, what light and display make of it, what the sensor adds.
+    """
+    unit = ((volume + 1) / 2).clamp_(0, 1)
+    if generator.random() < jitter.low_resolution_part:
+        unit = _low_resolution(unit, generator.uniform(*jitter.low_resolution))
+    if generator.random() < jitter.blur_part:
+        unit = _blur(unit, generator.uniform(*jitter.blur))
+    has_colour = len(unit) == 3
+    if generator.random() < jitter.part:
+        contrast, brightness, gamma = (
+            generator.uniform(*ends) for ends in (jitter.contrast, jitter.brightness, jitter.gamma)
+        )
+        if has_colour:
+            balance = generator.uniform(*jitter.white_balance, size=(3, 1, 1, 1)).astype(np.float32)
+            unit = unit * torch.from_numpy(balance)
+            grey = unit.mean(0, keepdim=True)
+            unit = (grey + (unit - grey) * generator.uniform(*jitter.saturation)).clamp_(0, 1)
+        unit = unit.pow(gamma)
+        mean = float(unit.numpy().mean(dtype=np.float64))  # torch's sum would depend on its threads, so on the worker
+        unit = ((unit - mean) * contrast + mean + brightness).clamp_(0, 1)
+    if has_colour and generator.random() < jitter.grey_part:
+        unit = unit.mean(0, keepdim=True).expand(3, -1, -1, -1)
+    if generator.random() < jitter.noise_part:
+        noise = torch.from_numpy(generator.standard_normal(unit.shape, dtype=np.float32))
+        unit = (unit + noise * generator.uniform(*jitter.noise)).clamp_(0, 1)
+    return unit * 2 - 1
+
+
+def _low_resolution(unit: Tensor, factor: float) -> Tensor:
+    """Slices shrunk by a factor and blown up again, as a coarser detector would have seen them."""
+    H, W = unit.shape[-2:]
+    small = nn.functional.interpolate(unit, size=(max(1, round(H * factor)), max(1, round(W * factor))), mode="nearest")
+    return nn.functional.interpolate(small, size=(H, W), mode="bilinear", align_corners=False)
+
+
+def _blur(unit: Tensor, sigma: float) -> Tensor:
+    """Slices under a Gaussian of `sigma` pixels, borders repeated."""
+    reach = math.ceil(3 * sigma)
+    kernel = torch.exp(-0.5 * (torch.arange(-reach, reach + 1) / sigma) ** 2)
+    kernel = (kernel / kernel.sum()).to(unit.dtype)
+    C, D, H, W = unit.shape
+    slices = unit.reshape(C * D, 1, H, W)
+    for axis, shape in ((2, (1, 1, -1, 1)), (3, (1, 1, 1, -1))):
+        padding = (0, 0, reach, reach) if axis == 2 else (reach, reach, 0, 0)
+        slices = nn.functional.conv2d(nn.functional.pad(slices, padding, mode="replicate"), kernel.view(shape))
+    return slices.view(C, D, H, W)

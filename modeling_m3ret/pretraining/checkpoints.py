@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from ..image_processing_m3ret import M3RetImageProcessor
-from .objectives import Objective
+from .objectives import Objective, model_weights
+from .training_state import STATE_FOLDER
 
 
 class CheckpointPlaceError(ValueError):
@@ -32,7 +36,13 @@ def checkpoint_place(folder: Path) -> Path:
 
 
 def save_checkpoint(
-    folder: Path, objective: Objective, processor: M3RetImageProcessor, card: str, facts: dict[str, Any]
+    folder: Path,
+    objective: Objective,
+    weights: Mapping[str, Tensor],
+    processor: M3RetImageProcessor,
+    card: str,
+    facts: dict[str, Any],
+    write_more: Callable[[Path], None] | None = None,
 ) -> None:
     """Write the encoder, the processor and their code into `folder`, and below it what training would go on from.
 
@@ -41,23 +51,65 @@ def save_checkpoint(
     of this name is always whole; an older one is replaced.
 
     Args:
-        folder: from `checkpoint_place`. card: the model card, `README.md`. facts: what the run was, `training.json`.
+        folder: from `checkpoint_place` or `CheckpointFolder`. weights: the objective's, on the CPU. card: the model
+            card, `README.md`. facts: what the run was, `training.json`. write_more: writes further files into it.
     """
-    beside = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    beside = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(beside, ignore_errors=True)
-    objective.encoder.save_pretrained(beside)
+    of_model = model_weights(weights, "model")
+    objective.encoder.save_pretrained(beside, state_dict=model_weights(of_model, objective.encoder_name))
     processor.save_pretrained(beside)
-    objective.save(beside / "pretraining")
+    objective.save(beside, of_model)
     (beside / "README.md").write_text(card, encoding="utf-8")
     (beside / "training.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    if write_more:
+        write_more(beside)
     for path in (*beside.rglob("*"), beside):
         _sync(path)
-    replaced = folder.with_name(f".{folder.name}.{os.getpid()}.replaced")
+    replaced = folder.with_name(f".{folder.name}.replaced")
+    shutil.rmtree(replaced, ignore_errors=True)
     if folder.exists():
         folder.rename(replaced)
     beside.rename(folder)
     _sync(folder.parent)
     shutil.rmtree(replaced, ignore_errors=True)
+
+
+class CheckpointFolder:
+    """The checkpoints of one run, `step-000500` and so on: each whole, the last few and the best kept."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def place(self, step: int) -> Path:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        return self.folder / f"step-{step:06d}"
+
+    def all(self) -> list[Path]:
+        """Whole ones, oldest first. What a killed save left behind has another name."""
+        found = self.folder.glob("step-*") if self.folder.is_dir() else []
+        return sorted((path for path in found if (path / STATE_FOLDER).is_dir()), key=self.step)
+
+    def newest(self) -> Path | None:
+        return self.all()[-1] if self.all() else None
+
+    @staticmethod
+    def step(checkpoint: Path) -> int:
+        return int(checkpoint.name.removeprefix("step-"))
+
+    def prune(self, keep_last: int, best_step: int | None) -> None:
+        """Remove all but the last `keep_last` and the best, and what killed saves left."""
+        for checkpoint in self.all()[:-keep_last]:
+            if self.step(checkpoint) != best_step:
+                # first its name: a removal that is cut short must not leave something that looks whole
+                removed = checkpoint.with_name(f".{checkpoint.name}.replaced")
+                checkpoint.rename(removed)
+        for rest in self.folder.glob(".step-*"):
+            shutil.rmtree(rest, ignore_errors=True)
+
+    def clear(self) -> None:
+        """Remove all of them: a new run begins here."""
+        shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -12,7 +12,11 @@ from ..retrieval.evaluation import Row, format_table
 from .run_config import RunConfig
 
 
-OBJECTIVES = {"mae": "masked autoencoding (MAE)", "simdino": "self-distillation (SimDINO)"}
+OBJECTIVES = {
+    "mae": "masked autoencoding (MAE)",
+    "simdino": "self-distillation (SimDINO)",
+    "mae+simdino": "masked autoencoding and self-distillation together (MAE, SimDINO)",
+}
 
 
 def write_card(

@@ -1,44 +1,67 @@
 """What is learned: the objectives behind one interface, so that the training loop reads the same for each.
 
 An objective is a module that takes a pack and returns its loss and the numbers worth logging; it says which views it
-wants, which encoder is to be published, what happens after a step, and how to save what training goes on from.
+wants, which encoder is to be published, what happens after a step, and where what training goes on from is kept.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
-from safetensors.torch import save_model
+from huggingface_hub import snapshot_download
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..configuration_m3ret import M3RetConfig
 from ..data.views import GLOBAL_CROPS, LOCAL_CROPS, Jitter, ViewKind
-from ..modeling_m3ret import M3RetForPreTraining, M3RetModel
+from ..modeling_m3ret import M3RetDecoder, M3RetForPreTraining, M3RetModel
 from .run_config import RunConfig
 from .simdino import SimDINO, SimDINOLoss, teacher_momentum
 
 
 class Objective(Protocol):
-    """See the module. `forward(pixel_values, grid_thw, noise)` returns the loss and named scalars."""
+    """See the module. `forward(pixel_values, grid_thw, noise)` returns the loss and named scalars.
+
+    encoder: what is published, named `encoder_name` in `model`, which holds all weights; learned: the encoder that has
+    gradients. weights_file: where in a checkpoint all of `model` lies.
+    """
 
     views: Sequence[ViewKind]
-    encoder: M3RetModel
+    encoder_name: str
+    weights_file: str
+
+    @property
+    def encoder(self) -> M3RetModel: ...
+
+    @property
+    def learned(self) -> M3RetModel: ...
 
     def after_step(self, step: int, steps: int) -> None: ...
 
-    def save(self, folder: Path) -> None: ...
+    def save(self, folder: Path, weights: Mapping[str, Tensor]) -> None: ...
 
 
 class MaskedAutoencoding(nn.Module):
     """MAE: crops as wide as MAE's, masks from the noise that comes with each view."""
 
+    encoder_name = "m3ret"
+    weights_file = "pretraining/model.safetensors"
+
     def __init__(self, run: RunConfig, config: M3RetConfig):
         super().__init__()
-        self.views = [ViewKind(run.views_per_decode)]
+        self.views = [ViewKind(run.views_per_decode, flip_part=run.flip_part)]
         self.model = M3RetForPreTraining(config)
-        self.encoder = self.model.m3ret
+
+    @property
+    def encoder(self) -> M3RetModel:
+        return self.model.m3ret
+
+    @property
+    def learned(self) -> M3RetModel:
+        return self.model.m3ret
 
     def forward(self, pixel_values: Tensor, grid_thw: Tensor, noise: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         return self.model(pixel_values, grid_thw, noise=noise).loss, {}
@@ -46,47 +69,109 @@ class MaskedAutoencoding(nn.Module):
     def after_step(self, step: int, steps: int) -> None:
         pass
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
         """The encoder with its decoder, for `AutoModelForPreTraining`."""
-        self.model.save_pretrained(folder)
+        self.model.save_pretrained(folder / "pretraining", state_dict=dict(weights))
 
 
 class SelfDistillation(nn.Module):
-    """SimDINO: two global and some local crops of each scan; the teacher is what is published."""
+    """SimDINO: two global and some local crops of each scan; the teacher is what is published.
+
+    With masked autoencoding the student's global views are masked, and the same pass learns to predict the rest.
+    """
+
+    encoder_name = "teacher"
+    weights_file = "pretraining/simdino.safetensors"
 
     def __init__(self, run: RunConfig, config: M3RetConfig):
         super().__init__()
+        global_crops, local_crops = (
+            replace(ranges, area=(area[0], area[1]))
+            for ranges, area in ((GLOBAL_CROPS, run.global_area), (LOCAL_CROPS, run.local_area))
+        )
         self.views = [
-            ViewKind(SimDINO.global_views, GLOBAL_CROPS, None, Jitter()),
-            ViewKind(run.local_views, LOCAL_CROPS, run.local_size, Jitter()),
+            ViewKind(SimDINO.global_views, global_crops, None, Jitter(), run.flip_part),
+            ViewKind(run.local_views, local_crops, run.local_size, Jitter(), run.flip_part),
         ]
         loss = SimDINOLoss(coeff=run.compression_weight, expansion_weight=run.expansion_weight)
-        self.model = SimDINO(M3RetModel(config), loss, SimDINO.global_views + run.local_views)
-        self.encoder = self.model.teacher
+        decoder = M3RetDecoder(config) if run.objective == "mae+simdino" else None
+        self.model = SimDINO(M3RetModel(config), loss, SimDINO.global_views + run.local_views, decoder)
         self.start_momentum = run.teacher_momentum
+        self.mae_weight, self.simdino_weight = run.mae_weight, run.simdino_weight
+
+    @property
+    def encoder(self) -> M3RetModel:
+        return self.model.teacher
+
+    @property
+    def learned(self) -> M3RetModel:
+        return self.model.student
 
     def forward(self, pixel_values: Tensor, grid_thw: Tensor, noise: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        terms = self.model(pixel_values, grid_thw)
-        return terms.loss, {"compression": terms.compression, "expansion_share": terms.expansion_share}
+        terms, reconstruction = self.model(pixel_values, grid_thw, noise)
+        logged = {
+            "compression": terms.compression,
+            "expansion_share": terms.expansion_share,
+            "collapsed_share": terms.collapsed_share,
+        }
+        if reconstruction is None:
+            return terms.loss, logged
+        loss = self.mae_weight * reconstruction + self.simdino_weight * terms.loss
+        return loss, logged | {"simdino_loss": terms.loss, "reconstruction_loss": reconstruction}
 
     def after_step(self, step: int, steps: int) -> None:
         self.model.update_teacher(teacher_momentum(step, steps, self.start_momentum))
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
         """Student, teacher and both heads, by name, in one safetensors file."""
-        folder.mkdir(parents=True)
-        save_model(self.model, str(folder / "simdino.safetensors"))
+        (folder / "pretraining").mkdir(parents=True)
+        save_file({name: value.contiguous() for name, value in weights.items()}, folder / self.weights_file)
 
 
 def build_objective(run: RunConfig) -> tuple[MaskedAutoencoding | SelfDistillation, M3RetConfig]:
     """The objective that the run asks for, and the encoder's config, which says how it pools.
 
     MAE gives the CLS token no target and pools patches; SimDINO trains the CLS token, with stochastic depth of .1 as
-    published. `model` in the run's YAML overrides either.
+    published. `model` in the run's YAML overrides either. With `initial`, weights and config are an earlier run's.
+
+    Raises:
+        ValueError: if `initial` was made for another shape of encoder.
     """
     preset = getattr(M3RetConfig, run.preset)
-    if run.objective == "mae":
-        config = preset(**run.model)
-        return MaskedAutoencoding(run, config), config
-    config = preset(**({"pooling": "cls", "drop_path_rate": 0.1} | run.model))
-    return SelfDistillation(run, config), config
+    defaults = {} if run.objective == "mae" else {"pooling": "cls", "drop_path_rate": 0.1}
+    config = preset(**(defaults | run.model))
+    objective = (MaskedAutoencoding if run.objective == "mae" else SelfDistillation)(run, config)
+    if run.initial:
+        _load_initial(objective, run.initial)
+    if run.gradient_checkpointing:
+        objective.learned.gradient_checkpointing_enable()
+    if run.compile_layers:
+        for layer in (module for module in objective.modules() if type(module).__name__ == "M3RetLayer"):
+            layer.compile(dynamic=True)
+    return objective, config
+
+
+def _load_initial(objective: MaskedAutoencoding | SelfDistillation, initial: str) -> None:
+    """All weights of an earlier run of the same objective, or else its encoder's, for student and teacher alike."""
+    folder = Path(initial)
+    if not folder.is_dir():
+        folder = Path(snapshot_download(initial, allow_patterns=["*.safetensors", "*.json"]))
+    everything = folder / objective.weights_file
+    try:
+        if everything.is_file():
+            objective.model.load_state_dict(load_file(everything), strict=True)
+            return
+        weights = load_file(folder / "model.safetensors")
+        for encoder in dict.fromkeys([objective.encoder, objective.learned]):
+            encoder.load_state_dict(weights, strict=True)
+    except (RuntimeError, FileNotFoundError) as error:
+        raise ValueError(
+            f"initial: {initial} does not fit this run's encoder, expected a checkpoint of the same preset and model: "
+            f"{error}"
+        ) from error
+
+
+def model_weights(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Those whose name begins with `prefix.`, without it."""
+    start = f"{prefix}."
+    return {name.removeprefix(start): value for name, value in weights.items() if name.startswith(start)}

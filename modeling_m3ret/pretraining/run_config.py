@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -15,40 +15,90 @@ import yaml
 from ..configuration_m3ret import M3RetConfig
 
 
+CHOICES: dict[str, tuple[str | None, ...]] = {
+    "objective": ("mae", "simdino", "mae+simdino"),
+    "preset": ("vitt", "vits", "vitb", "vitl"),
+    "precision": ("no", "bf16", None),
+}
+AT_LEAST_ONE = (
+    *("steps", "batch_size", "views_per_decode", "accumulate", "log_every", "save_every", "keep_last"),
+    *("size", "num_frames", "max_patches", "local_size"),
+)
+NOT_NEGATIVE = (
+    *("num_workers", "local_views", "cache_gib", "evaluate_every", "stop_after"),
+    *("learning_rate", "final_learning_rate", "weight_decay", "final_weight_decay"),
+    *("mae_weight", "simdino_weight", "compression_weight", "expansion_weight", "mixture_alpha"),
+)
+PARTS_OF_ONE = ("holdout", "flip_part", "warmup_fraction", "teacher_momentum", "layer_decay", "adam_beta2")
+# where things are and how they are shown, and what changes the speed but nothing that is learned
+MAY_CHANGE_ON_RESUME = (
+    *("output_dir", "run_dir", "data", "initial", "num_workers", "cache_gib", "log_every", "report_to"),
+    *("evaluate_every", "save_every", "keep_last", "resume", "restart", "stop_after", "push_to_hub"),
+)
+
+
 @dataclass
 class RunConfig:
     """
     output_dir: the checkpoint folder that the run ends with, a name that `from_pretrained` takes.
-    run_dir: what the run writes on its way (`metrics.jsonl`, trackers).
+    run_dir: what the run writes on its way (`metrics.jsonl`, `summary.json`, `checkpoints/`, trackers).
+    initial: checkpoint folder or Hub id of an earlier run to start from, with its decoder, student and heads where the
+        objective is the same; null starts from random weights.
     data: folder with a `manifest.csv`, or `phantom[:SUBJECTS[:SEED]]`.
     exclude_modalities: never seen in pretraining; MRI, as in the paper, to have an unseen modality to test on.
     holdout: part of the patients kept out of pretraining; the closing table is theirs.
-    objective: what is learned: `mae` (masked autoencoding) or `simdino` (self-distillation).
+    mixture_alpha: of each epoch's scans a modality of n gets a part in proportion to n^alpha: 1 as the data is, 0 all
+        the same, between them as multilingual models mix languages (XLM, arXiv 1901.07291, takes .5).
+    objective: what is learned: `mae` (masked autoencoding), `simdino` (self-distillation) or `mae+simdino` (both from
+        one pass of the student). mae_weight, simdino_weight: of the sum's two parts.
     preset: vitt, vits, vitb or vitl. model: overrides of `M3RetConfig`.
     size, num_frames, max_patches: the processor's size policy, for the views in training and for the checkpoint.
-    steps: optimiser steps. batch_size: scans decoded in a step by each process; views_per_decode: random crops of
-        each for MAE, so that a step learns from batch_size x views_per_decode views.
+    steps: optimiser steps. batch_size: scans decoded for a pack by each process; views_per_decode: random crops of
+        each for MAE, so that a pack holds batch_size x views_per_decode views. accumulate: packs whose gradients are
+        averaged for one step. MAE's gradient is then that of one large pack (of equally many scans); SimDINO's
+        expansion is each pack's own, since a coding rate is not a mean over scans.
+    flip_part: of the views, how many are mirrored left to right; 0, since a body's sides differ, .5 for more variety
+        where they don't matter.
+    global_area, local_area: parts of a slice's area that SimDINO's global and local crops cover, .4 to 1 and .05 to .4
+        as published. Smaller global crops hide what a device draws around a picture (a sector, a round field).
     local_views, local_size: SimDINO's local crops of each scan, and their size (the global ones have `size`); 10 of 96
         in its published command for ViT-B.
     compression_weight, expansion_weight: of SimDINO's two terms, as shares of their maxima, see `SimDINOLoss`.
-    teacher_momentum: where the cosine to 1 starts, .996 as published.
+    teacher_momentum: where the cosine to 1 starts, .996 as published for some 100,000 steps. A teacher averages its
+        student over some 1 / (1 - momentum) steps, so a run of hundreds of steps needs less, .95 say.
     learning_rate, weight_decay, adam_beta2: AdamW of MAE (arXiv 2111.06377, table 8): 1.5e-4 for 256 views a step,
-        times views / 256, is what `learning_rate: null` resolves to; decay .05; betas .9 and .95.
+        times views / 256, is what `learning_rate: null` resolves to (SimDINO: 5e-4 for 256 scans); decay .05; betas .9
+        and .95. final_learning_rate: where the cosine ends. final_weight_decay: where its cosine ends, null for no
+        change; SimDINO's command goes from .04 to .4. layer_decay: see `learning_rate_scale`; 1 is none, as published
+        for pretraining by both.
     warmup_fraction: part of the steps with a linear warm-up; 40 of MAE's 800 epochs.
     gradient_clip: largest norm of the gradient. MAE clips nothing; at 3 (SimDINO's) only an outlier batch is cut.
+    precision: bf16 or no; null as `accelerate launch` says. gradient_checkpointing: layers forget their
+        activations and compute them again, for less memory and a third more work. compile_layers: `torch.compile` of
+        each layer, for GPUs.
     num_workers: processes that decode, beside each training process. cache_gib: memory, in GiB over all workers of a
         process, that keeps decoded scans for the next epoch. Each worker has its own part and meets any scan, so with
         one worker a collection that fits is decoded once, with more it takes some epochs.
     seed: of weights, order, crops and masks.
     log_every: steps between lines in `metrics.jsonl`. report_to: trackio, tensorboard or wandb.
+    evaluate_every: steps between measurements on the held-out part; 0 measures at the end alone.
+    save_every: steps between checkpoints in `run_dir/checkpoints`, of which the last `keep_last` stay, and the best by
+        mAP over all modalities.
+    resume: go on from the newest checkpoint in `run_dir`. restart: begin anew where an unfinished run has checkpoints.
+    stop_after: save and leave after this step, as SIGTERM does; for queues that cut long runs in pieces.
+    push_to_hub: ORG/NAME, a repository that each checkpoint is uploaded to, in the background; private if it is new.
     """
 
     output_dir: str = "m3ret-vitb"
     run_dir: str = "runs/vitb"
+    initial: str | None = None
     data: str = "phantom"
     exclude_modalities: list[str] = field(default_factory=lambda: ["mri"])
     holdout: float = 0.3
+    mixture_alpha: float = 1.0
     objective: str = "mae"
+    mae_weight: float = 1.0
+    simdino_weight: float = 1.0
     preset: str = "vitb"
     model: dict[str, Any] = field(default_factory=dict)
     size: int = 224
@@ -57,56 +107,63 @@ class RunConfig:
     steps: int = 100_000
     batch_size: int = 64
     views_per_decode: int = 4
+    accumulate: int = 1
+    flip_part: float = 0.0
+    global_area: list[float] = field(default_factory=lambda: [0.4, 1.0])
+    local_area: list[float] = field(default_factory=lambda: [0.05, 0.4])
     local_views: int = 10
     local_size: int = 96
     compression_weight: float = 1.0
     expansion_weight: float = 0.45
     teacher_momentum: float = 0.996
     learning_rate: float | None = None
+    final_learning_rate: float = 0.0
     weight_decay: float = 0.05
+    final_weight_decay: float | None = None
+    layer_decay: float = 1.0
     adam_beta2: float = 0.95
     warmup_fraction: float = 0.05
     gradient_clip: float = 3.0
+    precision: str | None = None
+    gradient_checkpointing: bool = False
+    compile_layers: bool = False
     num_workers: int = 4
     cache_gib: float = 0.0
     seed: int = 0
     log_every: int = 10
     report_to: str | None = None
+    evaluate_every: int = 0
+    save_every: int = 1000
+    keep_last: int = 2
+    resume: bool = False
+    restart: bool = False
+    stop_after: int | None = None
+    push_to_hub: str | None = None
 
     def __post_init__(self) -> None:
-        if self.objective not in ("mae", "simdino"):
-            raise ValueError(f"objective is mae or simdino, not {self.objective!r}")
-        if self.preset not in ("vitt", "vits", "vitb", "vitl"):
-            raise ValueError(f"preset is vitt, vits, vitb or vitl, not {self.preset!r}")
-        if not 0 <= self.holdout < 1:
-            raise ValueError(f"holdout is a part from 0 to below 1, not {self.holdout}")
-        positive = (
-            "steps",
-            "batch_size",
-            "views_per_decode",
-            "log_every",
-            "size",
-            "num_frames",
-            "max_patches",
-            "local_size",
-        )
-        for name in positive:
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                listed = f"{', '.join(map(str, choices[:-1]))} or {choices[-1]}"
+                raise ValueError(f"{name} is {listed}, not {getattr(self, name)!r}")
+        for name in AT_LEAST_ONE:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is at least 1, not {getattr(self, name)}")
-        for name in (
-            "num_workers",
-            "local_views",
-            "cache_gib",
-            "weight_decay",
-            "compression_weight",
-            "expansion_weight",
-        ):
-            if getattr(self, name) < 0:
+        for name in NOT_NEGATIVE:
+            if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"{name} is not negative, but {getattr(self, name)} is")
-        if not 0 <= self.warmup_fraction <= 1:
-            raise ValueError(f"warmup_fraction is a part from 0 to 1, not {self.warmup_fraction}")
+        for name in PARTS_OF_ONE:
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is a part from 0 to 1, not {getattr(self, name)}")
+        for name in ("global_area", "local_area"):
+            ends = getattr(self, name)
+            if len(ends) != 2 or not 0 < ends[0] <= ends[1] <= 1:
+                raise ValueError(f"{name} is two parts of the area, [least, most] above 0 and up to 1, not {ends}")
+        if self.holdout == 1:
+            raise ValueError("holdout is below 1: something must be left to train on")
         if self.gradient_clip <= 0:
             raise ValueError(f"gradient_clip is a norm above 0 (large to clip nothing), not {self.gradient_clip}")
+        if self.resume and self.restart:
+            raise ValueError("resume goes on from a checkpoint and restart begins anew: one of them")
         if unknown := set(self.model) - {entry.name for entry in fields(M3RetConfig)}:
             raise ValueError(f"model has no {', '.join(sorted(unknown))}; see M3RetConfig")
         output, run = Path(self.output_dir).resolve(), Path(self.run_dir).resolve()
@@ -119,9 +176,25 @@ class RunConfig:
         """The learning rate after warm-up: as set, or linear in the views of a step (MAE) or its scans (SimDINO)."""
         if self.learning_rate is not None:
             return self.learning_rate
-        if self.objective == "simdino":
-            return 5e-4 * self.batch_size * processes / 256
-        return 1.5e-4 * self.batch_size * self.views_per_decode * processes / 256
+        if self.objective != "mae":
+            return 5e-4 * self.batch_size * self.accumulate * processes / 256
+        return 1.5e-4 * self.batch_size * self.views_per_decode * self.accumulate * processes / 256
+
+    def due(self, step: int) -> tuple[bool, bool]:
+        """Whether this step ends with a measurement, and whether with a checkpoint; the last one always with both."""
+        is_last = step == self.steps
+        measures = self.evaluate_every > 0 and (is_last or step % self.evaluate_every == 0)
+        return measures, is_last or step % self.save_every == 0
+
+    def differences(self, other: Mapping[str, Any]) -> list[str]:
+        """What another run was told differently, a line each, of all that decides what is learned."""
+        mine = {key: value for key, value in asdict(self).items() if key not in MAY_CHANGE_ON_RESUME}
+        theirs = {key: value for key, value in other.items() if key not in MAY_CHANGE_ON_RESUME}
+        return [
+            f"{key}: {theirs.get(key, 'absent')} in the checkpoint, {mine.get(key, 'absent')} now"
+            for key in sorted(mine.keys() | theirs.keys())
+            if mine.get(key, "absent") != theirs.get(key, "absent")
+        ]
 
 
 def parse_run_config(arguments: Sequence[str] | None = None, description: str | None = None) -> RunConfig:
@@ -137,7 +210,9 @@ def parse_run_config(arguments: Sequence[str] | None = None, description: str | 
     for entry in fields(RunConfig):
         is_text = entry.type in ("str", "str | None")  # a name stays as it is written, 2024-01-01 and 0012 too
         read = str if is_text else yaml.safe_load
-        parser.add_argument(f"--{entry.name}", type=read, default=argparse.SUPPRESS, help=str(entry.type))
+        option = parser.add_argument(f"--{entry.name}", type=read, default=argparse.SUPPRESS, help=str(entry.type))
+        if entry.type == "bool":
+            option.nargs, option.const = "?", True  # `--resume` alone says yes
     given = vars(parser.parse_args(arguments))
     values: dict[str, Any] = {}
     if path := given.pop("config"):

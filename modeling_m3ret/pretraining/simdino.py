@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..modeling_m3ret import M3RetModel
+from ..modeling_m3ret import M3RetDecoder, M3RetModel, choose_visible, masked_patch_loss, patch_places
 
 
 @dataclass
@@ -25,14 +25,15 @@ class SimDINOTerms:
     """What a batch gives, each a scalar.
 
     loss: what is minimised, negative by design. compression: mean cosine of teacher and student over different views,
-    at most 1. expansion: coding rate of the student's global views. expansion_share: it over its closed-form maximum;
-    near 0 the features have collapsed.
+    at most 1. expansion: coding rate of the student's global views. expansion_share: it over its closed-form maximum.
+    collapsed_share: what the share is when all features are equal, in closed form.
     """
 
     loss: Tensor
     compression: Tensor
     expansion: Tensor
     expansion_share: Tensor
+    collapsed_share: Tensor
 
 
 class SimDINOLoss(nn.Module):
@@ -77,17 +78,18 @@ class SimDINOLoss(nn.Module):
             # sum over all pairs of views, less those of a view with itself; V sums instead of G V products
             pairs = (teacher.sum(0) * student.sum(0)).sum() - (teacher * student[:G]).sum()
             compression = pairs / (B * (G * V - G))
-            expansion, most = coding_rate(student[:G], self.eps)
+            expansion, most, least = coding_rate(student[:G], self.eps)
             share = expansion / most
             spread = expansion if self.expansion_weight is None else self.expansion_weight * share
-            return SimDINOTerms(-self.coeff * compression - spread, compression, expansion, share)
+            floor = share.new_tensor(least / most)
+            return SimDINOTerms(-self.coeff * compression - spread, compression, expansion, share, floor)
 
 
-def coding_rate(views: Tensor, eps: float) -> tuple[Tensor, float]:
-    """Mean over views `(G, B, p)` of gamma/2 logdet(I + p/(R eps) Z^T Z), and the maximum that it can reach.
+def coding_rate(views: Tensor, eps: float) -> tuple[Tensor, float, float]:
+    """Mean over views `(G, B, p)` of gamma/2 logdet(I + p/(R eps) Z^T Z), and the most and least that it can be.
 
-    The determinant by Cholesky, in float32. At the maximum all r = min(R, p) eigenvalues share the trace R equally:
-    gamma/2 r ln(1 + p / (R eps) R / r).
+    The determinant by Cholesky, in float32. At the most all r = min(R, p) eigenvalues share the trace R equally:
+    gamma/2 r ln(1 + p / (R eps) R / r). At the least, of equal features, one has it all: r = 1.
     """
     _, B, p = views.shape
     R = B * (dist.get_world_size() if dist.is_initialized() else 1)
@@ -96,8 +98,8 @@ def coding_rate(views: Tensor, eps: float) -> tuple[Tensor, float]:
     factor = torch.linalg.cholesky(identity + p / (R * eps) * covariance)
     half_logdet = factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)  # (G,)
     gamma = (p + R) / (p * R)
-    rank = min(R, p)
-    return gamma * half_logdet.mean(), gamma / 2 * rank * math.log1p(p / (rank * eps))
+    most, least = (gamma / 2 * rank * math.log1p(p / (rank * eps)) for rank in (min(R, p), 1))
+    return gamma * half_logdet.mean(), most, least
 
 
 class _SumOverRanks(torch.autograd.Function):
@@ -148,14 +150,19 @@ class SimDINO(nn.Module):
     """Student and teacher. All views of all scans go through the student in one packed forward; the teacher sees the
     global ones.
 
+    With a `decoder` the student does masked autoencoding in the same pass: of each global view it sees the visible
+    patches alone (a view masked for the student is what iBOT, arXiv 2111.07832, and MSN, 2204.07141, distil into), and
+    the decoder predicts the others. The teacher and the local views stay whole.
+
     Args:
         encoder: the student's start, and the teacher's.
         views: V, views of each scan, neighbours in the pack, the two global ones first.
+        decoder: of `M3RetForPreTraining`, or None.
     """
 
     global_views = 2
 
-    def __init__(self, encoder: M3RetModel, loss: SimDINOLoss, views: int):
+    def __init__(self, encoder: M3RetModel, loss: SimDINOLoss, views: int, decoder: M3RetDecoder | None = None):
         super().__init__()
         if views < self.global_views:
             raise ValueError(f"SimDINO takes at least its {self.global_views} global views, not {views}")
@@ -165,6 +172,7 @@ class SimDINO(nn.Module):
         self.teacher, self.teacher_head = copy.deepcopy(encoder), copy.deepcopy(self.student_head)
         for module in (self.teacher, self.teacher_head):
             module.requires_grad_(False).eval()
+        self.decoder = decoder
 
     def train(self, mode: bool = True) -> SimDINO:
         """The teacher never trains: it drops no path."""
@@ -172,18 +180,66 @@ class SimDINO(nn.Module):
         self.teacher.eval()
         return self
 
-    def forward(self, pixel_values: Tensor, grid_thw: Tensor) -> SimDINOTerms:
-        """Packed views `(P, C*t*p*p)` and grids `(B*V, 3)`, the V views of a scan one after the other."""
+    def forward(
+        self, pixel_values: Tensor, grid_thw: Tensor, noise: Tensor | None = None
+    ) -> tuple[SimDINOTerms, Tensor | None]:
+        """Packed views `(P, C*t*p*p)` and grids `(B*V, 3)`, the V views of a scan one after the other; `noise (P,)` for
+        the masks. Returns the terms, and with a decoder the loss of masked autoencoding."""
         scans, rest = divmod(len(grid_thw), self.views)
         if rest:
             raise ValueError(f"{len(grid_thw)} views in the pack are no multiple of the {self.views} views of a scan")
-        student = self.student_head(self.student(pixel_values, grid_thw).pooler_output)
+        is_global = torch.arange(len(grid_thw), device=grid_thw.device) % self.views < self.global_views
+        rows = is_global.repeat_interleave(grid_thw.prod(-1), output_size=len(pixel_values))
+        if self.decoder is None:
+            pooled, reconstruction = self.student(pixel_values, grid_thw).pooler_output, None
+        else:
+            noise = torch.rand(len(pixel_values), device=pixel_values.device) if noise is None else noise
+            pooled, reconstruction = self._masked_student(pixel_values, grid_thw, noise, is_global)
         with torch.no_grad():
-            is_global = torch.arange(len(grid_thw), device=grid_thw.device) % self.views < self.global_views
-            rows = is_global.repeat_interleave(grid_thw.prod(-1), output_size=len(pixel_values))
             teacher = self.teacher_head(self.teacher(pixel_values[rows], grid_thw[is_global]).pooler_output)
-        by_view = (student.view(scans, self.views, -1), teacher.view(scans, self.global_views, -1))
-        return self.loss(*(projections.transpose(0, 1) for projections in by_view))
+        by_view = (
+            self.student_head(pooled).view(scans, self.views, -1),
+            teacher.view(scans, self.global_views, -1),
+        )
+        return self.loss(*(projections.transpose(0, 1) for projections in by_view)), reconstruction
+
+    def _masked_student(
+        self, rows: Tensor, grid_thw: Tensor, noise: Tensor, is_global: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Pooled views `(B*V, d)` with the global ones masked, and the loss of predicting what was masked."""
+        assert self.decoder is not None
+        config = self.student.config
+        grids = [(t, h, w) for t, h, w in grid_thw.tolist()]
+        counts = [math.prod(grid) for grid in grids]
+        ratios = [config.mask_ratio if masks else 0.0 for masks in is_global.tolist()]
+        places = patch_places(grids, rows.device)
+        visible, _, visible_counts = choose_visible(noise, counts, ratios)
+        layout, encoded = self.student.encode(rows[visible], places[visible], visible_counts)
+        tokens = self.student.norm(encoded.last_hidden_state)
+        prefix, patches = layout.split(tokens)
+
+        # of the global views alone: their patches are where `visible` falls into them
+        in_global = is_global.repeat_interleave(grid_thw.prod(-1), output_size=len(rows))
+        place_in_global = in_global.cumsum(0) - 1  # row of the pack -> row of the global views
+        seen = in_global[visible]
+        hidden = in_global.clone()
+        hidden[visible] = False
+        masked = hidden.nonzero()[:, 0]
+        global_counts, global_visible = (
+            [count for count, masks in zip(of, is_global.tolist(), strict=True) if masks]
+            for of in (counts, visible_counts)
+        )
+        predicted = self.decoder(
+            prefix[is_global],
+            patches[seen],
+            place_in_global[visible[seen]],
+            place_in_global[masked],
+            places[in_global],
+            global_counts,
+        )
+        masked_counts = [count - left for count, left in zip(global_counts, global_visible, strict=True)]
+        loss = masked_patch_loss(predicted, rows[masked], masked_counts, config.norm_pixel_eps, config.loss_weighting)
+        return self.student.pool(tokens, layout), loss
 
     @torch.no_grad()
     def update_teacher(self, momentum: float) -> None:

@@ -71,6 +71,11 @@ def encoder_embedder(model: M3RetModel) -> Embedder:
     return lambda inputs: model.get_image_features(**{name: value.to(model.device) for name, value in inputs.items()})
 
 
+def pooled_embedder(model: M3RetModel) -> Embedder:
+    """The model's pooled features before whitening, on the model's device."""
+    return lambda inputs: model(**{name: value.to(model.device) for name, value in inputs.items()}).pooler_output
+
+
 # depth x height x width of the pixel baseline's thumbnail: 16 x 16 as in tiny images (Torralba et al. 2008 use 32 x 32
 # and find 16 to 32 alike), and 4 in depth for volumes and clips
 THUMBNAIL = (4, 16, 16)

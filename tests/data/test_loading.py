@@ -49,7 +49,7 @@ def equal(one: Pack, other: Pack) -> bool:
 def test_training_batches_do_not_depend_on_the_workers(records: list[Record]) -> None:
     def packs(workers: int) -> list[Pack]:
         views = RandomViews(records, PROCESSOR, views=[ViewKind(2)], seed=3)
-        return list(islice(training_loader(views, SeededBatches(len(records), 3, seed=3), workers), 5))
+        return list(islice(training_loader(views, SeededBatches(["ct"] * len(records), 3, seed=3), workers), 5))
 
     alone, with_workers = packs(0), packs(2)
     assert all(equal(one, other) for one, other in zip(alone, with_workers, strict=True))
@@ -61,7 +61,7 @@ def test_training_batches_do_not_depend_on_the_workers(records: list[Record]) ->
 
 
 def test_ranks_share_an_epoch_without_overlap() -> None:
-    ranks = [SeededBatches(20, 3, seed=1, process=rank, processes=2) for rank in range(2)]
+    ranks = [SeededBatches(["ct"] * 20, 3, seed=1, process=rank, processes=2) for rank in range(2)]
     epochs = [list(islice(rank, 6)) for rank in ranks]  # 20 records: 18 fill three batches of three on two ranks
     for epoch in range(2):
         keys = [key for rank in epochs for batch in rank[3 * epoch : 3 * epoch + 3] for key in batch]
@@ -69,13 +69,36 @@ def test_ranks_share_an_epoch_without_overlap() -> None:
         assert {number for number, _ in keys} == {epoch}
     assert epochs[0][:3] != epochs[0][3:]
     with pytest.raises(ValueError, match="do not fill one batch"):
-        SeededBatches(5, 3, seed=0, processes=2)
+        SeededBatches(["ct"] * 5, 3, seed=0, processes=2)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
+def test_batches_go_on_from_any_number(alpha: float) -> None:
+    modalities = ["ct"] * 13 + ["xray"] * 5
+    whole = list(islice(SeededBatches(modalities, 2, seed=4, alpha=alpha, process=1, processes=2), 20))
+    for start in (1, 4, 7, 13):
+        rest = SeededBatches(modalities, 2, seed=4, alpha=alpha, start=start, process=1, processes=2)
+        assert list(islice(rest, 20 - start)) == whole[start:]
+
+
+def test_a_mixture_gives_each_modality_its_power_and_no_record_more_than_another() -> None:
+    """64 CTs and 4 X-rays: parts of 64:4, 8:2 and 1:1 for alpha 1, 1/2 and 0, of epochs of 68."""
+    modalities = ["ct"] * 64 + ["xray"] * 4
+    for alpha, of_ct in ((1.0, 64), (0.5, 54), (0.0, 34)):
+        batches = SeededBatches(modalities, 1, seed=0, alpha=alpha)
+        epochs = [batches.epoch(number) for number in range(10)]
+        assert [sum(index < 64 for _, index in epoch) for epoch in epochs] == [of_ct] * 10
+        keys = [key for epoch in epochs for key in epoch]
+        assert len(set(keys)) == len(keys)  # a record that comes again comes with other views
+        for deck in (range(64), range(64, 68)):
+            times = [sum(index == record for _, index in keys) for record in deck]
+            assert max(times) - min(times) <= 1
 
 
 def test_one_bad_file_is_counted_and_stops_nothing(records: list[Record]) -> None:
     records[2].path.write_bytes(b"not an array")
     views = RandomViews(records, PROCESSOR, views=[ViewKind(2)])
-    packs = list(islice(training_loader(views, SeededBatches(8, 4, seed=0), 0), 2))
+    packs = list(islice(training_loader(views, SeededBatches(["ct"] * 8, 4, seed=0), 0), 2))
     assert [len(pack.scans) for pack in packs] == [8, 8]  # the neighbour stands in
     failures = [failure for pack in packs for failure in pack.failures]
     assert [index for index, _ in failures] == [2]

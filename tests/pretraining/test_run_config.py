@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,9 @@ def test_the_command_line_wins_over_the_file(tmp_path: Path) -> None:
     assert config.seed == RunConfig().seed
     assert parse_run_config(["--learning_rate", "1e-3"]).learning_rate == 0.001
     assert parse_run_config(["--weight_decay", "1"]).weight_decay == 1.0
+    assert parse_run_config(["--resume"]).resume
+    assert parse_run_config(["--resume", "--steps", "3"]).steps == 3
+    assert not parse_run_config(["--resume", "false"]).resume
     for name in ("2024-01-01", "0012", "null"):
         assert parse_run_config(["--output_dir", name]).output_dir == name
 
@@ -45,7 +49,14 @@ def test_every_config_that_we_ship_is_valid(file: Path) -> None:
         (["--learning_rate", "fast"], 'learning_rate is float or NoneType, not "fast"'),
         (["--steps", "true"], "steps is int, not true"),
         (["--preset", "vith"], "preset is vitt"),
-        (["--objective", "simclr"], "objective is mae or simdino"),
+        (["--objective", "simclr"], "objective is mae, simdino or mae\\+simdino, not 'simclr'"),
+        (["--precision", "fp16"], "precision is no, bf16 or None"),
+        (["--resume", "--restart"], "one of them"),
+        (["--resume", "perhaps"], 'resume is bool, not "perhaps"'),
+        (["--global_area", "[0.5, 0.2]"], "global_area is two parts of the area"),
+        (["--local_area", "[0.5]"], "local_area is two parts of the area"),
+        (["--accumulate", "0"], "accumulate is at least 1"),
+        (["--layer_decay", "1.5"], "layer_decay is a part from 0 to 1"),
         (["--holdout", "1.5"], "holdout is a part"),
     ],
 )
@@ -66,3 +77,18 @@ def test_learning_rate_follows_the_views_of_a_step() -> None:
     assert RunConfig(batch_size=64, views_per_decode=4).peak_learning_rate(1) == pytest.approx(1.5e-4)
     assert RunConfig(batch_size=64, views_per_decode=4).peak_learning_rate(8) == pytest.approx(1.2e-3)
     assert RunConfig(learning_rate=1e-3).peak_learning_rate(8) == 1e-3
+    assert RunConfig(batch_size=16, views_per_decode=4, accumulate=4).peak_learning_rate(1) == pytest.approx(1.5e-4)
+    assert RunConfig(objective="simdino", batch_size=32, accumulate=2).peak_learning_rate(4) == pytest.approx(5e-4)
+
+
+def test_another_run_differs_by_what_decides_the_result_alone() -> None:
+    config = RunConfig()
+    elsewhere = asdict(RunConfig(output_dir="x", run_dir="y", data="z", num_workers=0, log_every=1, resume=True))
+    assert config.differences(elsewhere) == []
+    other = asdict(RunConfig(steps=5, model={"mask_ratio": 0.5}))
+    del other["seed"]
+    assert config.differences(other) == [
+        "model: {'mask_ratio': 0.5} in the checkpoint, {} now",
+        "seed: absent in the checkpoint, 0 now",
+        "steps: 5 in the checkpoint, 100000 now",
+    ]

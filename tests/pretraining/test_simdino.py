@@ -15,7 +15,8 @@ from conftest import tiny_config
 from test_modeling import largest_difference, make_scans, pack
 from torch import Tensor
 
-from modeling_m3ret import M3RetModel
+from modeling_m3ret import M3RetForPreTraining, M3RetModel
+from modeling_m3ret.modeling_m3ret import choose_visible, patch_places
 from modeling_m3ret.pretraining.simdino import SimDINO, SimDINOLoss, coding_rate, teacher_momentum
 
 
@@ -63,10 +64,11 @@ def test_maximum_is_reached_by_orthogonal_features(R: int, by_hand: float) -> No
     """Rows that are R orthonormal directions (or each of p directions R/p times) spread as far as they can."""
     p, eps = 256, 0.05
     rows = torch.eye(p)[torch.arange(R) % p]
-    rate, most = coding_rate(rows[None], eps)
+    rate, most, least = coding_rate(rows[None], eps)
+    assert coding_rate(rows[None, :1].expand(1, R, p), eps)[0].item() == pytest.approx(least, rel=1e-4)
     assert rate.item() == pytest.approx(most, rel=1e-5)
     assert most == pytest.approx(by_hand, abs=0.01)
-    rate_of_others, _ = coding_rate(unit(1, R, p), eps)
+    rate_of_others, _, _ = coding_rate(unit(1, R, p), eps)
     assert rate_of_others.item() < most
 
 
@@ -80,6 +82,7 @@ def test_collapsed_features_have_almost_no_expansion_and_the_loss_knows() -> Non
     collapsed = unit(1, 1, 64).expand(4, 32, -1)
     terms = SimDINOLoss()(collapsed, collapsed[:2])
     assert terms.compression.item() == pytest.approx(1, abs=1e-5)
+    assert terms.expansion_share.item() == pytest.approx(terms.collapsed_share.item(), rel=1e-4)
     assert terms.expansion_share.item() < 0.15
     spread = torch.eye(64)[:32].expand(4, -1, -1)
     better = SimDINOLoss()(spread, spread[:2])
@@ -139,7 +142,8 @@ def test_views_of_a_scan_meet_and_the_teacher_follows() -> None:
     model = SimDINO(M3RetModel(tiny_config(pooling="cls", drop_path_rate=0.1)), SimDINOLoss(), views=3).train()
     assert not model.teacher.training
     rows, grids = pack([scan for scan in make_scans()[:2] for _ in range(3)])
-    terms = model(rows, grids)
+    terms, reconstruction = model(rows, grids)
+    assert reconstruction is None
     terms.loss.backward()
     assert all(p.grad is None for p in (*model.teacher.parameters(), *model.teacher_head.parameters()))
     assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in model.student.parameters())
@@ -159,3 +163,43 @@ def test_momentum_goes_from_its_start_to_one() -> None:
     assert teacher_momentum(0, 100) == pytest.approx(0.996)
     assert teacher_momentum(50, 100) == pytest.approx(0.998)
     assert teacher_momentum(100, 100) == 1
+
+
+def test_both_objectives_from_one_pass_are_each_what_they_are_alone() -> None:
+    """The reconstruction is that of `M3RetForPreTraining` on the global views, and SimDINO's student saw no masked
+    pixel of them, while its local views and the teacher are whole."""
+    config = tiny_config(pooling="cls")
+    autoencoder = M3RetForPreTraining(config).eval()
+    model = SimDINO(autoencoder.m3ret, SimDINOLoss(), 3, autoencoder.decoder).eval()
+    rows, grids = pack([scan for scan in make_scans()[:3] for _ in range(3)])
+    noise = torch.rand(len(rows))
+    terms, reconstruction = model(rows, grids, noise)
+
+    is_global = torch.arange(9) % 3 < 2
+    of_global = is_global.repeat_interleave(grids.prod(-1))
+    alone = autoencoder(rows[of_global], grids[is_global], noise=noise[of_global])
+    assert reconstruction.item() == pytest.approx(alone.loss.item(), rel=1e-5)
+
+    counts = [int(n) for n in grids.prod(-1)]
+    visible, _, seen = choose_visible(noise, counts, [0.75 if masks else 0.0 for masks in is_global.tolist()])
+    places = patch_places([tuple(grid) for grid in grids.tolist()], rows.device)
+    layout, encoded = model.student.encode(rows[visible], places[visible], seen)
+    student = model.student_head(model.student.pool(model.student.norm(encoded.last_hidden_state), layout))
+    teacher = model.teacher_head(model.teacher(rows[of_global], grids[is_global]).pooler_output)
+    expected = SimDINOLoss()(student.view(3, 3, -1).transpose(0, 1), teacher.view(3, 2, -1).transpose(0, 1))
+    assert terms.loss.item() == pytest.approx(expected.loss.item(), rel=1e-5)
+
+    (terms.loss + reconstruction).backward()
+    assert all(p.grad is not None for p in (*model.student.parameters(), *model.decoder.parameters()))
+
+
+def test_accumulated_packs_average_their_losses_and_each_has_its_own_expansion() -> None:
+    """What `accumulate` does to SimDINO: compression is that of one large pack, expansion the mean of the packs'."""
+    student, teacher = unit(4, 12, 16), unit(2, 12, 16, seed=1)
+    loss = SimDINOLoss(expansion_weight=None)
+    whole = loss(student, teacher)
+    halves = [loss(student[:, part], teacher[:, part]) for part in (slice(0, 6), slice(6, 12))]
+    assert sum(half.compression for half in halves).item() / 2 == pytest.approx(whole.compression.item(), abs=1e-6)
+    by_hand = [by_the_formula(student[:, part], teacher[:, part], 0.05)[1] for part in (slice(0, 6), slice(6, 12))]
+    assert sum(half.expansion for half in halves).item() == pytest.approx(sum(by_hand).item(), rel=1e-5)
+    assert abs(sum(half.expansion for half in halves).item() / 2 - whole.expansion.item()) > 0.01

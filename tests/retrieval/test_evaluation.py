@@ -85,3 +85,24 @@ def test_table_and_json_say_the_same() -> None:
     assert answer["model"] == "tiny"
     assert [row["scores"]["mAP"] for row in answer["rows"]] == [row.scores[2] for row in rows]
     assert f"{rows[0].scores[2]:6.3f}" in table.splitlines()[2]
+
+
+def test_intervals_hold_the_mean_and_cover_it_as_often_as_they_say() -> None:
+    """Of 100 collections drawn with a known expected mAP (chance: embeddings without any sense), some 95 cover it."""
+    covered = []
+    for seed in range(100):
+        generator = torch.Generator().manual_seed(seed)
+        records = [record(f"s{n}", "ct", "ab"[n % 2], f"p{n}") for n in range(40)]
+        rows = evaluate({"any": embedded(records, torch.randn(40, 8, generator=generator).tolist())})
+        row = next(row for row in rows if (row.protocol, row.method) == ("ct", "any"))
+        chance = scores_of(rows, "ct", "chance")[2]
+        covered.append(row.interval[0] <= chance <= row.interval[1])
+    assert 90 <= sum(covered) <= 100
+
+
+def test_intervals_are_given_where_asked_for() -> None:
+    methods = {"any": embedded(RECORDS, torch.rand(8, 3).tolist())}
+    for row in evaluate(methods):
+        assert (row.interval is None) == (row.method == "chance")
+        assert row.interval is None or row.interval[0] <= row.scores[2] <= row.interval[1]
+    assert all(row.interval is None for row in evaluate(methods, intervals=False))

@@ -9,7 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from modeling_m3ret.retrieval.metrics import expected_at_random, score_queries
+from modeling_m3ret.retrieval.metrics import (
+    expected_at_random,
+    feature_std,
+    jackknife_interval,
+    knn_accuracy,
+    map_without_each,
+    rank_me,
+    score_queries,
+)
 
 
 def loops(similarity: Tensor, relevant: Tensor, candidate: Tensor) -> list[tuple[float, float, float] | None]:
@@ -87,3 +95,45 @@ def test_every_permutation_of_the_gallery_scores_the_same() -> None:
     for order in permutations(range(4)):
         shuffled = score_queries(similarity[:, order], relevant[:, order], candidate)[0].mean()
         assert shuffled == pytest.approx(expected)
+
+
+def test_rank_and_spread_of_known_shapes() -> None:
+    """Orthonormal rows have full rank; one direction has rank 1 and no spread; random directions spread by 1."""
+    assert rank_me(torch.eye(12)) == pytest.approx(12, rel=1e-4)
+    point = torch.nn.functional.normalize(torch.ones(20, 16), dim=-1)
+    assert rank_me(point) == pytest.approx(1, abs=1e-3)
+    assert feature_std(point) == pytest.approx(0, abs=1e-6)
+    # two directions, one three times as long: entropy of (3/4, 1/4)
+    entropy = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
+    assert rank_me(torch.diag(torch.tensor([3.0, 1.0]))) == pytest.approx(math.exp(entropy), rel=1e-4)
+    directions = torch.nn.functional.normalize(torch.randn(4000, 64), dim=-1)
+    assert feature_std(directions) == pytest.approx(1, abs=0.01)
+
+
+def test_nearest_neighbours_vote_with_their_nearness_and_own_group_has_no_vote() -> None:
+    similarity = torch.tensor([[1.0, 0.9, 0.5, 0.5], [0.9, 1.0, 0.2, 0.3], [0.5, 0.2, 1.0, 0.8], [0.5, 0.3, 0.8, 1.0]])
+    labels = torch.tensor([0, 0, 1, 1])
+    others = ~torch.eye(4, dtype=torch.bool)
+    assert knn_accuracy(similarity, labels, others, k=3).tolist() == [1, 1, 1, 1]
+    # without the near ones, of the other label all that is left
+    others &= ~torch.tensor([[0, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 1], [0, 0, 1, 0]], dtype=torch.bool)
+    assert knn_accuracy(similarity, labels, others, k=3).tolist() == [0, 0, 0, 0]
+
+
+def test_leaving_out_a_block_is_scoring_without_it() -> None:
+    similarity, candidate = torch.rand(15, 15), ~torch.eye(15, dtype=torch.bool)
+    relevant = torch.randint(0, 2, (15, 15)).bool()
+    block = torch.arange(15) % 5
+    left_out = map_without_each(similarity, relevant, candidate, block, block, 5)
+    for number in range(5):
+        stays = block != number
+        scores, _, _ = score_queries(*(x[stays][:, stays] for x in (similarity, relevant, candidate)))
+        assert float(left_out[number]) == pytest.approx(float(scores.average_precision.mean()))
+
+
+def test_the_interval_of_a_mean_is_that_of_the_textbook() -> None:
+    """For a plain mean the jackknife's standard error is s / sqrt(n)."""
+    values = torch.rand(50, dtype=torch.float64)
+    without_each = (values.sum() - values) / 49
+    low, high = jackknife_interval(float(values.mean()), without_each)
+    assert high - low == pytest.approx(2 * 1.96 * float(values.std()) / 50**0.5)

@@ -1,0 +1,82 @@
+"""The numbers on held-out scans, whoever embeds them, and when they raise the alarm."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from conftest import tiny_config
+
+from modeling_m3ret import M3RetImageProcessor, M3RetModel
+from modeling_m3ret.data.collection import Record
+from modeling_m3ret.pretraining.quality import OnlineQuality, collapse_alarm, quality_of
+from modeling_m3ret.retrieval.embed import Embedded, embed_records, encoder_embedder, pooled_embedder
+
+
+PROCESSOR = M3RetImageProcessor(size=32, num_frames=8)
+
+
+@pytest.fixture
+def records(tmp_path: Path) -> list[Record]:
+    generator = np.random.default_rng(0)
+    made = []
+    for number in range(12):
+        path = tmp_path / f"{number}.npy"
+        np.save(path, generator.random((1 + 7 * (number % 2), 40, 40), dtype=np.float32))
+        made.append(Record(str(number), path, ("xray", "ct")[number % 2], "a", f"l{number % 3}", f"p{number}"))
+    return made
+
+
+def test_measured_as_by_the_evaluation_and_decoded_once(records: list[Record]) -> None:
+    encoder = M3RetModel(tiny_config()).train()
+    quality = OnlineQuality(records[:8], records, PROCESSOR, Accelerator(cpu=True))
+    quality.fit_whitening(encoder)
+    numbers = quality.measure(encoder)
+    assert encoder.training  # as it was
+    embedders = [encoder_embedder(encoder.eval()), pooled_embedder(encoder)]
+    alone, pooled = embed_records(embedders, PROCESSOR, records, batch_size=12, progress=False)
+    assert {"held_out/mAP/ct", "held_out/mAP/xray", "held_out/mAP/all", "held_out/knn_accuracy"} <= numbers.keys()
+    assert numbers == pytest.approx(quality_of(alone, pooled.embeddings), abs=1e-5)
+    # what the whitening was fitted to has mean 0
+    assert encoder.whitening(pooled.embeddings[:8]).mean(0).abs().max() <= 1e-4
+    for record in records:
+        record.path.unlink()
+    quality.fit_whitening(encoder)
+    assert quality.measure(encoder) == numbers
+
+
+def test_nobody_held_out_and_nobody_readable_measure_nothing(tmp_path: Path) -> None:
+    encoder = M3RetModel(tiny_config())
+    assert OnlineQuality([], [], PROCESSOR, Accelerator(cpu=True)).measure(encoder) == {}
+    missing = [Record("x", tmp_path / "x.npy", "ct", "a", "l", "p")]
+    quality = OnlineQuality(missing, missing, PROCESSOR, Accelerator(cpu=True))
+    quality.fit_whitening(encoder)
+    assert torch.equal(encoder.whitening.matrix, torch.eye(48))
+    assert quality.measure(encoder) == {}
+
+
+def embedded(vectors: torch.Tensor) -> Embedded:
+    records = [Record(str(n), Path("x"), "ct", "a", f"l{n % 2}", f"p{n}") for n in range(len(vectors))]
+    return Embedded(torch.nn.functional.normalize(vectors, dim=-1), records)
+
+
+def test_alarm_on_one_point_and_none_on_directions() -> None:
+    point = torch.ones(1, 32).expand(20, -1)
+    for collapsed in (point, point + 1e-4 * torch.randn(20, 32), torch.full((20, 32), float("nan"))):
+        message = collapse_alarm(quality_of(embedded(collapsed), collapsed))
+        assert message is not None
+        assert "spread by" in message
+        assert "effective rank" in message
+    # directions within a cone of cosine .95 and more: usual for masked autoencoding, and no collapse
+    for healthy in (torch.randn(20, 32), torch.ones(1, 32) + 0.2 * torch.randn(20, 32)):
+        assert collapse_alarm(quality_of(embedded(healthy), healthy)) is None
+
+
+def test_alarm_on_an_expansion_that_equal_features_have() -> None:
+    """Of 24 scans equal features have a share of .066."""
+    assert collapse_alarm({"expansion_share": 0.07, "collapsed_share": 0.066}) is not None
+    assert collapse_alarm({"expansion_share": 0.5, "collapsed_share": 0.066}) is None
+    assert collapse_alarm({"loss": 1.0}) is None
