@@ -120,7 +120,7 @@ def main() -> None:
             progress.unreadable |= dict(pack.failures)
             in_between = accelerator.no_sync(model) if number < len(step_packs) else contextlib.nullcontext()
             with in_between:
-                loss, terms = model(**pack.inputs(processor, accelerator.device))
+                loss, terms = model(**pack.inputs(processor, accelerator.device, slices_once=True))
                 accelerator.backward(loss / config.accumulate)
         gradient_norm = accelerator.clip_grad_norm_(model.parameters(), config.gradient_clip)
         stop_if_not_finite(accelerator, loss, gradient_norm, progress.step, step_packs, training, run_dir)

@@ -84,7 +84,8 @@ def report(times: Mapping[str, list[float]], pairs: list[tuple[str, str]]) -> No
 
 def pack(scans: list[Tensor]) -> dict[str, Tensor]:
     """Scans `(C, D, H, W)` as packed rows and grids."""
-    rows = [patchify(scan[None], 4, 16)[0] for scan in scans]
+    depth = 1 if all(scan.shape[1] == 1 for scan in scans) else 4  # as `Pack.inputs` does
+    rows = [patchify(scan[None], depth, 16)[0] for scan in scans]
     grids = [(-(-scan.shape[1] // 4), scan.shape[2] // 16, scan.shape[3] // 16) for scan in scans]
     return {"pixel_values": torch.cat(rows), "grid_thw": torch.tensor(grids)}
 

@@ -115,16 +115,20 @@ class M3RetImageProcessor(BaseImageProcessor):
         """Read one scan, of a clip no more frames than will be used."""
         return read_scan(source, num_frames=self.num_frames if num_frames is None else num_frames)
 
-    def rows(self, volumes: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    def rows(self, volumes: Sequence[Tensor], slices_once: bool = False) -> tuple[Tensor, Tensor]:
         """Resized scans, each `(1 or 3, D, H, W)` -> `pixel_values (P, C*t*p*p)` and `grid_thw (B, 3)`, where they are.
 
         A grey scan's values are written for every channel, and each value once, straight to its place.
+
+        Args:
+            slices_once: if all scans are images, rows hold their slice once and not t times: `(P, C*p*p)`.
         """
         grids = [self.grid(volume) for volume in volumes]
-        values = self.num_channels * self.patch_depth * self.patch_size**2
+        depth = 1 if slices_once and all(volume.shape[1] == 1 for volume in volumes) else self.patch_depth
+        values = self.num_channels * depth * self.patch_size**2
         rows = volumes[0].new_empty(sum(math.prod(grid) for grid in grids), values)
         for part, volume in zip(rows.split([math.prod(grid) for grid in grids]), volumes, strict=True):
-            patches = cut(volume[None], self.patch_depth, self.patch_size)[0]  # (T, h, w, 1 or 3, t, p, p)
+            patches = cut(volume[None], depth, self.patch_size)[0]  # (T, h, w, 1 or 3, t, p, p)
             part.view(*patches.shape[:3], self.num_channels, *patches.shape[4:]).copy_(patches)
         return rows, torch.tensor(grids, dtype=torch.int64, device=rows.device)
 

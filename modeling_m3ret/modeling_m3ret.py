@@ -200,7 +200,7 @@ def eager_attention_forward(
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention for those who want its weights: `(B, heads, L, head_dim)` -> `(B, L, heads, head_dim)`."""
-    weights = (query @ key.transpose(2, 3) * scaling).softmax(dim=-1)  # (B, heads, L, L)
+    weights = ((query * scaling) @ key.transpose(2, 3)).softmax(dim=-1)  # (B, heads, L, L)
     dropped = nn.functional.dropout(weights, p=dropout, training=module.training)
     return (dropped @ value).transpose(1, 2), weights
 
@@ -244,11 +244,19 @@ class M3RetAttention(nn.Module):
             mixed, weights = attend(self, *(x.transpose(0, 1)[None] for x in (query, key, value)), **kwargs)
             return self.out_proj(mixed.reshape(N, d)), None
 
-        outputs, all_weights = [], []
+        # PyTorch's fused attention on the CPU is slow in bfloat16: of 64 crops of 41 tokens forward and backward took 5
+        # times as long as written out, of 1,600 tokens 1.3 times; beyond, the square of the length is too much memory
+        is_slow = query.device.type == "cpu" and query.dtype == torch.bfloat16 and layout.groups[-1][1] <= 2048
+        without_weights = is_slow and self.config._attn_implementation == "sdpa"
+        if without_weights:
+            attend = eager_attention_forward
+
+        outputs: list[Tensor] = []
+        all_weights: list[Any] = []
         for q, k, v in zip(*(layout.views(x) for x in (query, key, value)), strict=True):  # (scans, L, heads, head_dim)
             mixed, weights = attend(self, q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), **kwargs)
             outputs.append(mixed.reshape(-1, d))
-            all_weights.append(weights)
+            all_weights.append(None if without_weights else weights)
         attended = outputs[0] if layout.uniform else torch.cat(outputs)
         return self.out_proj(attended), None if all_weights[0] is None else tuple(all_weights)
 
@@ -295,22 +303,66 @@ class M3RetLayer(GradientCheckpointingLayer):
         self.mlp = M3RetMLP(config, hidden_size, intermediate_size)
         self.mlp_scale = M3RetLayerScale(config, hidden_size)
 
-    def forward(self, tokens: Tensor, layout: PackLayout, rotary: tuple[Tensor, Tensor], **kwargs: Any) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        layout: PackLayout,
+        rotary: tuple[Tensor, Tensor],
+        cls_only: bool = False,
+        **kwargs: Any,
+    ) -> Tensor:
+        if cls_only:
+            return self.forward_cls(tokens, layout, rotary)
         kept = self._draw(layout)
         if kept is None:
             attended, _ = self.attention(self.attention_norm(tokens), layout, rotary, **kwargs)
             tokens = self.attention_scale(tokens, attended)
         else:
             part, rows = layout.subset(kept), layout.token_rows(kept, tokens.device)
-            tables = (rotary[0][rows], rotary[1][rows])
-            attended, _ = self.attention(self.attention_norm(tokens[rows]), part, tables, **kwargs)
+            tables = (rotary[0].index_select(0, rows), rotary[1].index_select(0, rows))
+            normed = self.attention_norm(tokens.index_select(0, rows))
+            attended, _ = self.attention(normed, part, tables, **kwargs)
             tokens = self._add(tokens, rows, attended, self.attention_scale, len(layout.order) / len(kept))
         kept = self._draw(layout)
         if kept is None:
             return self.mlp_scale(tokens, self.mlp(self.mlp_norm(tokens)))
         rows = layout.token_rows(kept, tokens.device)
-        branch = self.mlp(self.mlp_norm(tokens[rows]))
+        branch = self.mlp(self.mlp_norm(tokens.index_select(0, rows)))
         return self._add(tokens, rows, branch, self.mlp_scale, len(layout.order) / len(kept))
+
+    def forward_cls(self, tokens: Tensor, layout: PackLayout, rotary: tuple[Tensor, Tensor]) -> Tensor:
+        """`(N, d)` -> the CLS tokens alone `(B, d)` in the layout's order: what no one will look at isn't computed.
+
+        Keys and values of all tokens, but queries, output and MLP of the CLS tokens, which is a sixth of the work.
+        """
+        attention, normed = self.attention, self.attention_norm(tokens)
+        heads = (attention.num_heads, attention.head_dim)
+        d = tokens.shape[1]
+        bias = attention.qkv.bias
+        of_query, of_rest = (None, None) if bias is None else bias.split([d, 2 * d])
+        weight_of_query, weight_of_rest = attention.qkv.weight.split([d, 2 * d])
+        cls_normed = torch.cat([group[:, 0] for group in layout.views(normed)])  # (B, d)
+        query = nn.functional.linear(cls_normed, weight_of_query, of_query).view(-1, *heads)  # at place 0: not turned
+        key, value = nn.functional.linear(normed, weight_of_rest, of_rest).view(-1, 2, *heads).unbind(1)
+        key = rotate(key, *(table.to(key.dtype)[:, None] for table in rotary))
+        attended = []
+        counts = [scans for scans, _ in layout.groups]
+        for q, k, v in zip(query.split(counts), layout.views(key), layout.views(value), strict=True):
+            weights = ((q * attention.scaling)[:, :, None] @ k.permute(0, 2, 3, 1)).softmax(-1)  # (scans, heads, 1, L)
+            weights = nn.functional.dropout(weights, attention.config.attention_dropout, self.training)
+            attended.append((weights @ v.transpose(1, 2)).flatten(1))  # (scans, d)
+        branch = attention.out_proj(torch.cat(attended))
+        cls = torch.cat([group[:, 0] for group in layout.views(tokens)])
+        cls = self.attention_scale(cls, self._drop_rows(branch, layout))
+        return self.mlp_scale(cls, self._drop_rows(self.mlp(self.mlp_norm(cls)), layout))
+
+    def _drop_rows(self, branch: Tensor, layout: PackLayout) -> Tensor:
+        """Of a branch with one row a scan `(B, d)`, those that were drawn times their weight, the others nothing."""
+        if (kept := self._draw(layout)) is None:
+            return branch
+        weight = torch.zeros(len(branch), 1)
+        weight[kept] = len(branch) / len(kept)
+        return branch * weight.to(branch)
 
     def _draw(self, layout: PackLayout) -> list[int] | None:
         """Places in the pack of the scans that a branch runs on, or None for all."""
@@ -451,10 +503,12 @@ class M3RetEncoder(M3RetPreTrainedModel):
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
     def forward(
-        self, tokens: Tensor, layout: PackLayout, rotary: tuple[Tensor, Tensor], **kwargs: Any
+        self, tokens: Tensor, layout: PackLayout, rotary: tuple[Tensor, Tensor], cls_only: bool = False, **kwargs: Any
     ) -> BaseModelOutput:
-        for layer in self.layers:
+        """`(N, d)` -> `(N, d)`, or with `cls_only` the CLS tokens alone, `(B, d)` in the layout's order."""
+        for layer in self.layers[:-1]:
             tokens = layer(tokens, layout, rotary, **kwargs)
+        tokens = self.layers[-1](tokens, layout, rotary, cls_only, **kwargs)
         return BaseModelOutput(last_hidden_state=tokens)
 
 
@@ -494,8 +548,9 @@ class M3RetModel(M3RetPreTrainedModel):
     ) -> BaseModelOutputWithPooling:
         """
         Args:
-            pixel_values: packed rows `(P, C*t*p*p)` with `grid_thw`, as the processor gives them; or dense
-                `(B, C, D, H, W)` or `(B, C, H, W)`, H and W multiples of the patch size. Normalised floats.
+            pixel_values: packed rows `(P, C*t*p*p)` with `grid_thw`, as the processor gives them, of images also
+                `(P, C*p*p)`, their one slice once; or dense `(B, C, D, H, W)` or `(B, C, H, W)`, H and W multiples of
+                the patch size. Normalised floats.
             grid_thw: int64 `(B, 3)`: patches of each scan along depth, height and width. Only with packed rows.
             kwargs: `output_hidden_states`, `output_attentions` (needs the eager attention), `return_dict`.
 
@@ -537,9 +592,23 @@ class M3RetModel(M3RetPreTrainedModel):
             attentions=attentions,
         )
 
+    def embed(self, pixel_values: Tensor, grid_thw: Tensor | None = None) -> Tensor:
+        """`pooler_output (B, d)` alone, for less work: of the CLS token's last layer nothing else is computed."""
+        rows, grids = self.rows_and_grids(pixel_values, grid_thw)
+        places = patch_places(grids, rows.device)
+        is_cls = self.config.pooling == "cls"
+        layout, tokens = self.encode(rows, places, [math.prod(grid) for grid in grids], cls_only=is_cls)
+        tokens = self.norm(tokens.last_hidden_state)
+        if not is_cls:
+            return self.pool(tokens, layout)
+        return tokens if layout.uniform else tokens[layout.places]
+
     def get_image_features(self, pixel_values: Tensor, grid_thw: Tensor | None = None, **kwargs: Any) -> Tensor:
         """The retrieval embedding: `pooler_output`, whitened, L2-normalised: `(B, d)` float32. Inputs as `forward`."""
-        pooled = self(pixel_values, grid_thw, **(kwargs | {"return_dict": True})).pooler_output
+        if kwargs:  # of the attention implementation, say
+            pooled = self(pixel_values, grid_thw, **(kwargs | {"return_dict": True})).pooler_output
+        else:
+            pooled = self.embed(pixel_values, grid_thw)
         return nn.functional.normalize(self.whitening(pooled), dim=-1)
 
     def split_tokens(self, last_hidden_state: Tensor, grid_thw: Tensor) -> list[Tensor]:
@@ -562,7 +631,10 @@ class M3RetModel(M3RetPreTrainedModel):
             patches = sum(math.prod(grid) for grid in grids)
             if min(min(grid) for grid in grids) < 1:
                 raise ValueError("grid_thw counts at least one patch along every axis of every scan")
-            if pixel_values.shape != (patches, config.patch_values):
+            widths = [config.patch_values]
+            if all(t == 1 for t, _, _ in grids):  # rows of images may hold their slice once
+                widths.append(config.patch_values // config.patch_depth)
+            if pixel_values.ndim != 2 or len(pixel_values) != patches or pixel_values.shape[1] not in widths:
                 raise ValueError(
                     f"packed pixel_values for this grid_thw are ({patches}, {config.patch_values}) "
                     f"(patches, channels*depth*height*width of a patch), found {tuple(pixel_values.shape)}"

@@ -271,6 +271,53 @@ def test_stochastic_depth_leaves_an_exact_part_out_and_keeps_the_mean() -> None:
     assert largest_difference(layer.eval()(tokens, layout, rotary), tokens + attended) <= 1e-5
 
 
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
+def test_embedding_alone_is_the_pooled_output_with_its_gradients(pooling: str) -> None:
+    model = make_model(pooling=pooling).double()
+    rows, grids = pack(make_scans())
+    rows = rows.double()
+    gradients = []
+    for embed in (lambda: model(rows, grids).pooler_output, lambda: model.embed(rows, grids)):
+        model.zero_grad()
+        pooled = embed()
+        pooled.square().sum().backward()
+        gradients.append((pooled.detach(), *[p.grad.clone() for p in model.parameters() if p.grad is not None]))
+    assert len(gradients[0]) == len(gradients[1])
+    for one, other in zip(*gradients, strict=True):
+        assert largest_difference(one, other) <= 1e-9 * max(1, float(one.abs().max()))
+
+
+@torch.no_grad()
+def test_the_last_layer_of_the_cls_token_drops_an_exact_part_too() -> None:
+    layer = make_model().encoder.layers[-1].train()
+    layer.drop_path = 1 / 3
+    layout = PackLayout.of([4, 2, 4], prefix=1)
+    tokens = torch.randn(13, 48)
+    layer.mlp_scale.gain.zero_()
+    # the CLS tokens stand at place 0, as in every pack
+    rotary = rotary_tables(
+        torch.rand(13, 3) * torch.tensor([0, 1, 1, 0, 1, 1, 1, 1, 0, 1, 1, 1, 1])[:, None], 12, 100.0
+    )
+    whole = layer.eval()(tokens, layout, rotary)[[0, 3, 8]] - tokens[[0, 3, 8]]
+    added = layer.train()(tokens, layout, rotary, True) - tokens[[0, 3, 8]]
+    dropped = added.abs().sum(1) == 0
+    assert int(dropped.sum()) == 1
+    assert largest_difference(added[~dropped], 1.5 * whole[~dropped]) <= 1e-5
+
+
+@torch.no_grad()
+def test_rows_of_images_may_hold_their_slice_once() -> None:
+    model = make_model()
+    images = torch.randn(2, 3, 32, 48)
+    once = torch.cat([patchify(image[None, :, None], 1, 16)[0] for image in images])
+    grids = torch.tensor([[1, 2, 3]] * 2)
+    assert once.shape == (12, 768)
+    expected = model(*pack([image[:, None] for image in images])).pooler_output
+    assert largest_difference(model(once, grids).pooler_output, expected) <= 1e-5
+    with pytest.raises(ValueError, match="packed pixel_values"):
+        model(once, torch.tensor([[2, 2, 3]]))
+
+
 @torch.no_grad()
 def test_whitening_is_the_identity_until_fitted_and_then_gives_unit_covariance() -> None:
     model = make_model()

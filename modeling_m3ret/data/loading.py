@@ -39,10 +39,16 @@ class Pack:
     noise: Tensor | None = None
     failures: list[tuple[int, str]] = field(default_factory=list)
 
-    def inputs(self, processor: M3RetImageProcessor, device: torch.device | str = "cpu") -> dict[str, Tensor]:
-        """What the model takes, on its device: `pixel_values (P, C*t*p*p)`, `grid_thw (B, 3)`, `noise (P,)` if any."""
+    def inputs(
+        self, processor: M3RetImageProcessor, device: torch.device | str = "cpu", slices_once: bool = False
+    ) -> dict[str, Tensor]:
+        """What the model takes, on its device: `pixel_values (P, C*t*p*p)`, `grid_thw (B, 3)`, `noise (P,)` if any.
+
+        slices_once: if all scans are images, `pixel_values (P, C*p*p)`, embedded at a quarter of the work.
+        """
         volumes = self.values.to(device, non_blocking=True).split([math.prod(shape) for shape in self.shapes])
-        rows, grids = processor.rows([volume.view(s) for volume, s in zip(volumes, self.shapes, strict=True)])
+        views = [volume.view(shape) for volume, shape in zip(volumes, self.shapes, strict=True)]
+        rows, grids = processor.rows(views, slices_once)
         inputs = {"pixel_values": rows, "grid_thw": grids}
         return inputs if self.noise is None else inputs | {"noise": self.noise.to(device, non_blocking=True)}
 

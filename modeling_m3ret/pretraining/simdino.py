@@ -191,12 +191,12 @@ class SimDINO(nn.Module):
         is_global = torch.arange(len(grid_thw), device=grid_thw.device) % self.views < self.global_views
         rows = is_global.repeat_interleave(grid_thw.prod(-1), output_size=len(pixel_values))
         if self.decoder is None:
-            pooled, reconstruction = self.student(pixel_values, grid_thw).pooler_output, None
+            pooled, reconstruction = self.student.embed(pixel_values, grid_thw), None
         else:
             noise = torch.rand(len(pixel_values), device=pixel_values.device) if noise is None else noise
             pooled, reconstruction = self._masked_student(pixel_values, grid_thw, noise, is_global)
         with torch.no_grad():
-            teacher = self.teacher_head(self.teacher(pixel_values[rows], grid_thw[is_global]).pooler_output)
+            teacher = self.teacher_head(self.teacher.embed(pixel_values[rows], grid_thw[is_global]))
         by_view = (
             self.student_head(pooled).view(scans, self.views, -1),
             teacher.view(scans, self.global_views, -1),
@@ -238,7 +238,8 @@ class SimDINO(nn.Module):
             global_counts,
         )
         masked_counts = [count - left for count, left in zip(global_counts, global_visible, strict=True)]
-        loss = masked_patch_loss(predicted, rows[masked], masked_counts, config.norm_pixel_eps, config.loss_weighting)
+        target = self.student.embeddings.repeat_slices(rows[masked])
+        loss = masked_patch_loss(predicted, target, masked_counts, config.norm_pixel_eps, config.loss_weighting)
         return self.student.pool(tokens, layout), loss
 
     @torch.no_grad()
