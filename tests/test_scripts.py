@@ -95,11 +95,10 @@ def test_train_ends_with_a_checkpoint_and_a_table(
 
 @pytest.mark.parametrize("objective", ["mae", "simdino"])
 def test_two_processes_train_together(tmp_path: Path, phantom: Path, objective: str) -> None:
-    launch = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--main_process_port", "0"]
     printed = train(
         tmp_path,
         phantom,
-        [*launch, "--mixed_precision", "no", "--dynamo_backend", "no"],
+        ["--config_file", str(ROOT / "configs/accelerate/cpu_2_processes.yaml")],
         batch_size=2,
         objective=objective,
         local_views=3,

@@ -58,6 +58,7 @@ class RunSaver:
         self.card_template, self.model_config = card_template, model_config
         self.progress = Progress()
         self.is_new_best = False
+        self.saved_step = 0
         self.checkpoints = CheckpointFolder(Path(config.run_dir) / "checkpoints")
         self.upload: HubUpload | None = None
         if config.push_to_hub and accelerator.is_main_process:
@@ -80,6 +81,7 @@ class RunSaver:
                 f"model.{name}": value for name, value in load_file(newest / self.objective.weights_file).items()
             }
             restore_state(newest, weights, self.accelerator, self.model, self.optimiser)
+            self.saved_step = self.progress.step
             self.accelerator.print(f"resumed from {newest}")
             return self.progress
         if newest is not None and not self.config.restart and not self._finished():
@@ -112,8 +114,9 @@ class RunSaver:
         self.is_new_best = False
         progress = self.progress
         place = self.checkpoints.place(progress.step)
-        if (place / STATE_FOLDER).is_dir():
+        if self.saved_step == progress.step:
             return
+        self.saved_step = progress.step
         state = gather_state(self.accelerator, self.model, self.optimiser)
         if self.accelerator.is_main_process:
 

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+from accelerate.commands.config.config_args import load_config_from_file
 
 from modeling_m3ret.pretraining.run_config import RunConfig, parse_run_config
 
@@ -33,6 +34,12 @@ def test_the_command_line_wins_over_the_file(tmp_path: Path) -> None:
 def test_every_config_that_we_ship_is_valid(file: Path) -> None:
     config = parse_run_config(["--config", str(file)])
     assert config.output_dir.startswith("m3ret-")
+
+
+@pytest.mark.parametrize("file", sorted(CONFIGS.glob("accelerate/*.yaml")), ids=lambda file: file.stem)
+def test_accelerate_reads_its_configs(file: Path) -> None:
+    settings = load_config_from_file(str(file))
+    assert settings.num_processes == {"cpu": 1, "cpu_2_processes": 2, "8_gpus": 8, "2_nodes": 16}[file.stem]
 
 
 @pytest.mark.parametrize(
