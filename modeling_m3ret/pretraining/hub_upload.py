@@ -34,7 +34,6 @@ class HubUpload:
         self.repository = repository
         self.waiting = waiting
         self.failed = 0
-        self.uploaded: list[str] = []
         self._api = HfApi()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="hub-upload")
         self._jobs: list[Future[None]] = []
@@ -44,9 +43,14 @@ class HubUpload:
         """Upload this whole checkpoint soon; those still waiting give way to it, since it is newer."""
         for job in self._jobs:
             job.cancel()
-        self.waiting.mkdir(parents=True, exist_ok=True)
         links = self.waiting / f"{len(self._jobs):06d}"
-        shutil.copytree(checkpoint, links, copy_function=os.link, ignore=shutil.ignore_patterns(STATE_FOLDER))
+        try:
+            self.waiting.mkdir(parents=True, exist_ok=True)
+            shutil.copytree(checkpoint, links, copy_function=_link, ignore=shutil.ignore_patterns(STATE_FOLDER))
+        except (OSError, shutil.Error) as error:
+            logger.warning("%s is not uploaded: %s", message, error)
+            self.failed += 1
+            return
         self._jobs.append(self._thread.submit(self._upload, links, message))
 
     def close(self) -> None:
@@ -61,10 +65,17 @@ class HubUpload:
             try:
                 self._api.create_repo(self.repository, private=True, exist_ok=True)
                 self._api.upload_folder(repo_id=self.repository, folder_path=folder, commit_message=message)
-                self.uploaded.append(message)
                 return
             except Exception as error:  # whatever it is, a run of weeks does not end for an upload
                 logger.warning("upload to %s failed (attempt %d): %s", self.repository, attempt + 1, error)
                 if attempt + 1 < ATTEMPTS:
                     time.sleep(FIRST_WAIT_SECONDS * 2**attempt)
         self.failed += 1
+
+
+def _link(source: str, target: str) -> None:
+    """A second name for the file, or a copy where the disk knows no such thing."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
