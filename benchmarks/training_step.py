@@ -131,7 +131,7 @@ def our_simdino(preset: str, batch: int, dtype: torch.dtype | None, checkpointin
     inputs = pack([view[scan][:, None] for scan in range(batch) for view in images])
     model = SimDINO(M3RetModel(config), SimDINOLoss(), len(images))
     if checkpointing:
-        model.student.gradient_checkpointing_enable()
+        model.student.activation_checkpointing_enable()
     return our_step(model, inputs, dtype, lambda out: out[0].loss)
 
 

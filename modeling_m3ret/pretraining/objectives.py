@@ -144,7 +144,7 @@ def build_objective(run: RunConfig) -> tuple[MaskedAutoencoding | SelfDistillati
     if run.initial:
         _load_initial(objective, run.initial)
     if run.gradient_checkpointing:
-        objective.learned.gradient_checkpointing_enable()
+        objective.learned.activation_checkpointing_enable()
     if run.compile_layers:
         for layer in (module for module in objective.modules() if type(module).__name__ == "M3RetLayer"):
             layer.compile(dynamic=True)

@@ -1,0 +1,66 @@
+"""Objectives as a run builds them: their views, and options that change the cost and nothing that is learned."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_modeling import make_scans, pack
+
+from modeling_m3ret.pretraining.objectives import build_objective
+from modeling_m3ret.pretraining.run_config import RunConfig
+
+
+TINY = {
+    "hidden_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 96,
+    "decoder_hidden_size": 36,
+    "decoder_num_hidden_layers": 1,
+    "decoder_num_attention_heads": 3,
+}
+
+
+def gradients(objective: str, **options: bool) -> tuple[float, list[torch.Tensor]]:
+    torch.manual_seed(0)
+    run = RunConfig(objective=objective, preset="vitt", model=TINY, local_views=1, **options)
+    built, _ = build_objective(run)
+    rows, grids = pack([scan for scan in make_scans()[:3] for _ in range(3)])
+    torch.manual_seed(1)  # of the stochastic depth
+    loss, _ = built.train()(rows, grids, noise=torch.rand(len(rows)))
+    loss.backward()
+    return loss.item(), [p.grad for p in built.parameters() if p.grad is not None]
+
+
+@pytest.mark.parametrize(
+    ("objective", "option"),
+    [
+        *((objective, "gradient_checkpointing") for objective in ("mae", "simdino", "mae+simdino")),
+        ("mae", "compile_layers"),
+    ],
+)
+def test_cheaper_layers_learn_the_same(objective: str, option: str) -> None:
+    loss, plain = gradients(objective)
+    same_loss, same = gradients(objective, **{option: True})
+    assert same_loss == pytest.approx(loss, rel=1e-5)
+    assert len(plain) == len(same)
+    assert all((one - other).norm() <= 1e-4 * one.norm() + 1e-7 for one, other in zip(plain, same, strict=True))
+
+
+def test_views_are_what_the_run_asked_for() -> None:
+    run = RunConfig(
+        objective="simdino",
+        preset="vitt",
+        model=TINY,
+        local_views=6,
+        local_size=48,
+        global_area=[0.3, 0.6],
+        flip_part=0.5,
+    )
+    built, config = build_objective(run)
+    shared, local = built.views
+    assert (shared.count, shared.size, shared.ranges.area, shared.flip_part) == (2, None, (0.3, 0.6), 0.5)
+    assert (local.count, local.size, local.ranges.area) == (6, 48, (0.05, 0.4))
+    assert (config.pooling, config.drop_path_rate) == ("cls", 0.1)
+    (crops,) = build_objective(RunConfig(preset="vitt", model=TINY, views_per_decode=3))[0].views
+    assert (crops.count, crops.jitter) == (3, None)
