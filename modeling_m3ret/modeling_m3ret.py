@@ -734,7 +734,7 @@ class M3RetDecoder(M3RetPreTrainedModel):
 @dataclass
 class M3RetForPreTrainingOutput(ModelOutput):
     """
-    loss: scalar; mean squared error over normalised pixels of masked patches, every scan weighing the same.
+    loss: scalar; mean squared error over normalised pixels of masked patches, weighed as `loss_weighting` says.
     logits: predicted pixels of the masked patches, `(M, C*t*p*p)`.
     masked: their rows in the pack, int64 `(M,)`.
     """
