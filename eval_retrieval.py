@@ -3,7 +3,7 @@
     python eval_retrieval.py --model m3ret-vitb --data FOLDER          # FOLDER holds a manifest.csv
     python eval_retrieval.py --model m3ret-smoke --data phantom --holdout 0.3
 
-The untrained encoder is not whitened here, since there are no training scans to fit it to; at the end of training it is.
+The untrained encoder is not whitened here: there are no training scans to fit it to. In the table of a training it is.
 `--holdout` takes only the patients that `train.py` held out with the same number; the default takes all.
 """
 
