@@ -476,7 +476,7 @@ class M3RetWhitening(nn.Module):
 
         Args:
             shrinkage: e is this part of the largest variance; small variances are noise, and of fewer scans than
-                dimensions some are zero. On phantom scans .001 to .1 gave the same mAP to .01.
+                dimensions some are zero. On phantom scans .001 to .1 gave the same mAP to .02.
         """
         pooled = pooled.double()
         centred = pooled - pooled.mean(0)
