@@ -141,7 +141,7 @@ def build_objective(run: RunConfig) -> tuple[MaskedAutoencoding | SelfDistillati
     defaults = {} if run.objective == "mae" else {"pooling": "cls", "drop_path_rate": 0.1}
     config = preset(**(defaults | run.model))
     objective = (MaskedAutoencoding if run.objective == "mae" else SelfDistillation)(run, config)
-    if run.initial:
+    if run.initial and not run.resume:  # a checkpoint of the run itself comes later, and knows more
         _load_initial(objective, run.initial)
     if run.gradient_checkpointing:
         objective.learned.activation_checkpointing_enable()

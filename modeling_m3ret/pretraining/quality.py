@@ -14,7 +14,7 @@ from ..data.collection import Record
 from ..data.loading import Pack, WholeScans, embedding_loader
 from ..image_processing_m3ret import M3RetImageProcessor
 from ..modeling_m3ret import M3RetModel
-from ..retrieval.embed import Embedded, Embedder, encoder_embedder, pooled_embedder
+from ..retrieval.embed import Embedded, Embedder, pooled_embedder
 from ..retrieval.evaluation import ACROSS, ALL_MODALITIES, Row, evaluate
 from ..retrieval.metrics import feature_std, knn_accuracy, rank_me
 
@@ -89,9 +89,12 @@ class OnlineQuality:
         Retrieval mAP of each modality, over all and across; accuracy of 5 nearest neighbours; RankMe; feature std.
         """
         with _evaluating(encoder):
-            embedded = self.held_out.embed(encoder_embedder(encoder))
-            raw = self.held_out.embed(pooled_embedder(encoder)).embeddings
-        return quality_of(embedded, raw) if len(raw) else {}
+            pooled = self.held_out.embed(pooled_embedder(encoder))
+        if not pooled.records:
+            return {}
+        white = encoder.whitening(pooled.embeddings.to(encoder.device)).cpu()
+        embeddings = torch.nn.functional.normalize(white, dim=-1)  # as `get_image_features`, of one pass for both
+        return quality_of(Embedded(embeddings, pooled.records), pooled.embeddings)
 
 
 @contextlib.contextmanager

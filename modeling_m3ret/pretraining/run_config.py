@@ -181,7 +181,7 @@ class RunConfig:
         return 1.5e-4 * self.batch_size * self.views_per_decode * self.accumulate * processes / 256
 
     def due(self, step: int) -> tuple[bool, bool]:
-        """Whether this step ends with a measurement, and whether with a checkpoint; the last one always with both."""
+        """Whether this step ends with a measurement, and whether with a checkpoint; the last one does, if any does."""
         is_last = step == self.steps
         measures = self.evaluate_every > 0 and (is_last or step % self.evaluate_every == 0)
         return measures, is_last or step % self.save_every == 0
