@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import os
+import tempfile
+import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from hub_server import HubServer, Request
+from huggingface_hub import HfApi
 
 from modeling_m3ret import M3RetConfig
 
@@ -42,3 +47,102 @@ def devset() -> Path:
     if not (folder / "manifest.csv").is_file():
         pytest.skip("the development scans are not on this machine (set M3RET_DEVSET to their folder)")
     return folder
+
+
+class Hub:
+    """What a test sees of a Hub: the server on loopback here, a namespace of the real one in `RealHub`."""
+
+    def __init__(self, server: HubServer):
+        self.server, self.endpoint, self.token, self.namespace = server, server.endpoint, server.token, "org"
+
+    def new_repository(self, name: str) -> str:
+        """ORG/NAME of a repository that no one else has; made by whoever pushes to it."""
+        return f"{self.namespace}/{name}-{uuid.uuid4().hex[:8]}"
+
+    def environment(self, folder: Path) -> dict[str, str]:
+        """Of a process that uses this Hub: huggingface_hub reads these when it is imported, so this process can't.
+
+        Caches lie fresh in `folder`; the package is not on the path.
+        """
+        ours = ("HF_", "HUGGING", "TRANSFORMERS_", "PYTHONPATH")
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
+        settings = {
+            "HF_ENDPOINT": self.endpoint,
+            "HF_TOKEN": self.token,
+            "HF_HOME": str(folder / "hf_home"),
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+            "OMP_NUM_THREADS": "1",
+        }
+        return kept | settings | {"NO_PROXY": ",".join(filter(None, [kept.get("NO_PROXY"), "127.0.0.1"]))}
+
+    @property
+    def requests(self) -> list[Request]:
+        """What was asked of the server so far; of the real Hub nothing is known."""
+        return list(self.server.requests)
+
+    def fail_next(self, count: int | None, path: str = "", status: int = 503) -> None:
+        """See `HubServer.fail_next`; a test of failures is skipped on the real Hub."""
+        self.server.fail_next(count, path, status)
+
+    def files(self, repo_id: str, repo_type: str = "model") -> dict[str, bytes]:
+        """What the main branch holds now."""
+        return self.server.files(repo_id, repo_type)
+
+    def head(self, repo_id: str, repo_type: str = "model") -> str:
+        """The newest commit's id."""
+        return self.server.repository(repo_id, repo_type).sha()
+
+    def is_private(self, repo_id: str, repo_type: str = "model") -> bool:
+        return self.server.repository(repo_id, repo_type).private
+
+
+class RealHub(Hub):
+    """Private repositories in a namespace of huggingface.co, deleted by `delete`."""
+
+    def __init__(self, namespace: str, token: str):
+        self.endpoint, self.token, self.namespace = "https://huggingface.co", token, namespace
+        self.api = HfApi(self.endpoint, token)
+        self.made: list[str] = []
+
+    def new_repository(self, name: str) -> str:
+        self.made.append(super().new_repository(name))
+        return self.made[-1]
+
+    @property
+    def requests(self) -> list[Request]:
+        return []
+
+    def fail_next(self, count: int | None, path: str = "", status: int = 503) -> None:
+        pytest.skip("the real Hub does not fail when told to")
+
+    def files(self, repo_id: str, repo_type: str = "model") -> dict[str, bytes]:
+        names = self.api.list_repo_files(repo_id, repo_type=repo_type)
+        with tempfile.TemporaryDirectory() as folder:
+            self.api.snapshot_download(repo_id, repo_type=repo_type, local_dir=folder)
+            return {name: Path(folder, name).read_bytes() for name in names}
+
+    def head(self, repo_id: str, repo_type: str = "model") -> str:
+        return str(self.api.repo_info(repo_id, repo_type=repo_type).sha)
+
+    def is_private(self, repo_id: str, repo_type: str = "model") -> bool:
+        return bool(self.api.repo_info(repo_id, repo_type=repo_type).private)
+
+    def delete(self) -> None:
+        for repo_id in self.made:
+            for repo_type in ("model", "dataset", "space"):
+                self.api.delete_repo(repo_id, repo_type=repo_type, missing_ok=True)
+
+
+@pytest.fixture(scope="module")
+def hub() -> Iterator[Hub]:
+    """A Hub on loopback; huggingface.co where M3RET_TEST_HUB_NAMESPACE (of whose HF_TOKEN may write there) is set."""
+    namespace, token = os.environ.get("M3RET_TEST_HUB_NAMESPACE"), os.environ.get("HF_TOKEN")
+    if namespace and token:
+        real = RealHub(namespace, token)
+        yield real
+        real.delete()
+        return
+    with HubServer() as server:
+        yield Hub(server)

@@ -1,0 +1,160 @@
+"""The Hub that other tests use is one for its clients: what they put there is what they and `datasets` get back."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+from conftest import Hub
+from pyarrow import parquet
+
+
+ROWS = {
+    "id": [f"scan-{number}" for number in range(40)],
+    "label": [number % 3 for number in range(40)],
+    "pixels": np.random.default_rng(0).random((40, 500)).tolist(),
+}
+CARD = """---
+configs:
+- config_name: default
+  data_files:
+  - split: train
+    path: data/train-*.parquet
+  - split: test
+    path: data/test.parquet
+---
+
+# Forty scans
+"""
+PUSH_AND_LOAD = """
+import sys
+from datasets import load_dataset
+from huggingface_hub import HfApi
+folder, name = sys.argv[1:]
+api = HfApi()
+api.create_repo(name, repo_type="dataset", private=True)
+api.upload_folder(repo_id=name, repo_type="dataset", folder_path=folder, commit_message="forty scans")
+loaded, streamed = load_dataset(name), load_dataset(name, streaming=True)
+assert list(loaded) == list(streamed) == ["train", "test"]
+for split in loaded:
+    assert list(streamed[split]) == loaded[split].to_list()
+loaded["train"].to_parquet(folder + "/loaded.parquet")
+"""
+# each step as a user of `HfApi` would do it, and what it should give
+USE = """
+import os, sys
+from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+folder, name, space = sys.argv[1:]
+api = HfApi()
+def fails(error, call, *args, **options):
+    try:
+        call(*args, **options)
+    except error as raised:
+        return raised
+    raise AssertionError(f"{call.__name__} should have raised {error.__name__}")
+
+assert api.whoami()["name"]
+fails(RepositoryNotFoundError, api.model_info, name)
+api.create_repo(name, private=True)
+api.create_repo(name, private=True, exist_ok=True)
+assert fails(HfHubHTTPError, api.create_repo, name).response.status_code == 409
+first = api.upload_folder(repo_id=name, folder_path=folder, commit_message="first")
+listed = {".gitattributes", "a/b/empty.txt", "a/b/large.npy", "a/notes.txt", "straße 1.txt"}
+assert set(api.list_repo_files(name)) == listed
+assert {item.path for item in api.list_repo_tree(name)} == {"a", ".gitattributes", "straße 1.txt"}
+assert {item.path for item in api.list_repo_tree(name, "a/b")} == {"a/b/empty.txt", "a/b/large.npy"}
+info = {item.path: item for item in api.get_paths_info(name, ["a", "a/b/large.npy", "nothing"])}
+assert set(info) == {"a", "a/b/large.npy"}
+assert info["a/b/large.npy"].size == info["a/b/large.npy"].lfs.size == os.path.getsize(folder + "/a/b/large.npy")
+assert api.upload_folder(repo_id=name, folder_path=folder).oid == first.oid  # nothing to do
+
+api.create_tag(name, tag="v1")
+api.create_branch(name, branch="other")
+second = api.upload_file(repo_id=name, path_or_fileobj=b"new", path_in_repo="a/notes.txt", commit_message="second")
+api.delete_folder("a/b", name, commit_message="third")
+assert [commit.title for commit in api.list_repo_commits(name)][:3] == ["third", "second", "first"]
+assert fails(HfHubHTTPError, api.upload_file, repo_id=name, path_or_fileobj=b"x", path_in_repo="x",
+             parent_commit=first.oid).response.status_code == 412
+refs = api.list_repo_refs(name)
+assert {branch.name for branch in refs.branches} == {"main", "other"}
+assert [(tag.name, tag.target_commit) for tag in refs.tags] == [("v1", first.oid)]
+for revision in ("v1", "other", first.oid):
+    assert open(hf_hub_download(name, "a/notes.txt", revision=revision)).read() == "old"
+assert open(hf_hub_download(name, "a/notes.txt")).read() == "new"
+fails(EntryNotFoundError, hf_hub_download, name, "a/b/large.npy")
+fails(RevisionNotFoundError, hf_hub_download, name, "a/notes.txt", revision="v2")
+fails(RepositoryNotFoundError, HfApi(token=False).model_info, name)
+api.delete_tag(name, tag="v1")
+api.delete_branch(name, branch="other")
+assert not api.list_repo_refs(name).tags
+
+api.create_repo(space, repo_type="space", space_sdk="static", private=True)
+api.upload_file(repo_id=space, repo_type="space", path_or_fileobj=b"scans", path_in_repo="index.html")
+assert api.space_info(space).sdk == "static"
+api.delete_repo(space, repo_type="space")
+fails(RepositoryNotFoundError, api.space_info, space)
+"""
+
+
+def run(hub: Hub, code: str, folder: Path, *arguments: object) -> None:
+    ran = subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        env=hub.environment(folder),
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+
+
+def test_a_dataset_is_loaded_and_streamed_as_it_was_pushed(hub: Hub, tmp_path: Path) -> None:
+    pushed = pyarrow.table(ROWS)
+    folder = tmp_path / "scans"
+    (folder / "data").mkdir(parents=True)
+    for name, start, rows in (("train-0", 0, 20), ("train-1", 20, 15), ("test", 35, 5)):
+        parquet.write_table(pushed.slice(start, rows), folder / "data" / f"{name}.parquet")
+    (folder / "README.md").write_text(CARD)
+    name = hub.new_repository("scans")
+    run(hub, PUSH_AND_LOAD, tmp_path, folder, name)
+    files = hub.files(name, "dataset")
+    assert files["data/test.parquet"] == (folder / "data" / "test.parquet").read_bytes()
+    assert parquet.read_table(folder / "loaded.parquet").to_pylist() == pushed.slice(0, 35).to_pylist()
+    assert not hub.requests or any(request.status == 206 for request in hub.requests)  # streaming asks for ranges
+
+
+def test_clients_find_what_the_real_hub_would_show(hub: Hub, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    (folder / "a" / "b").mkdir(parents=True)
+    (folder / "a" / "notes.txt").write_text("old")
+    (folder / "a" / "b" / "empty.txt").touch()
+    (folder / "straße 1.txt").write_text("a name to be quoted")
+    np.save(folder / "a" / "b" / "large.npy", np.arange(50_000))
+    name = hub.new_repository("model")
+    run(hub, USE, tmp_path, folder, name, hub.new_repository("space"))
+    assert set(hub.files(name)) == {".gitattributes", "a/notes.txt", "straße 1.txt"}
+    assert hub.files(name)["a/notes.txt"] == b"new"
+    assert hub.is_private(name)
+    assert len(hub.head(name)) == 40
+
+
+def test_failures_come_as_told(hub: Hub, tmp_path: Path) -> None:
+    hub.fail_next(1, "/api/whoami", status=500)
+    code = """
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError
+try:
+    HfApi().whoami()
+except HfHubHTTPError as error:
+    assert error.response.status_code == 500
+else:
+    raise AssertionError("should have failed")
+HfApi().whoami()
+"""
+    run(hub, code, tmp_path)
+    asked = [request.status for request in hub.requests if request.path == "/api/whoami-v2"]
+    assert asked[-2:] == [500, 200]
