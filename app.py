@@ -62,7 +62,7 @@ def build(model: M3RetModel, processor: M3RetImageProcessor, records: list[Recor
         for place in similarity.topk(min(int(count), len(similarity))).indices.tolist():
             record = gallery.records[place]
             caption = f"{similarity[place]:.3f} · {record.modality} · {record.anatomy}"
-            hits.append((thumbnail(processor, record.path), caption))
+            hits.append((thumbnail(processor, record.open()), caption))
         return query, hits
 
     with gr.Blocks(title="M3Ret", delete_cache=(SECONDS_KEPT, SECONDS_KEPT)) as page:

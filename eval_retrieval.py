@@ -16,15 +16,21 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel, set_seed
 from modeling_m3ret import M3RetModel, __version__
 from modeling_m3ret.cpu import prepare_cpu
 from modeling_m3ret.data.collection import open_collection, split_by_group
-from modeling_m3ret.pretraining.checkpoints import write_whole
+from modeling_m3ret.data.schema import SPLITS
 from modeling_m3ret.retrieval.embed import embed_records, encoder_embedder, pixel_embedder
 from modeling_m3ret.retrieval.evaluation import evaluate, format_table, to_json
+from modeling_m3ret.whole_files import write_whole
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="checkpoint folder or Hub id")
-    parser.add_argument("--data", required=True, help="folder with a manifest.csv, or phantom[:SUBJECTS[:SEED]]")
+    parser.add_argument(
+        "--data",
+        required=True,
+        help="folder with a manifest.csv or data/*.parquet, ORG/NAME on the Hub, or phantom[:SUBJECTS[:SEED]]",
+    )
+    parser.add_argument("--split", choices=SPLITS, default=None, help="of a Parquet data set; all of them by default")
     parser.add_argument("--holdout", type=float, default=None, help="part of the patients that training held out")
     parser.add_argument("--batch_size", type=int, default=16, help="scans in a pack")
     parser.add_argument("--num_workers", type=int, default=1, help="processes that decode")
@@ -36,6 +42,10 @@ def main() -> None:
     if arguments.device == "cpu":
         prepare_cpu()
     records = open_collection(arguments.data)
+    if arguments.split is not None:
+        records = [record for record in records if record.split == arguments.split]
+        if not records:
+            raise SystemExit(f"{arguments.data} has no scan in the split {arguments.split}")
     if arguments.holdout is not None:
         _, records = split_by_group(records, arguments.holdout)
     processor = AutoImageProcessor.from_pretrained(arguments.model)

@@ -23,8 +23,9 @@ from tqdm.auto import tqdm
 
 from modeling_m3ret import M3RetImageProcessor
 from modeling_m3ret.cpu import prepare_cpu
-from modeling_m3ret.data.collection import open_collection, split_by_group, without_modalities
+from modeling_m3ret.data.collection import open_collection, training_and_held_out, without_modalities
 from modeling_m3ret.data.loading import RandomViews, SeededBatches, training_loader
+from modeling_m3ret.data.parquet import blocks_of
 from modeling_m3ret.pretraining.checkpoints import checkpoint_place
 from modeling_m3ret.pretraining.objectives import build_objective
 from modeling_m3ret.pretraining.optimisation import build_optimiser, set_schedule
@@ -61,8 +62,8 @@ def main() -> None:
 
     # ---- data: every patient is either trained on or held out -------------------------------------------------------
     with accelerator.local_main_process_first():  # the phantom is made once
-        records = open_collection(config.data)
-    training, held_out = split_by_group(records, config.holdout)
+        records = open_collection(config.data, stream=config.stream)
+    training, held_out = training_and_held_out(records, config.holdout)
     training = without_modalities(training, config.exclude_modalities)
     unseen = sorted({record.modality for record in records} - {record.modality for record in training})
     processor = M3RetImageProcessor(
@@ -87,6 +88,7 @@ def main() -> None:
     )
     progress = saver.resume_or_begin()
     log = RunLog(run_dir, accelerator, progress.step)
+    blocks = blocks_of([record.place for record in training]) if config.stream else None
     batches = SeededBatches(
         [record.modality for record in training],
         config.batch_size,
@@ -95,9 +97,13 @@ def main() -> None:
         start=progress.step * config.accumulate,
         process=accelerator.process_index,
         processes=accelerator.num_processes,
+        blocks=None if blocks is None else blocks.of_row,
+        lanes=config.stream_lanes,
     )
     cache_bytes = int(config.cache_gib * 2**30 / max(1, config.num_workers))
-    views = RandomViews(training, processor, views=objective.views, seed=config.seed, cache_bytes=cache_bytes)
+    views = RandomViews(
+        training, processor, views=objective.views, seed=config.seed, cache_bytes=cache_bytes, blocks=blocks
+    )
     packs = iter(training_loader(views, batches, config.num_workers))
 
     # ---- the loop ---------------------------------------------------------------------------------------------------

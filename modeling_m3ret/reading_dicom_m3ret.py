@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from .scan_m3ret import Job, Scan, Spacing, canonical, name_of, sniff, unit
+from .scan_m3ret import Job, Scan, Spacing, StoredScan, canonical, name_of, sniff, unit
 
 
 CT_STORAGE = tuple("1.2.840.10008.5.1.4.1.1.2" + tail for tail in ("", ".1", ".2"))  # CT, enhanced, legacy enhanced
@@ -33,7 +33,7 @@ DEFLATED, JPEG_BASELINE, JPEG_EXTENDED = ("1.2.840.10008.1.2.1.99", "1.2.840.100
 # --------------------------------------------------------------------------------------------------------------- series
 
 
-def read_folder(folder: Path, job: Job) -> Scan:
+def read_folder(folder: Path, job: Job) -> Scan | StoredScan:
     """A folder as one DICOM series. Files that aren't DICOM are passed over and counted."""
     files: list[Path] = []
     for root, _, names in os.walk(folder):
@@ -47,7 +47,7 @@ def read_folder(folder: Path, job: Job) -> Scan:
     return read_series(dicom, job, {"files_ignored": len(files) - len(dicom)})
 
 
-def read_series(sources: list[Any], job: Job, found: dict[str, Any]) -> Scan:
+def read_series(sources: list[Any], job: Job, found: dict[str, Any]) -> Scan | StoredScan:
     """DICOM files, or data sets, of one series: a picture, a cine or a volume."""
     planes = _planes_in(sources, job, found)
     burned = str(planes[0].dataset.get("BurnedInAnnotation", "")).lower()
@@ -236,14 +236,14 @@ def _stack(planes: list[_Plane], found: dict[str, Any]) -> tuple[list[_Plane], n
 # ---------------------------------------------------------------------------------------- values of a volume or picture
 
 
-def _scan_of(planes: list[_Plane], step: np.ndarray | None, job: Job, found: dict[str, Any]) -> Scan:
+def _scan_of(planes: list[_Plane], step: np.ndarray | None, job: Job, found: dict[str, Any]) -> Scan | StoredScan:
     """Decode the planes, in order, and bring them to [0, 1]. With a step they are a volume, and get oriented."""
     head = planes[0].dataset
     colour = _photometric(head) == "PALETTE COLOR" or int(head.get("SamplesPerPixel") or 1) > 1
     return _colour_scan(planes, step, job, found) if colour else _grey_scan(planes, step, job, found)
 
 
-def _colour_scan(planes: list[_Plane], step: np.ndarray | None, job: Job, found: dict[str, Any]) -> Scan:
+def _colour_scan(planes: list[_Plane], step: np.ndarray | None, job: Job, found: dict[str, Any]) -> Scan | StoredScan:
     head = planes[0].dataset
     palette = _photometric(head) == "PALETTE COLOR"
     bits = int(head.get("BitsStored") or head.get("BitsAllocated") or 32)
@@ -260,7 +260,7 @@ def _colour_scan(planes: list[_Plane], step: np.ndarray | None, job: Job, found:
     return unit(view, spacing, job, found, rule="8-bit" if dtype == np.uint8 else "bit depth")
 
 
-def _grey_scan(planes: list[_Plane], step: np.ndarray | None, job: Job, found: dict[str, Any]) -> Scan:
+def _grey_scan(planes: list[_Plane], step: np.ndarray | None, job: Job, found: dict[str, Any]) -> Scan | StoredScan:
     head = planes[0].dataset
     rule = _grey_rule(planes, is_volume=step is not None)
     dtype = np.dtype(np.uint8 if rule == "8-bit" else np.float32)

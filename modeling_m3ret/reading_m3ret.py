@@ -17,6 +17,7 @@ import math
 import os
 import zipfile
 import zlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,15 @@ import numpy as np
 
 from .reading_dicom_m3ret import read_folder, read_series
 from .scan_m3ret import (
+    INTENSITIES,
     NIFTI_1,
     NIFTI_2,
     Job,
     M3RetReadError,
     ReadLimits,
     Scan,
+    Spacing,
+    StoredScan,
     canonical,
     is_hu_like,
     name_of,
@@ -39,7 +43,7 @@ from .scan_m3ret import (
 )
 
 
-__all__ = ["M3RetReadError", "ReadLimits", "Scan", "read_scan"]
+__all__ = ["M3RetReadError", "ReadLimits", "Scan", "StoredScan", "read_scan", "read_stored"]
 
 IMAGE_FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "WEBP", "GIF")
 NPZ_KEYS = ("hu", "image", "volume", "imgs")  # "imgs" is MedSAM's; "hu" declares Hounsfield units
@@ -53,8 +57,9 @@ def read_scan(source: Any, *, num_frames: int | None = None, limits: ReadLimits 
 
     source: a path or bytes of DICOM, NIfTI (`.nii`, `.nii.gz`), PNG, JPEG, TIFF, BMP, WebP, GIF, `.npy`, `.npz` or
         video; a folder or a list that is one DICOM series; a PIL image; a NumPy or torch array `H W`, `H W C`, `D H W`,
-        `D H W C` (C = 1, 3 or 4, last); a row of `datasets` with one of image, video, volume; or a `Scan`, given back
-        as it is. The content decides what a file is, not its name.
+        `D H W C` (C = 1, 3 or 4, last); a row of `datasets` with one of image, video, volume, whose columns `intensity`
+        and `spacing` are believed if it has them (`data/schema.py`); or a `Scan`, given back as it is. The content
+        decides what a file is, not its name.
     num_frames: at most so many frames, at the centres of equal segments, where depth has no spacing in mm (video, cine,
         GIF, arrays not in HU). Volumes are always whole. None: all frames.
 
@@ -73,13 +78,30 @@ def read_scan(source: Any, *, num_frames: int | None = None, limits: ReadLimits 
         raise ValueError(f"num_frames is {num_frames}; expected None or at least 1")
     job = Job(name_of(source), num_frames, limits)
     with quiet, job.refusing():
-        return _read(source, job)
+        scan = _read(source, job)
+        assert isinstance(scan, Scan)
+        return scan
+
+
+def read_stored(source: Any, *, limits: ReadLimits = ReadLimits()) -> StoredScan:
+    """Read one scan, all of its frames, as a data set keeps it: the values that its file declares, in 8 or 16 bits.
+
+    Values are kept exactly where they are whole numbers of 16 bits. HU are rounded to whole ones; other values come
+    scaled to [0, 1], in steps of 1/65535.
+
+    Raises M3RetReadError for whatever can't be read.
+    """
+    job = Job(name_of(source), None, limits, keep_stored=True)
+    with quiet, job.refusing():
+        stored = _read(source, job)
+        assert isinstance(stored, StoredScan)
+        return stored
 
 
 # -------------------------------------------------------------------------------------------- what kind of source is it
 
 
-def _read(source: Any, job: Job) -> Scan:
+def _read(source: Any, job: Job) -> Scan | StoredScan:
     if isinstance(source, dict):
         return _read_row(source, job)
     if isinstance(source, (bytes, bytearray, memoryview)):
@@ -105,7 +127,7 @@ def _read(source: Any, job: Job) -> Scan:
     raise job.refuse(f"a {type(source).__name__}", "a path, bytes, image, array, DICOM series or datasets row")
 
 
-def _read_row(row: dict[str, Any], job: Job) -> Scan:
+def _read_row(row: dict[str, Any], job: Job) -> Scan | StoredScan:
     if "bytes" in row or "path" in row:
         for key in ("bytes", "path"):
             if row.get(key) is not None:
@@ -114,10 +136,23 @@ def _read_row(row: dict[str, Any], job: Job) -> Scan:
     given = [key for key in ("image", "video", "volume") if row.get(key) is not None]
     if len(given) != 1:
         raise job.refuse(f"a row with {len(given)} of image, video, volume", "exactly one that is not null")
-    return _read(row[given[0]], job)
+    intensity = row.get("intensity")
+    if intensity not in (None, *INTENSITIES):
+        raise job.refuse("an unknown intensity", f"null or one of {', '.join(INTENSITIES)}")
+    return _read(row[given[0]], replace(job, intensity=intensity, spacing=_spacing_of(row, job)))
 
 
-def _read_file(file: bytes | Path, job: Job) -> Scan:
+def _spacing_of(row: dict[str, Any], job: Job) -> Spacing | None:
+    """What a row declares: nothing where it has no such column, and in it null for what is unknown."""
+    if "spacing" not in row:
+        return None
+    mm = (None, None, None) if row["spacing"] is None else tuple(row["spacing"])
+    if len(mm) != 3:
+        raise job.refuse(f"a spacing of {len(mm)} numbers", "three, along D, H, W")
+    return tuple(None if value is None else float(value) for value in mm)  # type: ignore[return-value]
+
+
+def _read_file(file: bytes | Path, job: Job) -> Scan | StoredScan:
     """Read a file, given as its path or its bytes."""
     kind = sniff(file)
     if kind == "video":
@@ -150,7 +185,7 @@ def _is_text(head: bytes) -> bool:
 # ---------------------------------------------------------------------------------------------- arrays, pictures, video
 
 
-def _from_array(array: np.ndarray, job: Job, found: dict[str, Any], hu: bool = False) -> Scan:
+def _from_array(array: np.ndarray, job: Job, found: dict[str, Any], hu: bool = False) -> Scan | StoredScan:
     """`H W`, `H W C`, `D H W` or `D H W C` as a Scan. A last axis of 1, 3 or 4 is colour: no scan is so narrow."""
     if array.dtype.kind not in "biuf":
         raise job.refuse(f"an array of type {array.dtype}", "bool, integer or real voxels")
@@ -200,7 +235,7 @@ def _read_npy(stream: Any, job: Job) -> np.ndarray:
     return np.frombuffer(data, dtype).reshape(shape, order="F" if fortran else "C")
 
 
-def _read_npz(data: bytes, job: Job) -> Scan:
+def _read_npz(data: bytes, job: Job) -> Scan | StoredScan:
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         members = {info.filename[:-4]: info for info in archive.infolist() if info.filename.endswith(".npy")}
         key = next((key for key in NPZ_KEYS if key in members), next(iter(members)) if len(members) == 1 else None)
@@ -214,7 +249,7 @@ def _read_npz(data: bytes, job: Job) -> Scan:
     return _from_array(array, job, {"format": "npz"}, hu=key == "hu")
 
 
-def _read_image(image: Any, job: Job) -> Scan:
+def _read_image(image: Any, job: Job) -> Scan | StoredScan:
     """A PIL image, not yet loaded: its header has given size and mode. Pages and animation frames become depth."""
     found: dict[str, Any] = {"format": (image.format or "image").lower()}
     width, height = image.size
@@ -249,7 +284,7 @@ def _pixels(image: Any, job: Job) -> np.ndarray:
     return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))  # palette, CMYK, YCbCr, LAB, HSV
 
 
-def _read_video(file: bytes | Path, job: Job) -> Scan:
+def _read_video(file: bytes | Path, job: Job) -> Scan | StoredScan:
     """A video through decord, or through PyAV where decord is absent or can't (AV1, some containers)."""
     found: dict[str, Any] = {"format": "video"}
     try:
@@ -310,7 +345,7 @@ def _openable(file: bytes | Path) -> Any:
 # ---------------------------------------------------------------------------------------------------------------- NIfTI
 
 
-def _read_nifti(data: bytes, job: Job) -> Scan:
+def _read_nifti(data: bytes, job: Job) -> Scan | StoredScan:
     """NIfTI-1 or -2 in one file, plain or gzipped. The header is judged before any voxel is inflated."""
     nibabel = job.need("nibabel", "nibabel")
     zipped = data[:2] == b"\x1f\x8b"
@@ -346,6 +381,9 @@ def _read_nifti(data: bytes, job: Job) -> Scan:
         found["affine"], steps = "none", np.diag([-1.0, 1.0, 1.0])  # the axes that nibabel, too, assumes
     voxels, spacing = canonical(voxels, steps * mm, found)
     spacing = (None, None, None) if found["affine"] == "none" else spacing
+    # a row's frames, not slices; what is in HU is a volume even where its spacing is unknown
+    if job.spacing is not None and job.spacing[0] is None and job.intensity != "hounsfield" and voxels.shape[1] > 1:
+        voxels = voxels[:, job.keep(voxels.shape[1], found)]
     slope, intercept = header.get_slope_inter()
     scale = (1.0, 0.0) if slope is None else (float(slope), float(intercept))  # None, both of them, where not scaled
     return unit(voxels, spacing, job, found, scale=scale)

@@ -76,16 +76,38 @@ class Scan:
     found: dict[str, str | int | float | bool]
 
 
+@dataclass(frozen=True, eq=False)
+class StoredScan:
+    """One scan as a data set keeps it: oriented like a `Scan`, and in few bytes.
+
+    array: `(C, D, H, W)`, uint8, int16 or uint16. intensity: how it becomes [0, 1], one of `INTENSITIES`. spacing and
+    found as in `Scan`.
+    """
+
+    array: np.ndarray
+    intensity: str
+    spacing: Spacing
+    found: dict[str, str | int | float | bool]
+
+
+# of stored values: over 255; HU in `HU_RANGE`; by `PERCENTILES` of the scan; over the largest value of their type
+INTENSITIES = ("8-bit", "hounsfield", "percentiles", "full range")
+
+
 # ------------------------------------------------------------------------------------------------ what a reader is told
 
 
 @dataclass(frozen=True)
 class Job:
-    """What every reader needs to know: the source's name for messages, frames wanted, limits."""
+    """What every reader needs to know: the source's name for messages, frames wanted, limits; and of a data set's row
+    what its columns declare, where the file in it can't: intensity, spacing. `keep_stored`: give a `StoredScan`."""
 
     name: str
     num_frames: int | None
     limits: ReadLimits
+    intensity: str | None = None
+    spacing: Spacing | None = None
+    keep_stored: bool = False
 
     def refuse(self, found: str, expected: str) -> M3RetReadError:
         return M3RetReadError(self.name, found, expected)
@@ -181,7 +203,8 @@ def name_of(source: Any) -> str:
     if isinstance(source, dict):
         for key in ("image", "video", "volume", "path"):
             if source.get(key) is not None:
-                return name_of(source[key])
+                name = name_of(source[key])
+                return f"row {source['id']}" if name == "<bytes>" and source.get("id") else name
         return "<bytes>" if "bytes" in source else "<row>"
     if isinstance(source, (bytes, bytearray, memoryview)):
         return "<bytes>"
@@ -243,7 +266,9 @@ def canonical(volume: np.ndarray, steps: np.ndarray, found: dict[str, Any]) -> t
         cosines[world] = 0
     mm = [float(spacing[axis]) for axis in axis_of]
     flat = [world for world in range(3) if volume.shape[1 + axis_of[world]] == 1]
-    thick = [world for world in range(3) if all(mm[world] > THICK * mm[other] for other in range(3) if other != world)]
+    # a ratio of just 1.5 is not more, whether a file holds its millimetres as decimals, doubles or float32
+    bound = THICK * (1 + 1e-4)
+    thick = [world for world in range(3) if all(mm[world] > bound * mm[other] for other in range(3) if other != world)]
     depth = flat[0] if len(flat) == 1 else thick[0] if thick else 2
     order = {2: (2, 1, 0), 1: (1, 2, 0), 0: (0, 2, 1)}[depth]
     towards = (-1.0, -1.0, 1.0 if depth == 2 else -1.0)  # left, posterior, and superior for slices, inferior for rows
@@ -267,16 +292,22 @@ def unit(
     rule: str | None = None,
     padding: np.ndarray | None = None,
     inverted: bool = False,
-) -> Scan:
-    """Values `(C, D, H, W)` of any real type to a Scan in [0, 1].
+) -> Scan | StoredScan:
+    """Values `(C, D, H, W)` of any real type to a Scan in [0, 1], or to a StoredScan where the job asks for one.
 
     rule: how, where a DICOM header said: hounsfield, window or bit depth (already applied), 8-bit, percentiles; the
     array is then ours to change. None: what the values say, as uint8 over 255, Hounsfield units (`hu`; None: if they
-    look like them), floats already within [0, 1], or else percentiles.
+    look like them), floats already within [0, 1], or else percentiles. What a row declares goes before both.
     padding: bool, same shape: voxels that were never measured; they don't count, and become 0.
     """
+    spacing = job.spacing or spacing
     if values.dtype == bool:
         values = values.astype(np.uint8) * np.uint8(255)
+    declared = {"full range": "bit depth"}.get(job.intensity or "", job.intensity)
+    if declared:
+        rule = declared
+        if (rule == "8-bit") != (values.dtype == np.uint8) and rule in ("8-bit", "bit depth"):
+            raise job.refuse(f"values of type {values.dtype}, said to be {job.intensity}", "a row that fits its file")
     if values.dtype == np.uint8 and scale == (1.0, 0.0) and not hu and rule in (None, "8-bit"):
         array = _one_channel(values)
         found["intensity"] = "8-bit"
@@ -284,10 +315,14 @@ def unit(
             array = 255 - array
         if padding is not None:
             array = np.where(padding, np.uint8(0), array)
+        if job.keep_stored:
+            return StoredScan(np.ascontiguousarray(array), "8-bit", spacing, found)
         return _finish(array, spacing, found, _is_constant(array))
 
     real = values.dtype.kind == "f"
-    array = np.array(values, dtype=np.float32, order="C", copy=None if rule else True)
+    array = np.array(values, dtype=np.float32, order="C", copy=None if rule and not declared else True)
+    if job.intensity == "full range":
+        array *= np.float32(1 / np.iinfo(values.dtype).max)
     if scale != (1.0, 0.0):
         array *= np.float32(scale[0])
         array += np.float32(scale[1])
@@ -300,6 +335,8 @@ def unit(
         hu = is_hu_like(array) if hu is None else hu
         rule = "hounsfield" if hu else "unit" if real and low >= 0 and high <= 1 else "percentiles"
     found["intensity"] = {"unit": "already in [0, 1]", "hounsfield": "hounsfield [-1000, 1000]"}.get(rule, rule)
+    if job.keep_stored and not inverted and (stored := _whole_numbers(array, rule, padding)) is not None:
+        return StoredScan(stored, rule, spacing, found)
     if rule == "hounsfield":
         low, high = HU_RANGE
     elif rule == "percentiles" and not constant:
@@ -317,7 +354,30 @@ def unit(
         np.subtract(1, array, out=array)
     if padding is not None:
         array[padding] = 0
+    if job.keep_stored:
+        array = np.zeros_like(array) if constant else array
+        if array.shape[0] == 3:  # no picture format that everything reads has colour of 16 bits
+            return StoredScan(np.rint(array * 255).astype(np.uint8), "8-bit", spacing, found)
+        return StoredScan(np.rint(array * 65535).astype(np.uint16), "full range", spacing, found)
     return _finish(array, spacing, found, constant)
+
+
+def _whole_numbers(array: np.ndarray, rule: str, padding: np.ndarray | None) -> np.ndarray | None:
+    """Grey values that can be kept as they are, in 16 bits: HU, to whole ones, and what is scaled by percentiles."""
+    if array.shape[0] == 3:
+        return None
+    if rule == "hounsfield":
+        if padding is not None:
+            array[padding] = HU_RANGE[0]
+        return np.rint(array).clip(-32768, 32767).astype(np.int16)
+    if rule != "percentiles" or padding is not None or not np.array_equal(array, np.rint(array)):
+        return None
+    low, high = float(array.min()), float(array.max())
+    # what the formats hold that planes (PNG) and volumes (NIfTI) become
+    for dtype in (np.uint16, np.int16) if array.shape[1] == 1 else (np.int16, np.uint16):
+        if np.iinfo(dtype).min <= low and high <= np.iinfo(dtype).max:
+            return array.astype(dtype)
+    return None
 
 
 def _finish(array: np.ndarray, spacing: Spacing, found: dict[str, Any], constant: bool) -> Scan:

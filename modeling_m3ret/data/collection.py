@@ -1,8 +1,10 @@
-"""Which scans are there? A collection is a folder with a `manifest.csv`, or the phantom that the project makes itself.
+"""Which scans are there? A collection is a folder with a `manifest.csv`, a Parquet data set in a folder or on the Hub,
+or the phantom that the project makes itself.
 
 The manifest has a row a scan: `id, file, modality, anatomy, label, group` (further columns are ignored). `file` is
 relative to the folder; `group` is the patient, or the video of a frame: scans of one group never count as each other's
-match and never stand on both sides of a split.
+match and never stand on both sides of a split. A Parquet data set has the schema of `schema.py`; its patient is the
+group, and its splits are kept.
 """
 
 from __future__ import annotations
@@ -10,11 +12,16 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub.constants import HF_HOME
+from huggingface_hub.errors import HfHubHTTPError
+
+from .parquet import ParquetError, ParquetRow, Shards, hub_shards, local_shards, read_places
 
 
 COLUMNS = ("id", "file", "modality", "anatomy", "label", "group")
@@ -24,38 +31,88 @@ class CollectionError(ValueError):
     """A collection that cannot be used: names the place, what was found and what was expected."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Record:
-    """One scan of a collection. `modality`, `anatomy` and `label` serve sampling and evaluation; no model sees them."""
+    """One scan of a collection. `modality`, `anatomy` and `label` serve sampling and evaluation; no model sees them.
+
+    place: its file or folder, or where its row lies. label: several are joined by `|`. split: train, validation or test
+    where the collection says so, else empty. source: of which published collection it is, where that is known.
+    """
 
     id: str
-    path: Path
+    place: Path | ParquetRow
     modality: str
     anatomy: str
     label: str
     group: str
+    split: str = ""
+    source: str = ""
+
+    def open(self) -> Path | dict[str, Any]:
+        """What `read_scan` takes. A row is fetched, which may raise M3RetReadError."""
+        return self.place.open() if isinstance(self.place, ParquetRow) else self.place
 
 
-def open_collection(data: str | Path) -> list[Record]:
-    """The records of `data`: a folder with a manifest, or `phantom[:SUBJECTS[:SEED]]`, made on first use.
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 
-    The phantom is kept under `HF_HOME/m3ret`, where Hugging Face keeps what it downloads.
+
+def open_collection(data: str | Path, *, stream: bool = False) -> list[Record]:
+    """The records of `data`: a folder with a manifest or with `data/*.parquet`, `ORG/NAME[@REVISION]` on the Hub, or
+    `phantom[:SUBJECTS[:SEED]]`, made on first use and kept under `HF_HOME/m3ret`.
+
+    Args:
+        stream: fetch the rows of a data set on the Hub when they are needed, instead of downloading it first.
 
     Raises:
-        CollectionError: if there is no such folder, or its manifest is not one.
+        CollectionError: if there is no such collection, or it is not one.
     """
-    if not Path(data).exists() and is_phantom(data):
-        return read_manifest(_phantom_folder(str(data)))
+    if not Path(data).exists():
+        if str(data).split(":")[0] == "phantom":
+            return read_manifest(phantom_folder(str(data)))
+        if HUB_NAME.fullmatch(str(data)):
+            try:
+                return read_parquet(hub_shards(str(data), stream))
+            except HfHubHTTPError as error:
+                status = getattr(error.response, "status_code", "no answer")
+                raise CollectionError(
+                    f"{data}: found no such folder here, and on the Hub no data set that may be read ({status}); "
+                    "expected a folder with a manifest.csv or data/*.parquet, or ORG/NAME of a data set"
+                ) from error
+    elif (Path(data) / "data").is_dir() and not (Path(data) / "manifest.csv").is_file():
+        return read_parquet(local_shards(Path(data)))
     return read_manifest(Path(data))
 
 
-def is_phantom(data: str | Path) -> bool:
-    """Whether a collection is the synthetic one, by name or as a folder that `write_phantom` made."""
-    folder = Path(data)
-    return (folder / "phantom.json").is_file() if folder.exists() else str(data).split(":")[0] == "phantom"
+def read_parquet(shards: Shards) -> list[Record]:
+    """The records of a Parquet data set, in the order of its shards.
+
+    Raises:
+        CollectionError: if it is none of this project's schema.
+    """
+    try:
+        return [
+            Record(
+                id=row["id"],
+                place=place,
+                modality=row["modality"],
+                anatomy=row.get("anatomy") or "",
+                label="|".join(sorted(row.get("labels") or ())),
+                group=row["patient"] or row["id"],
+                split=split,
+                source=row.get("source") or "",
+            )
+            for place, split, row in read_places(shards)
+        ]
+    except ParquetError as error:
+        raise CollectionError(str(error)) from error
 
 
-def _phantom_folder(data: str) -> Path:
+def phantom_folder(data: str) -> Path:
+    """The folder of `phantom[:SUBJECTS[:SEED]]`, made if it isn't there yet.
+
+    Raises:
+        CollectionError: if these are no numbers.
+    """
     from .phantom import write_phantom  # loads SciPy and codecs, which no other collection needs
 
     numbers = data.split(":")[1:]
@@ -95,14 +152,21 @@ def read_manifest(folder: Path) -> list[Record]:
             path = folder / row["file"]
             if not path.resolve().is_relative_to(folder.resolve()):
                 raise CollectionError(f"{manifest}: the row {row['id']!r} names a file outside the folder")
-            records.append(
-                Record(row["id"], path, row["modality"], row["anatomy"], row["label"], row["group"] or row["id"])
-            )
+            columns = (row["modality"], row["anatomy"], row["label"], row["group"] or row["id"])
+            records.append(Record(row["id"], path, *columns, source=row.get("source") or ""))
     if not records:
         raise CollectionError(f"{manifest}: found no row, expected one for each scan")
     if len({record.id for record in records}) != len(records):
         raise CollectionError(f"{manifest}: ids repeat, expected a different one in each row")
     return records
+
+
+def training_and_held_out(records: Sequence[Record], holdout: float) -> tuple[list[Record], list[Record]]:
+    """What is trained on and what is held out: the collection's own train and validation split where it has them, else
+    a part of the patients, of the training split where there is one. A test split is in neither."""
+    usable = [record for record in records if record.split in ("", "train")]
+    validation = [record for record in records if record.split == "validation"]
+    return (usable, validation) if validation else split_by_group(usable, holdout)
 
 
 def split_by_group(records: Sequence[Record], holdout: float) -> tuple[list[Record], list[Record]]:

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from ..image_processing_m3ret import M3RetImageProcessor
 from ..reading_m3ret import M3RetReadError, Scan
 from .collection import Record
+from .parquet import Blocks, reader
 from .views import ViewKind, random_crop, random_flip, random_intensity
 
 
@@ -93,7 +94,7 @@ class WholeScans(Dataset[list[Resized | Failure]]):
 
     def __getitem__(self, index: int) -> list[Resized | Failure]:
         try:
-            volume = self.processor.resize(self.processor.read(self.records[index].path))
+            volume = self.processor.resize(self.processor.read(self.records[index].open()))
         except M3RetReadError as error:
             return [Failure(index, str(error))]
         return [Resized(index, volume)]
@@ -105,7 +106,7 @@ class RandomViews(Dataset[list[Resized | Failure]]):
     An item is asked for by `(turn, index)`, see `SeededBatches`. Crops and noise follow from (seed, turn, index) alone,
     so that they do not depend on the worker that cuts them or on when a run was resumed.
 
-    Each worker keeps decoded scans for the next epoch, up to `cache_bytes`.
+    Each worker keeps decoded scans for the next epoch, up to `cache_bytes`. blocks: rows that are fetched together.
 
     Raises:
         M3RetReadError: when 16 records in a row cannot be read.
@@ -119,12 +120,14 @@ class RandomViews(Dataset[list[Resized | Failure]]):
         views: Sequence[ViewKind],
         seed: int = 0,
         cache_bytes: int = 0,
+        blocks: Blocks | None = None,
     ):
         self.records = records
         self.processor = processor
         self.kinds = [kind for kind in views for _ in range(kind.count)]
         self.seed = seed
         self.cache_bytes = cache_bytes
+        self.blocks = blocks
         self._cache: dict[int, Scan] = {}
 
     def __len__(self) -> int:
@@ -156,7 +159,9 @@ class RandomViews(Dataset[list[Resized | Failure]]):
     def _read(self, index: int) -> Scan:
         if index in self._cache:
             return self._cache[index]
-        scan = self.processor.read(self.records[index].path)
+        if self.blocks is not None:
+            reader().fetch(*self.blocks.ranges[self.blocks.of_row[index]])
+        scan = self.processor.read(self.records[index].open())
         if scan.array.nbytes <= self.cache_bytes:
             self.cache_bytes -= scan.array.nbytes
             self._cache[index] = scan
@@ -169,13 +174,20 @@ class SeededBatches:
     An epoch is as many scans as there are records, in a random order by (seed, epoch). Of these a modality of n records
     gets a part in proportion to n^alpha (`mixture_alpha` of `RunConfig`). It deals its records out like a deck of
     cards, shuffled anew when used up, so that all of them are seen equally often; `turn` counts how often a record was
-    dealt before. The last, short batch of an epoch is dropped.
+    dealt before. Epochs follow each other without a gap, in the middle of a batch if need be: none is left out.
 
-    Each of `processes` ranks takes every `processes`-th of the one order, so that ranks never overlap.
+    Each of `processes` ranks takes every `processes`-th batch, so that ranks never overlap.
+
+    Streaming (`blocks`, `lanes`): blocks come in random order, and scans are shuffled within `WINDOW` of them. The
+    epoch's order is cut into `lanes` equal pieces for each rank, which deal its batches in turn; with `lanes` or a
+    divisor of it as number of workers, each worker meets its own pieces alone, and fetches next to no block that
+    another does. The order depends on lanes and ranks, not on workers.
 
     Args:
-        modalities: of each record. start: number of the first batch.
+        modalities: of each record. start: number of the first batch. blocks: `(n,)`, of each record, or None.
     """
+
+    WINDOW = 4  # blocks that are shuffled together: of 8 MiB each some hundreds of images
 
     def __init__(
         self,
@@ -187,6 +199,8 @@ class SeededBatches:
         start: int = 0,
         process: int = 0,
         processes: int = 1,
+        blocks: np.ndarray | None = None,
+        lanes: int = 1,
     ):
         records = len(modalities)
         if records < batch_size * processes:
@@ -199,34 +213,74 @@ class SeededBatches:
         self.dealt = np.floor(shares).astype(int)  # of each deck in an epoch
         largest_rests = np.argsort(self.dealt - shares, kind="stable")
         self.dealt[largest_rests[: records - self.dealt.sum()]] += 1
+        self.records = records
         self.batch_size = batch_size
         self.seed = seed
         self.start = start
         self.process = process
         self.processes = processes
-        self.batches_in_epoch = records // (batch_size * processes)
+        self.blocks = blocks
+        self.lanes = lanes if blocks is not None else 1
+        self._epochs: dict[int, np.ndarray] = {}  # the latest two, of which a batch may need both
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        epoch, first = divmod(self.start, self.batches_in_epoch)
+        number = self.start
         while True:
-            usable = self.batches_in_epoch * self.batch_size * self.processes
-            own = self.epoch(epoch)[:usable][self.process :: self.processes]
-            for batch in range(first, self.batches_in_epoch):
-                yield own[batch * self.batch_size : (batch + 1) * self.batch_size]
-            epoch, first = epoch + 1, 0
+            yield self.batch(number * self.processes + self.process)
+            number += 1
 
-    def epoch(self, epoch: int) -> list[tuple[int, int]]:
-        """The `(turn, index)` of all ranks in one epoch, in order."""
-        hand: list[tuple[int, int]] = []
-        for number, (deck, dealt) in enumerate(zip(self.decks, self.dealt, strict=True)):
-            shuffled: dict[int, np.ndarray] = {}  # of each turn
-            for card in range(epoch * dealt, (epoch + 1) * dealt):
-                turn, place = divmod(card, len(deck))
-                if turn not in shuffled:
-                    shuffled[turn] = np.random.default_rng([self.seed, number, turn]).permutation(deck)
-                hand.append((turn, int(shuffled[turn][place])))
-        order = np.random.default_rng([self.seed, epoch]).permutation(len(hand))
-        return [hand[place] for place in order]
+    def batch(self, number: int) -> list[tuple[int, int]]:
+        """The `(turn, index)` of one batch, `number` counting those of all ranks."""
+        cards = range(number * self.batch_size, (number + 1) * self.batch_size)
+        places = (divmod(card, self.records) for card in cards)
+        return [(int(turn), int(index)) for turn, index in (self.epoch(epoch)[place] for epoch, place in places)]
+
+    def epoch(self, epoch: int) -> np.ndarray:
+        """`(n, 2)`, the turn and index of each scan of an epoch, in the order in which all ranks' batches take them."""
+        if epoch not in self._epochs:
+            if len(self._epochs) > 1:
+                self._epochs.pop(min(self._epochs))
+            self._epochs[epoch] = self._in_lanes(epoch, self._merged(epoch))
+        return self._epochs[epoch]
+
+    def _merged(self, epoch: int) -> np.ndarray:
+        """The decks' cards, each deck in its own order, at random places among each other: `(n, 2)`."""
+        generator = np.random.default_rng([self.seed, epoch])
+        hand, places = [], []
+        for number, dealt in enumerate(self.dealt):
+            hand.append(self._dealt(number, epoch * dealt, (epoch + 1) * dealt))
+            places.append(np.sort(generator.random(dealt)))
+        return np.concatenate(hand)[np.argsort(np.concatenate(places), kind="stable")]
+
+    def _dealt(self, number: int, first: int, end: int) -> np.ndarray:
+        """Cards `first` to `end` of a deck since the run began, as `(turn, index)`."""
+        deck = self.decks[number]
+        cards = [np.empty((0, 2), np.int64)]
+        for turn in range(first // len(deck), -(-end // len(deck))):
+            begin = turn * len(deck)
+            indices = self._shuffled(number, turn)[max(first - begin, 0) : end - begin]
+            cards.append(np.stack([np.full(len(indices), turn), indices], axis=1))
+        return np.concatenate(cards)
+
+    def _shuffled(self, number: int, turn: int) -> np.ndarray:
+        deck = self.decks[number]
+        generator = np.random.default_rng([self.seed, number, turn])
+        if self.blocks is None:
+            return generator.permutation(deck)
+        # one order of blocks for all decks, so that what lies in one block is used at one time
+        blocks = np.random.default_rng([self.seed, turn]).permutation(int(self.blocks.max()) + 1)
+        window = blocks[self.blocks[deck]] // self.WINDOW
+        return deck[np.argsort(window + generator.random(len(deck)), kind="stable")]
+
+    def _in_lanes(self, epoch: int, merged: np.ndarray) -> np.ndarray:
+        """Reorder so that each lane's batches take its own piece, in order."""
+        if self.lanes == 1 and (self.processes == 1 or self.blocks is None):
+            return merged
+        batch = np.arange(epoch * self.records, (epoch + 1) * self.records) // self.batch_size
+        lane = batch % self.processes * self.lanes + batch // self.processes % self.lanes
+        ordered = np.empty_like(merged)
+        ordered[np.argsort(lane, kind="stable")] = merged
+        return ordered
 
 
 def training_loader(dataset: RandomViews, batches: SeededBatches, num_workers: int) -> DataLoader[Pack]:

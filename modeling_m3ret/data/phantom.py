@@ -28,11 +28,12 @@ from numpy.typing import NDArray
 
 from .phantom_anatomy import Anatomy, random_stream, subject_anatomy
 from .phantom_rendering import RENDERERS, Rendering, format_turn
+from .schema import SYNTHETIC
 
 
 VERSION = 1  # raise it when a byte of the output changes: a folder of another version is never taken for this one
 COLUMNS = ("id", "file", "modality", "anatomy", "label", "group", "source", "licence", "extra")
-SOURCE, LICENCE, PATIENT_NAME = "phantom (synthetic)", "Apache-2.0", "PHANTOM^SYNTHETIC"
+LICENCE, PATIENT_NAME = "Apache-2.0", "PHANTOM^SYNTHETIC"
 COMMENT = "Synthetic phantom, no patient"
 
 
@@ -196,7 +197,7 @@ def _write_subject(subject: int, *, folder: Path, seed: int) -> list[dict[str, s
             anatomy.name,
             anatomy.name,
             group,
-            SOURCE,
+            SYNTHETIC,
             LICENCE,
             scan.note,
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from ..image_processing_m3ret import M3RetImageProcessor
+from ..whole_files import sync
 from .objectives import Objective, model_weights
 from .training_state import STATE_FOLDER
 
@@ -65,13 +65,13 @@ def save_checkpoint(
     if write_more:
         write_more(beside)
     for path in (*beside.rglob("*"), beside):
-        _sync(path)
+        sync(path)
     replaced = folder.with_name(f".{folder.name}.replaced")
     shutil.rmtree(replaced, ignore_errors=True)
     if folder.exists():
         folder.rename(replaced)
     beside.rename(folder)
-    _sync(folder.parent)
+    sync(folder.parent)
     shutil.rmtree(replaced, ignore_errors=True)
 
 
@@ -110,26 +110,3 @@ class CheckpointFolder:
     def clear(self) -> None:
         """Remove all of them: a new run begins here."""
         shutil.rmtree(self.folder, ignore_errors=True)
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file beside its place, and rename it there once it is on disk."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    beside.write_text(text, encoding="utf-8")
-    _sync(beside)
-    beside.replace(path)
-
-
-def append_json_line(path: Path, entry: dict[str, Any]) -> None:
-    """Add one object as a line; a line is written in one go, so that a reader never meets half of one."""
-    with path.open("a", encoding="utf-8") as lines:
-        lines.write(json.dumps(entry) + "\n")
-
-
-def _sync(path: Path) -> None:
-    """Have the file or folder on disk before a rename makes it visible."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -22,7 +22,7 @@ CHOICES: dict[str, tuple[str | None, ...]] = {
 }
 AT_LEAST_ONE = (
     *("steps", "batch_size", "views_per_decode", "accumulate", "log_every", "save_every", "keep_last"),
-    *("size", "num_frames", "max_patches", "local_size"),
+    *("size", "num_frames", "max_patches", "local_size", "stream_lanes"),
 )
 NOT_NEGATIVE = (
     *("num_workers", "local_views", "cache_gib", "evaluate_every", "stop_after"),
@@ -44,9 +44,14 @@ class RunConfig:
     run_dir: what the run writes on its way (`metrics.jsonl`, `summary.json`, `checkpoints/`, trackers).
     initial: checkpoint folder or Hub id of an earlier run to start from, with its decoder, student and heads where the
         objective is the same; null starts from random weights.
-    data: folder with a `manifest.csv`, or `phantom[:SUBJECTS[:SEED]]`.
+    data: folder with a `manifest.csv` or `data/*.parquet`, `ORG/NAME[@REVISION]` on the Hub, or
+        `phantom[:SUBJECTS[:SEED]]`. Splits that a data set has are kept; a test split is never read.
+    stream: fetch the rows of a Parquet data set when they are needed, in blocks of neighbours, instead of downloading
+        it first. stream_lanes: pieces of an epoch that a process reads at the same time; a multiple of num_workers, so
+        that no two workers fetch the same block. It decides the order of scans, and must stay on `--resume`.
     exclude_modalities: never seen in pretraining; MRI, as in the paper, to have an unseen modality to test on.
-    holdout: part of the patients kept out of pretraining; the closing table is theirs.
+    holdout: part of the patients kept out of pretraining, of a collection without a validation split; the closing table
+        is theirs.
     mixture_alpha: of each epoch's scans a modality of n gets a part in proportion to n^alpha: 1 as the data is, 0 all
         the same, between them as multilingual models mix languages (XLM, arXiv 1901.07291, takes .5).
     objective: what is learned: `mae` (masked autoencoding), `simdino` (self-distillation) or `mae+simdino` (both from
@@ -93,6 +98,8 @@ class RunConfig:
     run_dir: str = "runs/vitb"
     initial: str | None = None
     data: str = "phantom"
+    stream: bool = False
+    stream_lanes: int = 8
     exclude_modalities: list[str] = field(default_factory=lambda: ["mri"])
     holdout: float = 0.3
     mixture_alpha: float = 1.0

@@ -10,7 +10,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from .checkpoints import append_json_line, write_whole
+from ..whole_files import append_json_line, write_whole
 
 
 logger = logging.getLogger(__name__)

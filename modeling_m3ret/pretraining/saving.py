@@ -14,13 +14,15 @@ from safetensors.torch import load_file
 from torch import nn
 
 from ..configuration_m3ret import M3RetConfig
-from ..data.collection import Record, is_phantom
+from ..data.collection import Record
+from ..data.schema import SYNTHETIC
 from ..image_processing_m3ret import M3RetImageProcessor
 from ..modeling_m3ret import M3RetModel
 from ..retrieval.embed import embed_records, encoder_embedder, pixel_embedder
 from ..retrieval.evaluation import Row, evaluate, format_table, to_json
 from ..version import __version__
-from .checkpoints import CheckpointFolder, CheckpointPlaceError, save_checkpoint, write_whole
+from ..whole_files import write_whole
+from .checkpoints import CheckpointFolder, CheckpointPlaceError, save_checkpoint
 from .hub_upload import HubUpload
 from .model_card import write_card
 from .objectives import Objective
@@ -192,7 +194,7 @@ class RunSaver:
             "holdout": config.holdout,
             "held_out_scans": len(self.held_out),
             "unreadable_scans": len(self.progress.unreadable),
-            "synthetic": is_phantom(config.data),
+            "synthetic": any(record.source == SYNTHETIC for record in self.training),
             "seed": config.seed,
             "best_step": self.progress.best_step,
             "best_map": self.progress.best_score,

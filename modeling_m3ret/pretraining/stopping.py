@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..data.collection import Record
 from ..data.loading import Pack
-from .checkpoints import write_whole
+from ..whole_files import write_whole
 
 
 class StopSignal:

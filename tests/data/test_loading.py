@@ -60,25 +60,83 @@ def test_training_batches_do_not_depend_on_the_workers(records: list[Record]) ->
         assert len(inputs["pixel_values"]) == len(inputs["noise"]) == int(inputs["grid_thw"].prod(-1).sum())
 
 
-def test_ranks_share_an_epoch_without_overlap() -> None:
-    ranks = [SeededBatches(["ct"] * 20, 3, seed=1, process=rank, processes=2) for rank in range(2)]
-    epochs = [list(islice(rank, 6)) for rank in ranks]  # 20 records: 18 fill three batches of three on two ranks
-    for epoch in range(2):
-        keys = [key for rank in epochs for batch in rank[3 * epoch : 3 * epoch + 3] for key in batch]
-        assert len(keys) == len(set(keys)) == 18
-        assert {number for number, _ in keys} == {epoch}
-    assert epochs[0][:3] != epochs[0][3:]
+@pytest.mark.parametrize("blocks", [None, np.arange(20) // 3], ids=["map style", "streamed"])
+@pytest.mark.parametrize(("processes", "lanes"), [(1, 1), (2, 1), (2, 4), (3, 2)])
+def test_each_scan_is_seen_once_an_epoch_by_one_rank(blocks: np.ndarray | None, processes: int, lanes: int) -> None:
+    """Epochs follow each other in the middle of a batch: 20 scans, 3 a batch, so 60 are three epochs of 20 batches."""
+    ranks = [
+        SeededBatches(["ct"] * 14 + ["xray"] * 6, 3, seed=1, process=p, processes=processes, blocks=blocks, lanes=lanes)
+        for p in range(processes)
+    ]
+    by_turn: list[list[list[tuple[int, int]]]] = list(zip(*(islice(rank, 20) for rank in ranks), strict=True))
+    keys = [key for step in by_turn for batch in step for key in batch]
+    for epoch in range(len(keys) // 20):
+        assert sorted(keys[20 * epoch : 20 * epoch + 20]) == [(epoch, index) for index in range(20)]
+    assert [index for _, index in keys[:20]] != [index for _, index in keys[20:40]]
+
+
+def test_too_few_scans_for_a_batch_are_refused() -> None:
     with pytest.raises(ValueError, match="do not fill one batch"):
         SeededBatches(["ct"] * 5, 3, seed=0, processes=2)
+
+
+def test_map_style_batches_do_not_depend_on_the_number_of_ranks() -> None:
+    """Two ranks with half the batch see together what one sees."""
+    alone = islice(SeededBatches(["ct"] * 22, 4, seed=1), 11)
+    pair = [SeededBatches(["ct"] * 22, 2, seed=1, process=rank, processes=2) for rank in range(2)]
+    for batch, *halves in zip(alone, *pair, strict=False):
+        assert batch == halves[0] + halves[1]
+
+
+def test_streaming_fetches_each_block_by_one_worker_and_at_one_time() -> None:
+    """400 scans in 40 blocks of 10 that hold two modalities each; 2 ranks of 4 lanes, batch 5, 2 workers.
+
+    A piece of an epoch is 50 scans, five blocks and two that it shares with its neighbours at the ends.
+    """
+    blocks = np.arange(400) // 10
+    modalities = ["ct", "xray"] * 200
+    of_worker: dict[tuple[int, int], list[int]] = {}
+    for rank in range(2):
+        batches = SeededBatches(modalities, 5, seed=3, process=rank, processes=2, blocks=blocks, lanes=4)
+        for number, batch in enumerate(islice(batches, 40)):
+            of_worker.setdefault((rank, number % 2), []).extend(int(blocks[index]) for _, index in batch)
+    assert [len(seen) for seen in of_worker.values()] == [100] * 4
+    # a window of 4 blocks and those at the ends of two pieces: 10 to read, and at most some of three windows more
+    assert all(len(set(seen)) <= 10 + 3 * SeededBatches.WINDOW for seen in of_worker.values())
+    # where all workers share one sequence, each meets nearly all blocks
+    shared = SeededBatches(modalities, 5, seed=3, blocks=blocks, lanes=1)
+    halves = [[int(blocks[i]) for batch in list(islice(shared, 80))[w::2] for _, i in batch] for w in range(2)]
+    assert all(len(set(half)) == 40 for half in halves)
+    # one time: from a block's first scan to its last, in the sequence of one lane, no more than two windows pass
+    lane = [int(blocks[i]) for batch in list(islice(shared, 80)) for _, i in batch]
+    for block in range(40):
+        places = [place for place, own in enumerate(lane) if own == block]
+        assert places[-1] - places[0] < 2 * SeededBatches.WINDOW * 10
+
+
+def test_the_streaming_order_is_a_shuffle() -> None:
+    """Neither blocks nor the scans within a window come in their order, and it differs between epochs and seeds."""
+    blocks = np.arange(300) // 10
+
+    def order(seed: int, epoch: int) -> np.ndarray:
+        return SeededBatches(["ct"] * 300, 5, seed=seed, blocks=blocks, lanes=2).epoch(epoch)[:, 1]
+
+    one = order(0, 0)
+    assert abs(np.corrcoef(one, np.arange(300))[0, 1]) < 0.4  # of 30 blocks: two standard errors
+    assert (np.diff(blocks[one]) != 0).mean() > 0.6  # of four blocks, three of four neighbours lie in another
+    assert (one != order(0, 1)).mean() > 0.9
+    assert (one != order(1, 0)).mean() > 0.9
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
 def test_batches_go_on_from_any_number(alpha: float) -> None:
     modalities = ["ct"] * 13 + ["xray"] * 5
-    whole = list(islice(SeededBatches(modalities, 2, seed=4, alpha=alpha, process=1, processes=2), 20))
-    for start in (1, 4, 7, 13):
-        rest = SeededBatches(modalities, 2, seed=4, alpha=alpha, start=start, process=1, processes=2)
-        assert list(islice(rest, 20 - start)) == whole[start:]
+    for blocks in (None, np.arange(18) // 4):
+        settings = {"seed": 4, "alpha": alpha, "process": 1, "processes": 2, "blocks": blocks, "lanes": 2}
+        whole = list(islice(SeededBatches(modalities, 2, **settings), 20))
+        for start in (1, 4, 7, 13):
+            rest = SeededBatches(modalities, 2, **settings, start=start)
+            assert list(islice(rest, 20 - start)) == whole[start:]
 
 
 def test_a_mixture_gives_each_modality_its_power_and_no_record_more_than_another() -> None:
@@ -86,7 +144,7 @@ def test_a_mixture_gives_each_modality_its_power_and_no_record_more_than_another
     modalities = ["ct"] * 64 + ["xray"] * 4
     for alpha, of_ct in ((1.0, 64), (0.5, 54), (0.0, 34)):
         batches = SeededBatches(modalities, 1, seed=0, alpha=alpha)
-        epochs = [batches.epoch(number) for number in range(10)]
+        epochs = [[tuple(key) for key in batches.epoch(number).tolist()] for number in range(10)]
         assert [sum(index < 64 for _, index in epoch) for epoch in epochs] == [of_ct] * 10
         keys = [key for epoch in epochs for key in epoch]
         assert len(set(keys)) == len(keys)  # a record that comes again comes with other views
@@ -96,7 +154,7 @@ def test_a_mixture_gives_each_modality_its_power_and_no_record_more_than_another
 
 
 def test_one_bad_file_is_counted_and_stops_nothing(records: list[Record]) -> None:
-    records[2].path.write_bytes(b"not an array")
+    records[2].place.write_bytes(b"not an array")
     views = RandomViews(records, PROCESSOR, views=[ViewKind(2)])
     packs = list(islice(training_loader(views, SeededBatches(["ct"] * 8, 4, seed=0), 0), 2))
     assert [len(pack.scans) for pack in packs] == [8, 8]  # the neighbour stands in
@@ -112,7 +170,7 @@ def test_one_bad_file_is_counted_and_stops_nothing(records: list[Record]) -> Non
 
 def test_a_disk_that_is_gone_does_stop_the_run(records: list[Record]) -> None:
     for record in records:
-        record.path.unlink()
+        record.place.unlink()
     with pytest.raises(M3RetReadError):
         RandomViews(records * 4, PROCESSOR, views=[ViewKind(1)])[0, 0]
     assert len(records * 4) > MOST_FAILURES_IN_A_ROW
@@ -121,7 +179,7 @@ def test_a_disk_that_is_gone_does_stop_the_run(records: list[Record]) -> None:
 def test_whole_scans_come_in_order(records: list[Record]) -> None:
     packs = list(embedding_loader(WholeScans(records, PROCESSOR), 3, 2))
     assert [index for pack in packs for index in pack.scans] == list(range(8))
-    alone = PROCESSOR(records[4].path)
+    alone = PROCESSOR(records[4].place)
     together = packs[1].inputs(PROCESSOR)
     counts = together["grid_thw"].prod(-1).tolist()
     assert torch.equal(together["pixel_values"].split(counts)[1], alone["pixel_values"])
