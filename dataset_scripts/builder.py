@@ -1,0 +1,212 @@
+"""How does an entry of a collection become a row that may leave the machine?
+
+The one base of all sources: it opens, stores and de-identifies a scan, hashes the names, and says on which side of the
+split a patient stands. `build.py` runs it shard by shard (`shards.py`); as a `GeneratorBasedBuilder` it can also be
+used like any other builder of `datasets`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import os
+import secrets
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from datasets import DatasetInfo, GeneratorBasedBuilder, Split, SplitGenerator
+from huggingface_hub.constants import HF_HOME
+
+from modeling_m3ret.data.schema import MODALITIES, SPLITS, features
+from modeling_m3ret.data.storing import Row, store_scan
+from modeling_m3ret.reading_m3ret import M3RetReadError
+from modeling_m3ret.whole_files import write_whole
+
+from .duplicates import perceptual_hash
+from .entries import Entry, Source
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """
+    validation, test: parts of the patients, where a collection has no official split.
+    max_size: slices and frames of more than max_size^2 pixels become as small; null keeps all as they are.
+    blank_outside_regions: blank an ultrasound DICOM outside the regions that its header declares.
+    """
+
+    validation: float = 0.1
+    test: float = 0.1
+    max_size: int | None = None
+    blank_outside_regions: bool = False
+
+    def __post_init__(self) -> None:
+        if min(self.validation, self.test) < 0 or self.validation + self.test > 1:
+            raise ValueError(
+                f"validation and test are parts of one, not {self.validation} and {self.test}, which is more together"
+            )
+        if self.max_size is not None and self.max_size < 16:
+            raise ValueError(f"max_size is at least 16, a patch's side, not {self.max_size}")
+
+
+class Names:
+    """Names of a collection -> names that say nothing to who has not the salt, and the same each time to who has.
+
+    HMAC-SHA256 (RFC 2104), 64 bits of it. A plain hash would not do: there are few enough patient ids to try them all.
+    """
+
+    def __init__(self, source: str, salt: bytes):
+        self.source = source
+        self.salt = salt
+
+    def hashed(self, kind: str, name: str) -> str:
+        return hmac.new(self.salt, f"{self.source}\0{kind}\0{name}".encode(), hashlib.sha256).hexdigest()[:16]
+
+    def id(self, entry: Entry) -> str:
+        return self.hashed("scan", entry.id)
+
+    def patient(self, entry: Entry) -> str:
+        """A scan of no known patient is a patient of its own."""
+        return self.hashed("patient", entry.patient) if entry.patient else self.hashed("scan's patient", entry.id)
+
+    def split(self, entry: Entry, options: BuildOptions) -> str:
+        """The official one, or by the patient's hash, so that nobody changes sides when data is added."""
+        if entry.split is not None:
+            return entry.split
+        part = int(self.patient(entry), 16) / 2**64
+        if part < options.test:
+            return "test"
+        return "validation" if part < options.test + options.validation else "train"
+
+
+def read_salt(path: Path | None) -> bytes:
+    """The secret that names are hashed with; made where there is none yet, readable by its owner alone.
+
+    path: by default `HF_HOME/m3ret/salt`. Keep it as long as data may be added, and keep it secret.
+    """
+    path = path or Path(HF_HOME) / "m3ret" / "salt"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, secrets.token_hex(32))
+        path.chmod(0o600)
+    return path.read_bytes().strip()
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An entry that could not be read. Names the file, so it stays on this machine."""
+
+    entry: str
+    file: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Built:
+    """A row of the schema, and what the report wants to know of it."""
+
+    columns: dict[str, Any]
+    digest: str
+    picture_hash: str
+    burned_in: str | None
+
+
+class ScanBuilder(GeneratorBasedBuilder):
+    """One collection as a builder of `datasets`. Nothing is downloaded: it runs where the data is.
+
+    Args:
+        salt: see `read_salt`. cache_dir: where `download_and_prepare` would write by default.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        root: Path,
+        *,
+        salt: bytes,
+        options: BuildOptions = BuildOptions(),
+        cache_dir: str | None = None,
+    ):
+        self.source = source
+        self.root = root
+        self.options = options
+        self.names = Names(source.name, salt)
+        super().__init__(cache_dir=cache_dir, dataset_name=source.name)
+
+    def _info(self) -> DatasetInfo:
+        source = self.source
+        return DatasetInfo(
+            description=source.title,
+            features=features(),
+            homepage=source.homepage,
+            license=source.licence,
+            citation=source.citation,
+        )
+
+    def _split_generators(self, dl_manager: Any) -> list[SplitGenerator]:
+        return [
+            SplitGenerator(name=Split(split), gen_kwargs={"entries": entries})
+            for split, entries in self.split_entries().items()
+            if entries
+        ]
+
+    def _generate_examples(self, entries: Sequence[Entry]) -> Iterator[tuple[str, dict[str, Any]]]:
+        for entry in entries:
+            built = self.build_row(entry)
+            if isinstance(built, Built):
+                yield built.columns["id"], built.columns
+
+    def split_entries(self) -> dict[str, list[Entry]]:
+        """The entries of each split, in the order of their hashed ids: a shard, and any part of one, is a mix.
+
+        What is for evaluation only is all in the test split, which no training reads.
+
+        Raises:
+            SourceError: if the folder is not this collection.
+        """
+        splits: dict[str, list[Entry]] = {split: [] for split in SPLITS}
+        for entry in self.source.entries(self.root):
+            splits["test" if self.source.evaluation_only else self.names.split(entry, self.options)].append(entry)
+        return {split: sorted(entries, key=self.names.id) for split, entries in splits.items()}
+
+    def build_row(self, entry: Entry) -> Built | Failure:
+        """Open, store and hash one scan. Whatever is wrong with it, the build goes on."""
+        if not entry.modality:
+            return self._failure(entry, "found no word of its modality; expected a manifest.csv, or --modality")
+        try:
+            row = store_scan(
+                self.source.open(entry),
+                max_size=self.options.max_size,
+                blank_outside=self.options.blank_outside_regions,
+            )
+        except M3RetReadError as error:
+            return self._failure(entry, f"found {error.found}; expected {error.expected}")
+        except Exception as error:  # a decoder's own, or a file that went away
+            return self._failure(entry, f"found damaged or unsupported data ({type(error).__name__})")
+        return Built(
+            columns=self._columns(entry, row),
+            digest=row.digest,
+            picture_hash=perceptual_hash(row.picture),
+            burned_in=row.burned_in,
+        )
+
+    def _columns(self, entry: Entry, row: Row) -> dict[str, Any]:
+        return {
+            "image": None,
+            "video": None,
+            "volume": None,
+            **row.columns,
+            "id": self.names.id(entry),
+            "modality": MODALITIES.index(entry.modality),
+            "anatomy": entry.anatomy or None,
+            "labels": list(entry.labels),
+            "patient": self.names.patient(entry),
+            "source": self.source.title,
+            "licence": entry.licence or self.source.licence,
+        }
+
+    def _failure(self, entry: Entry, reason: str) -> Failure:
+        first = os.path.relpath(entry.files[0], self.root)
+        more = f" and {len(entry.files) - 1} more" if len(entry.files) > 1 else ""
+        return Failure(self.names.id(entry), first + more, reason)

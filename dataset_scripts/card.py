@@ -1,0 +1,78 @@
+"""The data set card, filled in from the report. It leaves the machine, so it knows counts and never a file's name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from datasets import DatasetInfo
+from datasets.info import DatasetInfosDict
+from datasets.splits import SplitDict, SplitInfo
+from huggingface_hub import DatasetCard, DatasetCardData
+
+from modeling_m3ret.data.schema import SPLITS, SYNTHETIC, features
+
+from .builder import ScanBuilder
+
+
+TEMPLATE = Path(__file__).with_name("dataset_card.md")
+SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
+
+
+def write_card(builder: ScanBuilder, report: dict[str, Any], index: pa.Table, repository: str) -> str:
+    """The text of the card, with the YAML by which the Hub's viewer and `load_dataset` find splits and features."""
+    counts: dict[str, int] = report["counts"]["split"]
+    splits = [split for split in SPLITS if split in counts]
+    source = builder.source
+    size = report["bytes"]["parquet"]
+    infos = SplitDict(
+        {
+            split: SplitInfo(split, num_bytes=_bytes_of(index, split), num_examples=counts[split], dataset_name=None)
+            for split in splits
+        }
+    )
+    info = DatasetInfo(features=features(), splits=infos, download_size=size, dataset_size=_bytes_of(index, ""))
+    data = DatasetCardData(
+        pretty_name=source.title,
+        license="other",
+        license_name=source.licence[:64].lower().replace(" ", "-"),
+        tags=["medical-imaging", "m3ret", *report["counts"]["modality"]],
+        task_categories=["image-feature-extraction"],
+        size_categories=[next((name for most, name in SIZES if report["scans"]["built"] < most), "1M<n<10M")],
+        configs=[
+            {
+                "config_name": "default",
+                "data_files": [{"split": split, "path": f"data/{split}-*.parquet"} for split in splits],
+            }
+        ],
+    )
+    DatasetInfosDict({"default": info}).to_dataset_card_data(data)
+    burned_in = report["burned_in_annotation"]
+    return str(
+        DatasetCard.from_template(
+            data,
+            template_path=str(TEMPLATE),
+            title=source.title,
+            homepage=source.homepage,
+            citation=source.citation,
+            licences=sorted(set(index.column("licence").to_pylist())),
+            synthetic=source.title == SYNTHETIC,
+            repository=repository,
+            scans=report["scans"]["built"],
+            patients=report["patients"],
+            several=report["patients_in_several_splits"],
+            failed=report["scans"]["failed"],
+            dropped=report["scans"]["duplicates_dropped"],
+            near=report["duplicates"]["near_pairs_across_splits"],
+            exact=report["duplicates"]["exact_groups_across_splits"],
+            splits=splits,
+            table=report["counts"]["modality_and_split"],
+            burned_in=", ".join(f"{count} say {name}" for name, count in sorted(burned_in.items())),
+        )
+    )
+
+
+def _bytes_of(index: pa.Table, split: str) -> int:
+    """Of the rows whose shard's name begins with `split`."""
+    return sum(row["size"] for row in index.select(["shard", "size"]).to_pylist() if row["shard"].startswith(split))

@@ -1,0 +1,312 @@
+"""How does a build of hours survive being killed?
+
+What goes into which shard is decided before the first scan is read, and written down. Each shard is written beside its
+place and renamed when whole, so that a build started again goes on with the shards that are missing, and ends with the
+same bytes as one that was never interrupted. Memory is bounded by a row group and the scan at hand.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from tqdm.auto import tqdm
+
+from modeling_m3ret.data.parquet import INDEX, index_columns
+from modeling_m3ret.data.schema import MEDIA, SPLITS, features, media_of
+from modeling_m3ret.version import __version__
+from modeling_m3ret.whole_files import write_whole, writing_whole
+
+from .builder import Built, Failure, ScanBuilder
+from .duplicates import Fingerprint
+from .entries import Entry
+
+
+LAYOUT = 1  # raise it when the bytes of a shard change: a build of another layout is not gone on with
+STATE = ".build"  # in the output folder; names files of this machine and is never pushed
+SHARD_BYTES = 500 * 2**20  # the size that `push_to_hub` of datasets gives its shards
+# reading one row at random costs reading its row group: with 1 MiB some ten images, and every larger scan has its own
+ROW_GROUP_BYTES = 2**20
+# files that are packed become about so much larger as plain voxels: the guess that shards are planned by
+UNPACKED = 3
+PACKED_SUFFIXES = (".gz", ".dcm", ".npz", "")
+# volumes are plain voxels, of which a third is air; pictures and videos are compressed already
+COMPRESSION = {"volume.bytes": "zstd", "image.bytes": "none", "video.bytes": "none"}
+COMPRESSION_LEVEL = 1
+
+
+class BuildError(RuntimeError):
+    """A build that can't go on: says what was found and what to do."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One Parquet file to be: its name and its entries."""
+
+    name: str
+    split: str
+    entries: list[Entry] = field(repr=False)
+
+
+@dataclass
+class ShardReport:
+    """What became of a shard's entries; written beside it, so that a build that goes on still can report on all."""
+
+    rows: int = 0
+    bytes: int = 0
+    media_bytes: int = 0
+    failures: list[dict[str, str]] = field(default_factory=list)
+    fingerprints: list[dict[str, str]] = field(default_factory=list)
+    burned_in: dict[str, int] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)  # of each id, for the local report of duplicates
+
+
+def plan(splits: dict[str, list[Entry]], shard_bytes: int = SHARD_BYTES) -> list[Shard]:
+    """Entries -> shards of about `shard_bytes`, judged by the size of their files."""
+    shards = []
+    for split in SPLITS:
+        parts: list[list[Entry]] = []
+        size = shard_bytes
+        for entry in splits.get(split, []):
+            if size >= shard_bytes:
+                parts.append([])
+                size = 0
+            parts[-1].append(entry)
+            size += _estimated_bytes(entry)
+        for number, entries in enumerate(parts):
+            shards.append(Shard(f"{split}-{number:05d}-of-{len(parts):05d}", split, entries))
+    return shards
+
+
+def _estimated_bytes(entry: Entry) -> int:
+    size = 0
+    if entry.part is None:  # of a file of many scans nobody knows each one's part
+        for file in entry.files:
+            for path in file.rglob("*") if file.is_dir() else [file]:
+                with contextlib.suppress(OSError):  # missing: its turn to be reported comes
+                    size += path.stat().st_size * (UNPACKED if path.suffix in PACKED_SUFFIXES else 1)
+    return max(size, 2**16)
+
+
+def build_shards(builder: ScanBuilder, output: Path, shards: Sequence[Shard], num_proc: int = 1) -> list[ShardReport]:
+    """Write the shards that are not there yet, with a progress bar; the reports of all, in order.
+
+    Raises:
+        BuildError: if the folder holds another build, or a process died.
+    """
+    _agree_on_plan(builder, output, shards)
+    missing = [shard for shard in shards if _report_of(output, shard) is None]
+    done = sum(len(shard.entries) for shard in shards) - sum(len(shard.entries) for shard in missing)
+    total = done + sum(len(shard.entries) for shard in missing)
+    with tqdm(total=total, initial=done, desc="building", unit="scan") as bar:
+        if num_proc == 1 or len(missing) < 2:
+            for shard in missing:
+                write_shard(builder, output, shard, bar.update)
+        else:
+            _in_processes(builder, output, missing, min(num_proc, len(missing)), bar)
+    reports = [_report_of(output, shard) for shard in shards]
+    assert all(report is not None for report in reports)
+    return [report for report in reports if report is not None]
+
+
+def _in_processes(builder: ScanBuilder, output: Path, missing: Sequence[Shard], num_proc: int, bar: Any) -> None:
+    context = multiprocessing.get_context("spawn")  # a fork would copy the threads of decoders half alive
+    counter = context.Value("q", 0)
+    before = os.environ.get("OMP_NUM_THREADS")
+    os.environ["OMP_NUM_THREADS"] = "1"  # the processes are the parallelism
+    try:
+        with ProcessPoolExecutor(
+            num_proc, mp_context=context, initializer=_begin_process, initargs=(counter, builder, output)
+        ) as pool:
+            jobs = [pool.submit(_write_in_process, shard) for shard in missing]
+            while not all(job.done() for job in jobs):
+                time.sleep(0.1)
+                bar.update(counter.value - bar.n + bar.initial)
+            for job in jobs:
+                job.result()
+            bar.update(counter.value - bar.n + bar.initial)
+    except multiprocessing.ProcessError as error:
+        raise BuildError(f"a process of the build failed: {error}") from error
+    finally:
+        os.environ.pop("OMP_NUM_THREADS") if before is None else os.environ.update(OMP_NUM_THREADS=before)
+
+
+_process: dict[str, Any] = {}
+
+
+def _begin_process(counter: Any, builder: ScanBuilder, output: Path) -> None:
+    _process.update(counter=counter, builder=builder, output=output)
+
+
+def _write_in_process(shard: Shard) -> None:
+    def count(scans: int) -> None:
+        with _process["counter"].get_lock():
+            _process["counter"].value += scans
+
+    write_shard(_process["builder"], _process["output"], shard, count)
+
+
+def write_shard(builder: ScanBuilder, output: Path, shard: Shard, progress: Callable[[int], Any]) -> None:
+    """Read the entries of one shard and write it, then its report: with that it counts as done."""
+    report = ShardReport()
+
+    def rows() -> Iterator[dict[str, Any]]:
+        for entry in shard.entries:
+            built = builder.build_row(entry)
+            progress(1)
+            if isinstance(built, Failure):
+                report.failures.append(asdict(built))
+                continue
+            columns = built.columns
+            report.files[columns["id"]] = os.path.relpath(entry.files[0], builder.root)
+            report.fingerprints.append(asdict(_fingerprint(built, shard.split)))
+            report.media_bytes += len(columns[media_of(columns)]["bytes"])
+            if built.burned_in is not None:
+                report.burned_in[built.burned_in] = report.burned_in.get(built.burned_in, 0) + 1
+            yield columns
+
+    path = shard_path(output, shard)
+    report.rows = write_parquet(path, rows())
+    report.bytes = path.stat().st_size
+    write_whole(_report_path(output, shard), json.dumps(asdict(report)) + "\n")
+
+
+def _fingerprint(built: Built, split: str) -> Fingerprint:
+    columns = built.columns
+    return Fingerprint(columns["id"], split, columns["patient"], built.digest, built.picture_hash)
+
+
+def write_parquet(path: Path, rows: Iterator[dict[str, Any]]) -> int:
+    """Rows -> one Parquet file of the schema, whole or not at all; how many there were."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    schema = features().arrow_schema
+    waiting: list[dict[str, Any]] = []
+    count = size = 0
+    with (
+        writing_whole(path) as stream,
+        pq.ParquetWriter(
+            stream,
+            schema,
+            compression={name: COMPRESSION.get(name, "zstd") for name in _leaves(schema)},
+            compression_level={"volume.bytes": COMPRESSION_LEVEL},
+            use_dictionary=["anatomy", "intensity", "source", "licence"],
+            write_statistics=False,  # of bytes that would be the bytes once more
+        ) as writer,
+    ):
+        for row in rows:
+            waiting.append(row)
+            count += 1
+            size += len(row[media_of(row)]["bytes"])
+            if size >= ROW_GROUP_BYTES:
+                writer.write_table(pa.Table.from_pylist(waiting, schema), row_group_size=len(waiting))
+                waiting, size = [], 0
+        if waiting:
+            writer.write_table(pa.Table.from_pylist(waiting, schema), row_group_size=len(waiting))
+    return count
+
+
+def _leaves(schema: pa.Schema) -> list[str]:
+    """Names of the columns as Parquet has them: those of a struct's fields and a list's elements are longer."""
+    names = []
+    for entry in schema:
+        if pa.types.is_struct(entry.type):
+            names += [f"{entry.name}.{child.name}" for child in entry.type]
+        elif pa.types.is_list(entry.type):
+            names.append(f"{entry.name}.list.element")
+        else:
+            names.append(entry.name)
+    return names
+
+
+# ----------------------------------------------------------------------------------------------- what is there already
+
+
+def shard_path(output: Path, shard: Shard) -> Path:
+    return output / "data" / f"{shard.name}.parquet"
+
+
+def _report_path(output: Path, shard: Shard) -> Path:
+    return output / STATE / f"{shard.name}.json"
+
+
+def _report_of(output: Path, shard: Shard) -> ShardReport | None:
+    """The report of a shard that is there and whole."""
+    try:
+        return ShardReport(**json.loads(_report_path(output, shard).read_text()))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _agree_on_plan(builder: ScanBuilder, output: Path, shards: Sequence[Shard]) -> None:
+    """Write the plan down, or see that it is the one of the build that is there."""
+    digest = hashlib.sha256()
+    for shard in shards:
+        for entry in shard.entries:
+            files = [os.path.relpath(file, builder.root) for file in entry.files]
+            told = asdict(entry) | {"files": files, "split": shard.split, "patient": builder.names.patient(entry)}
+            digest.update(json.dumps(told, sort_keys=True).encode())
+    plan_now = {
+        "layout": LAYOUT,
+        "m3ret": __version__,
+        "source": builder.source.name,
+        "options": asdict(builder.options),
+        "shards": len(shards),
+        "scans": sum(len(shard.entries) for shard in shards),
+        "entries": digest.hexdigest(),  # salted: the patients' hashes are in it
+    }
+    path = output / STATE / "plan.json"
+    if path.is_file():
+        before = json.loads(path.read_text())
+        differing = [
+            f"{key}: {before.get(key)} -> {plan_now[key]}" for key in plan_now if before.get(key) != plan_now[key]
+        ]
+        if differing:
+            raise BuildError(
+                f"{output} holds another build ({'; '.join(differing)}): choose another folder, or remove it yourself"
+            )
+        return
+    if output.exists() and any(path.name != STATE for path in output.iterdir()):
+        raise BuildError(f"{output} holds something that is no build: choose another folder")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, json.dumps(plan_now, indent=2) + "\n")
+
+
+# ------------------------------------------------------------------------------------------------- when all are written
+
+
+def drop_rows(output: Path, shards: Sequence[Shard], ids: set[str]) -> int:
+    """Write the shards that hold any of these rows anew without them; how many rows went."""
+    dropped = 0
+    for shard in shards:
+        path = shard_path(output, shard)
+        parquet = pq.ParquetFile(path)
+        found = ids & set(parquet.read(columns=["id"]).column("id").to_pylist())
+        if found:
+            dropped += len(found)
+            rows = (row for batch in parquet.iter_batches(batch_size=1) for row in batch.to_pylist())
+            write_parquet(path, (row for row in rows if row["id"] not in found))
+    return dropped
+
+
+def write_index(output: Path, shards: Sequence[Shard]) -> pa.Table:
+    """All rows' small columns and where each lies, in one file: what training needs to know before it reads."""
+    parts = []
+    for shard in shards:
+        parquet = pq.ParquetFile(shard_path(output, shard))
+        columns = [name for name in parquet.schema_arrow.names if name not in MEDIA]
+        parts.append(index_columns(f"{shard.name}.parquet", parquet, parquet.read(columns=columns)))
+    table = pa.concat_tables(parts)
+    with writing_whole(output / INDEX) as stream:
+        pq.write_table(table, stream, compression="zstd")
+    return table

@@ -1,0 +1,46 @@
+"""BraTS: MRI of the brain with a glioma, four sequences of each patient."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import groupby
+from pathlib import Path
+
+from dataset_scripts.entries import Entry, Source, expecting, files_under
+
+
+SEQUENCES = ("flair", "t1", "t1ce", "t2")
+SPLITS = {"TrainingData": "train", "ValidationData": "validation"}
+
+
+class Brats(Source):
+    """`BraTS2021_00000/BraTS2021_00000_{flair,t1,t1ce,t2}.nii.gz` at any depth; BraTS 2020 has `.nii`.
+
+    Each sequence is an entry. A folder above with "TrainingData" or "ValidationData" in its name is the split.
+    """
+
+    name = "brats"
+    title = "RSNA-ASNR-MICCAI BraTS 2021"
+    homepage = "https://www.cancerimagingarchive.net/analysis-result/rsna-asnr-miccai-brats-2021/"
+    licence = "CC BY 4.0 from The Cancer Imaging Archive; elsewhere as agreed to there"
+    citation = "Baid et al., The RSNA-ASNR-MICCAI BraTS 2021 Benchmark, 2021, arXiv 2107.02314"
+    evaluation_only = True
+
+    @expecting("BraTS2021_00000/BraTS2021_00000_flair.nii.gz")
+    def entries(self, root: Path) -> Iterator[Entry]:
+        for folder, files in groupby(files_under(root, (".nii.gz", ".nii")), key=lambda path: path.parent):
+            case = folder.name
+            found = {path.name.removeprefix(f"{case}_").split(".")[0]: path for path in files}
+            if not case.startswith("BraTS") or not found.keys() & set(SEQUENCES):
+                continue
+            above = "/".join(folder.relative_to(root).parts[:-1])
+            for sequence in SEQUENCES:
+                yield Entry(
+                    id=f"{case}_{sequence}",
+                    files=(found.get(sequence, folder / f"{case}_{sequence}.nii.gz"),),
+                    modality="mri",
+                    anatomy="brain",
+                    labels=("glioma",),
+                    patient=case,
+                    split=next((split for mark, split in SPLITS.items() if mark in above), None),
+                )

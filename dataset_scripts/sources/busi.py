@@ -1,0 +1,32 @@
+"""BUSI: ultrasound of the breast, normal or with a lesion."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from dataset_scripts.entries import Entry, Source, expecting, files_under, within
+
+
+LABELS = ("benign", "malignant", "normal")
+
+
+class Busi(Source):
+    """`Dataset_BUSI_with_GT/benign/benign (1).png`, with masks `benign (1)_mask.png` beside it, which are no scans.
+
+    Some patients have several images, but the collection does not say which.
+    """
+
+    name = "busi"
+    title = "Breast Ultrasound Images (BUSI)"
+    homepage = "https://scholar.cu.edu.eg/?q=afahmy/pages/dataset"
+    licence = "Not stated with the data; the article is CC BY 4.0"
+    citation = "Al-Dhabyani et al., Dataset of breast ultrasound images, Data in Brief 2020"
+
+    @expecting("Dataset_BUSI_with_GT/benign|malignant|normal/*.png")
+    def entries(self, root: Path) -> Iterator[Entry]:
+        root = within(root, "Dataset_BUSI_with_GT")
+        for label in LABELS:
+            for path in files_under(root / label, (".png",)):
+                if "_mask" not in path.stem:
+                    yield Entry(f"{label}/{path.stem}", (path,), "ultrasound", "breast", (label,))

@@ -1,0 +1,30 @@
+"""The synthetic phantom collection that the project makes itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from dataset_scripts.entries import Entry, Source, expecting
+from dataset_scripts.sources.folder import Folder
+from modeling_m3ret.data.collection import phantom_folder
+from modeling_m3ret.data.schema import SYNTHETIC
+
+
+class Phantom(Source):
+    """A folder that `make_phantom.py` wrote, or `phantom[:SUBJECTS[:SEED]]`, made on first use. No patient is in it."""
+
+    name = "phantom"
+    title = SYNTHETIC
+    homepage = ""
+    licence = "Apache-2.0"
+    citation = ""
+
+    def folder(self, root: str) -> Path:
+        return Path(root) if Path(root).exists() else phantom_folder(root)
+
+    @expecting("a folder that make_phantom.py wrote, or phantom[:SUBJECTS[:SEED]]")
+    def entries(self, root: Path) -> Iterator[Entry]:
+        for entry in Folder().entries(root):
+            yield replace(entry, licence=self.licence)

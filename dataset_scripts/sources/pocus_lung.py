@@ -1,0 +1,47 @@
+"""COVID-19 Lung Ultrasound: images and clips of the lung at the point of care, gathered from public places."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from dataset_scripts.entries import Entry, Source, expecting, files_under, read_table, within
+
+
+LABELS = {"cov": "COVID-19", "pneu": "bacterial pneumonia", "reg": "regular", "vir": "viral pneumonia"}
+MEDIA = {
+    "pocus_images": (".png", ".jpg", ".jpeg"),
+    "pocus_videos": (".mp4", ".mpeg", ".mov", ".avi", ".gif"),
+}
+
+
+class PocusLung(Source):
+    """`data/pocus_images` and `data/pocus_videos`, each with `convex` and `linear`: `Cov-Atlas-Day+1.gif`, `Pneu_…`.
+
+    The beginning of a name is its label, but not in `label_uncertain`; `dataset_metadata.csv` has the patients.
+    """
+
+    name = "pocus_lung"
+    title = "COVID-19 Lung Ultrasound (POCUS)"
+    homepage = "https://github.com/jannisborn/covid19_ultrasound"
+    licence = "CC BY-NC 4.0 for most files; dataset_metadata.csv has the licence of each"
+    citation = "Born et al., Accelerating Detection of Lung Pathologies, Applied Sciences 2021, arXiv 2004.12084"
+
+    @expecting("data/pocus_images|pocus_videos/convex|linear/Cov|Pneu|Reg|Vir*")
+    def entries(self, root: Path) -> Iterator[Entry]:
+        root = within(root, "data")
+        patients = {
+            row["Filename"]: row["Patient ID / Name"]
+            for row in read_table(root / "dataset_metadata.csv", ["Filename", "Patient ID / Name"])
+        }
+        for folder, suffixes in MEDIA.items():
+            for path in files_under(root / folder, suffixes):
+                label = LABELS.get(path.stem.replace("_", "-").split("-")[0].lower())
+                yield Entry(
+                    id=path.relative_to(root).as_posix(),
+                    files=(path,),
+                    modality="ultrasound",
+                    anatomy="lung",
+                    labels=(label,) if label and path.parent.name != "label_uncertain" else (),
+                    patient=patients.get(path.stem, ""),
+                )
