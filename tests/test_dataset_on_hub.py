@@ -1,0 +1,198 @@
+"""A collection -> Parquet -> a Hub over HTTP -> training: what is streamed is what lies here, each scan once an epoch."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Hub
+
+from modeling_m3ret.data.collection import open_collection
+
+
+ROOT = Path(__file__).parents[1]
+BATCH, EPOCHS = 4, 2
+# small blocks, so that a small data set has as many as a large one
+LOAD = """
+import hashlib, json, sys
+from itertools import islice
+sys.path.insert(0, {root!r})
+from modeling_m3ret import M3RetImageProcessor
+from modeling_m3ret.data import parquet
+from modeling_m3ret.data.collection import open_collection, without_modalities
+from modeling_m3ret.data.loading import RandomViews, SeededBatches, training_loader
+from modeling_m3ret.data.views import ViewKind
+parquet.BLOCK_BYTES = 2**19
+def main():
+    data, rank, ranks, workers, batches = sys.argv[1], *map(int, sys.argv[2:6])
+    records = [r for r in open_collection(data, stream=True) if r.split == "train"]
+    records = without_modalities(records, ["mri"])
+    blocks = parquet.blocks_of([r.place for r in records])
+    order = SeededBatches([r.modality for r in records], {batch}, seed=5, process=rank, processes=ranks,
+                          blocks=blocks.of_row, lanes=4)
+    processor = M3RetImageProcessor(size=32, num_frames=8)
+    views = RandomViews(records, processor, views=[ViewKind(1)], seed=5, blocks=blocks)
+    packs = islice(training_loader(views, order, workers), batches)
+    told = [dict(ids=[records[i].id for i in pack.scans], failures=pack.failures,
+                 digest=hashlib.sha256(pack.values.numpy().tobytes()).hexdigest()) for pack in packs]
+    print(json.dumps(dict(records=[r.id for r in records], blocks=len(blocks.ranges), packs=told)))
+if __name__ == "__main__":
+    main()
+"""
+USE = """
+import json, sys
+from datasets import load_dataset
+from modeling_m3ret import M3RetImageProcessor
+name, local = sys.argv[1:]
+loaded, streamed, here = load_dataset(name), load_dataset(name, streaming=True), load_dataset(local)
+for split in loaded:
+    assert list(streamed[split]) == loaded[split].to_list() == here[split].to_list()
+names = loaded["train"].features["modality"].names
+rows = [next(row for row in loaded["train"] if names[row["modality"]] == modality) for modality in names]
+inputs = M3RetImageProcessor(size=32, num_frames=8)(rows)
+print(json.dumps({"rows": {split: len(loaded[split]) for split in loaded}, "grids": inputs["grid_thw"].tolist()}))
+"""
+TINY = {
+    "preset": "vitt",
+    "model": "{num_hidden_layers: 1, hidden_size: 48, num_attention_heads: 4, intermediate_size: 96, "
+    "decoder_hidden_size: 36, decoder_num_hidden_layers: 1}",
+    **{"size": 32, "num_frames": 8, "steps": 12, "batch_size": 4, "views_per_decode": 1, "log_every": 1},
+    **{"save_every": 6, "output_dir": "m3ret-tiny", "run_dir": "runs/tiny", "stream": True, "stream_lanes": 4},
+}
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """A built data set, its folder, its name on the Hub, and the environment of processes that use that Hub."""
+
+    folder: Path
+    name: str
+    environment: dict[str, str]
+
+
+def run(command: list[str], environment: dict[str, str], folder: Path) -> str:
+    ran = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    return ran.stdout
+
+
+@pytest.fixture(scope="module")
+def pushed(hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> Pushed:
+    """The phantom of 16 subjects in several unequal shards, pushed."""
+    folder = tmp_path_factory.mktemp("dataset")
+    name = hub.new_repository("phantom-parquet")
+    environment = hub.environment(folder) | {"PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}
+    few = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+from dataset_scripts import shards
+shards.SHARD_BYTES = shards.plan.__defaults__[0] // 100
+shards.plan.__defaults__ = (shards.SHARD_BYTES,)
+from dataset_scripts.build import main
+main(sys.argv[1:])
+"""
+    script = folder / "build_small_shards.py"
+    script.write_text(few)
+    options = ["--source", "phantom", "--root", "phantom:16:3", "--output", str(folder / "built")]
+    run([sys.executable, str(script), *options, "--push_to_hub", name], environment, folder)
+    return Pushed(folder / "built", name, environment)
+
+
+def test_the_repository_holds_what_was_built_and_no_report(hub: Hub, pushed: Pushed) -> None:
+    files = hub.files(pushed.name, "dataset")
+    built = {path.relative_to(pushed.folder).as_posix(): path for path in pushed.folder.rglob("*") if path.is_file()}
+    published = {name for name in built if name in ("README.md", "index.parquet") or name.startswith("data/")}
+    assert set(files) - {".gitattributes"} == published
+    assert len([name for name in published if name.startswith("data/train")]) > 2
+    assert all(files[name] == built[name].read_bytes() for name in published)
+    assert hub.is_private(pushed.name, "dataset")
+    assert "report.json" in built
+
+
+def test_datasets_loads_it_whole_and_streamed_and_the_processor_takes_its_rows(pushed: Pushed) -> None:
+    told = json.loads(run([sys.executable, "-c", USE, pushed.name, str(pushed.folder)], pushed.environment, ROOT))
+    records = open_collection(pushed.folder)
+    assert told["rows"] == Counter(record.split for record in records)
+    assert len(told["grids"]) == 5
+    assert told["grids"][0][0] == 1  # an X-ray is one patch deep, a CT more
+    assert told["grids"][3][0] > 1
+
+
+def load(pushed: Pushed, data: str, ranks: int, workers: int, batches: int) -> list[dict[str, object]]:
+    """What each rank's loader gives, one after the other."""
+    script = LOAD.format(root=str(ROOT), batch=BATCH)
+    return [
+        json.loads(
+            run(
+                [sys.executable, "-c", script, data, *map(str, (rank, ranks, workers, batches))],
+                pushed.environment,
+                ROOT,
+            )
+        )
+        for rank in range(ranks)
+    ]
+
+
+def test_two_ranks_of_two_workers_stream_each_scan_once_an_epoch_and_what_lies_here(pushed: Pushed) -> None:
+    scans = len([r for r in open_collection(pushed.folder) if r.split == "train" and r.modality != "mri"])
+    batches = -(-EPOCHS * scans // (2 * BATCH))
+    streamed = load(pushed, pushed.name, 2, 2, batches)
+    assert streamed[0]["blocks"] > 4  # type: ignore[operator]
+    ids = [scan for step in zip(*(rank["packs"] for rank in streamed), strict=True) for p in step for scan in p["ids"]]  # type: ignore[call-overload]
+    assert len(ids) >= EPOCHS * scans
+    for epoch in range(EPOCHS):
+        assert sorted(ids[epoch * scans : (epoch + 1) * scans]) == sorted(streamed[0]["records"])  # type: ignore[call-overload]
+    assert not any(pack["failures"] for rank in streamed for pack in rank["packs"])  # type: ignore[attr-defined]
+    # batch for batch, to the last bit; and with other workers too
+    assert load(pushed, str(pushed.folder), 2, 2, batches) == streamed
+    assert load(pushed, str(pushed.folder), 2, 0, batches) == streamed
+
+
+def train(
+    pushed: Pushed, data: str, folder: Path, *words: str
+) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
+    """Two processes of train.py on `data`; the lines of metrics.jsonl and the weights."""
+    from safetensors.torch import load_file
+
+    folder.mkdir(exist_ok=True)
+    options = [word for key, value in (TINY | {"data": data}).items() for word in (f"--{key}", str(value))]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    run([*launch, str(ROOT / "train.py"), *options, *words], pushed.environment, folder)
+    lines = [json.loads(line) for line in (folder / "runs/tiny/metrics.jsonl").read_text().splitlines()]
+    weights = folder / "m3ret-tiny" / "model.safetensors"
+    return lines, load_file(weights) if weights.is_file() else {}
+
+
+def test_training_streamed_by_two_processes_is_training_on_the_local_copy(pushed: Pushed, tmp_path: Path) -> None:
+    """And so is one that was stopped in the middle of an epoch and went on with another number of workers."""
+    here, weights = train(pushed, str(pushed.folder), tmp_path / "here", "--num_workers", "1")
+    train(pushed, pushed.name, tmp_path / "there", "--num_workers", "2", "--stop_after", "5")
+    there, streamed = train(pushed, pushed.name, tmp_path / "there", "--num_workers", "0", "--resume", "true")
+    losses = [[line["loss"] for line in lines if "loss" in line] for lines in (here, there)]
+    assert len(losses[0]) == 12
+    assert losses[0] == losses[1]
+    assert all(torch.equal(tensor, streamed[name]) for name, tensor in weights.items())
+
+
+def test_a_checkpoint_is_evaluated_on_the_hub_s_test_split(pushed: Pushed, tmp_path: Path) -> None:
+    train(pushed, str(pushed.folder), tmp_path, "--steps", "2", "--num_workers", "0")
+    words = ["--model", "m3ret-tiny", "--data", pushed.name, "--split", "test", "--output", "table.json"]
+    printed = run([sys.executable, str(ROOT / "eval_retrieval.py"), *words], pushed.environment, tmp_path)
+    count = sum(record.split == "test" for record in open_collection(pushed.folder))
+    assert f"{count} scans embedded" in printed
+    assert os.path.getsize(tmp_path / "table.json") > 0
+
+
+def test_a_name_that_is_no_data_set_is_one_clear_line(pushed: Pushed, tmp_path: Path) -> None:
+    words = ["--config", str(ROOT / "configs/smoke.yaml"), "--data", "nobody/nothing"]
+    command = [sys.executable, str(ROOT / "train.py"), *words]
+    ran = subprocess.run(command, env=pushed.environment, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert ran.returncode != 0
+    assert "nobody/nothing: found no such folder here, and on the Hub no data set that may be read (404)" in ran.stderr
