@@ -229,3 +229,27 @@ def test_a_hub_that_is_down_stops_no_run(scans: Collection, tmp_path: Path) -> N
     assert "could not be uploaded" in run.errors
     AutoModel.from_pretrained(tmp_path / "m3ret-tiny")
     assert not (tmp_path / RUN_DIR / "uploading").exists()
+
+
+def test_a_run_of_another_objective_leaves_no_weights_of_the_one_before(hub: Hub, tmp_path: Path) -> None:
+    """An encoder beside the decoder or the heads of another run would load, and be nonsense."""
+    repository = hub.new_repository("m3ret-twice")
+    for run, weights in (("mae", "model"), ("simdino", "simdino")):
+        folder = tmp_path / run / "pretraining"
+        folder.mkdir(parents=True)
+        (folder / f"{weights}.safetensors").write_bytes(run.encode())
+        (folder.parent / "model.safetensors").write_bytes(run.encode())
+    script = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+from pathlib import Path
+from modeling_m3ret.pretraining.hub_upload import HubUpload
+for run in ("mae", "simdino"):
+    upload = HubUpload({repository!r}, Path("waiting"))
+    upload.submit(Path(run), run)
+    upload.close()
+    assert not upload.failed
+"""
+    subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=hub.environment(tmp_path), check=True)
+    files = {name: content for name, content in hub.files(repository).items() if name.endswith("safetensors")}
+    assert files == {"model.safetensors": b"simdino", "pretraining/simdino.safetensors": b"simdino"}

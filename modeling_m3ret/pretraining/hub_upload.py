@@ -17,6 +17,7 @@ from .training_state import STATE_FOLDER
 logger = logging.getLogger(__name__)
 
 ATTEMPTS = 5
+WEIGHTS = ["*.safetensors", "*.safetensors.index.json"]
 FIRST_WAIT_SECONDS = 2.0  # doubled after each attempt: half a minute in all, then the next checkpoint has its turn
 
 
@@ -64,7 +65,12 @@ class HubUpload:
         for attempt in range(ATTEMPTS):
             try:
                 self._api.create_repo(self.repository, private=True, exist_ok=True)
-                self._api.upload_folder(repo_id=self.repository, folder_path=folder, commit_message=message)
+                self._api.upload_folder(
+                    repo_id=self.repository,
+                    folder_path=folder,
+                    commit_message=message,
+                    delete_patterns=WEIGHTS,  # another objective's decoder or heads would seem to be this one's
+                )
                 return
             except Exception as error:  # whatever it is, a run of weeks does not end for an upload
                 logger.warning("upload to %s failed (attempt %d): %s", self.repository, attempt + 1, error)

@@ -26,7 +26,9 @@ class FakeHub:
         assert exist_ok
         self.private.append(private)
 
-    def upload_folder(self, *, repo_id: str, folder_path: Path, commit_message: str) -> None:
+    def upload_folder(
+        self, *, repo_id: str, folder_path: Path, commit_message: str, delete_patterns: list[str]
+    ) -> None:
         self.go.wait(10)
         if self.failures:
             self.failures -= 1
