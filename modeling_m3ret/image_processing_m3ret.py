@@ -150,8 +150,9 @@ class M3RetImageProcessor(BaseImageProcessor):
             volume = _interpolate(volume.float().reshape(C, 1, D, H * W), depth, H * W).view(C, depth, H, W)
             volume = volume / 255 if scan.array.dtype == np.uint8 else volume
         volume = _interpolate(volume, height, width)
-        volume = volume.float().div_(255) if volume.dtype == torch.uint8 else volume.float()
-        return (volume - self.image_mean) / self.image_std
+        one = 255 if volume.dtype == torch.uint8 else 1
+        volume = volume.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
+        return volume.mul_(1 / (one * self.image_std)).sub_(self.image_mean / self.image_std)
 
     def target_shape(
         self,
@@ -197,6 +198,14 @@ def _interpolate(frames: Tensor, height: int, width: int) -> Tensor:
     """`(C, D, H, W)` -> `(C, D, height, width)`, bilinear and antialiased; uint8 stays uint8."""
     if tuple(frames.shape[2:]) == (height, width):
         return frames
+    if frames.dtype == torch.uint8:
+        # as pictures, their channels side by side in memory as a decoder leaves them: an eighth of the time in colour
+        pictures = frames.transpose(0, 1).contiguous(memory_format=torch.channels_last)  # (D, C, H, W)
+        return _interpolate_2d(pictures, height, width).transpose(0, 1)
+    return _interpolate_2d(frames, height, width)
+
+
+def _interpolate_2d(frames: Tensor, height: int, width: int) -> Tensor:
     return torch.nn.functional.interpolate(frames, (height, width), mode="bilinear", antialias=True)
 
 

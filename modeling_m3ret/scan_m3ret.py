@@ -66,7 +66,8 @@ class ReadLimits:
 class Scan:
     """One scan.
 
-    array: `(C, D, H, W)`, C = 1 (grey) or 3 (RGB), C-contiguous; uint8 where 255 means 1.0, or float32 in [0, 1].
+    array: `(C, D, H, W)`, C = 1 (grey) or 3 (RGB); uint8 where 255 means 1.0, or float32 in [0, 1]. In memory 8-bit
+        colour lies as decoders give it, `(D, H, W, C)`, all else in the order of its axes.
     spacing: mm between voxel centres along D, H, W; None where the file doesn't say.
     found: what the file turned out to be, in the reader's own words and numbers, never a header's text.
     """
@@ -335,8 +336,10 @@ def unit(
         hu = is_hu_like(array) if hu is None else hu
         rule = "hounsfield" if hu else "unit" if real and low >= 0 and high <= 1 else "percentiles"
     found["intensity"] = {"unit": "already in [0, 1]", "hounsfield": "hounsfield [-1000, 1000]"}.get(rule, rule)
-    if job.keep_stored and not inverted and (stored := _whole_numbers(array, rule, padding)) is not None:
-        return StoredScan(stored, rule, spacing, found)
+    if job.keep_stored and not inverted:
+        stored = _whole_numbers(np.zeros_like(array) if constant else array, rule, None if constant else padding)
+        if stored is not None:
+            return StoredScan(stored, rule, spacing, found)
     if rule == "hounsfield":
         low, high = HU_RANGE
     elif rule == "percentiles" and not constant:
@@ -383,7 +386,11 @@ def _whole_numbers(array: np.ndarray, rule: str, padding: np.ndarray | None) -> 
 def _finish(array: np.ndarray, spacing: Spacing, found: dict[str, Any], constant: bool) -> Scan:
     if constant:  # nothing to see, at whatever level it lies
         found["constant"], array = True, np.zeros_like(array)
-    return Scan(np.ascontiguousarray(array), spacing, found)
+    if array.shape[0] == 3 and array.dtype == np.uint8:
+        array = np.ascontiguousarray(array.transpose(1, 2, 3, 0)).transpose(3, 0, 1, 2)
+    else:
+        array = np.ascontiguousarray(array)
+    return Scan(array, spacing, found)
 
 
 def _sample(array: np.ndarray, padding: np.ndarray | None = None) -> np.ndarray:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from ..cpu import keep_freed_memory
 from ..image_processing_m3ret import M3RetImageProcessor
 from ..reading_m3ret import M3RetReadError, Scan
 from .collection import Record
@@ -309,5 +310,7 @@ def embedding_loader(dataset: WholeScans, batch_size: int, num_workers: int) -> 
 
 
 def _one_thread(worker: int) -> None:
-    """Workers beside a training process share its cores: a pool of threads in each would only make them wait."""
+    """Workers beside a training process share its cores: a pool of threads in each would only make them wait. Scans are
+    large blocks, one after the other: a worker keeps what it frees for the next."""
     torch.set_num_threads(1)
+    keep_freed_memory()
