@@ -67,7 +67,8 @@ def read_series(sources: list[Any], job: Job, found: dict[str, Any]) -> Scan | S
         planes = sorted(planes, key=lambda plane: (plane.number, plane.frame))
         if len(sources) > 1:
             found["order"] = "InstanceNumber, for lack of positions"
-        planes = [planes[index] for index in job.keep(len(planes), found)]
+        if not all(_is_hu(plane) for plane in planes):  # may be a clip; what is in HU is a volume
+            planes = [planes[index] for index in job.keep(len(planes), found)]
     return _scan_of(planes, None, job, found)
 
 

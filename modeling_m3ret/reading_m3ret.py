@@ -285,13 +285,13 @@ def _pixels(image: Any, job: Job) -> np.ndarray:
 
 
 def _read_video(file: bytes | Path, job: Job) -> Scan | StoredScan:
-    """A video through decord, or through PyAV where decord is absent or can't (AV1, some containers)."""
+    """A video through decord, or through PyAV where decord is absent, can't (AV1) or would give other frames."""
     found: dict[str, Any] = {"format": "video"}
     try:
         array = _frames_by_decord(file, job, found)
     except M3RetReadError:
         raise
-    except Exception:  # absent, or a codec that it lacks: PyAV decides
+    except Exception:  # absent, a codec that it lacks, or `_loses_its_place`: PyAV decides
         array = _frames_by_av(file, job, found)
     return unit(array.transpose(3, 0, 1, 2), (None, None, None), job, found)
 
@@ -302,6 +302,8 @@ def _frames_by_decord(file: bytes | Path, job: Job, found: dict[str, Any]) -> np
     try:  # the size, from the header; decord alone would have to decode a frame to learn it
         with importlib.import_module("av").open(_openable(file)) as container:
             height, width = container.streams.video[0].height, container.streams.video[0].width
+            if _loses_its_place(container):
+                raise ValueError("frames that decord would confuse")
         job.check_pixels(height, width)
         reader = decord.VideoReader(_openable(file), ctx=decord.cpu(0))
     except ImportError:
@@ -312,6 +314,14 @@ def _frames_by_decord(file: bytes | Path, job: Job, found: dict[str, Any]) -> np
     job.check((len(keep), height, width, 3), 1)
     found["fps"] = float(reader.get_avg_fps())
     return reader.get_batch(keep).asnumpy()
+
+
+def _loses_its_place(container: Any) -> bool:
+    """Whether decord takes one frame for another: in MPEG's own containers, and of frames that are stored in another
+    order than shown, unless they are H.264 or H.265 in a container that tells both orders."""
+    context, kind = container.streams.video[0].codec_context, container.format.name
+    ordered = context.codec.canonical_name in ("h264", "hevc") and kind != "avi"
+    return kind in ("mpeg", "mpegts") or bool(context.has_b_frames and not ordered)
 
 
 def _frames_by_av(file: bytes | Path, job: Job, found: dict[str, Any]) -> np.ndarray:
@@ -381,11 +391,12 @@ def _read_nifti(data: bytes, job: Job) -> Scan | StoredScan:
         found["affine"], steps = "none", np.diag([-1.0, 1.0, 1.0])  # the axes that nibabel, too, assumes
     voxels, spacing = canonical(voxels, steps * mm, found)
     spacing = (None, None, None) if found["affine"] == "none" else spacing
-    # a row's frames, not slices; what is in HU is a volume even where its spacing is unknown
-    if job.spacing is not None and job.spacing[0] is None and job.intensity != "hounsfield" and voxels.shape[1] > 1:
-        voxels = voxels[:, job.keep(voxels.shape[1], found)]
     slope, intercept = header.get_slope_inter()
     scale = (1.0, 0.0) if slope is None else (float(slope), float(intercept))  # None, both of them, where not scaled
+    if (job.spacing or spacing)[0] is None and voxels.shape[1] > 1:  # frames, not slices, but what is in HU
+        measured = voxels if scale == (1.0, 0.0) else voxels * np.float32(scale[0]) + np.float32(scale[1])
+        if job.intensity != "hounsfield" if job.intensity else not is_hu_like(measured):
+            voxels = voxels[:, job.keep(voxels.shape[1], found)]
     return unit(voxels, spacing, job, found, scale=scale)
 
 
