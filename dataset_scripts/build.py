@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from dataset_scripts.duplicates import to_drop
 from dataset_scripts.entries import Source, SourceError
 from dataset_scripts.publish import push
 from dataset_scripts.report import fingerprints, summary, write_report
-from dataset_scripts.shards import BuildError, build_shards, drop_rows, plan, write_index
+from dataset_scripts.shards import BuildError, build_shards, drop_rows, plan, write_index, written_shards
 from dataset_scripts.sources import SOURCES
 from dataset_scripts.sources.folder import Folder
 from modeling_m3ret.data.schema import MODALITIES
@@ -44,19 +45,25 @@ def build(
     """Build, or go on building, a whole data set in `output`; returns its report.
 
     Raises:
-        SourceError: if `root` is not the collection. BuildError: if `output` holds something else.
+        SourceError: if `root` is not the collection. BuildError: if `output` holds something else, a process died, or
+            none of the scans could be read.
     """
-    builder = ScanBuilder(source, root, salt=salt, options=options, cache_dir=str(output / ".build"))
+    if output.resolve().is_relative_to(root.resolve()):
+        raise BuildError(f"{output} lies in {root}, whose files are the scans: choose a folder outside of it")
+    with tempfile.TemporaryDirectory() as cache:  # datasets locks a folder in which it would write
+        builder = ScanBuilder(source, root, salt=salt, options=options, cache_dir=cache)
     splits = builder.split_entries()
     shards = plan(splits) if shard_bytes is None else plan(splits, shard_bytes)
     reports = build_shards(builder, output, shards, num_proc)
-    dropped = to_drop(fingerprints(reports)) if drop_duplicates else set()
-    if dropped:
-        drop_rows(output, shards, dropped)
+    if drop_duplicates:
+        drop_rows(output, shards, to_drop(fingerprints(reports)))
     index = write_index(output, shards)
-    report = write_report(builder, reports, index, len(dropped))
-    write_whole(output / "report.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
-    write_whole(output / "README.md", write_card(builder, report, index, repository or output.name))
+    report = write_report(builder, reports, index, sum(path.stat().st_size for path in written_shards(output, shards)))
+    told = json.dumps(report, indent=2, ensure_ascii=False).encode(errors="backslashreplace").decode()  # names of files
+    write_whole(output / "report.json", told + "\n")
+    if index is None:
+        raise BuildError(f"none of the scans could be read: {output / 'report.json'} says why of each")
+    write_whole(output / "README.md", write_card(builder, report, index, repository or output.resolve().name))
     return report
 
 

@@ -7,6 +7,7 @@ used like any other builder of `datasets`.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import hmac
 import os
@@ -19,13 +20,17 @@ from typing import Any
 from datasets import DatasetInfo, GeneratorBasedBuilder, Split, SplitGenerator
 from huggingface_hub.constants import HF_HOME
 
-from modeling_m3ret.data.schema import MODALITIES, SPLITS, features
+from modeling_m3ret.data.schema import MODALITIES, SPLITS, features, media_of
 from modeling_m3ret.data.storing import Row, store_scan
 from modeling_m3ret.reading_m3ret import M3RetReadError
-from modeling_m3ret.whole_files import write_whole
 
 from .duplicates import perceptual_hash
 from .entries import Entry, Source
+
+
+SHORTEST_SALT = 16  # bytes
+# of one scan: a column of Parquet in memory counts its bytes in 31 bits, the small scans before it among them
+LARGEST_MEDIA = 2**31 - 2**22
 
 
 @dataclass(frozen=True)
@@ -42,9 +47,9 @@ class BuildOptions:
     blank_outside_regions: bool = False
 
     def __post_init__(self) -> None:
-        if min(self.validation, self.test) < 0 or self.validation + self.test > 1:
+        if not (self.validation >= 0 and self.test >= 0 and self.validation + self.test <= 1):
             raise ValueError(
-                f"validation and test are parts of one, not {self.validation} and {self.test}, which is more together"
+                f"validation and test are parts of one, which {self.validation} and {self.test} together are not"
             )
         if self.max_size is not None and self.max_size < 16:
             raise ValueError(f"max_size is at least 16, a patch's side, not {self.max_size}")
@@ -61,7 +66,8 @@ class Names:
         self.salt = salt
 
     def hashed(self, kind: str, name: str) -> str:
-        return hmac.new(self.salt, f"{self.source}\0{kind}\0{name}".encode(), hashlib.sha256).hexdigest()[:16]
+        told = f"{self.source}\0{kind}\0{name}".encode(errors="surrogateescape")  # names of files need not be UTF-8
+        return hmac.new(self.salt, told, hashlib.sha256).hexdigest()[:16]
 
     def id(self, entry: Entry) -> str:
         return self.hashed("scan", entry.id)
@@ -84,13 +90,20 @@ def read_salt(path: Path | None) -> bytes:
     """The secret that names are hashed with; made where there is none yet, readable by its owner alone.
 
     path: by default `HF_HOME/m3ret/salt`. Keep it as long as data may be added, and keep it secret.
+
+    Raises:
+        ValueError: if the file holds too little to be a secret.
     """
     path = path or Path(HF_HOME) / "m3ret" / "salt"
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, secrets.token_hex(32))
-        path.chmod(0o600)
-    return path.read_bytes().strip()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(FileExistsError):
+        stream = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
+        with os.fdopen(stream, "w") as salt_file:
+            salt_file.write(secrets.token_hex(32))
+    salt = path.read_bytes().strip()
+    if len(salt) < SHORTEST_SALT:
+        raise ValueError(f"{path}: found {len(salt)} bytes, expected a secret of at least {SHORTEST_SALT}")
+    return salt
 
 
 @dataclass(frozen=True)
@@ -132,7 +145,9 @@ class ScanBuilder(GeneratorBasedBuilder):
         self.root = root
         self.options = options
         self.names = Names(source.name, salt)
-        super().__init__(cache_dir=cache_dir, dataset_name=source.name)
+        # datasets keeps what was prepared by this hash: other scans, options or names are another data set
+        told = f"{root.resolve()} {options} {source.title} {sorted(vars(source).items())}"
+        super().__init__(cache_dir=cache_dir, dataset_name=source.name, hash=self.names.hashed("cache", told))
 
     def _info(self) -> DatasetInfo:
         source = self.source
@@ -160,20 +175,26 @@ class ScanBuilder(GeneratorBasedBuilder):
     def split_entries(self) -> dict[str, list[Entry]]:
         """The entries of each split, in the order of their hashed ids: a shard, and any part of one, is a mix.
 
-        What is for evaluation only is all in the test split, which no training reads.
+        What is for evaluation only is all in the test split, which no training reads. Where only some scans of a
+        patient have an official split, the others follow them.
 
         Raises:
             SourceError: if the folder is not this collection.
         """
+        found = list(self.source.entries(self.root))
+        official = {entry.patient: entry.split for entry in found if entry.patient and entry.split is not None}
         splits: dict[str, list[Entry]] = {split: [] for split in SPLITS}
-        for entry in self.source.entries(self.root):
-            splits["test" if self.source.evaluation_only else self.names.split(entry, self.options)].append(entry)
+        for entry in found:
+            split = entry.split or official.get(entry.patient) or self.names.split(entry, self.options)
+            splits["test" if self.source.evaluation_only else split].append(entry)
         return {split: sorted(entries, key=self.names.id) for split, entries in splits.items()}
 
     def build_row(self, entry: Entry) -> Built | Failure:
         """Open, store and hash one scan. Whatever is wrong with it, the build goes on."""
         if not entry.modality:
-            return self._failure(entry, "found no word of its modality; expected a manifest.csv, or --modality")
+            return self._failure(
+                entry, f"found nothing that says which it is of {', '.join(MODALITIES)}; see --modality"
+            )
         try:
             row = store_scan(
                 self.source.open(entry),
@@ -184,6 +205,9 @@ class ScanBuilder(GeneratorBasedBuilder):
             return self._failure(entry, f"found {error.found}; expected {error.expected}")
         except Exception as error:  # a decoder's own, or a file that went away
             return self._failure(entry, f"found damaged or unsupported data ({type(error).__name__})")
+        size = len(row.columns[media_of(row.columns)]["bytes"])
+        if size > LARGEST_MEDIA:
+            return self._failure(entry, f"found {size:,} bytes; expected at most {LARGEST_MEDIA:,}, see --max_size")
         return Built(
             columns=self._columns(entry, row),
             digest=row.digest,

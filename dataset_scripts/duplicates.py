@@ -17,7 +17,10 @@ import numpy as np
 
 SIDE = 32  # pixels of the thumbnail whose frequencies are taken
 FREQUENCIES = 16  # along each axis: 255 bits without the mean; 64 bits, as is common, confuse chests of two people
-# bits of 255 that differ in the same picture at most
+# Bits of 255 that differ in the same picture at most. Measured on 60 images each of X-ray, ultrasound and endoscopy:
+# half or 224 pixels a side, JPEG of quality 50, or both move at most 4 to 12 bits in 95% (median 2 to 4), noise of 3
+# grey levels 4 to 5, brighter by 10% with white clipped 10. Of 16,105 pairs of two people's X-rays the nearest are 66
+# bits apart. A crop of 1% on each side moves 20 (median): those are not found.
 NEAR = 15
 
 
@@ -61,29 +64,32 @@ def near_pairs(prints: Sequence[Fingerprint], most: int = NEAR) -> Iterator[tupl
         raise ValueError(f"the bands find all pairs of up to 15 bits, not of {most}")
     prints = [fingerprint for fingerprint in prints if fingerprint.picture_hash.strip("0")]
     bits = np.array([list(bytes.fromhex(p.picture_hash)) for p in prints], np.uint8).reshape(-1, FREQUENCIES**2 // 8)
-    bands = bits.view(np.uint16)  # (n, 16)
+    names = {split: number for number, split in enumerate(dict.fromkeys(p.split for p in prints))}
+    splits = np.array([names[p.split] for p in prints], np.intp)
     seen: set[tuple[int, int]] = set()
-    for band in bands.T:
+    for band in bits.view(np.uint16).T:  # (16, n)
         order = np.argsort(band, kind="stable")
         starts = np.flatnonzero(np.diff(band[order], prepend=-1))
-        for members in np.split(order, starts[1:]):
-            for one, other in _across_splits(members, prints):
-                if (one, other) not in seen:
+        ends = np.append(starts[1:], len(order))
+        for group in np.flatnonzero(ends - starts > 1):
+            members = order[starts[group] : ends[group]]
+            for one, other, distance in _close(members, bits.view(np.uint64), splits, most):
+                if (one, other) not in seen and prints[one].patient != prints[other].patient:
                     seen.add((one, other))
-                    distance = int(np.bitwise_count(bits[one] ^ bits[other]).sum())
-                    if distance <= most:
-                        yield prints[one], prints[other], distance
+                    yield prints[one], prints[other], distance
 
 
-def _across_splits(members: np.ndarray, prints: Sequence[Fingerprint]) -> Iterator[tuple[int, int]]:
-    by_split: dict[str, list[int]] = defaultdict(list)
-    for member in sorted(members.tolist()):
-        by_split[prints[member].split].append(member)
-    for ones, others in combinations(by_split.values(), 2):
-        for one in ones:
-            for other in others:
-                if prints[one].patient != prints[other].patient:
-                    yield min(one, other), max(one, other)
+def _close(members: np.ndarray, words: np.ndarray, splits: np.ndarray, most: int) -> Iterator[tuple[int, int, int]]:
+    """Of rows of `words` `(n, 4)`, sorted by number, the pairs in two splits of at most `most` differing bits."""
+    parts = [members[splits[members] == split] for split in np.unique(splits[members])]
+    for ones, others in combinations(parts, 2):
+        step = max(1, 2**18 // len(others))  # so that a group of a whole collection takes little memory
+        for start in range(0, len(ones), step):
+            some = ones[start : start + step]
+            distances = np.bitwise_count(words[some, None] ^ words[None, others]).sum(-1)
+            for row, column in np.argwhere(distances <= most):
+                one, other = sorted((int(some[row]), int(others[column])))
+                yield one, other, int(distances[row, column])
 
 
 def to_drop(prints: Sequence[Fingerprint]) -> set[str]:

@@ -23,40 +23,46 @@ from .shards import ShardReport
 MOST_LISTED = 1000  # pairs of duplicates that a report lists; all of them are counted
 
 
-def write_report(builder: ScanBuilder, reports: Sequence[ShardReport], index: pa.Table, dropped: int) -> dict[str, Any]:
+def write_report(
+    builder: ScanBuilder, reports: Sequence[ShardReport], index: pa.Table | None, parquet_bytes: int
+) -> dict[str, Any]:
     """The report as one JSON object. The same build gives the same report, so it holds no time.
 
+    Media bytes and duplicates are of all scans that were read, those that were left out as duplicates too.
+
     Args:
-        index: of the rows as they are now. dropped: duplicates that were left out of it.
+        index: of the rows as they are now. parquet_bytes: of their shards.
     """
     prints = fingerprints(reports)
     files = {name: file for report in reports for name, file in report.files.items()}
     failures = [failure for report in reports for failure in report.failures]
-    patients: dict[str, set[str]] = defaultdict(set)
-    for fingerprint in prints:
-        patients[fingerprint.patient].add(fingerprint.split)
     exact, near = exact_groups(prints), list(near_pairs(prints))
-    rows = index.select(["modality", "anatomy", "labels", "patient", "shard"]).to_pylist()
+    columns = ["modality", "anatomy", "labels", "patient", "shard"]
+    rows = [] if index is None else index.select(columns).to_pylist()
+    dropped = sum(report.rows for report in reports) - len(rows)
     splits = [split["split"] for row in rows if (split := SHARD_NAME.fullmatch(row["shard"]))]
     names = [MODALITIES[row["modality"]] for row in rows]
+    patients: dict[str, set[str]] = defaultdict(set)
+    for row, own in zip(rows, splits, strict=True):
+        patients[row["patient"]].add(own)
     return {
         "m3ret": __version__,
         "source": builder.source.name,
         "scans": {"built": len(rows), "failed": len(failures), "duplicates_dropped": dropped},
-        "patients": len({row["patient"] for row in rows}),
+        "patients": len(patients),
         "patients_in_several_splits": sum(len(found) > 1 for found in patients.values()),
         "counts": {
             "split": _counted(splits),
             "modality": _counted(names),
             "modality_and_split": {
-                name: _counted(split for own, split in zip(names, splits, strict=True) if own == name)
+                name: _counted(split for split, other in zip(splits, names, strict=True) if other == name)
                 for name in sorted(set(names))
             },
             "anatomy": _counted(row["anatomy"] or "" for row in rows),
             "label": _counted(label for row in rows for label in row["labels"] or [""]),
         },
         "bytes": {
-            "parquet": sum(report.bytes for report in reports),
+            "parquet": parquet_bytes,
             "media": sum(report.media_bytes for report in reports),
         },
         "burned_in_annotation": dict(sum((Counter(report.burned_in) for report in reports), Counter())),

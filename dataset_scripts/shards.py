@@ -12,9 +12,9 @@ import hashlib
 import json
 import multiprocessing
 import os
-import time
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,8 +41,8 @@ ROW_GROUP_BYTES = 2**20
 # files that are packed become about so much larger as plain voxels: the guess that shards are planned by
 UNPACKED = 3
 PACKED_SUFFIXES = (".gz", ".dcm", ".npz", "")
-# volumes are plain voxels, of which a third is air; pictures and videos are compressed already
-COMPRESSION = {"volume.bytes": "zstd", "image.bytes": "none", "video.bytes": "none"}
+# volumes and PNG are plain voxels; videos are compressed already, and so are JPEG, which zstd notices at once
+COMPRESSION = {"video.bytes": "none"}
 COMPRESSION_LEVEL = 1
 
 
@@ -64,7 +64,6 @@ class ShardReport:
     """What became of a shard's entries; written beside it, so that a build that goes on still can report on all."""
 
     rows: int = 0
-    bytes: int = 0
     media_bytes: int = 0
     failures: list[dict[str, str]] = field(default_factory=list)
     fingerprints: list[dict[str, str]] = field(default_factory=list)
@@ -106,6 +105,8 @@ def build_shards(builder: ScanBuilder, output: Path, shards: Sequence[Shard], nu
         BuildError: if the folder holds another build, or a process died.
     """
     _agree_on_plan(builder, output, shards)
+    for unfinished in output.rglob(".*.partial"):  # of a build that was killed
+        unfinished.unlink()
     missing = [shard for shard in shards if _report_of(output, shard) is None]
     done = sum(len(shard.entries) for shard in shards) - sum(len(shard.entries) for shard in missing)
     total = done + sum(len(shard.entries) for shard in missing)
@@ -130,14 +131,19 @@ def _in_processes(builder: ScanBuilder, output: Path, missing: Sequence[Shard], 
             num_proc, mp_context=context, initializer=_begin_process, initargs=(counter, builder, output)
         ) as pool:
             jobs = [pool.submit(_write_in_process, shard) for shard in missing]
-            while not all(job.done() for job in jobs):
-                time.sleep(0.1)
-                bar.update(counter.value - bar.n + bar.initial)
-            for job in jobs:
-                job.result()
-            bar.update(counter.value - bar.n + bar.initial)
-    except multiprocessing.ProcessError as error:
-        raise BuildError(f"a process of the build failed: {error}") from error
+            try:
+                open_jobs = set(jobs)
+                while open_jobs:
+                    done, open_jobs = wait(open_jobs, 0.1)
+                    for job in done:
+                        job.result()
+                    bar.update(counter.value - bar.n + bar.initial)
+            finally:
+                pool.shutdown(cancel_futures=True)  # what hasn't begun does not, after an error or Ctrl-C
+    except BrokenExecutor as error:
+        raise BuildError(
+            "a process of the build died, of a lack of memory perhaps: start again with a smaller --num_proc"
+        ) from error
     finally:
         os.environ.pop("OMP_NUM_THREADS") if before is None else os.environ.update(OMP_NUM_THREADS=before)
 
@@ -147,6 +153,15 @@ _process: dict[str, Any] = {}
 
 def _begin_process(counter: Any, builder: ScanBuilder, output: Path) -> None:
     _process.update(counter=counter, builder=builder, output=output)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A pool's process outlives a parent that is killed, and would write on while the next build does."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _write_in_process(shard: Shard) -> None:
@@ -178,7 +193,6 @@ def write_shard(builder: ScanBuilder, output: Path, shard: Shard, progress: Call
 
     path = shard_path(output, shard)
     report.rows = write_parquet(path, rows())
-    report.bytes = path.stat().st_size
     write_whole(_report_path(output, shard), json.dumps(asdict(report)) + "\n")
 
 
@@ -188,7 +202,7 @@ def _fingerprint(built: Built, split: str) -> Fingerprint:
 
 
 def write_parquet(path: Path, rows: Iterator[dict[str, Any]]) -> int:
-    """Rows -> one Parquet file of the schema, whole or not at all; how many there were."""
+    """Rows -> one Parquet file of the schema, whole or not at all, and none of no rows; how many there were."""
     path.parent.mkdir(parents=True, exist_ok=True)
     schema = features().arrow_schema
     waiting: list[dict[str, Any]] = []
@@ -213,6 +227,8 @@ def write_parquet(path: Path, rows: Iterator[dict[str, Any]]) -> int:
                 waiting, size = [], 0
         if waiting:
             writer.write_table(pa.Table.from_pylist(waiting, schema), row_group_size=len(waiting))
+    if not count:
+        path.unlink()
     return count
 
 
@@ -241,11 +257,12 @@ def _report_path(output: Path, shard: Shard) -> Path:
 
 
 def _report_of(output: Path, shard: Shard) -> ShardReport | None:
-    """The report of a shard that is there and whole."""
+    """The report of a shard that is there and whole. Where no scan could be read there is no shard, but a report."""
     try:
-        return ShardReport(**json.loads(_report_path(output, shard).read_text()))
+        report = ShardReport(**json.loads(_report_path(output, shard).read_text()))
     except (OSError, ValueError, TypeError):
         return None
+    return report if report.rows == 0 or shard_path(output, shard).is_file() else None
 
 
 def _agree_on_plan(builder: ScanBuilder, output: Path, shards: Sequence[Shard]) -> None:
@@ -254,7 +271,7 @@ def _agree_on_plan(builder: ScanBuilder, output: Path, shards: Sequence[Shard]) 
     for shard in shards:
         for entry in shard.entries:
             files = [os.path.relpath(file, builder.root) for file in entry.files]
-            told = asdict(entry) | {"files": files, "split": shard.split, "patient": builder.names.patient(entry)}
+            told = asdict(entry) | {"files": files, "shard": shard.name, "patient": builder.names.patient(entry)}
             digest.update(json.dumps(told, sort_keys=True).encode())
     plan_now = {
         "layout": LAYOUT,
@@ -266,6 +283,8 @@ def _agree_on_plan(builder: ScanBuilder, output: Path, shards: Sequence[Shard]) 
         "entries": digest.hexdigest(),  # salted: the patients' hashes are in it
     }
     path = output / STATE / "plan.json"
+    if output.exists() and not output.is_dir():
+        raise BuildError(f"{output} is a file: choose a folder")
     if path.is_file():
         before = json.loads(path.read_text())
         differing = [
@@ -285,27 +304,36 @@ def _agree_on_plan(builder: ScanBuilder, output: Path, shards: Sequence[Shard]) 
 # ------------------------------------------------------------------------------------------------- when all are written
 
 
+def written_shards(output: Path, shards: Sequence[Shard]) -> list[Path]:
+    """The files of the shards that have any row."""
+    return [path for shard in shards if (path := shard_path(output, shard)).is_file()]
+
+
 def drop_rows(output: Path, shards: Sequence[Shard], ids: set[str]) -> int:
     """Write the shards that hold any of these rows anew without them; how many rows went."""
     dropped = 0
-    for shard in shards:
-        path = shard_path(output, shard)
-        parquet = pq.ParquetFile(path)
-        found = ids & set(parquet.read(columns=["id"]).column("id").to_pylist())
-        if found:
-            dropped += len(found)
-            rows = (row for batch in parquet.iter_batches(batch_size=1) for row in batch.to_pylist())
-            write_parquet(path, (row for row in rows if row["id"] not in found))
+    for path in written_shards(output, shards):
+        with pq.ParquetFile(path) as parquet:
+            found = ids & set(parquet.read(columns=["id"]).column("id").to_pylist())
+            if found:
+                dropped += len(found)
+                rows = (row for batch in parquet.iter_batches(batch_size=1) for row in batch.to_pylist())
+                write_parquet(path, (row for row in rows if row["id"] not in found))
     return dropped
 
 
-def write_index(output: Path, shards: Sequence[Shard]) -> pa.Table:
-    """All rows' small columns and where each lies, in one file: what training needs to know before it reads."""
+def write_index(output: Path, shards: Sequence[Shard]) -> pa.Table | None:
+    """All rows' small columns and where each lies, in one file: what training needs to know before it reads.
+
+    In the order of the shards' names, as who has no index finds them. None, and no file, where there is no row.
+    """
     parts = []
-    for shard in shards:
-        parquet = pq.ParquetFile(shard_path(output, shard))
-        columns = [name for name in parquet.schema_arrow.names if name not in MEDIA]
-        parts.append(index_columns(f"{shard.name}.parquet", parquet, parquet.read(columns=columns)))
+    for path in sorted(written_shards(output, shards)):
+        with pq.ParquetFile(path) as parquet:
+            columns = [name for name in parquet.schema_arrow.names if name not in MEDIA]
+            parts.append(index_columns(path.name, parquet, parquet.read(columns=columns)))
+    if not parts:
+        return None
     table = pa.concat_tables(parts)
     with writing_whole(output / INDEX) as stream:
         pq.write_table(table, stream, compression="zstd")

@@ -1,9 +1,8 @@
-"""A collection -> Parquet -> a Hub over HTTP -> training: what is streamed is what lies here, each scan once an epoch."""
+"""A collection -> Parquet -> a Hub over HTTP -> training: what is streamed is what lies here, each scan once."""
 
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections import Counter
@@ -187,7 +186,7 @@ def test_a_checkpoint_is_evaluated_on_the_hub_s_test_split(pushed: Pushed, tmp_p
     printed = run([sys.executable, str(ROOT / "eval_retrieval.py"), *words], pushed.environment, tmp_path)
     count = sum(record.split == "test" for record in open_collection(pushed.folder))
     assert f"{count} scans embedded" in printed
-    assert os.path.getsize(tmp_path / "table.json") > 0
+    assert (tmp_path / "table.json").stat().st_size > 0
 
 
 def test_a_name_that_is_no_data_set_is_one_clear_line(pushed: Pushed, tmp_path: Path) -> None:

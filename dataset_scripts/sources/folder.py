@@ -20,12 +20,13 @@ MODALITY_OF_DICOM = {
     "CT": "ct",
     "MR": "mri",
 }
+SAYS_NOTHING = ("", "OT")  # OT: other
 # words of a path that say it, where a file's own header can't: of the nearest folder, or of the name, the last
 MODALITY_WORDS = {
-    "xray": "xray|x-ray|cxr|radiograph|radiographs|dx|cr|mammography",
+    "xray": "xray|cxr|radiograph|radiographs|dx|cr|mammography",
     "ultrasound": "ultrasound|us|sonography|echo|pocus",
     "endoscopy": "endoscopy|colonoscopy|gastroscopy|laparoscopy|bronchoscopy|cystoscopy",
-    "ct": "ct|cbct|computed-tomography",
+    "ct": "ct|cbct",
     "mri": "mri|mr|t1|t1w|t2|t2w|flair|dwi|adc",
 }
 _WORDS = {word: modality for modality, words in MODALITY_WORDS.items() for word in words.split("|")}
@@ -87,7 +88,7 @@ class Folder(Source):
             yield Entry(
                 id=row["id"],
                 files=(inside(root, row["file"]),),
-                modality=row["modality"].casefold(),
+                modality=row["modality"].casefold() or self.modality,
                 anatomy=row["anatomy"],
                 labels=tuple(label for label in row["label"].split("|") if label),
                 patient=row["group"],
@@ -101,7 +102,7 @@ class Folder(Source):
         for path in files_under(root, ("",)):
             name = path.relative_to(root).as_posix()
             try:
-                kind = sniff(path)
+                kind = sniff(path) if path.is_file() else None  # opening a pipe would wait for who writes to it
             except OSError:  # its turn to be reported comes
                 kind = None
             if kind is None and path.suffix.lower() in NO_SCANS:
@@ -110,11 +111,14 @@ class Folder(Source):
             if header is None:
                 yield Entry(name, (path,), _modality_of_path(name) or self.modality)
                 continue
-            modality = MODALITY_OF_DICOM.get(str(header.get("Modality", "")).upper(), "") or self.modality
-            anatomy, patient = _anatomy(header), str(header.get("PatientID") or "")
-            is_slice = modality in ("ct", "mri") and "ImagePositionPatient" in header and "Rows" in header
-            uid = str(header.get("SeriesInstanceUID") or "")
-            if is_slice and uid and int(header.get("NumberOfFrames") or 1) == 1:
+            declared, patient, uid = header["Modality"].upper(), header["PatientID"], header["SeriesInstanceUID"]
+            anatomy = _anatomy(header["BodyPartExamined"])
+            if declared in SAYS_NOTHING:
+                modality = _modality_of_path(name) or self.modality
+            else:
+                modality = MODALITY_OF_DICOM.get(declared, "")
+            is_slice = modality in ("ct", "mri") and header["ImagePositionPatient"] and header["Rows"]
+            if is_slice and uid and header["NumberOfFrames"] in ("", "0", "1"):
                 series[uid].append(path)
                 facts.setdefault(uid, (modality, anatomy, patient))
             else:
@@ -124,26 +128,37 @@ class Folder(Source):
             yield Entry(f"series {uid}", tuple(sorted(files)), modality, anatomy, patient=patient)
 
 
-def _dicom_header(path: Path) -> Any:
-    """The few elements that say what goes together, or None for what no header can be read of."""
+def _dicom_header(path: Path) -> dict[str, str] | None:
+    """The few elements that say what goes together, empty if absent or damaged; None for what can't be read."""
     from pydicom import dcmread
 
     with quiet:
         try:
-            return dcmread(path, stop_before_pixels=True, force=True, specific_tags=list(HEADER))
+            header = dcmread(path, stop_before_pixels=True, force=True, specific_tags=list(HEADER))
         except Exception:  # pydicom raises whatever its parsing runs into; reading the file will say it again
             return None
+        return {name: _text(header, name) for name in HEADER}
 
 
-def _anatomy(header: Any) -> str:
-    part = str(header.get("BodyPartExamined") or "").strip().casefold()
+def _text(header: Any, name: str) -> str:
+    try:  # an element is parsed when it is asked for
+        value = header.get(name)
+    except Exception:
+        return ""
+    return "" if value is None else str(value).strip()
+
+
+def _anatomy(part: str) -> str:
+    part = part.casefold()
     part = BODY_PARTS_IN_OTHER_WORDS.get(part, part)
     return part if part in BODY_PARTS else ""
 
 
 def _modality_of_path(name: str) -> str:
     for part in reversed(name.casefold().split("/")):
-        for word in reversed(re.split(r"[^a-z0-9-]+", part)):
+        for word in reversed(
+            re.split("[^a-z0-9]+", part.replace("x-ray", "xray").replace("computed-tomography", "ct"))
+        ):
             if word in _WORDS:
                 return _WORDS[word]
     return ""

@@ -1,0 +1,585 @@
+"""The command: a folder with all kinds of broken files and of identifiers becomes a data set with none of either."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import os
+import pickle
+import re
+import struct
+import subprocess
+import sys
+import zipfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from datasets import load_dataset
+from PIL import Image, PngImagePlugin
+from pydicom.encaps import encapsulate
+from pydicom.uid import JPEG2000Lossless
+from scan_files import CINE, CT, PLANTED, dicom, dicom_bytes, nifti_bytes, series
+from scan_folders import (
+    SALT,
+    bytes_of,
+    picture_bytes,
+    put,
+    rows_of,
+    texture,
+    video_bytes,
+    volume_bytes,
+    write_manifest,
+)
+
+from dataset_scripts import build as build_module
+from dataset_scripts.build import main
+from dataset_scripts.builder import Names
+from dataset_scripts.sources import SOURCES
+from modeling_m3ret.data.collection import open_collection
+from modeling_m3ret.data.schema import MODALITIES, SYNTHETIC, features
+
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:pydicom")  # of values that no header should have
+ROOT = Path(__file__).parents[2]
+RNG = np.random.default_rng(7)
+GREY = texture(1, (48, 40))
+VOLUME = RNG.integers(0, 900, (12, 10, 6)).astype(np.int16)
+
+
+def run(root: Path, output: Path, *words: str, source: str = "folder") -> None:
+    salt = root.parent / "salt of the tests"
+    salt.write_bytes(SALT)
+    main(["--source", source, "--root", str(root), "--output", str(output), "--salt_file", str(salt), *words])
+
+
+def report_of(output: Path) -> dict[str, Any]:
+    return json.loads((output / "report.json").read_text(encoding="utf-8"))
+
+
+# --------------------------------------------------------------------------------------------------------- broken files
+
+
+def zip_of(name: str, data: bytes) -> bytes:
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr(name, data)
+    return stream.getvalue()
+
+
+def npy(array: np.ndarray) -> bytes:
+    stream = io.BytesIO()
+    np.save(stream, array, allow_pickle=True)
+    return stream.getvalue()
+
+
+class Planted:
+    """An object that would run code if it were unpickled."""
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[str]]:
+        return (exec, ("raise SystemExit('unpickled')",))
+
+
+def claiming(*shape: int) -> bytes:
+    """A header of a NIfTI of doubles, and little more."""
+    header = nib.Nifti1Header()
+    header.set_data_shape(shape)
+    header.set_data_dtype(np.float64)
+    header["magic"], header["vox_offset"] = b"n+1", 352
+    return header.binaryblock + b"\0" * 29
+
+
+def jpeg2000(*, corrupt: bool) -> bytes:
+    stream = bytearray(picture_bytes(GREY, "JPEG2000", no_jp2=True))
+    if corrupt:
+        stream[len(stream) // 3 :] = RNG.bytes(len(stream) - len(stream) // 3)
+        stream[2:60] = RNG.bytes(58)
+    ds = dicom(GREY, PixelData=encapsulate([bytes(stream)]), Modality="CR")
+    ds["PixelData"].is_undefined_length = True
+    ds.file_meta.TransferSyntaxUID = JPEG2000Lossless
+    return dicom_bytes(ds)
+
+
+def bitmap(bits: int, compression: int) -> bytes:
+    """A BMP of 8 x 8 pixels with one row of them."""
+    header = struct.pack("<IiiHHIIiiII", 40, 8, 8, 1, bits, compression, 0, 0, 0, 0, 0)
+    return b"BM" + struct.pack("<IHHI", 54 + 16, 0, 0, 54) + header + b"\x12\x34" * 8
+
+
+def other_codec() -> bytes:
+    """A video whose codec nobody knows."""
+    data = video_bytes(0)
+    assert data.count(b"mp4v") == data.count(b"esds") == 1  # each says what it is
+    return data.replace(b"mp4v", b"zzzz").replace(b"esds", b"zzzz")
+
+
+def other_syntax() -> bytes:
+    ds = dicom(GREY, Modality="CR")
+    data = dicom_bytes(ds)
+    return data.replace(b"1.2.840.10008.1.2.1\0", b"1.2.840.10008.9.9.9\0")
+
+
+PLAIN, NIFTI = dicom_bytes(dicom(VOLUME[:, :, 0], Modality="MR")), nifti_bytes(VOLUME, np.eye(4))
+BROKEN: dict[str, bytes] = {
+    "empty.png": b"",
+    "text.png": b"These are notes on a scan, not the scan.\n" * 20,
+    "cut.jpg": picture_bytes(GREY, "JPEG")[:-300],
+    "cut.png": picture_bytes(GREY)[:-300],
+    "cut.dcm": PLAIN[:-40],
+    "cut.nii.gz": gzip.compress(NIFTI)[:-500],
+    "cut.mp4": video_bytes(0)[:2000],
+    "cut.npz": zip_of("hu.npy", npy(VOLUME))[:-30],
+    "bomb.npz": zip_of("hu.npy", npy(VOLUME)[:128].replace(b"(12, 10, 6)", b"(512, 512, 300)") + b"\0" * 160_000_000),
+    "of_18_gb.nii": claiming(1500, 1500, 1000),
+    "pickled.npy": pickle.dumps(VOLUME),
+    "objects.npz": zip_of("hu.npy", npy(np.array([Planted()], dtype=object))),
+    "pair.hdr": NIFTI[:344] + b"ni1\0" + NIFTI[348:352],
+    "pair.img": NIFTI[352:],
+    "no_pixels.dcm": dicom_bytes(dicom(VOLUME[:, :, 0], PixelData=None)),
+    "wrong_rows.dcm": dicom_bytes(dicom(VOLUME[:, :, 0], Rows=200)),
+    "no_rows.dcm": dicom_bytes(dicom(VOLUME[:, :, 0], Rows=0)),
+    "many_frames.dcm": dicom_bytes(dicom(GREY, NumberOfFrames=2_000_000_000)),
+    "nan.nii": nifti_bytes(np.where(VOLUME > 800, np.nan, VOLUME).astype(np.float32), np.eye(4)),
+    "infinite.npy": npy(np.array([[1, np.inf], [2, 3]])),
+    "jpeg2000.dcm": jpeg2000(corrupt=True),
+    "page.dcm": b"<!DOCTYPE html><html><body>404 Not Found</body></html>",
+    "drawing.svg": b'<svg xmlns="http://www.w3.org/2000/svg"><rect width="3" height="4"/></svg>',
+    "letter.dcm": b"%PDF-1.7\n%\xe2\xe3\xcf\xd3\n1 0 obj\n<< /Type /Catalog >>\nendobj\n" * 9,
+    "cut_16_bit.bmp": bitmap(16, 0),
+    "odd_16_bit.bmp": bitmap(16, 9),
+    "no_size.nii": NIFTI[:42] + b"\0\0" + NIFTI[44:],
+    "other_codec.mp4": other_codec(),
+    "other_syntax.dcm": other_syntax(),
+    "complex.nii": nifti_bytes(VOLUME.astype(np.complex64), np.eye(4)),
+    "archive.zip.png": zip_of("word/document.xml", b"<xml/>"),
+}
+SPECIAL = ("dangling.png", "folder.png", "gone.png")
+GOOD: dict[str, tuple[str, bytes]] = {
+    "a.png": ("xray", picture_bytes(texture(2))),
+    "b.jpg": ("xray", picture_bytes(texture(3), "JPEG")),
+    "c.bmp": ("xray", picture_bytes(texture(4), "BMP")),
+    "d.nii.gz": ("mri", volume_bytes(1, zipped=True)),
+    "e.nii": ("mri", volume_bytes(2)),
+    "f.npz": ("ct", zip_of("hu.npy", npy(RNG.integers(-1000, 900, (6, 12, 10)).astype(np.int16)))),
+    "g.npy": ("ct", npy(RNG.integers(-1000, 900, (6, 12, 10)).astype(np.int16))),
+    "h.mp4": ("ultrasound", video_bytes(3)),
+    "i.dcm": ("ultrasound", dicom_bytes(dicom(np.stack([GREY, GREY[::-1]]), sop=CINE, Modality="US"))),
+    "j.dcm": ("xray", jpeg2000(corrupt=False)),
+}
+
+
+def mess(root: Path) -> set[str]:
+    """Good and broken files side by side; the names of the broken ones."""
+    put(root, BROKEN | {name: data for name, (_, data) in GOOD.items()})
+    (root / "folder.png").mkdir(parents=True)
+    (root / "dangling.png").symlink_to(root / "nothing")
+    broken = {*BROKEN, *SPECIAL}
+    if os.geteuid() != 0:  # root may read everything
+        put(root, {"forbidden.png": picture_bytes(GREY)})
+        (root / "forbidden.png").chmod(0)
+        broken.add("forbidden.png")
+    return broken
+
+
+@pytest.mark.parametrize("with_manifest", [True, False])
+def test_all_that_is_broken_is_reported_and_all_that_is_not_is_built(
+    tmp_path: Path, with_manifest: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root, output = tmp_path / "scans", tmp_path / "built"
+    broken = mess(root)
+    assert len(broken) >= 30
+    if with_manifest:
+        kinds = {name: kind for name, (kind, _) in GOOD.items()}
+        rows = [{"id": name, "file": name, "modality": kinds.get(name, "ct")} for name in sorted({*broken, *GOOD})]
+        write_manifest(root, rows)
+    else:  # what is no file is no scan then
+        broken -= {"folder.png", "gone.png"}
+    run(root, output, "--modality", "ct")
+    report = report_of(output)
+    assert report["scans"] == {"built": 10, "failed": len(broken), "duplicates_dropped": 0}
+    reasons = {failure["file"]: failure["reason"] for failure in report["failures"]}
+    assert len(report["failures"]) == len(reasons)
+    assert set(reasons) == broken
+    for reason in reasons.values():
+        assert re.fullmatch(r"found [^\n]+; expected [^\n]+", reason)
+    assert "18,000,000,352 bytes" in reasons["of_18_gb.nii"] or "18,000,000,000 bytes" in reasons["of_18_gb.nii"]
+    if with_manifest:
+        names = Names("folder", SALT)
+        assert {row["id"] for row in rows_of(output)} == {names.hashed("scan", name) for name in GOOD}
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"10 scans of {10 if with_manifest else 9} patients")  # two headers name the same
+    assert f"{len(broken)} files failed" in printed
+
+
+def test_a_folder_of_which_nothing_can_be_read_is_refused_with_a_report(tmp_path: Path) -> None:
+    root, output = put(tmp_path / "scans", {"ct/a.png": b"", "ct/b.png": b"text"}), tmp_path / "built"
+    for _ in range(2):
+        with pytest.raises(SystemExit, match=r"none of the scans could be read: .*report\.json says why"):
+            run(root, output)
+        assert {failure["file"] for failure in report_of(output)["failures"]} == {"ct/a.png", "ct/b.png"}
+        assert not (output / "README.md").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------- identifiers
+
+
+UID, DATE, TIME = "1.2.826.0.1.424242.77", "19531117", "135724.123"
+NEEDLES = [text.encode() for text in (PLANTED, UID, DATE, "1953-11-17", "1953:11:17", TIME, "Jane^Doe")]
+
+
+def planted_dicom(pixels: np.ndarray, **elements: Any) -> bytes:
+    dates = ("StudyDate", "SeriesDate", "AcquisitionDate", "ContentDate", "PatientBirthDate")
+    told = {name: DATE for name in dates} | {"StudyTime": TIME, "AcquisitionTime": TIME}
+    told |= dict.fromkeys(("AccessionNumber", "ReferringPhysicianName", "StationName", "PatientComments"), PLANTED[:16])
+    told |= {"PatientName": f"Jane^Doe {PLANTED}", "StudyInstanceUID": f"{UID}.1", "FrameOfReferenceUID": f"{UID}.2"}
+    ds = dicom(pixels, **(told | elements))
+    ds.SOPInstanceUID = ds.file_meta.MediaStorageSOPInstanceUID = f"{UID}.{RNG.integers(10**6)}"
+    private = ds.private_block(0x0099, PLANTED, create=True)
+    private.add_new(0x01, "LO", PLANTED)
+    private.add_new(0x02, "UN", PLANTED.encode() * 4)
+    data = bytearray(dicom_bytes(ds))
+    data[: len(PLANTED)] = PLANTED.encode()  # in the preamble
+    return bytes(data)
+
+
+def planted_png() -> bytes:
+    texts = PngImagePlugin.PngInfo()
+    texts.add_text("Author", PLANTED)
+    texts.add_text("Comment", PLANTED * 9, zip=True)
+    texts.add_itxt("Title", PLANTED)
+    exif = Image.Exif()
+    exif[0x010E], exif[0x0132] = PLANTED, "1953:11:17 13:57:24"
+    return picture_bytes(texture(11), pnginfo=texts, exif=exif) + PLANTED.encode()
+
+
+def planted_jpeg() -> bytes:
+    exif = Image.Exif()
+    exif[0x010E], exif[0x0132] = PLANTED, "1953:11:17 13:57:24"
+    data = picture_bytes(texture(12), "JPEG", exif=exif, comment=PLANTED, quality=90)
+    return data + PLANTED.encode()
+
+
+def planted_nifti() -> bytes:
+    image = nib.Nifti1Image(VOLUME, np.eye(4))
+    for field in ("descrip", "aux_file", "intent_name", "db_name"):
+        image.header[field] = PLANTED[: image.header[field].dtype.itemsize].encode()
+    image.header.extensions.append(nib.nifti1.Nifti1Extension("comment", PLANTED.encode()))
+    return gzip.compress(image.to_bytes() + PLANTED.encode())
+
+
+def planted_video() -> bytes:
+    return video_bytes(13, title=PLANTED, comment=PLANTED, creation_time="1953-11-17T13:57:24Z")
+
+
+def planted_files() -> dict[str, bytes]:
+    volume = RNG.integers(0, 900, (14, 12, 6)).astype(np.int16)
+    slices = [
+        planted_dicom(
+            np.ascontiguousarray(ds.pixel_array),
+            **{"sop": CT, "series": f"{UID}.9", "Modality": "CT", "PatientID": PLANTED, "BodyPartExamined": "CHEST"},
+            ImagePositionPatient=ds.ImagePositionPatient,
+            ImageOrientationPatient=ds.ImageOrientationPatient,
+            PixelSpacing=ds.PixelSpacing,
+        )
+        for ds in series(volume, np.diag([-1.0, -1, 2, 1]), sop=CT)
+    ]
+    files = {
+        "picture.png": planted_png(),
+        "picture.jpg": planted_jpeg(),
+        "volume.nii.gz": planted_nifti(),
+        "clip.mp4": planted_video(),
+        "single.dcm": planted_dicom(GREY, Modality="CR", BodyPartExamined=PLANTED[:16], BurnedInAnnotation="YES"),
+        "cine.dcm": planted_dicom(np.stack([GREY, GREY[:, ::-1]]), sop=CINE, Modality="US"),
+        "broken.dcm": planted_dicom(GREY, Modality="CR")[:-50],
+    }
+    folder = f"ct {PLANTED}/{DATE}"
+    return {f"{folder}/{PLANTED} {name}": data for name, data in files.items()} | {
+        f"{folder}/series/{UID}.{number}": data for number, data in enumerate(slices)
+    }
+
+
+def leaves(table: pa.Table) -> Iterator[bytes]:
+    """All strings and bytes in a table, at any depth."""
+
+    def within(value: Any) -> Iterator[bytes]:
+        if isinstance(value, str):
+            yield value.encode()
+        elif isinstance(value, bytes):
+            yield value
+        elif isinstance(value, dict):
+            for part in value.values():
+                yield from within(part)
+        elif isinstance(value, list):
+            for part in value:
+                yield from within(part)
+
+    for row in table.to_pylist():
+        yield from within(row)
+    yield str(table.schema).encode()
+    yield from (pair for item in (table.schema.metadata or {}).items() for pair in item)
+
+
+@pytest.mark.parametrize("with_manifest", [True, False])
+def test_no_published_file_holds_an_identifier(tmp_path: Path, with_manifest: bool) -> None:
+    root, output = tmp_path / "scans", tmp_path / "built"
+    files = planted_files()
+    put(root, files)
+    for needle in (PLANTED.encode(), UID.encode(), DATE.encode(), b"1953:11:17"):
+        assert any(needle in data for data in files.values())
+    if with_manifest:
+        singles = [name for name in files if "/series/" not in name]
+        folder = {"id": f"{PLANTED} series", "file": str(Path(singles[0]).parent / "series"), "modality": "ct"}
+        rows = [{"id": f"{PLANTED}/{name}", "file": name, "modality": "xray"} for name in singles]
+        write_manifest(root, [row | {"group": f"{PLANTED} {DATE}"} for row in [folder, *rows]])
+    run(root, output, "--blank_outside_regions")
+    report = report_of(output)
+    assert report["scans"] == {"built": 7, "failed": 1, "duplicates_dropped": 0}
+    assert report["burned_in_annotation"]["yes"] == 1
+    assert PLANTED in report["failures"][0]["file"]  # what stays here says which file it was
+    published = {name: data for name, data in bytes_of(output).items() if not name.startswith((".build", "report."))}
+    assert {name.split("/")[0] for name in published} == {"README.md", "index.parquet", "data"}
+    for name, data in published.items():
+        contents = [data]
+        if name.endswith(".parquet"):
+            contents += leaves(pq.read_table(output / name))
+            assert len(contents) > 5
+        for content in contents:
+            lower = content.lower()
+            for needle in NEEDLES:
+                assert needle.lower() not in lower, name
+                assert needle.decode().encode("utf-16-le") not in content, name
+    assert {row["anatomy"] for row in rows_of(output)} == ({None} if with_manifest else {None, "chest"})
+
+
+# ------------------------------------------------------------------------------------------------------------- the card
+
+
+def sorted_scans(root: Path) -> dict[tuple[str, str], int]:
+    """A folder of four modalities in three splits, and how many scans of each there are in each."""
+    counts = {
+        **{("xray", "train"): 9, ("xray", "validation"): 2, ("xray", "test"): 3, ("mri", "train"): 4},
+        **{("mri", "test"): 1, ("ultrasound", "train"): 2, ("ct", "validation"): 2},
+    }
+    files, rows = {}, []
+    for (modality, split), count in counts.items():
+        for number in range(count):
+            seed = len(rows)
+            name = f"{modality}-{split}-{number}.{ {'xray': 'png', 'ultrasound': 'mp4'}.get(modality, 'nii') }"
+            data = {"xray": picture_bytes(texture(seed)), "ultrasound": video_bytes(seed)}.get(modality)
+            files[name] = data or volume_bytes(seed)
+            rows.append({"id": name, "file": name, "modality": modality, "group": f"p{seed // 2}", "split": split})
+            rows[-1] |= {"licence": "CC0" if seed % 2 else "", "label": "a|b" if seed == 0 else ""}
+    files["cut.png"] = picture_bytes(texture(99))[:-900]
+    rows.append({"id": "cut", "file": "cut.png", "modality": "ct", "group": "p99", "split": "validation"})
+    write_manifest(put(root, files), rows)
+    return counts
+
+
+def test_the_card_says_what_is_there_and_datasets_loads_it(tmp_path: Path) -> None:
+    root, output = tmp_path / "scans", tmp_path / "built"
+    counts = sorted_scans(root)
+    run(root, output, "--title", 'Scans: "ours" & others', "--licence", "CC BY-NC 4.0 (see: site)")
+    text = (output / "README.md").read_text(encoding="utf-8")
+    _, front, body = text.split("---\n", 2)
+    told = yaml.safe_load(front)
+    assert told["pretty_name"] == 'Scans: "ours" & others'
+    assert told["license"] == "other"
+    assert told["license_name"].startswith("cc-by-nc-4.0")
+    assert "synthetic" not in body
+    assert "Licence of the scans: CC BY-NC 4.0 (see: site); CC0." in body
+    in_split = Counter[str]()
+    for (_, split), count in counts.items():
+        in_split[split] += count
+    assert {split["name"]: split["num_examples"] for split in told["dataset_info"]["splits"]} == in_split
+
+    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in body.splitlines() if line[:2] == "| "]
+    start = table.index(["modality", "train", "validation", "test"])
+    shown = {}
+    for modality, *numbers in table[start + 1 : start + 5]:
+        for split, number in zip(("train", "validation", "test"), numbers, strict=True):
+            shown[modality, split] = int(number)
+    assert shown == {(kind, split): counts.get((kind, split), 0) for kind, split in shown}
+    assert {kind for kind, _ in shown} == {kind for kind, _ in counts}
+    assert "23 medical scans of 12 patients" in body
+    assert "1 files could not be read" in body
+
+    loaded = load_dataset(str(output), cache_dir=str(tmp_path / "cache"))
+    assert {split: len(rows) for split, rows in loaded.items()} == in_split
+    for split, rows in loaded.items():
+        assert rows.features == features()
+        assert Counter(MODALITIES[number] for number in rows["modality"]) == {
+            kind: count for (kind, own), count in counts.items() if own == split
+        }
+        assert rows.to_list() == rows_of(output, split)
+        streamed = load_dataset(str(output), split=split, streaming=True, cache_dir=str(tmp_path / "cache"))
+        assert [row["id"] for row in streamed] == rows["id"]
+
+
+def test_the_report_counts_what_is_there(tmp_path: Path) -> None:
+    root, output = tmp_path / "scans", tmp_path / "built"
+    counts = sorted_scans(root)
+    run(root, output)
+    report = report_of(output)
+    assert report["counts"]["modality_and_split"] == {
+        kind: {split: count for (own, split), count in sorted(counts.items()) if own == kind}
+        for kind in sorted({kind for kind, _ in counts})
+    }
+    assert report["patients"] == 12
+    splits = [split for (_, split), count in counts.items() for _ in range(count)]
+    assert report["patients_in_several_splits"] == sum(a != b for a, b in zip(splits[::2], splits[1::2], strict=False))
+    assert report["counts"]["label"] == {"": 22, "a": 1, "b": 1}
+    assert report["bytes"]["parquet"] == sum(path.stat().st_size for path in (output / "data").iterdir())
+
+
+def test_the_phantom_is_built_as_what_it_is(tmp_path: Path) -> None:
+    root, output = tmp_path / "scans", tmp_path / "built"
+    write_manifest(
+        put(root, {"a.png": picture_bytes(GREY)}), [{"id": "a", "file": "a.png", "modality": "xray", "group": "p"}]
+    )
+    run(root, output, source="phantom")
+    (row,) = rows_of(output)
+    assert (row["source"], row["licence"]) == (SYNTHETIC, "Apache-2.0")
+    assert "**All of them are synthetic: no patient is in it**" in (output / "README.md").read_text()
+
+
+# ----------------------------------------------------------------------------------------------------------- duplicates
+
+
+def test_duplicates_are_reported_and_dropped_when_asked(tmp_path: Path) -> None:
+    """One picture in three splits, another brightened in another split, a third twice in one, and a DICOM of it."""
+    root = tmp_path / "scans"
+    same, near, twice = picture_bytes(texture(1)), texture(2), texture(3)
+    brighter = np.clip(near * 1.05 + 8, 0, 255).astype(np.uint8)
+    content = {
+        "same-train.png": same,
+        "same-validation.png": same,
+        "same-test.png": same,
+        "near-train.png": picture_bytes(brighter),
+        "near-test.png": picture_bytes(near),
+        "twice-train-1.png": picture_bytes(twice),
+        "twice-train-2.dcm": dicom_bytes(dicom(twice, Modality="CR")),
+        "alone-train.png": picture_bytes(texture(4)),
+        "alone-test.png": picture_bytes(texture(5)),
+    }
+    rows = [{"id": name, "file": name, "modality": "xray", "split": re.split(r"[-.]", name)[1]} for name in content]
+    write_manifest(put(root, content), rows)
+    kept, dropped = tmp_path / "kept", tmp_path / "dropped"
+    run(root, kept)
+    run(root, dropped, "--drop_duplicates")
+    told, without = report_of(kept), report_of(dropped)
+    assert told["scans"] == {"built": 9, "failed": 0, "duplicates_dropped": 0}
+    assert without["scans"] == {"built": 5, "failed": 0, "duplicates_dropped": 4}
+    for report in (told, without):
+        found = report["duplicates"]
+        assert (found["exact_groups"], found["exact_groups_across_splits"], len(found["exact"])) == (2, 1, 2)
+        pairs = {tuple(sorted(pair[:2])) for pair in found["near"]}
+        looks = {("near-test.png", "near-train.png")}
+        three = sorted(name for name in content if name.startswith("same"))
+        assert pairs == looks | {(a, b) for a in three for b in three if a < b}
+        assert found["near_pairs_across_splits"] == 4
+    names = Names("folder", SALT)
+    ids = {names.hashed("scan", name): name for name in content}
+    left = {ids[row["id"]] for row in rows_of(dropped)}
+    assert len({name for name in left if name.startswith("twice")}) == 1
+    assert left - {"twice-train-1.png", "twice-train-2.dcm"} == {
+        *("same-test.png", "near-test.png", "alone-train.png", "alone-test.png")
+    }
+    assert "- 4 pairs of scans in different splits look the same, and 1 groups" in (kept / "README.md").read_text()
+    assert "- 4 duplicates were left out. Before, 4 pairs" in (dropped / "README.md").read_text()
+    assert without["bytes"]["parquet"] == sum(path.stat().st_size for path in (dropped / "data").iterdir())
+    assert {Path(record.place.shard).name for record in open_collection(dropped)} == {  # type: ignore[union-attr]
+        path.name for path in (dropped / "data").iterdir()
+    }
+    before = bytes_of(dropped)
+    run(root, dropped, "--drop_duplicates")
+    assert bytes_of(dropped) == before
+    run(root, kept, "--drop_duplicates")  # of a build that is there
+    assert {name: data for name, data in bytes_of(kept).items() if name != "README.md"} == {
+        name: data for name, data in before.items() if name != "README.md"
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------- the command
+
+
+def test_list_names_every_source_and_where_it_comes_from(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["--list"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == list(SOURCES)
+    for line, source in zip(lines, SOURCES.values(), strict=True):
+        assert all(text in line for text in (source.title, source.homepage, source.licence))
+        assert ("(evaluation only)" in line) == source.evaluation_only
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--root", "missing"], "missing: found no such folder, expected a manifest"),
+        (["--root", "."], "found no scan of folder"),
+        (["--source", "brats", "--root", "."], "found no scan of brats"),
+        (["--source", "phantom", "--root", "phantom:x"], "expected phantom, phantom:SUBJECTS"),
+        (["--root", ".", "--test", "2"], "parts of one"),
+        (["--root", ".", "--max_size", "4"], "max_size is at least 16"),
+        (["--root", ".", "--salt_file", "short.txt"], "expected a secret"),
+    ],
+)
+def test_what_cannot_be_built_is_said_in_one_line_and_nothing_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], message: str
+) -> None:
+    (tmp_path / "place").mkdir()
+    monkeypatch.chdir(tmp_path / "place")
+    put(tmp_path, {"salt": SALT, "place/short.txt": b"short"})
+    given = {"--source": "folder", "--output": str(tmp_path / "built"), "--salt_file": str(tmp_path / "salt")}
+    given |= dict(zip(words[::2], words[1::2], strict=True))
+    if words[-1] == "short.txt":
+        (tmp_path / "place" / "a.png").write_bytes(picture_bytes(GREY))
+    with pytest.raises(SystemExit, match=message) as caught:
+        main([word for pair in given.items() for word in pair])
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "built").exists()
+
+
+def test_a_command_without_its_places_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["--source", "folder"])
+    assert caught.value.code == 2
+    assert "--source, --root and --output are needed" in capsys.readouterr().err
+
+
+def test_only_a_finished_build_is_pushed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pushed: list[tuple[Path, str, bool]] = []
+    monkeypatch.setattr(
+        build_module, "push", lambda folder, name: pushed.append((folder, name, (folder / "README.md").is_file()))
+    )
+    output = tmp_path / "built"
+    run(put(tmp_path / "scans", {"ct/a.png": picture_bytes(GREY)}), output, "--push_to_hub", "org/scans")
+    assert pushed == [(output, "org/scans", True)]
+    assert 'load_dataset("org/scans"' in (output / "README.md").read_text()
+    with pytest.raises(SystemExit, match="none of the scans"):
+        run(put(tmp_path / "bad", {"ct/a.png": b""}), tmp_path / "none", "--push_to_hub", "org/scans")
+    assert len(pushed) == 1
+
+
+def test_the_script_runs_from_anywhere_and_makes_its_salt(tmp_path: Path) -> None:
+    put(tmp_path / "scans", {"ct/a.png": picture_bytes(GREY), "ct/b.png": b""})
+    words = ["--source", "folder", "--root", "scans", "--output", "built"]
+    script = ROOT / "dataset_scripts" / "build.py"
+    home = {"PYTHONPATH": str(ROOT), "HF_HOME": str(tmp_path / "home")}
+    ran = subprocess.run(
+        [sys.executable, str(script), *words],
+        **{"cwd": tmp_path, "env": os.environ | home, "capture_output": True, "text": True, "check": False},
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.startswith("1 scans of 1 patients, 1 ct\n1 files failed")
+    assert "Traceback" not in ran.stderr
+    assert len(rows_of(tmp_path / "built")) == 1
+    salt = (tmp_path / "home" / "m3ret" / "salt").read_bytes()
+    assert rows_of(tmp_path / "built")[0]["id"] == Names("folder", salt).hashed("scan", "ct/a.png")

@@ -1,0 +1,264 @@
+"""How a scan becomes a row: its names say nothing, its patient is on one side, its salt is kept."""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from scan_folders import SALT, picture_bytes, put, rows_of, texture, video_bytes, volume_bytes, write_manifest
+
+from dataset_scripts import builder
+from dataset_scripts.build import build
+from dataset_scripts.builder import BuildOptions, Built, Failure, Names, ScanBuilder, read_salt
+from dataset_scripts.entries import Entry, Source
+from dataset_scripts.sources.folder import Folder
+
+
+class Listed(Source):
+    """Entries that a test makes up; none of them is opened."""
+
+    name, title, licence = "listed", "listed", "none"
+    homepage = citation = ""
+
+    def __init__(self, entries: list[Entry]):
+        self.listed = entries
+
+    def entries(self, root: Path) -> Iterator[Entry]:
+        yield from self.listed
+
+
+class Evaluated(Listed):
+    evaluation_only = True
+
+
+def scan(id: str, patient: str = "", split: str | None = None) -> Entry:
+    return Entry(id, (Path("scan"),), "ct", patient=patient, split=split)
+
+
+def sides(source: Source, tmp_path: Path, options: BuildOptions = BuildOptions()) -> dict[str, str]:
+    """The split of each entry."""
+    splits = ScanBuilder(source, tmp_path, salt=SALT, options=options, cache_dir=str(tmp_path)).split_entries()
+    return {entry.id: split for split, entries in splits.items() for entry in entries}
+
+
+# ---------------------------------------------------------------------------------------------------------------- names
+
+
+def test_equal_names_have_equal_hashes_and_others_have_others() -> None:
+    names, entries = Names("a", SALT), [scan(f"scan-{i}", f"patient-{i % 50}") for i in range(5000)]
+    ids = [names.id(entry) for entry in entries]
+    assert ids == [Names("a", bytes(SALT)).id(replace(entry)) for entry in entries]
+    assert len(set(ids)) == 5000
+    assert len({names.patient(entry) for entry in entries}) == 50
+    assert all(re.fullmatch("[0-9a-f]{16}", name) for name in [*ids, *map(names.patient, entries)])
+
+
+@pytest.mark.parametrize("other", [Names("a", b"another salt"), Names("b", SALT)], ids=["salt", "source"])
+def test_hashes_are_of_salt_and_source(other: Names) -> None:
+    names, entry = Names("a", SALT), scan("s", "p")
+    assert names.id(entry) != other.id(entry)
+    assert names.patient(entry) != other.patient(entry)
+
+
+def test_a_scan_of_no_known_patient_is_a_patient_of_its_own() -> None:
+    names = Names("a", SALT)
+    unknown = {names.patient(scan(name)) for name in ("x", "y", "z")}
+    assert len(unknown) == 3
+    assert not unknown & {names.id(scan("x")), names.patient(scan("other", "x"))}  # no link to what else has this name
+
+
+def test_names_need_not_be_utf_8(tmp_path: Path) -> None:
+    """As old archives have them; the build ends, and its report names the file."""
+    root = put(tmp_path / "scans", {"xray/a.png": picture_bytes(texture(0)), "xray/b.png": b"no picture"})
+    try:
+        for name, latin in (("a", b"M\xfcller"), ("b", b"Stra\xdfe")):
+            (root / "xray" / f"{name}.png").rename(os.fsdecode(os.fsencode(root / "xray") + b"/" + latin + b".png"))
+    except OSError:
+        pytest.skip("names of files are UTF-8 here")
+    report = build(Folder(), root, tmp_path / "built", salt=SALT)
+    assert report["scans"] == {"built": 1, "failed": 1, "duplicates_dropped": 0}
+    assert r"xray/Stra\udcdfe.png" in (tmp_path / "built" / "report.json").read_text()
+
+
+# --------------------------------------------------------------------------------------------------------------- splits
+
+
+def test_nobody_is_in_two_splits_and_parts_are_as_asked(tmp_path: Path) -> None:
+    patients, scans = 4000, 10_000
+    source = Listed([scan(f"s{i}", f"p{i % patients}") for i in range(scans)])
+    found = sides(source, tmp_path, BuildOptions(validation=0.1, test=0.25))
+    of_patient = defaultdict(set)
+    for i in range(scans):
+        of_patient[i % patients].add(found[f"s{i}"])
+    assert all(len(splits) == 1 for splits in of_patient.values())
+    counts = Counter(split for (split,) in of_patient.values())
+    for split, part in (("validation", 0.1), ("test", 0.25), ("train", 0.65)):
+        deviation = (patients * part * (1 - part)) ** 0.5
+        assert abs(counts[split] - patients * part) < 4 * deviation
+
+
+def test_old_patients_stay_where_they_are_when_others_come(tmp_path: Path) -> None:
+    old = [scan(f"s{i}", f"p{i}") for i in range(500)] + [scan(f"alone{i}") for i in range(100)]
+    new = [scan(f"n{i}", f"q{i}") for i in range(1000)] + [scan(f"t{i}", f"p{i}") for i in range(500)]
+    before, after = sides(Listed(old), tmp_path), sides(Listed(new + old), tmp_path)
+    assert {name: after[name] for name in before} == before
+    assert all(after[f"t{i}"] == before[f"s{i}"] for i in range(500))
+
+
+def test_a_larger_test_split_takes_nobody_out_of_it(tmp_path: Path) -> None:
+    source = Listed([scan(f"s{i}") for i in range(1000)])
+    small, large = (sides(source, tmp_path, BuildOptions(validation=0, test=part)) for part in (0.1, 0.3))
+    assert {name for name in small if small[name] == "test"} < {name for name in large if large[name] == "test"}
+    everything = sides(source, tmp_path, BuildOptions(validation=0, test=1))
+    assert set(everything.values()) == {"test"}
+    assert set(sides(source, tmp_path, BuildOptions(validation=0, test=0)).values()) == {"train"}
+
+
+def test_official_splits_are_kept_and_the_rest_of_a_patient_follows(tmp_path: Path) -> None:
+    official = [scan(f"o{i}", f"p{i}", ("train", "validation", "test")[i % 3]) for i in range(300)]
+    rest = [scan(f"r{i}", f"p{i}") for i in range(300)]
+    found = sides(Listed(rest + official), tmp_path)
+    assert all(found[entry.id] == entry.split for entry in official)
+    assert all(found[f"r{i}"] == found[f"o{i}"] for i in range(300))
+    both = [scan("a", "p", "train"), scan("b", "p", "test")]  # as some collections have it: theirs to decide
+    assert sides(Listed(both), tmp_path) == {"a": "train", "b": "test"}
+
+
+def test_what_is_for_evaluation_is_all_in_the_test_split(tmp_path: Path) -> None:
+    entries = [scan(f"s{i}", f"p{i}", (None, "train", "validation")[i % 3]) for i in range(90)]
+    assert set(sides(Evaluated(entries), tmp_path).values()) == {"test"}
+
+
+def test_a_split_is_in_the_order_of_its_hashes(tmp_path: Path) -> None:
+    source = Listed([scan(f"s{i}") for i in range(300)])
+    splits = ScanBuilder(source, tmp_path, salt=SALT, cache_dir=str(tmp_path)).split_entries()
+    for entries in splits.values():
+        hashes = [Names("listed", SALT).id(entry) for entry in entries]
+        assert hashes == sorted(hashes)
+
+
+# ----------------------------------------------------------------------------------------------------- salt and options
+
+
+@pytest.mark.parametrize("default", [True, False])
+def test_the_salt_is_made_once_for_its_owner_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, default: bool
+) -> None:
+    monkeypatch.setattr(builder, "HF_HOME", str(tmp_path / "home"))
+    path = tmp_path / "home" / "m3ret" / "salt" if default else tmp_path / "deep" / "er" / "salt"
+    before = os.umask(0)
+    try:
+        salt = read_salt(None if default else path)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert re.fullmatch(b"[0-9a-f]{64}", salt)
+    content = path.read_bytes()
+    assert read_salt(None if default else path) == salt
+    assert path.read_bytes() == content
+    assert read_salt(tmp_path / "other") != salt
+    assert [file for file in path.parent.iterdir() if file != path] == []
+
+
+def test_a_salt_of_ones_own_is_taken_as_it_is_and_too_short_a_one_refused(tmp_path: Path) -> None:
+    path = tmp_path / "salt"
+    path.write_bytes(b"\nsixteen bytes or more\n")
+    assert read_salt(path) == b"sixteen bytes or more"
+    for content in (b"", b"\n", b"short"):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="expected a secret of at least 16"):
+            read_salt(path)
+        assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"validation": -0.1},
+        {"test": -0.1},
+        {"validation": 0.6, "test": 0.5},
+        {"test": 1.1},
+        {"test": float("nan")},
+        {"max_size": 15},
+        {"max_size": 0},
+    ],
+)
+def test_options_that_cannot_be_meant_are_refused(options: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=r"parts of one|max_size is at least 16"):
+        BuildOptions(**options)  # type: ignore[arg-type]
+
+
+# ----------------------------------------------------------------------------------------------------------------- rows
+
+
+def collection(root: Path, first: int = 0) -> Path:
+    """Of every format some, in every split, and one that is broken."""
+    files, rows = {}, []
+    for number in range(12):
+        kind, data = (
+            ("png", picture_bytes(texture(first + number))),
+            ("nii.gz", volume_bytes(first + number, zipped=True)),
+            ("mp4", video_bytes(first + number)),
+        )[number % 3]
+        name = f"{number}.{kind}"
+        files[name] = data if number != 4 else data[:-20]
+        split = ("train", "validation", "test")[number // 4]
+        modality = ("xray", "mri", "ultrasound")[number % 3]
+        rows.append({"id": name, "file": name, "modality": modality, "group": f"p{number}", "split": split})
+        rows[-1] |= {"label": "a|b" if number == 3 else "", "anatomy": "chest" if number % 3 == 0 else ""}
+    return write_manifest(put(root, files), rows)
+
+
+def prepared(root: Path, cache: Path, options: BuildOptions = BuildOptions()) -> dict[str, list[dict[str, object]]]:
+    made = ScanBuilder(Folder(), root, salt=SALT, options=options, cache_dir=str(cache))
+    made.download_and_prepare()
+    return {split: rows.to_list() for split, rows in made.as_dataset().items()}
+
+
+def test_the_builder_of_datasets_gives_the_rows_that_build_gives(tmp_path: Path) -> None:
+    root = collection(tmp_path / "scans")
+    build(Folder(), root, tmp_path / "built", salt=SALT)
+    rows = prepared(root, tmp_path / "cache")
+    assert {split: len(of_split) for split, of_split in rows.items()} == {"train": 4, "validation": 3, "test": 4}
+    for split in rows:
+        assert rows[split] == rows_of(tmp_path / "built", split)
+
+
+def test_the_builder_of_datasets_mixes_no_two_folders_or_options_up(tmp_path: Path) -> None:
+    one, other = collection(tmp_path / "one"), collection(tmp_path / "other", first=50)
+    first = prepared(one, tmp_path / "cache")
+    assert prepared(other, tmp_path / "cache") != first
+    small = prepared(one, tmp_path / "cache", BuildOptions(max_size=32))
+    assert max(max(row["shape"][1:]) for row in small["train"]) < 40  # type: ignore[index]
+    assert prepared(one, tmp_path / "cache") == first
+
+
+def test_what_cannot_be_read_is_a_failure_with_its_file_and_reason(tmp_path: Path) -> None:
+    root = put(tmp_path / "scans", {"ct/a.png": picture_bytes(texture(0))[:-30], "ct/b.png": picture_bytes(texture(0))})
+    made = ScanBuilder(Folder(), root, salt=SALT, cache_dir=str(tmp_path))
+    cut, good = (made.build_row(Entry(name, (root / "ct" / name,), "ct")) for name in ("a.png", "b.png"))
+    gone = made.build_row(Entry("c", (root / "gone" / "1", root / "gone" / "2"), "ct"))
+    assert isinstance(cut, Failure)
+    assert cut.file == "ct/a.png"
+    assert re.match("found .*; expected ", cut.reason)
+    assert isinstance(gone, Failure)
+    assert gone.file == "gone/1 and 1 more"
+    assert isinstance(good, Built)
+
+
+def test_a_scan_that_no_parquet_file_holds_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = put(tmp_path / "scans", {"ct/a.nii": volume_bytes(0)})
+    made = ScanBuilder(Folder(), root, salt=SALT, cache_dir=str(tmp_path))
+    (entry,) = made.source.entries(root)
+    monkeypatch.setattr(builder, "LARGEST_MEDIA", 352 + 12 * 10 * 6 * 2)
+    assert isinstance(made.build_row(entry), Built)
+    monkeypatch.setattr(builder, "LARGEST_MEDIA", 352 + 12 * 10 * 6 * 2 - 1)
+    failure = made.build_row(entry)
+    assert isinstance(failure, Failure)
+    assert failure.reason == "found 1,792 bytes; expected at most 1,791, see --max_size"

@@ -1,0 +1,304 @@
+"""A folder of one's own: which files make a scan, of what modality and whose is it?"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pydicom
+import pytest
+from pydicom.data import get_testdata_file
+from scan_files import CINE, CT, PLANTED, dicom, dicom_bytes, series
+from scan_folders import SALT, picture_bytes, put, texture, video_bytes, volume_bytes, write_manifest
+
+from dataset_scripts.builder import Built, Failure, ScanBuilder
+from dataset_scripts.entries import Entry, SourceError
+from dataset_scripts.sources.folder import Folder
+from modeling_m3ret.reading_m3ret import read_scan
+
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:pydicom")  # of values that no header should have
+RNG = np.random.default_rng(11)
+PLANE = RNG.integers(0, 200, (16, 20), dtype=np.uint8)
+
+
+def slices(
+    uid: str, count: int = 6, *, modality: str = "CT", offset: float = 0, **elements: object
+) -> tuple[np.ndarray, list[pydicom.Dataset]]:
+    """An axial series: the voxels as `read_scan` has them, `(D, H, W)`, and its slices from the feet upwards."""
+    volume = RNG.integers(0, 900, (14, 12, count)).astype(np.int16)  # i to the left, j to the back
+    affine = np.diag([-1.0, -1.0, 2.0, 1.0])
+    affine[2, 3] = offset
+    told = {"Modality": modality, "StudyInstanceUID": "1.9", "RescaleSlope": 1, "RescaleIntercept": 0} | elements
+    return volume.transpose(2, 1, 0), series(volume, affine, sop=CT, series=uid, **told)
+
+
+def listed(root: Path, source: Folder | None = None) -> dict[str, Entry]:
+    entries = list((source or Folder()).entries(root))
+    named = {entry.id: entry for entry in entries}
+    assert len(named) == len(entries)
+    return named
+
+
+def building(root: Path, tmp_path: Path, source: Folder | None = None) -> ScanBuilder:
+    return ScanBuilder(source or Folder(), root, salt=SALT, cache_dir=str(tmp_path / "cache"))
+
+
+# --------------------------------------------------------------------------------------------------- DICOM, no manifest
+
+
+def test_slices_that_lie_shuffled_over_folders_are_grouped_by_series(tmp_path: Path) -> None:
+    """Two series of one study in the same place, whose files are named and spread at random."""
+    root, whole, truth = tmp_path / "scans", {}, {}
+    for uid in ("1.2.3.1", "1.2.3.2"):
+        whole[uid], datasets = slices(uid)
+        files = [f"{folder}/{RNG.integers(10**9)}" for folder in RNG.permutation(["a", "b/c", "b/d"] * 2)]
+        put(root, dict(zip(files, map(dicom_bytes, datasets), strict=True)))
+        truth[f"series {uid}"] = {root / file for file in files}
+    found = listed(root)
+    assert {name: set(entry.files) for name, entry in found.items()} == truth
+    for uid, volume in whole.items():
+        entry = found[f"series {uid}"]
+        assert entry.modality == "ct"
+        scan = read_scan(list(entry.files))
+        order = np.argsort(scan.array[0], axis=None, kind="stable")
+        assert scan.array.shape == (1, *volume.shape)
+        assert (np.diff(volume.ravel()[order].astype(int)) >= 0).all()  # grey levels in the same order: the same voxels
+        assert scan.spacing == (2.0, 1.0, 1.0)
+
+
+def test_pictures_and_cines_stand_alone_even_in_one_series(tmp_path: Path) -> None:
+    alone = {
+        "dx1.dcm": dicom(PLANE, series="1.5", Modality="DX"),
+        "dx2.dcm": dicom(PLANE, series="1.5", Modality="DX"),
+        "us1.dcm": dicom(PLANE, series="1.6", Modality="US"),
+        "us2.dcm": dicom(PLANE, series="1.6", Modality="US"),
+        "cine.dcm": dicom(np.stack([PLANE] * 4), series="1.6", sop=CINE, Modality="US"),
+        "enhanced1.dcm": dicom(np.stack([PLANE] * 4), series="1.7", Modality="CT", ImagePositionPatient=[0, 0, 0]),
+        "enhanced2.dcm": dicom(np.stack([PLANE] * 4), series="1.7", Modality="CT", ImagePositionPatient=[0, 0, 0]),
+        "screenshot.dcm": dicom(PLANE, series="1.8", Modality="CT"),  # of no place in space
+    }
+    root = put(tmp_path, {name: dicom_bytes(ds) for name, ds in alone.items()})
+    found = listed(root)
+    assert {name: entry.files for name, entry in found.items()} == {name: (root / name,) for name in alone}
+    kinds = {name: entry.modality for name, entry in found.items()}
+    assert kinds == {n: {"d": "xray", "u": "ultrasound"}.get(n[0], "ct") for n in alone} | {"cine.dcm": "ultrasound"}
+
+
+def test_a_localiser_is_a_scan_of_its_own_or_left_out_of_its_volume(tmp_path: Path) -> None:
+    root = tmp_path / "scans"
+    _, axial = slices("1.4.1", 2)
+    ways = ([1, 0, 0, 0, 1, 0], [0, 1, 0, 0, 0, -1], [1, 0, 0, 0, 0, -1])
+    three = [
+        dicom(PLANE, series="1.4.2", Modality="MR", ImageOrientationPatient=way, ImagePositionPatient=[0, 0, 0])
+        for way in ways
+    ]
+    volume, datasets = slices("1.4.3")
+    scout = dicom(
+        PLANE,
+        **{"sop": CT, "series": "1.4.3", "Modality": "CT", "PixelSpacing": [1, 1], "InstanceNumber": 0},
+        ImageOrientationPatient=ways[1],
+        ImagePositionPatient=[0, 0, 0],
+    )
+    for name, group in {"axial": axial, "three": three, "volume": [scout, *datasets]}.items():
+        put(root, {f"{name}/{number}": dicom_bytes(ds) for number, ds in enumerate(group)})
+    found = listed(root)
+    assert {name: len(entry.files) for name, entry in found.items()} == {
+        "series 1.4.1": 2,
+        "series 1.4.2": 3,
+        "series 1.4.3": 7,
+    }
+    row = building(root, tmp_path).build_row(found["series 1.4.3"])
+    assert isinstance(row, Built)
+    assert row.columns["shape"] == list(volume.shape)
+    assert isinstance(building(root, tmp_path).build_row(found["series 1.4.2"]), Built)
+
+
+def test_dicom_without_preamble_is_dicom(tmp_path: Path) -> None:
+    volume, datasets = slices("1.2.7")
+    bare = {f"IM{number}": dicom_bytes(ds)[132:] for number, ds in enumerate(datasets)}
+    found = listed(put(tmp_path / "scans", bare))
+    assert [len(entry.files) for entry in found.values()] == [6]
+    row = building(tmp_path / "scans", tmp_path).build_row(found["series 1.2.7"])
+    assert isinstance(row, Built)
+    assert row.columns["shape"] == list(volume.shape)
+
+
+def test_patients_are_those_of_the_headers(tmp_path: Path) -> None:
+    root = tmp_path
+    put(root, {f"a/{i}": dicom_bytes(ds) for i, ds in enumerate(slices("1.1", PatientID="one")[1])})
+    put(root, {f"b/{i}": dicom_bytes(ds) for i, ds in enumerate(slices("1.2", PatientID="one ")[1])})
+    put(root, {"c.dcm": dicom_bytes(dicom(PLANE, Modality="CR", PatientID="two"))})
+    put(root, {"d.dcm": dicom_bytes(dicom(PLANE, Modality="CR", PatientID=None))})
+    put(root, {"cxr/e.png": picture_bytes(PLANE)})
+    found = {name: entry.patient for name, entry in listed(root).items()}
+    assert found == {"series 1.1": "one", "series 1.2": "one", "c.dcm": "two", "d.dcm": "", "cxr/e.png": ""}
+
+
+@pytest.mark.parametrize(
+    ("told", "anatomy"),
+    [
+        ("CHEST", "chest"),
+        (" Abdomen", "abdomen"),
+        ("CSPINE", "spine"),
+        (PLANTED, ""),
+        (f"CHEST {PLANTED}", ""),
+        ("CHEST\\DOE", ""),
+        ("", ""),
+        (None, ""),
+    ],
+)
+def test_body_parts_are_taken_from_a_list_only(tmp_path: Path, told: str | None, anatomy: str) -> None:
+    picture = dicom(PLANE, Modality="CR")
+    if told is not None:
+        picture.BodyPartExamined = told
+    put(tmp_path, {"a.dcm": dicom_bytes(picture)})
+    assert listed(tmp_path)["a.dcm"].anatomy == anatomy
+
+
+def test_a_damaged_element_costs_neither_the_listing_nor_the_patient(tmp_path: Path) -> None:
+    place = {"Modality": "CT", "PatientID": "one", "ImagePositionPatient": [0, 0, 0]}
+    data = dicom_bytes(dicom(np.stack([PLANE] * 22), **place))
+    frames = b"\x28\0\x08\0IS\x02\0"
+    assert data.count(frames + b"22") == 1
+    root = put(tmp_path / "scans", {"bad.dcm": data.replace(frames + b"22", frames + b"x!")})
+    put(root, {"good.dcm": dicom_bytes(dicom(PLANE, Modality="US", PatientID="one"))})
+    found = listed(root)
+    assert {entry.patient for entry in found.values()} == {"one"}
+    assert isinstance(building(root, tmp_path).build_row(found["bad.dcm"]), Failure)
+
+
+def test_dicom_without_a_picture_is_reported(tmp_path: Path) -> None:
+    root = tmp_path / "scans"
+    root.mkdir()
+    for name, packaged in {"report.dcm": "test-SR.dcm", "DICOMDIR": "DICOMDIR"}.items():
+        shutil.copy(str(get_testdata_file(packaged, download=False)), root / name)
+    put(root, {"pet.dcm": dicom_bytes(dicom(PLANE, Modality="PT"))})
+    for source in (Folder(), Folder(modality="ct")):
+        found = listed(root, source)
+        assert set(found) == {"report.dcm", "DICOMDIR", "pet.dcm"}
+        for name, entry in found.items():
+            failure = building(root, tmp_path, source).build_row(entry)
+            assert isinstance(failure, Failure)
+            assert (failure.file, failure.reason.startswith("found ")) == (name, True)
+
+
+# -------------------------------------------------------------------------------------------------------- other formats
+
+
+WORDS = {
+    "ct/p1/scan.nii.gz": "ct",
+    "MRI/a/b.nii": "mri",
+    "Ultrasound/clip.mp4": "ultrasound",
+    "misc/patient_CXR_2.png": "xray",
+    "x-ray/1.png": "xray",
+    "ct/sub-01_T1w.nii.gz": "mri",  # what is nearer says it
+    "ct/t2/us.png": "ultrasound",
+    "head-ct-003.nii.gz": "ct",
+    "colonoscopy.2/v.mp4": "endoscopy",
+    "direct/objects/usual/1.png": "",  # parts of words are none
+}
+
+
+@pytest.mark.parametrize("fallback", ["", "endoscopy"])
+def test_words_of_the_path_say_the_modality(tmp_path: Path, fallback: str) -> None:
+    content = {".png": picture_bytes(PLANE), ".nii": volume_bytes(0), ".gz": volume_bytes(0, zipped=True)}
+    video = video_bytes(0)
+    put(tmp_path, {name: content.get(Path(name).suffix, video) for name in WORDS})
+    found = {name: entry.modality for name, entry in listed(tmp_path, Folder(modality=fallback)).items()}
+    assert found == {name: modality or fallback for name, modality in WORDS.items()}
+
+
+def test_a_header_says_the_modality_before_path_and_option(tmp_path: Path) -> None:
+    told = {"ct/a.dcm": "US", "ct/b.dcm": "PT", "ct/c.dcm": None, "ct/d.dcm": "OT", "e.dcm": "OT", "f.dcm": "cr"}
+    put(tmp_path, {name: dicom_bytes(dicom(PLANE, Modality=modality or "")) for name, modality in told.items()})
+    found = {name: entry.modality for name, entry in listed(tmp_path, Folder(modality="mri")).items()}
+    wanted = {"ct/a.dcm": "ultrasound", "ct/b.dcm": "", "ct/c.dcm": "ct", "ct/d.dcm": "ct", "e.dcm": "mri"}
+    assert found == wanted | {"f.dcm": "xray"}
+
+
+def test_what_nothing_says_the_modality_of_is_reported(tmp_path: Path) -> None:
+    root = put(tmp_path / "scans", {"a.png": picture_bytes(PLANE)})
+    failure = building(root, tmp_path).build_row(listed(root)["a.png"])
+    assert isinstance(failure, Failure)
+    assert (failure.file, "--modality" in failure.reason) == ("a.png", True)
+
+
+def test_what_lies_beside_scans_is_passed_over(tmp_path: Path) -> None:
+    beside = ("Thumbs.db", "desktop.ini", "ct/labels.csv", "ct/a.json", "notes.txt", "README.md", "report.pdf", "l.log")
+    hidden = (".DS_Store", "ct/._scan.nii.gz", ".cache/scan.nii.gz", "ct/.hidden.png")
+    put(tmp_path, dict.fromkeys((*beside, *hidden), picture_bytes(PLANE)[:4]))
+    put(tmp_path, {"ct/scan.nii.gz": volume_bytes(0, zipped=True), "ct/actually.txt": volume_bytes(1)})
+    assert set(listed(tmp_path)) == {"ct/scan.nii.gz", "ct/actually.txt"}
+
+
+def test_a_folder_of_nothing_else_is_refused(tmp_path: Path) -> None:
+    put(tmp_path, {"Thumbs.db": b"", "a.csv": b"id\n"})
+    with pytest.raises(SourceError, match=r"found no scan of folder, expected a manifest\.csv"):
+        listed(tmp_path)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes here")
+def test_a_pipe_is_reported_and_not_waited_for(tmp_path: Path) -> None:
+    root = put(tmp_path / "scans", {"ct/a.nii": volume_bytes(0)})
+    os.mkfifo(root / "ct" / "pipe.nii")
+    found = listed(root)
+    failure = building(root, tmp_path).build_row(found["ct/pipe.nii"])
+    assert isinstance(failure, Failure)
+    assert "no such file" in failure.reason
+
+
+def test_order_is_the_same_each_time(tmp_path: Path) -> None:
+    put(tmp_path, {f"ct/{RNG.integers(10**6)}/{i}": dicom_bytes(ds) for i, ds in enumerate(slices("1.3")[1])})
+    put(tmp_path, {f"xray/{RNG.integers(10**6)}.png": picture_bytes(texture(i)) for i in range(10)})
+    first = list(Folder().entries(tmp_path))
+    assert first == list(Folder().entries(tmp_path))
+    assert first[:-1] == sorted(first[:-1], key=lambda entry: entry.files)
+
+
+# ----------------------------------------------------------------------------------------------------------- a manifest
+
+
+def test_a_manifest_says_it_all(tmp_path: Path) -> None:
+    folder = {"file": "series", "modality": "CT", "anatomy": "chest", "label": "nodule|effusion||", "group": "p"}
+    write_manifest(
+        tmp_path,
+        [
+            {"id": "a", "split": "test", "licence": "CC0", "site": "nobody asked"} | folder,
+            {"id": "b", "file": "b.png", "modality": "xray"},
+            {"id": "c", "file": "c.png"},
+        ],
+    )
+    found = listed(tmp_path, Folder(modality="ultrasound"))
+    a = Entry("a", (tmp_path / "series",), "ct", "chest", ("nodule", "effusion"), "p", "test", licence="CC0")
+    b, c = (Entry(name, (tmp_path / f"{name}.png",), kind) for name, kind in (("b", "xray"), ("c", "ultrasound")))
+    assert list(found.values()) == [a, b, c]
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"id": "a", "file": "../a.png", "modality": "ct"}], r"'\.\./a\.png' in a table"),
+        ([{"id": "a", "file": "/etc/passwd", "modality": "ct"}], "'/etc/passwd' in a table"),
+        ([{"id": "a", "file": "", "modality": "ct"}], "'' in a table"),
+        ([{"id": "a", "file": "a.png", "modality": "ct"}] * 2, r"line 3: found the id 'a', expected one of its own"),
+        ([{"id": "", "file": "a.png", "modality": "ct"}], "found the id ''"),
+        ([{"id": "a", "file": "a.png", "modality": "pet"}], "found the modality 'pet'"),
+        ([{"id": "a", "file": "a.png", "modality": "ct", "split": "dev"}], "found the split 'dev'"),
+        ([], "found no scan of folder"),
+    ],
+)
+def test_a_manifest_that_cannot_be_meant_is_refused(tmp_path: Path, rows: list[dict[str, str]], message: str) -> None:
+    write_manifest(tmp_path, rows)
+    with pytest.raises(SourceError, match=message):
+        listed(tmp_path)
+
+
+@pytest.mark.parametrize("missing", ["id", "file", "modality", "anatomy", "label", "group"])
+def test_a_column_that_is_missing_is_named(tmp_path: Path, missing: str) -> None:
+    columns = [name for name in ("id", "file", "modality", "anatomy", "label", "group") if name != missing]
+    (tmp_path / "manifest.csv").write_text(",".join(columns) + "\n")
+    with pytest.raises(SourceError, match=rf"manifest\.csv: found the columns .*, expected also {missing}$"):
+        listed(tmp_path)
