@@ -45,12 +45,12 @@ import os, signal, sys
 sys.path.insert(0, {root!r})
 import train
 from modeling_m3ret.pretraining import checkpoints
-sync = checkpoints._sync
+sync = checkpoints.sync
 def kill(path):
     if ".step-000006." in str(path):
         os.kill(os.getpid(), signal.SIGKILL)
     sync(path)
-checkpoints._sync = kill
+checkpoints.sync = kill
 train.main()
 """
 # train.py where the scan of one file has a value that is no number, which no reader lets through
