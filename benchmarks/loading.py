@@ -3,7 +3,7 @@
     python benchmarks/loading.py --data FOLDER        # a folder with a manifest.csv; the phantom by default
 
 Read: fetch the row, decode it under limits and scale to [0, 1]. Packed: also resize and cut into patches. The decoder:
-pydicom, nibabel, decord or Pillow, decoding the source file to its array and no more. One thread each, files in the page
+pydicom, nibabel, decord or Pillow, decoding the source file to its array. One thread each, files in the page
 cache, interleaved; the ratio is the median of the rounds', with the smallest and the largest.
 """
 

@@ -1,0 +1,118 @@
+"""The k nearest of a gallery by cosine similarity, exactly, at the speed of half precision.
+
+Two steps: similarities in half precision, whose error has a bound; then those that may be among the k best by that
+bound once more in float32. So the result is that of float32, at a third of its time: a search of one query is as fast
+as memory can be read, and memory holds half as much.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+GROUP = 64  # neighbouring rows of which the best alone is looked at first
+ROUGH_VALUES = 2**28  # rough similarities at a time: half a GiB
+BLOCK_ROWS = 8192  # of the gallery at a time: 8192 x 768 in half precision is 12 MiB, what caches hold
+FEW_QUERIES = 4  # up to so many, each is read through memory by itself; more share each block
+# Largest errors of rounding to nearest (IEEE 754): relative, and of a similarity, which is at most 1.
+HALF_RESULT = 2.0**-12
+BRAIN_ROUNDING, BRAIN_RESULT = 2.0**-8, 2.0**-9
+SUM_ERROR = 2.0**-12  # of a sum of products in float32: far less for any dimension in use
+
+
+@dataclass(frozen=True)
+class Hits:
+    """scores: `(q, k)` float32, cosine similarity, best first; rows: `(q, k)` int64, of the gallery. Where fewer than k
+    were allowed, rows end in -1 and scores in -inf. Equal scores come in the order of rows."""
+
+    scores: Tensor
+    rows: Tensor
+
+
+def search_exactly(
+    gallery: Tensor,
+    queries: Tensor,
+    k: int,
+    banned: list[Tensor] | None = None,
+    rounding: float = BRAIN_ROUNDING,
+) -> Hits:
+    """The k most similar rows of each query.
+
+    Args:
+        gallery: `(n, d)` float16, rows of norm 1; may be a map of a file. queries: `(q, d)` float32 of norm 1.
+        banned: for each query, rows that must not be found. rounding: how far a row may move when rounded to bfloat16;
+            `bfloat16_rounding(gallery)` is less than half of what holds for any, and so are the rows to look at twice.
+
+    Raises:
+        ValueError: if shapes do not fit, or k is not positive.
+    """
+    if gallery.ndim != 2 or queries.ndim != 2 or queries.shape[1] != gallery.shape[1] or k < 1:
+        raise ValueError(f"gallery {tuple(gallery.shape)} and queries {tuple(queries.shape)} do not fit, or k is {k}")
+    scores = torch.full((len(queries), k), -torch.inf)
+    rows = torch.full((len(queries), k), -1, dtype=torch.int64)
+    together = FEW_QUERIES if len(queries) <= FEW_QUERIES else max(1, ROUGH_VALUES // max(1, len(gallery)))
+    for start in range(0, len(queries), together):
+        part = queries[start : start + together].float()
+        rough, error = (
+            _one_by_one(gallery, part) if len(queries) <= FEW_QUERIES else _in_blocks(gallery, part, rounding)
+        )
+        for place in range(len(part)):
+            if banned is not None:
+                rough[place, banned[start + place]] = -torch.inf
+        best = rough.unflatten(1, (-1, GROUP)).amax(2)  # (q, groups)
+        for place, query in enumerate(part):
+            found = _candidates(rough[place], best[place], float(error[place]), k)
+            exact = gallery[found].float() @ query
+            order = torch.argsort(exact, descending=True, stable=True)[:k]
+            scores[start + place, : len(order)] = exact[order]
+            rows[start + place, : len(order)] = found[order]
+    return Hits(scores, rows)
+
+
+def bfloat16_rounding(gallery: Tensor) -> float:
+    """The largest distance between a row and the same row in bfloat16."""
+    distances = [(block.float() - block.bfloat16().float()).norm(dim=1).max() for block in gallery.split(BLOCK_ROWS)]
+    return max((float(distance) for distance in distances), default=0.0)
+
+
+def _room(queries: int, rows: int, dtype: torch.dtype) -> Tensor:
+    """For rough similarities, `(q, n)` and what fills the last group, where nothing is found."""
+    rough = torch.empty(queries, -(-rows // GROUP) * GROUP, dtype=dtype)
+    rough[:, rows:] = -torch.inf
+    return rough
+
+
+def _one_by_one(gallery: Tensor, queries: Tensor) -> tuple[Tensor, Tensor]:
+    """Similarities in half precision, and of each query how far they can be off."""
+    half = queries.half()
+    rough = _room(len(queries), len(gallery), torch.float16)
+    for place, query in enumerate(half):
+        rough[place, : len(gallery)] = torch.mv(gallery, query)
+    return rough, (queries - half.float()).norm(dim=1) + HALF_RESULT + SUM_ERROR
+
+
+def _in_blocks(gallery: Tensor, queries: Tensor, rounding: float) -> tuple[Tensor, Tensor]:
+    """As above in bfloat16, which processors multiply fastest; the gallery is rounded too."""
+    brain = queries.bfloat16()
+    rough = _room(len(queries), len(gallery), torch.bfloat16)
+    for start in range(0, len(gallery), BLOCK_ROWS):
+        block = gallery[start : start + BLOCK_ROWS].bfloat16()
+        rough[:, start : start + len(block)] = brain @ block.T
+    return rough, (queries - brain.float()).norm(dim=1) + rounding + BRAIN_RESULT + SUM_ERROR
+
+
+def _candidates(rough: Tensor, best: Tensor, error: float, k: int) -> Tensor:
+    """Rows that may be among the k best, ascending.
+
+    The k-th best of the groups' best is no better than the k-th best of all, and found in a fraction of the time. What
+    is among the k best lies within twice the error of it, or above.
+    """
+    kth = float(torch.topk(best, k).values[-1]) if len(best) >= k else -torch.inf
+    least = kth - 2 * error - BRAIN_RESULT  # a comparison rounds its number to the precision of `rough`
+    groups = torch.nonzero(best >= least).flatten()
+    rows = (groups[:, None] * GROUP + torch.arange(GROUP)).flatten()
+    values = rough[rows]
+    return rows[(values >= least) & (values > -torch.inf)]

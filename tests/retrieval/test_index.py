@@ -1,0 +1,266 @@
+"""The index: filters that stay exact, changes that disturb nobody, and files that are whole, ours, or refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from modeling_m3ret.retrieval import approximate
+from modeling_m3ret.retrieval.approximate import ApproximateSearch
+from modeling_m3ret.retrieval.index import IndexFormatError, ModelFacts, RetrievalIndex, Where
+
+
+ROOT = Path(__file__).parents[2]
+FACTS = ModelFacts("m3ret-tiny", "0" * 40, "1" * 64)
+
+
+def embeddings(rows: int = 600, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    centres = torch.randn(12, 32, generator=generator)
+    return centres[torch.arange(rows) % 12] + 0.4 * torch.randn(rows, 32, generator=generator)
+
+
+def metadata(rows: int = 600, first: int = 0) -> pa.Table:
+    numbers = range(first, first + rows)
+    return pa.table(
+        {
+            "id": [f"id-{n}" for n in numbers],
+            "patient": [f"patient-{n // 3}" for n in numbers],
+            "modality": [("ct", "xray", "mri")[n % 3] for n in numbers],
+            "anatomy": [("chest", "head")[n % 2] for n in numbers],
+            "labels": [[f"label-{n % 5}"] for n in numbers],
+            "source": ["phantom"] * rows,
+        }
+    )
+
+
+@pytest.fixture
+def index() -> RetrievalIndex:
+    return RetrievalIndex.build(embeddings(), metadata(), FACTS)
+
+
+@pytest.fixture(autouse=True)
+def own_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(approximate, "HF_HOME", str(tmp_path / "hf_home"))
+
+
+def expected(query: Tensor, allowed: list[int], k: int) -> list[int]:
+    vectors = torch.nn.functional.normalize(embeddings(), dim=1).half().float()
+    scores = vectors @ torch.nn.functional.normalize(query, dim=0)
+    return sorted(allowed, key=lambda row: -float(scores[row]))[:k]
+
+
+@pytest.mark.parametrize(
+    ("where", "allowed"),
+    [
+        (Where(modality=["ct"]), lambda n: n % 3 == 0),
+        (Where(modality=["ct", "mri"], anatomy=["head"]), lambda n: n % 3 != 1 and n % 2 == 1),
+        (Where(without_patients=["patient-0", "patient-7"]), lambda n: n // 3 not in (0, 7)),
+        (Where(source=["elsewhere"]), lambda n: False),
+        (Where(), lambda n: True),
+    ],
+)
+@pytest.mark.parametrize("method", ["exact", "ivf"])
+def test_a_filter_gives_the_best_of_what_it_allows(where: Where, allowed: object, method: str) -> None:
+    index = RetrievalIndex.build(embeddings(), metadata(), FACTS, method)  # type: ignore[arg-type]
+    queries = embeddings()[[4, 90, 7]]
+    hits = index.search(queries, 7, where=where)
+    own = index.search(queries, 7, where=where, patients=["patient-1", "", "nobody"])
+    for place, query in enumerate(queries):
+        rows = [n for n in range(600) if allowed(n)]  # type: ignore[operator]
+        assert [row for row in hits.rows[place].tolist() if row >= 0] == expected(query, rows, 7)
+        foreign = [n for n in rows if place or n // 3 != 1]
+        assert [row for row in own.rows[place].tolist() if row >= 0] == expected(query, foreign, 7)
+
+
+@pytest.mark.parametrize("method", ["exact", "ivf", "rabitq", "hnsw"])
+def test_the_query_s_own_patient_is_not_found(method: str) -> None:
+    index = RetrievalIndex.build(embeddings(), metadata(), FACTS, method)  # type: ignore[arg-type]
+    patients = [f"patient-{n // 3}" for n in range(20)]
+    hits = index.search(embeddings()[:20], 10, patients=patients)
+    for own, rows in zip(patients, hits.rows, strict=True):
+        found = [row["patient"] for row in index.rows(rows)]
+        assert len(found) == 10
+        assert own not in found
+
+
+@pytest.mark.parametrize("method", ["ivf", "rabitq", "hnsw"])
+def test_an_approximate_index_tells_the_recall_that_it_has(method: str) -> None:
+    vectors = embeddings(4000)
+    index = RetrievalIndex.build(vectors, metadata(4000), FACTS, method, aim=0.95)  # type: ignore[arg-type]
+    exact = RetrievalIndex.build(vectors, metadata(4000), FACTS, "exact")
+    queries = embeddings(200, seed=0)[:100] + 0.05 * torch.randn(100, 32)
+    found, truth = index.search(queries, 10), exact.search(queries, 10)
+    recall = sum(len(set(a.tolist()) & set(b.tolist())) for a, b in zip(found.rows, truth.rows, strict=True)) / 1000
+    assert index.approximate is not None
+    assert index.approximate.measured.recall >= 0.95
+    assert recall == pytest.approx(
+        index.approximate.measured.recall, abs=0.04
+    )  # of other queries; four standard errors
+    best = found.rows[:, 0] == truth.rows[:, 0]
+    assert torch.equal(found.scores[best, 0], truth.scores[best, 0])  # scores are exact whatever found the row
+
+
+def test_large_galleries_are_searched_approximately_unless_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("modeling_m3ret.retrieval.index.EXACT_UP_TO", 599)
+    large = RetrievalIndex.build(embeddings(), metadata(), FACTS)
+    assert large.approximate is not None
+    assert large.approximate.measured.method == "rabitq"
+    assert RetrievalIndex.build(embeddings(599), metadata(599), FACTS).approximate is None
+    assert RetrievalIndex.build(embeddings(), metadata(), FACTS, "exact").approximate is None
+
+
+@pytest.mark.parametrize("method", ["exact", "ivf"])
+def test_adding_and_removing_give_new_indices_that_find_what_they_hold(method: str) -> None:
+    index = RetrievalIndex.build(embeddings(), metadata(), FACTS, method)  # type: ignore[arg-type]
+    new = embeddings(30, seed=5)
+    larger = index.add(new, metadata(30, first=600))
+    assert [row["id"] for row in larger.rows(larger.search(new[3:4], 1).rows)] == ["id-603"]
+    smaller = larger.remove(["id-603", "no such id"])
+    assert (len(index), len(larger)) == (600, 630)
+    assert len(smaller) == 629
+    assert "id-603" not in [row["id"] for row in smaller.rows(smaller.search(new[3:4], 20).rows)]
+    with pytest.raises(ValueError, match="all different"):
+        index.add(new, metadata(30, first=590))
+
+
+def test_what_is_no_gallery_is_refused() -> None:
+    vectors = embeddings(3)
+    for wrong, table, message in (
+        (vectors, metadata(2), "expected 3 with an id"),
+        (vectors * torch.tensor([[1.0], [0.0], [1.0]]), metadata(3), "no direction"),
+        (vectors / torch.tensor([[1.0], [0.0], [1.0]]), metadata(3), "finite"),
+        (vectors, metadata(3).set_column(0, "id", pa.array(["a", "a", "b"])), "all different"),
+        (vectors, metadata(3).drop(["id"]), "with an id"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            RetrievalIndex.build(wrong, table, FACTS)
+
+
+@pytest.mark.parametrize("method", ["exact", "ivf", "rabitq", "hnsw"])
+def test_a_saved_index_is_the_same_when_loaded(method: str, tmp_path: Path) -> None:
+    index = RetrievalIndex.build(embeddings(), metadata(), FACTS, method)  # type: ignore[arg-type]
+    index.save(tmp_path / "gallery")
+    loaded = RetrievalIndex.load(tmp_path / "gallery", FACTS)
+    assert torch.equal(loaded.embeddings, index.embeddings)
+    assert loaded.metadata.equals(index.metadata)
+    queries = embeddings(seed=2)[:8]
+    assert torch.equal(loaded.search(queries, 5).rows, index.search(queries, 5).rows)
+    assert len(list((tmp_path / "gallery").glob("version-*"))) == 1
+    index.save(tmp_path / "gallery")
+    assert len(list((tmp_path / "gallery").glob("version-*"))) == 1
+    assert torch.equal(loaded.search(queries, 5).rows, index.search(queries, 5).rows)  # who had it open reads on
+
+
+def damage(folder: Path, what: str) -> None:
+    version = next(folder.glob("version-*"))
+    file = version / ("metadata.parquet" if "metadata" in what else "embeddings.safetensors")
+    content = bytearray(file.read_bytes())
+    if "byte" in what:
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
+    elif "cut" in what:
+        file.write_bytes(content[:-100])
+    elif "gone" in what:
+        file.unlink()
+    elif what == "no manifest":
+        (folder / "current.json").unlink()
+    else:
+        manifest = json.loads((folder / "current.json").read_text())
+        manifest |= {"format": {"format": 99}, "path": {"version": "../../etc"}, "scans": {"scans": 7}}[what]
+        (folder / "current.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("byte", "found embeddings.safetensors changed or cut"),
+        ("metadata byte", "found metadata.parquet changed or cut"),
+        ("cut", "found embeddings.safetensors changed or cut"),
+        ("gone", "found no embeddings.safetensors"),
+        ("metadata gone", "found no metadata.parquet"),
+        ("no manifest", "found no current.json"),
+        ("format", "found format 99, expected 1"),
+        ("path", "found a current.json that is none"),
+        ("scans", r"expected \(7, 32\) float16"),
+    ],
+)
+def test_what_is_damaged_is_refused_in_words(index: RetrievalIndex, tmp_path: Path, what: str, message: str) -> None:
+    index.save(tmp_path / "gallery")
+    damage(tmp_path / "gallery", what)
+    with pytest.raises(IndexFormatError, match=message):
+        RetrievalIndex.load(tmp_path / "gallery", FACTS)
+
+
+def test_another_model_s_index_is_refused(index: RetrievalIndex, tmp_path: Path) -> None:
+    index.save(tmp_path)
+    other = ModelFacts("m3ret-tiny", "f" * 40, FACTS.processor)
+    with pytest.raises(IndexFormatError, match="expected those of"):
+        RetrievalIndex.load(tmp_path, other)
+    assert len(RetrievalIndex.load(tmp_path)) == 600  # who does not say, is not asked
+
+
+def test_a_faiss_file_from_elsewhere_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not with a manifest of its own either: the signature needs this machine's secret. It is built anew."""
+    import faiss
+
+    RetrievalIndex.build(embeddings(), metadata(), FACTS, "ivf").save(tmp_path / "gallery")
+    path = next((tmp_path / "gallery").glob("version-*")) / "approximate.faiss"
+    read = []
+    deserialize = faiss.deserialize_index
+    monkeypatch.setattr(faiss, "deserialize_index", lambda content: read.append(len(content)) or deserialize(content))
+    RetrievalIndex.load(tmp_path / "gallery")
+    assert len(read) == 1
+    content = bytearray(path.read_bytes())
+    content[50] ^= 1
+    for change in (
+        lambda: path.write_bytes(content),
+        lambda: path.unlink(),
+        lambda: monkeypatch.setattr(approximate, "HF_HOME", str(tmp_path / "another machine")),
+    ):
+        change()
+        loaded = RetrievalIndex.load(tmp_path / "gallery")
+        assert len(read) == 1
+        assert isinstance(loaded.approximate, ApproximateSearch)
+
+
+SAVE_AND_DIE = """
+import os, signal, sys
+sys.path[:0] = [{root!r}, {root!r} + "/tests/retrieval"]
+from pathlib import Path
+from test_index import FACTS, embeddings, metadata
+from modeling_m3ret.retrieval import index
+def die(*arguments, **options):
+    os.kill(os.getpid(), signal.SIGKILL)
+setattr(index, {step!r}, die)
+index.RetrievalIndex.build(embeddings(50), metadata(50), FACTS).save(Path(sys.argv[1]))
+"""
+
+
+@pytest.mark.parametrize("step", ["save_file", "sha256_of", "sync", "write_whole"])
+def test_a_save_that_is_killed_leaves_the_old_index(index: RetrievalIndex, tmp_path: Path, step: str) -> None:
+    index.save(tmp_path / "gallery")
+    script = SAVE_AND_DIE.format(root=str(ROOT), step=step)
+    ran = subprocess.run([sys.executable, "-c", script, str(tmp_path / "gallery")], env=os.environ, check=False)
+    assert ran.returncode == -signal.SIGKILL
+    assert len(RetrievalIndex.load(tmp_path / "gallery", FACTS)) == 600
+    index.remove(["id-0"]).save(tmp_path / "gallery")  # and what the killed one left goes with the next save
+    assert len(RetrievalIndex.load(tmp_path / "gallery", FACTS)) == 599
+    assert len(list((tmp_path / "gallery").glob("version-*"))) == 1
+
+
+def test_the_file_holds_what_the_index_does(index: RetrievalIndex, tmp_path: Path) -> None:
+    index.save(tmp_path)
+    stored = load_file(next(tmp_path.glob("version-*")) / "embeddings.safetensors")["embeddings"]
+    directions = torch.nn.functional.normalize(embeddings(), dim=1)
+    assert (stored.float() - directions).abs().max() < 2**-11
