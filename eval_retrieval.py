@@ -17,7 +17,7 @@ from modeling_m3ret import M3RetModel, __version__
 from modeling_m3ret.cpu import prepare_cpu
 from modeling_m3ret.data.collection import open_collection, split_by_group
 from modeling_m3ret.data.schema import SPLITS
-from modeling_m3ret.retrieval.embed import embed_records, encoder_embedder, pixel_embedder
+from modeling_m3ret.retrieval.embed import MAX_TOKENS, embed_records, encoder_embedder, pixel_embedder
 from modeling_m3ret.retrieval.evaluation import evaluate, format_table, to_json
 from modeling_m3ret.whole_files import write_whole
 
@@ -32,7 +32,7 @@ def main() -> None:
     )
     parser.add_argument("--split", choices=SPLITS, default=None, help="of a Parquet data set; all of them by default")
     parser.add_argument("--holdout", type=float, default=None, help="part of the patients that training held out")
-    parser.add_argument("--batch_size", type=int, default=16, help="scans in a pack")
+    parser.add_argument("--max_tokens", type=int, default=MAX_TOKENS, help="patches that are embedded together")
     parser.add_argument("--num_workers", type=int, default=1, help="processes that decode")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0, help="of the untrained encoder's weights")
@@ -62,7 +62,7 @@ def main() -> None:
         list(embedders.values()),
         processor,
         records,
-        batch_size=arguments.batch_size,
+        max_tokens=arguments.max_tokens,
         num_workers=arguments.num_workers,
     )
     rows = evaluate(dict(zip(embedders, embedded, strict=True)))

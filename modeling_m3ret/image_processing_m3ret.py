@@ -134,7 +134,11 @@ class M3RetImageProcessor(BaseImageProcessor):
 
     def grid(self, volume: Tensor) -> tuple[int, int, int]:
         """Patches along depth, height and width of a resized scan `(C, D, H, W)`."""
-        D, H, W = volume.shape[1:]
+        return self.grid_of(tuple(volume.shape))
+
+    def grid_of(self, shape: tuple[int, ...]) -> tuple[int, int, int]:
+        """As above, of a scan of this shape."""
+        D, H, W = shape[1:]
         return -(-D // self.patch_depth), H // self.patch_size, W // self.patch_size
 
     def resize(self, scan: Scan, **settings: int | None) -> Tensor:

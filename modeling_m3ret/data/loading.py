@@ -41,6 +41,18 @@ class Pack:
     noise: Tensor | None = None
     failures: list[tuple[int, str]] = field(default_factory=list)
 
+    @classmethod
+    def joined(cls, packs: Sequence[Pack]) -> Pack:
+        """Several packs as one, in their order."""
+        noises = [pack.noise for pack in packs if pack.noise is not None]
+        return cls(
+            values=torch.cat([pack.values for pack in packs]),
+            shapes=[shape for pack in packs for shape in pack.shapes],
+            scans=[scan for pack in packs for scan in pack.scans],
+            noise=torch.cat(noises) if noises else None,
+            failures=[failure for pack in packs for failure in pack.failures],
+        )
+
     def inputs(
         self, processor: M3RetImageProcessor, device: torch.device | str = "cpu", slices_once: bool = False
     ) -> dict[str, Tensor]:

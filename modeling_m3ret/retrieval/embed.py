@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -10,10 +11,13 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..data.collection import Record
-from ..data.loading import WholeScans, embedding_loader
+from ..data.loading import Pack, WholeScans, embedding_loader
 from ..image_processing_m3ret import M3RetImageProcessor
 from ..modeling_m3ret import M3RetModel
 
+
+# 20 X-rays or two CTs: both cores of a small machine are busy, and a ViT-B's activations take some 100 MB
+MAX_TOKENS = 4096
 
 # from pixel_values (P, C*t*p*p) and grid_thw (B, 3) to embeddings (B, d)
 Embedder = Callable[[Mapping[str, Tensor]], Tensor]
@@ -33,7 +37,7 @@ def embed_records(
     processor: M3RetImageProcessor,
     records: Sequence[Record],
     *,
-    batch_size: int = 16,
+    max_tokens: int = MAX_TOKENS,
     num_workers: int = 0,
     progress: bool = True,
 ) -> list[Embedded]:
@@ -41,7 +45,8 @@ def embed_records(
 
     Args:
         embedders: each from the model's inputs to `(B, d)`: `encoder_embedder(model)`, `pixel_embedder(processor)`.
-        batch_size: scans in a pack. 16 keeps both cores of a small machine busy and memory at some 100 MB.
+        max_tokens: scans are embedded together up to so many patches. An embedding does not depend on it.
+        num_workers: processes that decode ahead.
 
     Returns:
         An `Embedded` for each embedder.
@@ -49,9 +54,10 @@ def embed_records(
     parts: list[list[Tensor]] = [[] for _ in embedders]
     kept: list[int] = []
     failures: list[str] = []
-    loader = embedding_loader(WholeScans(records, processor), batch_size, num_workers)
-    with torch.inference_mode():
-        for pack in tqdm(loader, desc="embedding", unit="batch", disable=not progress, leave=False):
+    loader = embedding_loader(WholeScans(records, processor), 1, num_workers)
+    with torch.inference_mode(), tqdm(total=len(records), desc="embedding", unit="scan", disable=not progress) as bar:
+        for pack in _together(loader, processor, max_tokens):
+            bar.update(len(pack.scans) + len(pack.failures))
             failures += [message for _, message in pack.failures]
             if pack.scans:
                 kept += pack.scans
@@ -64,6 +70,21 @@ def embed_records(
         Embedded(torch.cat(part) if part else torch.empty(0, 0), [records[index] for index in kept], failures)
         for part in parts
     ]
+
+
+def _together(packs: Iterable[Pack], processor: M3RetImageProcessor, max_tokens: int) -> Iterator[Pack]:
+    """Neighbouring packs as one, up to a number of patches: an image and a CT differ by a factor of ten."""
+    waiting: list[Pack] = []
+    tokens = 0
+    for pack in packs:
+        own = sum(math.prod(processor.grid_of(shape)) for shape in pack.shapes)
+        if waiting and tokens + own > max_tokens:
+            yield Pack.joined(waiting)
+            waiting, tokens = [], 0
+        waiting.append(pack)
+        tokens += own
+    if waiting:
+        yield Pack.joined(waiting)
 
 
 def encoder_embedder(model: M3RetModel) -> Embedder:

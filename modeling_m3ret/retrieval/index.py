@@ -38,6 +38,7 @@ APPROXIMATE = "approximate.faiss"
 CURRENT = "current.json"  # names the version that readers take, and is what a save replaces at last
 # up to here a search of everything takes no longer than a person notices: 867,653 x 768 in some 50 ms on two cores
 EXACT_UP_TO = 1_000_000
+FILTERS_KEPT = 8
 COLUMNS = ("id", "patient", "modality", "anatomy", "labels", "source")
 
 
@@ -67,6 +68,11 @@ class Where:
     anatomy: Collection[str] | None = None
     source: Collection[str] | None = None
     without_patients: Collection[str] = ()
+
+    def __post_init__(self) -> None:
+        for column in ("modality", "anatomy", "source", "without_patients"):
+            names = getattr(self, column)
+            object.__setattr__(self, column, names if names is None else frozenset(names))
 
     def mask(self, columns: Mapping[str, Coded]) -> Tensor:
         """`(n,)` bool."""
@@ -117,6 +123,7 @@ class RetrievalIndex:
     approximate: ApproximateSearch | None = None
     _rounding: float | None = field(default=None, repr=False)
     _coded: dict[str, Coded] = field(default_factory=dict, repr=False)
+    _filters: dict[Where, Tensor] = field(default_factory=dict, repr=False)
     _rows_of_patients: tuple[np.ndarray, np.ndarray] | None = field(default=None, repr=False)
 
     @classmethod
@@ -167,7 +174,7 @@ class RetrievalIndex:
         queries = torch.nn.functional.normalize(queries.float(), dim=-1)
         if where is None and self.approximate is not None:
             return self._approximately(queries, k, self._own_rows(patients))
-        allowed = torch.nonzero(where.mask(self._columns())).flatten() if where is not None else None
+        allowed = self._allowed(where) if where is not None else None
         if allowed is None or len(allowed) == len(self):
             return search_exactly(
                 self.embeddings, queries, k, self._own_rows(patients), self._bfloat16_rounding(queries)
@@ -201,6 +208,14 @@ class RetrievalIndex:
                 return 1.0
             self._rounding = bfloat16_rounding(self.embeddings)
         return self._rounding
+
+    def _allowed(self, where: Where) -> Tensor:
+        """Rows that a filter leaves; the latest filters are remembered, since who searches asks again."""
+        if where not in self._filters:
+            if len(self._filters) >= FILTERS_KEPT:
+                self._filters.pop(next(iter(self._filters)))
+            self._filters[where] = torch.nonzero(where.mask(self._columns())).flatten()
+        return self._filters[where]
 
     def _columns(self) -> Mapping[str, Coded]:
         if not self._coded:

@@ -162,7 +162,7 @@ def test_one_bad_file_is_counted_and_stops_nothing(records: list[Record]) -> Non
     assert [index for index, _ in failures] == [2]
     assert "2.npy" in failures[0][1]
 
-    pixels = embed_records([pixel_embedder(PROCESSOR)], PROCESSOR, records, batch_size=3, progress=False)[0]
+    pixels = embed_records([pixel_embedder(PROCESSOR)], PROCESSOR, records, max_tokens=12, progress=False)[0]
     assert [record.id for record in pixels.records] == ["0", "1", "3", "4", "5", "6", "7"]
     assert len(pixels.embeddings) == 7
     assert len(pixels.failures) == 1
