@@ -1,81 +1,144 @@
-"""Measure a checkpoint's zero-shot retrieval on a labelled collection, beside chance, pixels and untrained weights.
+"""Measure zero-shot retrieval on a labelled collection, beside chance, pixels, untrained weights and other encoders.
 
-    python eval_retrieval.py --model m3ret-vitb --data FOLDER          # FOLDER holds a manifest.csv
+    python eval_retrieval.py --model m3ret-vitb --data FOLDER          # FOLDER holds a manifest.csv or data/*.parquet
     python eval_retrieval.py --model m3ret-smoke --data phantom --holdout 0.3
+    python eval_retrieval.py --model step-10000 step-20000 m3ret-vitb --data ORG/NAME --split test --protocols all
+    python eval_retrieval.py --model m3ret-vitb --data FOLDER --baselines facebook/dinov3-vits16-pretrain-lvd1689m
+    accelerate launch eval_retrieval.py --model m3ret-vitb --data ORG/NAME --precision bf16 --output results
 
-The untrained encoder is not whitened here: there are no training scans to fit it to. In the table of a training it is.
-`--holdout` takes only the patients that `train.py` held out with the same number; the default takes all.
+What the protocols and the numbers mean: `docs/evaluation.md`. Embeddings of M3Ret models are kept, and made by all
+processes. The untrained encoder is not whitened here: there are no training scans to fit it to; in the table of a
+training it is. `--holdout` takes only the patients that `train.py` held out with the same number.
 """
 
 import argparse
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, set_seed
 
 from modeling_m3ret import M3RetModel, __version__
 from modeling_m3ret.cpu import prepare_cpu
 from modeling_m3ret.data.collection import open_collection, split_by_group
 from modeling_m3ret.data.schema import SPLITS
-from modeling_m3ret.retrieval.embed import MAX_TOKENS, embed_records, encoder_embedder, pixel_embedder
-from modeling_m3ret.retrieval.evaluation import evaluate, format_table, to_json
+from modeling_m3ret.retrieval.baselines import baseline_name, embed_with_baseline
+from modeling_m3ret.retrieval.embed import MAX_TOKENS, Embedded, embed_records, pixel_embedder
+from modeling_m3ret.retrieval.embedding_store import embed_collection, facts_of
+from modeling_m3ret.retrieval.evaluation import (
+    ALL_MODALITIES,
+    evaluate,
+    format_differences,
+    format_table,
+    paired_difference,
+    to_json,
+)
+from modeling_m3ret.retrieval.protocols import ALL, DEFAULT
 from modeling_m3ret.whole_files import write_whole
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="checkpoint folder or Hub id")
+    parser.add_argument("--model", required=True, nargs="+", help="checkpoint folders or Hub ids, the main one first")
     parser.add_argument(
-        "--data",
-        required=True,
-        help="folder with a manifest.csv or data/*.parquet, ORG/NAME on the Hub, or phantom[:SUBJECTS[:SEED]]",
+        "--data", required=True, help="folder with a manifest.csv or data/*.parquet, ORG/NAME on the Hub, or phantom"
     )
     parser.add_argument("--split", choices=SPLITS, default=None, help="of a Parquet data set; all of them by default")
     parser.add_argument("--holdout", type=float, default=None, help="part of the patients that training held out")
+    parser.add_argument("--protocols", choices=["default", "all"], default="default")
+    parser.add_argument(
+        "--baselines", nargs="*", default=[], help="transformers vision models, or hf-hub:… of open_clip"
+    )
     parser.add_argument("--max_tokens", type=int, default=MAX_TOKENS, help="patches that are embedded together")
     parser.add_argument("--num_workers", type=int, default=1, help="processes that decode")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="of the encoders' arithmetic")
     parser.add_argument("--seed", type=int, default=0, help="of the untrained encoder's weights")
-    parser.add_argument("--output", type=Path, default=None, help="also write the table as JSON")
+    parser.add_argument("--output", type=Path, default=None, help="folder for metrics.json and the table, report.md")
     arguments = parser.parse_args()
+    accelerator = Accelerator()
+    if accelerator.device.type == "cpu":
+        prepare_cpu(accelerator.num_processes)
+    dtype = torch.bfloat16 if arguments.precision == "bf16" else torch.float32
 
-    if arguments.device == "cpu":
-        prepare_cpu()
-    records = open_collection(arguments.data)
+    # ---- scans ------------------------------------------------------------------------------------------------------
+    with accelerator.local_main_process_first():  # a download, or the phantom, is made once
+        records = open_collection(arguments.data)
     if arguments.split is not None:
         records = [record for record in records if record.split == arguments.split]
-        if not records:
-            raise SystemExit(f"{arguments.data} has no scan in the split {arguments.split}")
     if arguments.holdout is not None:
         _, records = split_by_group(records, arguments.holdout)
-    processor = AutoImageProcessor.from_pretrained(arguments.model)
-    model = AutoModel.from_pretrained(arguments.model).eval().to(arguments.device)
-    set_seed(arguments.seed)
-    untrained = M3RetModel(AutoConfig.from_pretrained(arguments.model)).eval().to(arguments.device)
+    if not records:
+        raise SystemExit(f"{arguments.data} has no scan in what was asked for")
 
-    embedders = {
-        "pixels": pixel_embedder(processor),
-        "untrained": encoder_embedder(untrained),
-        "trained": encoder_embedder(model),
-    }
-    embedded = embed_records(
-        list(embedders.values()),
+    # ---- embeddings: ours by all processes, the others by the first -------------------------------------------------
+    names = titles_of(arguments.model)
+    methods: dict[str, Embedded] = {}
+    models = {}
+    for title, name in zip(names, arguments.model, strict=True):
+        processor = AutoImageProcessor.from_pretrained(name)
+        model = AutoModel.from_pretrained(name).eval().to(accelerator.device)
+        models[title] = facts_of(model, processor, baseline_name(name))
+        settings = {"dtype": dtype, "max_tokens": arguments.max_tokens, "num_workers": arguments.num_workers}
+        methods[title] = embed_collection(model, processor, records, accelerator, name=name, **settings)
+    set_seed(arguments.seed)
+    processor = AutoImageProcessor.from_pretrained(arguments.model[0])
+    untrained = M3RetModel(AutoConfig.from_pretrained(arguments.model[0])).eval().to(accelerator.device)
+    beside = {"untrained": embed_collection(untrained, processor, records, accelerator, name="untrained", **settings)}
+    if not accelerator.is_main_process:
+        return
+    beside["pixels"] = embed_records(
+        [pixel_embedder(processor)],
         processor,
         records,
         max_tokens=arguments.max_tokens,
         num_workers=arguments.num_workers,
-    )
-    rows = evaluate(dict(zip(embedders, embedded, strict=True)))
-    print(format_table(rows))
-    failures = embedded[0].failures
+    )[0]
+    for name in arguments.baselines:
+        beside[baseline_name(name)] = embed_with_baseline(
+            name, records, num_workers=arguments.num_workers, device=accelerator.device, dtype=dtype
+        )
+    methods = {"pixels": beside.pop("pixels"), **beside, **methods}
+
+    # ---- the table --------------------------------------------------------------------------------------------------
+    rows = evaluate(methods, ALL if arguments.protocols == "all" else DEFAULT)
+    table = format_table(rows)
+    print(table)
+    main_model = names[0]
+    others = [name for name in methods if name != main_model]
+    within = any(row.protocol == ALL_MODALITIES for row in rows)  # else no query of any modality has anything to find
+    differences = {name: paired_difference(methods[main_model], methods[name]) for name in others if within}
+    if differences:
+        print(format_differences(main_model, differences))
+    failures = methods[main_model].failures
     for message in failures:
         print(f"not read: {message}")
     part = "all patients, trained on or not" if arguments.holdout is None else f"held-out part of {arguments.holdout}"
-    print(f"{len(embedded[0].records)} scans embedded ({part}), {len(failures)} could not be read")
+    if arguments.split is not None:
+        part = f"the {arguments.split} split"
+    print(f"{len(methods[main_model].records)} scans embedded ({part}), {len(failures)} could not be read")
     if arguments.output:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        facts = {"m3ret": __version__, "torch": torch.__version__, "seed": arguments.seed, "not_read": len(failures)}
-        write_whole(arguments.output, to_json(rows, **facts) + "\n")
+        arguments.output.mkdir(parents=True, exist_ok=True)
+        facts = {
+            "m3ret": __version__,
+            "torch": torch.__version__,
+            "seed": arguments.seed,
+            "precision": arguments.precision,
+            "scans": len(methods[main_model].records),
+            "not_read": len(failures),
+            "models": {title: vars(told) for title, told in models.items()},
+            "differences_of_mean_map": {other: told._asdict() for other, told in differences.items()},
+        }
+        write_whole(arguments.output / "metrics.json", to_json(rows, **facts) + "\n")
+        words = [table, format_differences(main_model, differences)] if differences else [table]
+        write_whole(arguments.output / "report.md", "\n\n".join(words) + "\n")
+
+
+def titles_of(models: list[str]) -> list[str]:
+    """What the table calls them: of several by the last part of their name, and a number where that repeats."""
+    if len(models) == 1:
+        return ["trained"]
+    names = [baseline_name(name) for name in models]
+    return [f"{name} ({place})" if names.count(name) > 1 else name for place, name in enumerate(names, start=1)]
 
 
 if __name__ == "__main__":

@@ -180,13 +180,23 @@ def test_training_streamed_by_two_processes_is_training_on_the_local_copy(pushed
     assert all(torch.equal(tensor, streamed[name]) for name, tensor in weights.items())
 
 
-def test_a_checkpoint_is_evaluated_on_the_hub_s_test_split(pushed: Pushed, tmp_path: Path) -> None:
+def test_checkpoints_are_evaluated_on_a_split_of_the_hub_s_data_set(pushed: Pushed, tmp_path: Path) -> None:
     train(pushed, str(pushed.folder), tmp_path, "--steps", "2", "--num_workers", "0")
-    words = ["--model", "m3ret-tiny", "--data", pushed.name, "--split", "test", "--output", "table.json"]
-    printed = run([sys.executable, str(ROOT / "eval_retrieval.py"), *words], pushed.environment, tmp_path)
-    count = sum(record.split == "test" for record in open_collection(pushed.folder))
+    words = ["--model", "m3ret-tiny", "m3ret-tiny", "--data", pushed.name, "--split", "train", "--output", "table"]
+    command = [sys.executable, str(ROOT / "eval_retrieval.py"), *words, "--protocols", "all"]
+    printed = run(command, pushed.environment, tmp_path)
+    count = sum(record.split == "train" for record in open_collection(pushed.folder))
     assert f"{count} scans embedded" in printed
-    assert (tmp_path / "table.json").stat().st_size > 0
+    told = json.loads((tmp_path / "table" / "metrics.json").read_text())
+    assert {"m3ret-tiny (1)", "m3ret-tiny (2)", "pixels", "untrained", "chance"} == {
+        row["method"] for row in told["rows"]
+    }
+    assert {"within modality by label", "same subject across modalities"} <= {
+        p["name"] for p in told["protocols"].values()
+    }
+    # of one model twice: the same scores, and a difference of nothing
+    assert told["differences_of_mean_map"]["m3ret-tiny (2)"]["value"] == 0
+    assert str(tmp_path) not in (tmp_path / "table" / "metrics.json").read_text()
 
 
 def test_a_name_that_is_no_data_set_is_one_clear_line(pushed: Pushed, tmp_path: Path) -> None:

@@ -83,14 +83,14 @@ def test_train_ends_with_a_checkpoint_and_a_table(
         features = model.get_image_features(**processor(sources, return_tensors="pt"))
     assert features.shape == (3, 192)
 
-    options = {"--model": "m3ret-tiny", "--data": str(phantom), "--holdout": "0.5", "--output": "table.json"}
+    options = {"--model": "m3ret-tiny", "--data": str(phantom), "--holdout": "0.5", "--output": "table"}
     words = [word for option in options.items() for word in option]
     evaluated = run([sys.executable, str(ROOT / "eval_retrieval.py"), *words], tmp_path)
     # the same patients, the same scores as at the end of training
     table = [line for line in printed.splitlines() if "| trained" in line]
     assert table
     assert [line for line in evaluated.splitlines() if "| trained" in line] == table
-    assert json.loads((tmp_path / "table.json").read_text())["not_read"] == 0
+    assert json.loads((tmp_path / "table" / "metrics.json").read_text())["not_read"] == 0
 
 
 @pytest.mark.parametrize("objective", ["mae", "simdino"])

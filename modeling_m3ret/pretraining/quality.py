@@ -116,7 +116,7 @@ def quality_of(embedded: Embedded, pooled: torch.Tensor) -> dict[str, float]:
     rows: list[Row] = evaluate({"trained": embedded}, intervals=False)
     named = {ALL_MODALITIES: "all", ACROSS: "across"}
     numbers = {
-        f"held_out/mAP/{named.get(row.protocol, row.protocol)}": row.scores[2]
+        f"held_out/mAP/{named.get(row.protocol, row.protocol)}": row.scores["mAP"]
         for row in rows
         if row.method == "trained"
     }

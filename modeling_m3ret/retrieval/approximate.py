@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
+import logging
 import secrets
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -24,6 +25,8 @@ from torch import Tensor
 from ..whole_files import write_whole, writing_whole
 from .exact_search import Hits, bfloat16_rounding, search_exactly
 
+
+logger = logging.getLogger(__name__)
 
 Method = Literal["ivf", "rabitq", "hnsw"]
 AIM = 0.99  # of recall@10: on a mixture of 867,653 x 768, IVF reaches it with 8 of 2048 cells
@@ -74,6 +77,8 @@ class ApproximateSearch:
             index.add(_numpy(block))
         built = cls(gallery, index, Measured(method, cells, 1, 1, 0.0))
         built._raise_effort(aim, generator)
+        if built.measured.recall < aim:
+            logger.warning("%s: recall@10 is %.3f, not %.3f: search exactly", method, built.measured.recall, aim)
         return built
 
     def _raise_effort(self, aim: float, generator: torch.Generator) -> None:

@@ -76,7 +76,7 @@ def test_a_save_that_fails_leaves_the_older_checkpoint(tmp_path: Path, monkeypat
 def test_the_card_is_filled_in_and_names_no_path(tmp_path: Path) -> None:
     template = Path(__file__).parents[2] / "model_card.md"
     run = RunConfig(output_dir=str(tmp_path / "secret-hospital" / "m3ret-x"), data=str(tmp_path / "secret-ward"))
-    rows = [Row("ct", "trained", 10, 11, (0.5, 0.75, 0.625), (0.5, 0.7))]
+    rows = [Row("ct", "trained", 10, 11, {"P@1": 0.5, "R@5": 0.75, "mAP": 0.625}, (0.5, 0.7))]
     card = write_card(template, run, tiny_config(), 1_234_567, FACTS, rows)
     assert "secret" not in card
     assert str(tmp_path) not in card

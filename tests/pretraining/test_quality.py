@@ -37,7 +37,7 @@ def test_measured_as_by_the_evaluation_and_decoded_once(records: list[Record]) -
     numbers = quality.measure(encoder)
     assert encoder.training  # as it was
     embedders = [encoder_embedder(encoder.eval()), pooled_embedder(encoder)]
-    alone, pooled = embed_records(embedders, PROCESSOR, records, batch_size=12, progress=False)
+    alone, pooled = embed_records(embedders, PROCESSOR, records, progress=False)
     assert {"held_out/mAP/ct", "held_out/mAP/xray", "held_out/mAP/all", "held_out/knn_accuracy"} <= numbers.keys()
     assert numbers == pytest.approx(quality_of(alone, pooled.embeddings), abs=1e-5)
     # what the whitening was fitted to has mean 0

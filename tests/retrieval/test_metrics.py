@@ -1,4 +1,4 @@
-"""Scores against loops written from the definitions, and chance against what shuffling gives."""
+"""Scores against loops written from the definitions and against scikit-learn; chance against all orders."""
 
 from __future__ import annotations
 
@@ -7,94 +7,193 @@ from itertools import combinations, permutations
 
 import pytest
 import torch
+from sklearn.metrics import average_precision_score, ndcg_score
 from torch import Tensor
 
+from modeling_m3ret.retrieval import metrics
 from modeling_m3ret.retrieval.metrics import (
+    METRICS,
+    Ranking,
     expected_at_random,
     feature_std,
     jackknife_interval,
     knn_accuracy,
-    map_without_each,
+    macro_mean,
+    means_without_each,
     rank_me,
     score_queries,
+    scores_of_ranks,
 )
 
 
-def loops(similarity: Tensor, relevant: Tensor, candidate: Tensor) -> list[tuple[float, float, float] | None]:
-    """P@1, R@5 and AP of each query, one gallery item at a time; None where nothing can be found."""
-    scores: list[tuple[float, float, float] | None] = []
+def loop(hits: list[bool], metric: str) -> float:
+    """A metric of one ranking of the candidates, one rank at a time."""
+    name, _, number = metric.partition("@")
+    k, R, score = int(number or len(hits)), sum(hits), 0.0
+    for rank, hit in enumerate(hits[:k], start=1):
+        if hit and name == "P":
+            score += 1 / k
+        elif hit and name == "R":
+            score = 1
+        elif hit and name == "mAP":
+            score += sum(hits[:rank]) / rank / min(k, R)
+        elif hit and name == "nDCG":
+            score += 1 / math.log2(1 + rank) / sum(1 / math.log2(1 + best) for best in range(1, min(k, R) + 1))
+        elif hit and name == "MRR":
+            return 1 / rank
+    return score
+
+
+def loops(similarity: Tensor, relevant: Tensor, candidate: Tensor) -> list[list[float] | None]:
+    """All metrics of each query; None where nothing can be found."""
+    scores: list[list[float] | None] = []
     for query in range(len(similarity)):
         items = [item for item in range(similarity.shape[1]) if candidate[query, item]]
         ranking = sorted(items, key=lambda item: (-float(similarity[query, item]), item))
         hits = [bool(relevant[query, item]) for item in ranking]
-        if not any(hits):
-            scores.append(None)
-            continue
-        precisions = [sum(hits[: rank + 1]) / (rank + 1) for rank, hit in enumerate(hits) if hit]
-        scores.append((float(hits[0]), float(any(hits[:5])), sum(precisions) / sum(hits)))
+        scores.append([loop(hits, metric) for metric in METRICS] if any(hits) else None)
     return scores
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_scores_against_loops(seed: int) -> None:
-    """Random galleries with ties, queries with nothing to find, and galleries smaller than five."""
+def random_task(seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """With ties, with queries that have nothing to find, and often with galleries smaller than ten."""
     generator = torch.Generator().manual_seed(seed)
     queries, gallery = 12, int(torch.randint(2, 30, (1,), generator=generator))
-    similarity = torch.randint(0, 6, (queries, gallery), generator=generator) / 5  # many ties
+    similarity = torch.randint(0, 6, (queries, gallery), generator=generator) / 5
     relevant = torch.rand(queries, gallery, generator=generator) < 0.2
-    candidate = torch.rand(queries, gallery, generator=generator) < 0.8
-    expected = loops(similarity, relevant, candidate)
-    scores, _, answerable = score_queries(similarity, relevant, candidate)
+    return similarity, relevant, torch.rand(queries, gallery, generator=generator) < 0.8
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_scores_against_loops(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    task = random_task(seed)
+    expected = loops(*task)
+    whole = score_queries(*task)
+    scores, _, answerable = whole
     assert answerable.tolist() == [score is not None for score in expected]
-    for measured, truth in zip(zip(*scores, strict=True), [s for s in expected if s is not None], strict=True):
-        assert [float(value) for value in measured] == pytest.approx(truth)
+    assert scores.flatten().tolist() == pytest.approx([s for score in expected if score for s in score])
+    monkeypatch.setattr(metrics, "CHUNK_ELEMENTS", 50)  # chunks of a few queries: the same
+    for one, two in zip(score_queries(*task), whole, strict=True):
+        assert torch.allclose(one, two)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_scores_against_scikit_learn(seed: int) -> None:
+    """Where its definitions are these: all are candidates, no two alike."""
+    generator = torch.Generator().manual_seed(seed)
+    similarity = torch.rand(10, 40, generator=generator)
+    relevant = torch.rand(10, 40, generator=generator) < 0.3
+    scores, _, _ = score_queries(similarity, relevant, torch.ones(10, 40, dtype=torch.bool))
+    for query in range(10):
+        own = dict(zip(METRICS, scores[query].tolist(), strict=True))
+        truth, predicted = relevant[query].numpy(), similarity[query].numpy()
+        assert own["mAP"] == pytest.approx(average_precision_score(truth, predicted))
+        for k in (1, 5, 10):
+            assert own[f"nDCG@{k}"] == pytest.approx(ndcg_score(truth[None], predicted[None], k=k))
 
 
 def test_a_textbook_ranking() -> None:
-    """Relevant at ranks 1, 3 and 6: AP = (1/1 + 2/3 + 3/6) / 3."""
+    """Relevant at ranks 2, 3 and 6 of 6, so fewer candidates than ten."""
     similarity = torch.tensor([[0.9, 0.8, 0.7, 0.6, 0.5, 0.4]])
-    relevant = torch.tensor([[True, False, True, False, False, True]])
+    relevant = torch.tensor([[False, True, True, False, False, True]])
     scores, _, _ = score_queries(similarity, relevant, torch.ones(1, 6, dtype=torch.bool))
-    assert float(scores.average_precision) == pytest.approx((1 + 2 / 3 + 1 / 2) / 3)
-    assert (float(scores.precision_at_1), float(scores.recall_at_5)) == (1, 1)
+    best = 1 + 1 / math.log2(3) + 1 / 2
+    assert dict(zip(METRICS, scores[0].tolist(), strict=True)) == pytest.approx(
+        {
+            **{"P@1": 0, "P@5": 2 / 5, "P@10": 3 / 10, "R@1": 0, "R@5": 1, "R@10": 1},
+            **{"mAP@1": 0, "mAP@5": (1 / 2 + 2 / 3) / 3, "mAP@10": (1 / 2 + 2 / 3 + 3 / 6) / 3},
+            **{"nDCG@1": 0, "nDCG@5": (1 / math.log2(3) + 1 / 2) / best},
+            "nDCG@10": (1 / math.log2(3) + 1 / 2 + 1 / math.log2(7)) / best,
+            **{"mAP": (1 / 2 + 2 / 3 + 3 / 6) / 3, "MRR": 1 / 2},
+        }
+    )
 
 
-@pytest.mark.parametrize(("relevant", "candidates"), [(1, 1), (1, 4), (2, 6), (3, 7), (6, 6)])
+def test_other_ks_can_be_asked_for_and_other_names_not() -> None:
+    ranks = torch.tensor([[2.0, 3.0, torch.inf]])
+    assert scores_of_ranks(ranks, ("P@3", "mAP@2")).tolist() == [pytest.approx([2 / 3, 1 / 4])]
+    with pytest.raises(ValueError, match="expected one like P@1"):
+        scores_of_ranks(ranks, ("P",))
+
+
+@pytest.mark.parametrize(("relevant", "candidates"), [(1, 1), (1, 4), (2, 6), (3, 7), (6, 6), (4, 12), (11, 12)])
 def test_chance_is_the_mean_over_all_orders(relevant: int, candidates: int) -> None:
     """Every set of places that the relevant can take in a ranking is equally likely."""
-    places = list(combinations(range(candidates), relevant))
-    average_precisions = [sum((hit + 1) / (place + 1) for hit, place in enumerate(hits)) / relevant for hits in places]
+    ranks = torch.tensor(list(combinations(range(1, candidates + 1), relevant)), dtype=torch.float64)
     expected = expected_at_random(torch.tensor([relevant]), torch.tensor([candidates]))
-    assert float(expected.precision_at_1) == pytest.approx(sum(0 in hits for hits in places) / len(places))
-    assert float(expected.recall_at_5) == pytest.approx(sum(hits[0] < 5 for hits in places) / len(places))
-    assert float(expected.average_precision) == pytest.approx(sum(average_precisions) / len(places))
+    assert expected[0].tolist() == pytest.approx(scores_of_ranks(ranks).mean(0).tolist())
+
+
+def test_chance_is_what_shuffling_gives() -> None:
+    trials = 4000
+    relevant = (torch.arange(60) < 9).expand(trials, -1)
+    scores, chance, _ = score_queries(torch.rand(trials, 60), relevant, torch.ones(trials, 60, dtype=torch.bool))
+    errors = scores.std(0) / trials**0.5
+    assert ((scores.mean(0) - chance.mean(0)).abs() < 4 * errors).all()
 
 
 def test_chance_of_a_large_gallery_stays_exact() -> None:
-    """With one relevant of N, AP is 1/rank: its mean is the harmonic number over N."""
+    """With one relevant of N, AP is 1/rank: its mean is the harmonic number over N. MRR by the hypergeometric sum."""
     N = 100_000
-    expected = expected_at_random(torch.tensor([1]), torch.tensor([N]))
-    assert float(expected.average_precision) == pytest.approx(math.fsum(1 / rank for rank in range(1, N + 1)) / N)
+    expected = expected_at_random(torch.tensor([1]), torch.tensor([N]))[0]
+    for metric in ("mAP", "MRR"):
+        assert float(expected[METRICS.index(metric)]) == pytest.approx(
+            math.fsum(1 / rank for rank in range(1, N + 1)) / N
+        )
+    for R, N in ((40, 300), (299, 300), (150, 5000)):
+        first_at = [math.comb(N - rank, R - 1) / math.comb(N, R) for rank in range(1, N - R + 2)]
+        expected = expected_at_random(torch.tensor([R]), torch.tensor([N]))[0]
+        summed = math.fsum(share / rank for rank, share in enumerate(first_at, start=1))
+        assert float(expected[METRICS.index("MRR")]) == pytest.approx(summed)
 
 
 def test_what_is_no_candidate_changes_nothing() -> None:
     similarity = torch.rand(4, 9)
     relevant, candidate = torch.rand(4, 9) < 0.5, torch.rand(4, 9) < 0.6
-    scores, chance, _ = score_queries(similarity, relevant, candidate)
+    answer = score_queries(similarity, relevant, candidate)
     other = similarity.masked_fill(~candidate, 5.0)
-    again, chance_again, _ = score_queries(other, relevant | ~candidate, candidate)
-    for one, two in zip((*scores, *chance), (*again, *chance_again), strict=True):
+    for one, two in zip(answer, score_queries(other, relevant | ~candidate, candidate), strict=True):
         assert torch.equal(one, two)
+
+
+def test_a_candidate_may_be_infinitely_unlike() -> None:
+    similarity = torch.full((1, 4), -torch.inf)
+    candidate = torch.tensor([[False, True, True, True]])
+    scores, _, _ = score_queries(similarity, torch.tensor([[True, False, True, False]]), candidate)
+    assert float(scores[0, METRICS.index("MRR")]) == 1 / 2
 
 
 def test_every_permutation_of_the_gallery_scores_the_same() -> None:
     similarity = torch.tensor([[0.4, 0.3, 0.2, 0.1]])
     relevant = torch.tensor([[False, True, False, True]])
     candidate = torch.ones(1, 4, dtype=torch.bool)
-    expected = score_queries(similarity, relevant, candidate)[0].mean()
+    expected = score_queries(similarity, relevant, candidate).scores
     for order in permutations(range(4)):
-        shuffled = score_queries(similarity[:, order], relevant[:, order], candidate)[0].mean()
-        assert shuffled == pytest.approx(expected)
+        assert torch.equal(score_queries(similarity[:, order], relevant[:, order], candidate).scores, expected)
+
+
+def test_nobody_asks_or_nothing_is_there() -> None:
+    for queries, gallery in ((0, 5), (3, 0), (0, 0)):
+        nothing = torch.zeros(queries, gallery, dtype=torch.bool)
+        scores, chance, answerable = score_queries(torch.zeros(queries, gallery), nothing, nothing)
+        assert scores.shape == chance.shape == (0, len(METRICS))
+        assert answerable.shape == (queries,)
+
+
+def test_a_share_of_the_first_is_over_the_scores_own_order() -> None:
+    similarity, candidate = torch.tensor([[0.9, 0.8, 0.7, 0.6]]), torch.tensor([[True, False, True, True]])
+    ranking = Ranking(similarity, torch.zeros(1, 4, dtype=torch.bool), candidate)
+    share, chance = ranking.share_of_first(torch.tensor([[True, True, False, True]]))
+    assert share[0].tolist() == pytest.approx([1, 2 / 5, 2 / 10])
+    assert chance[0].tolist() == pytest.approx([2 / 3, 2 / 5, 2 / 10])
+
+
+def test_micro_weighs_queries_and_macro_classes() -> None:
+    scores = torch.tensor([1.0, 1.0, 1.0, 0.0])
+    assert float(scores.mean()) == 0.75
+    assert macro_mean(scores, [["a"], ["a"], ["a"], ["b"]]) == 0.5
+    # the first has both labels: b is (1 + 0) / 2
+    assert macro_mean(scores, [["a", "b"], ["a"], ["a"], ["b"]]) == 0.75
 
 
 def test_rank_and_spread_of_known_shapes() -> None:
@@ -120,15 +219,29 @@ def test_nearest_neighbours_vote_with_their_nearness_and_own_group_has_no_vote()
     assert knn_accuracy(similarity, labels, others, k=3).tolist() == [0, 0, 0, 0]
 
 
-def test_leaving_out_a_block_is_scoring_without_it() -> None:
-    similarity, candidate = torch.rand(15, 15), ~torch.eye(15, dtype=torch.bool)
-    relevant = torch.randint(0, 2, (15, 15)).bool()
+@pytest.mark.parametrize("seed", range(5))
+def test_leaving_out_a_block_is_scoring_without_it(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    similarity = torch.randint(0, 8, (15, 15), generator=generator) / 8
+    candidate = torch.rand(15, 15, generator=generator) < 0.8
+    relevant = torch.rand(15, 15, generator=generator) < 0.15  # of some queries one, which leaves with its block
     block = torch.arange(15) % 5
-    left_out = map_without_each(similarity, relevant, candidate, block, block, 5)
+    task = (similarity, relevant, candidate)
+    left_out = means_without_each(*task, block, block, 5, METRICS)
     for number in range(5):
         stays = block != number
-        scores, _, _ = score_queries(*(x[stays][:, stays] for x in (similarity, relevant, candidate)))
-        assert float(left_out[number]) == pytest.approx(float(scores.average_precision.mean()))
+        scores, _, _ = score_queries(*(x[stays][:, stays] for x in task))
+        assert left_out[number].tolist() == pytest.approx(scores.mean(0).tolist())
+    monkeypatch.setattr(metrics, "CHUNK_ELEMENTS", 40)
+    assert torch.allclose(means_without_each(*task, block, block, 5, METRICS), left_out)
+
+
+def test_leaving_out_all_that_can_be_found_is_no_number() -> None:
+    similarity, relevant = torch.rand(3, 3), torch.eye(3, dtype=torch.bool)[[1, 0, 2]]
+    candidate, block = ~torch.eye(3, dtype=torch.bool), torch.arange(3)
+    left_out = means_without_each(similarity, relevant, candidate, block, block, 3)[:, 0]
+    assert left_out.isnan().tolist() == [True, True, False]
+    assert all(math.isfinite(end) for end in jackknife_interval(0.5, left_out))
 
 
 def test_the_interval_of_a_mean_is_that_of_the_textbook() -> None:
