@@ -71,7 +71,8 @@ def main() -> None:
         raise SystemExit(f"{arguments.data} has no scan in what was asked for")
 
     # ---- embeddings: ours by all processes, the others by the first -------------------------------------------------
-    names = titles_of(arguments.model)
+    titles = titles_of(arguments.model, arguments.baselines)
+    names, others = titles[: len(arguments.model)], titles[len(arguments.model) :]
     methods: dict[str, Embedded] = {}
     models = {}
     for title, name in zip(names, arguments.model, strict=True):
@@ -93,8 +94,8 @@ def main() -> None:
         max_tokens=arguments.max_tokens,
         num_workers=arguments.num_workers,
     )[0]
-    for name in arguments.baselines:
-        beside[baseline_name(name)] = embed_with_baseline(
+    for title, name in zip(others, arguments.baselines, strict=True):
+        beside[title] = embed_with_baseline(
             name, records, num_workers=arguments.num_workers, device=accelerator.device, dtype=dtype
         )
     methods = {"pixels": beside.pop("pixels"), **beside, **methods}
@@ -104,9 +105,10 @@ def main() -> None:
     table = format_table(rows)
     print(table)
     main_model = names[0]
-    others = [name for name in methods if name != main_model]
     within = any(row.protocol == ALL_MODALITIES for row in rows)  # else no query of any modality has anything to find
-    differences = {name: paired_difference(methods[main_model], methods[name]) for name in others if within}
+    differences = {
+        name: paired_difference(methods[main_model], methods[name]) for name in methods if within and name != main_model
+    }
     if differences:
         print(format_differences(main_model, differences))
     failures = methods[main_model].failures
@@ -133,11 +135,10 @@ def main() -> None:
         write_whole(arguments.output / "report.md", "\n\n".join(words) + "\n")
 
 
-def titles_of(models: list[str]) -> list[str]:
-    """What the table calls them: of several by the last part of their name, and a number where that repeats."""
-    if len(models) == 1:
-        return ["trained"]
-    names = [baseline_name(name) for name in models]
+def titles_of(models: list[str], baselines: list[str]) -> list[str]:
+    """What the table calls them: by the last part of their name, with a number where that repeats."""
+    names = ["trained"] if len(models) == 1 else [baseline_name(name) for name in models]
+    names += [baseline_name(name) for name in baselines]
     return [f"{name} ({place})" if names.count(name) > 1 else name for place, name in enumerate(names, start=1)]
 
 
