@@ -748,10 +748,10 @@ def test_only_declared_elements_count_in_files_of_many_makers(name: str) -> None
     data = Path(path).read_bytes()
     try:
         full = store_scan(data)
-    except M3RetReadError as error:
+    except M3RetReadError:
         with pytest.raises(M3RetReadError):
             store_scan(file_of_used(data))
-        pytest.skip(f"unreadable: {error.found}")
+        return
     bare = store_scan(file_of_used(data))
     assert full.columns == bare.columns
     assert (full.digest, full.burned_in) == (bare.digest, bare.burned_in)
