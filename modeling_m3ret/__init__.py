@@ -7,7 +7,8 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelFor
 
 from .configuration_m3ret import M3RetConfig
 from .image_processing_m3ret import M3RetImageProcessor
-from .modeling_m3ret import M3RetForPreTraining, M3RetModel
+from .masked_autoencoder_m3ret import M3RetForPreTraining
+from .modeling_m3ret import M3RetModel
 from .reading_m3ret import M3RetReadError, ReadLimits, Scan, read_scan
 from .version import __version__
 

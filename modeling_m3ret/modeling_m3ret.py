@@ -1,4 +1,4 @@
-"""The M3Ret encoder, and the masked autoencoder (MAE) that pretrains it.
+"""The M3Ret encoder.
 
 A scan is a volume and a batch is a pack of tokens: the patches of scans of any size stand one below the other in one
 matrix, each scan with its own CLS and register tokens, and attention never crosses scans. So nothing is padded, and a
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -24,7 +23,7 @@ from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.utils.generic import ModelOutput, can_return_tuple, merge_with_config_defaults
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_m3ret import M3RetConfig
@@ -412,8 +411,6 @@ class M3RetPreTrainedModel(PreTrainedModel):
             init.eye_(module.matrix)
         elif isinstance(module, M3RetLayerScale):
             init.constant_(module.gain, float(self.config.layer_scale_init))
-        elif isinstance(module, M3RetDecoder):
-            init.trunc_normal_(module.mask_token, mean=0.0, std=std)
 
 
 class M3RetEmbeddings(nn.Module):
@@ -683,149 +680,4 @@ class M3RetModel(M3RetPreTrainedModel):
         return pooled if layout.uniform else pooled[layout.places]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Masked autoencoder
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-class M3RetDecoder(M3RetPreTrainedModel):
-    """Light decoder of MAE (arXiv 2111.06377, section 3): fills in mask tokens and predicts their pixels."""
-
-    def __init__(self, config: M3RetConfig):
-        super().__init__(config)
-        width = config.decoder_hidden_size
-        self.input_proj = nn.Linear(config.hidden_size, width)
-        self.mask_token = nn.Parameter(torch.zeros(1, width))
-        self.layers = nn.ModuleList(
-            M3RetLayer(config, width, config.decoder_num_attention_heads, 4 * width)
-            for _ in range(config.decoder_num_hidden_layers)
-        )
-        self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
-        self.output_proj = nn.Linear(width, config.patch_values)
-        self.post_init()
-
-    def forward(
-        self,
-        prefix: Tensor,
-        visible_patches: Tensor,
-        visible: Tensor,
-        masked: Tensor,
-        places: Tensor,
-        patch_counts: Sequence[int],
-    ) -> Tensor:
-        """Encoded prefix `(B, prefix, d)`, visible patches `(K, d)` -> pixels of masked patches `(M, C*t*p*p)`."""
-        prefix, visible_patches = self.input_proj(prefix), self.input_proj(visible_patches)
-        rows = self.mask_token.to(visible_patches.dtype).repeat(places.shape[0], 1)
-        rows = rows.index_copy(0, visible, visible_patches)  # (P, width)
-        layout = PackLayout.of(patch_counts, prefix.shape[1])
-        config = self.config
-        rotary = rotary_tables(
-            layout.join(places.new_zeros(*prefix.shape[:2], 3), places),
-            config.decoder_hidden_size // config.decoder_num_attention_heads,
-            float(config.rope_theta),
-        )
-        tokens = layout.join(prefix, rows)
-        for layer in self.layers:
-            tokens = layer(tokens, layout, rotary)
-        _, rows = layout.split(tokens)
-        return self.output_proj(self.norm(rows[masked]))
-
-
-@dataclass
-class M3RetForPreTrainingOutput(ModelOutput):
-    """
-    loss: scalar; mean squared error over normalised pixels of masked patches, weighed as `loss_weighting` says.
-    logits: predicted pixels of the masked patches, `(M, C*t*p*p)`.
-    masked: their rows in the pack, int64 `(M,)`.
-    """
-
-    loss: Tensor | None = None
-    logits: Tensor | None = None
-    masked: Tensor | None = None
-
-
-class M3RetForPreTraining(M3RetPreTrainedModel):
-    """Masked autoencoding (MAE, arXiv 2111.06377) of packed scans; the encoder sees a quarter of each scan."""
-
-    def __init__(self, config: M3RetConfig):
-        super().__init__(config)
-        self.m3ret = M3RetModel(config)
-        self.decoder = M3RetDecoder(config)
-        self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.m3ret.get_input_embeddings()
-
-    @can_return_tuple
-    def forward(
-        self, pixel_values: Tensor, grid_thw: Tensor | None = None, noise: Tensor | None = None, **kwargs: Any
-    ) -> M3RetForPreTrainingOutput:
-        """
-        Args:
-            pixel_values, grid_thw: as for [`M3RetModel`].
-            noise: float `(P,)` in [0, 1), one number a patch; the lowest of each scan stay visible. Drawn here when
-                absent; given, it makes the mask a property of the sample.
-        """
-        rows, grids = self.m3ret.rows_and_grids(pixel_values, grid_thw)
-        counts = [math.prod(grid) for grid in grids]
-        places = patch_places(grids, rows.device)
-        noise = torch.rand(rows.shape[0], device=rows.device) if noise is None else noise
-        visible, masked, visible_counts = choose_visible(noise, counts, [self.config.mask_ratio] * len(counts))
-
-        layout, encoded = self.m3ret.encode(rows[visible], places[visible], visible_counts, **kwargs)
-        prefix, patches = layout.split(self.m3ret.norm(encoded.last_hidden_state))
-        predicted = self.decoder(prefix, patches, visible, masked, places, counts)  # (M, C*t*p*p)
-
-        target = self.m3ret.embeddings.repeat_slices(rows[masked])
-        masked_counts = [count - seen for count, seen in zip(counts, visible_counts, strict=True)]
-        config = self.config
-        loss = masked_patch_loss(predicted, target, masked_counts, config.norm_pixel_eps, config.loss_weighting)
-        return M3RetForPreTrainingOutput(loss=loss, logits=predicted, masked=masked)
-
-
-def choose_visible(
-    noise: Tensor, patch_counts: Sequence[int], mask_ratios: Sequence[float]
-) -> tuple[Tensor, Tensor, list[int]]:
-    """Random masking per scan: visible rows `(K,)`, masked rows `(M,)`, both scan after scan, and visible of each scan.
-
-    Of a scan's n patches round(n * its mask ratio) are masked, but one always stays visible.
-    """
-    visible_counts = [max(1, n - round(n * ratio)) for n, ratio in zip(patch_counts, mask_ratios, strict=True)]
-    device = noise.device
-    counts = torch.tensor(patch_counts, device=device)
-    scan = torch.arange(len(patch_counts), device=device).repeat_interleave(counts, output_size=noise.shape[0])
-    shuffled = (scan + noise.double()).argsort()  # rows of scan 0 in random order, then of scan 1, ...
-    rank = torch.arange(noise.shape[0], device=device) - (counts.cumsum(0) - counts)[scan]
-    seen = rank < torch.tensor(visible_counts, device=device)[scan]
-    return shuffled[seen], shuffled[~seen], visible_counts
-
-
-def normalise_patches(rows: Tensor, eps: float) -> Tensor:
-    """Each patch `(M, n)` to mean 0 and unbiased variance 1 in float32: (x - mean) / sqrt(var + eps), MAE, section 4.1.
-
-    A layer norm, so one pass over memory; its biased variance is (n - 1) / n of the unbiased one.
-    """
-    n = rows.shape[-1]
-    biased = (n - 1) / n
-    gain = torch.full((n,), math.sqrt(biased), device=rows.device)
-    return nn.functional.layer_norm(rows.float(), (n,), weight=gain, eps=eps * biased)
-
-
-def masked_patch_loss(
-    predicted: Tensor, target: Tensor, masked_counts: Sequence[int], eps: float, weighting: str = "scan"
-) -> Tensor:
-    """Mean squared error of predicted `(M, C*t*p*p)` against normalised target pixels, as a scalar in float32.
-
-    By `scan` the mean over each scan's masked patches, then over scans that have any: by patches, one CT would outweigh
-    eight X-rays, and a mix of modalities be a training on CT. By `patch` the mean over all masked patches.
-    """
-    target = normalise_patches(target, eps)
-    errors = nn.functional.mse_loss(predicted.float(), target, reduction="none").mean(-1)  # (M,)
-    if not len(errors):  # scans of one patch each: nothing to learn, but a gradient that other ranks can add to theirs
-        return predicted.sum() * 0
-    if weighting == "patch":
-        return errors.mean()
-    return torch.stack([scan.mean() for scan in errors.split(list(masked_counts)) if len(scan)]).mean()
-
-
-__all__ = ["M3RetForPreTraining", "M3RetModel", "M3RetPreTrainedModel"]
+__all__ = ["M3RetModel", "M3RetPreTrainedModel"]

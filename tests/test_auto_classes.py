@@ -17,6 +17,9 @@ from test_modeling import largest_difference, make_scans, pack
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForPreTraining, pipeline
 
 from modeling_m3ret import M3RetConfig, M3RetForPreTraining, M3RetImageProcessor, M3RetModel
+from modeling_m3ret.pretraining.checkpoints import save_checkpoint
+from modeling_m3ret.pretraining.objectives import MaskedAutoencoding
+from modeling_m3ret.pretraining.run_config import RunConfig
 
 
 def save(folder: Path) -> M3RetModel:
@@ -67,8 +70,9 @@ print(json.dumps({
 @torch.no_grad()
 def test_remote_code_in_a_process_without_the_package(tmp_path: Path) -> None:
     folder = tmp_path / "m3ret-tiny"
-    model = save(folder)
-    M3RetForPreTraining(tiny_config()).save_pretrained(folder / "pretraining")
+    objective = MaskedAutoencoding(RunConfig(), tiny_config()).eval()
+    save_checkpoint(folder, objective, objective.state_dict(), M3RetImageProcessor(size=64, num_frames=8), "# card", {})
+    model = objective.encoder
     generator = np.random.default_rng(0)
     Image.fromarray(generator.integers(0, 255, (50, 70), dtype=np.uint8)).save(folder / "scan.png")
     np.save(folder / "scan.npy", generator.random((9, 40, 40), dtype=np.float32))

@@ -14,10 +14,12 @@ from typing import Protocol
 from huggingface_hub import snapshot_download
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers.dynamic_module_utils import custom_object_save
 
 from ..configuration_m3ret import M3RetConfig
 from ..data.views import GLOBAL_CROPS, LOCAL_CROPS, Jitter, ViewKind
-from ..modeling_m3ret import M3RetDecoder, M3RetForPreTraining, M3RetModel
+from ..masked_autoencoder_m3ret import M3RetDecoder, M3RetForPreTraining
+from ..modeling_m3ret import M3RetModel
 from .run_config import RunConfig
 from .simdino import SimDINO, SimDINOLoss, teacher_momentum
 
@@ -72,6 +74,7 @@ class MaskedAutoencoding(nn.Module):
     def save(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
         """The encoder with its decoder, for `AutoModelForPreTraining`."""
         self.model.save_pretrained(folder / "pretraining", state_dict=dict(weights))
+        custom_object_save(self.model, folder)  # loaded as a subfolder, its code is looked for in the folder above
 
 
 class SelfDistillation(nn.Module):

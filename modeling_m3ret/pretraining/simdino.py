@@ -17,7 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..modeling_m3ret import M3RetDecoder, M3RetModel, choose_visible, masked_patch_loss, patch_places
+from ..masked_autoencoder_m3ret import M3RetDecoder, choose_visible, masked_patch_loss
+from ..modeling_m3ret import M3RetModel, patch_places
 
 
 @dataclass

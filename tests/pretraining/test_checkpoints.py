@@ -52,7 +52,15 @@ def test_checkpoint_loads_by_its_folder(tmp_path: Path, monkeypatch: pytest.Monk
     noise = torch.rand(8)
     assert torch.equal(pretraining(images, noise=noise).logits, model(images, noise=noise).logits)
     assert AutoImageProcessor.from_pretrained("m3ret-tiny").size == 64
-    for code in ("configuration", "modeling", "image_processing", "reading", "reading_dicom", "scan"):
+    for code in (
+        "configuration",
+        "modeling",
+        "masked_autoencoder",
+        "image_processing",
+        "reading",
+        "reading_dicom",
+        "scan",
+    ):
         assert (tmp_path / "m3ret-tiny" / f"{code}_m3ret.py").is_file()
     assert not [path for path in tmp_path.iterdir() if path.name != "m3ret-tiny"]
     assert not list((tmp_path / "m3ret-tiny").rglob("*.bin"))

@@ -16,7 +16,8 @@ from test_modeling import largest_difference, make_scans, pack
 from torch import Tensor
 
 from modeling_m3ret import M3RetForPreTraining, M3RetModel
-from modeling_m3ret.modeling_m3ret import choose_visible, patch_places
+from modeling_m3ret.masked_autoencoder_m3ret import choose_visible
+from modeling_m3ret.modeling_m3ret import patch_places
 from modeling_m3ret.pretraining.simdino import SimDINO, SimDINOLoss, coding_rate, teacher_momentum
 
 
