@@ -98,7 +98,8 @@ class SelfDistillation(nn.Module):
         ]
         loss = SimDINOLoss(coeff=run.compression_weight, expansion_weight=run.expansion_weight)
         decoder = M3RetDecoder(config) if run.objective == "mae+simdino" else None
-        self.model = SimDINO(M3RetModel(config), loss, SimDINO.global_views + run.local_views, decoder)
+        views = SimDINO.global_views + run.local_views
+        self.model = SimDINO(M3RetModel(config), loss, views, decoder, run.patch_weight)
         self.start_momentum = run.teacher_momentum
         self.mae_weight, self.simdino_weight = run.mae_weight, run.simdino_weight
 
@@ -111,16 +112,18 @@ class SelfDistillation(nn.Module):
         return self.model.student
 
     def forward(self, pixel_values: Tensor, grid_thw: Tensor, noise: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        terms, reconstruction = self.model(pixel_values, grid_thw, noise)
+        terms = self.model(pixel_values, grid_thw, noise)
         logged = {
             "compression": terms.compression,
             "expansion_share": terms.expansion_share,
             "collapsed_share": terms.collapsed_share,
         }
-        if reconstruction is None:
+        if terms.patch_agreement is not None:
+            logged["patch_agreement"] = terms.patch_agreement
+        if terms.reconstruction is None:
             return terms.loss, logged
-        loss = self.mae_weight * reconstruction + self.simdino_weight * terms.loss
-        return loss, logged | {"simdino_loss": terms.loss, "reconstruction_loss": reconstruction}
+        loss = self.mae_weight * terms.reconstruction + self.simdino_weight * terms.loss
+        return loss, logged | {"simdino_loss": terms.loss, "reconstruction_loss": terms.reconstruction}
 
     def after_step(self, step: int, steps: int) -> None:
         self.model.update_teacher(teacher_momentum(step, steps, self.start_momentum))

@@ -27,7 +27,7 @@ AT_LEAST_ONE = (
 NOT_NEGATIVE = (
     *("num_workers", "local_views", "cache_gib", "evaluate_every", "stop_after"),
     *("learning_rate", "final_learning_rate", "weight_decay", "final_weight_decay"),
-    *("mae_weight", "simdino_weight", "compression_weight", "expansion_weight", "mixture_alpha"),
+    *("mae_weight", "simdino_weight", "patch_weight", "compression_weight", "expansion_weight", "mixture_alpha"),
 )
 PARTS_OF_ONE = ("holdout", "flip_part", "warmup_fraction", "teacher_momentum", "layer_decay", "adam_beta2")
 # where things are and how they are shown, and what changes the speed but nothing that is learned
@@ -68,6 +68,9 @@ class RunConfig:
         as published. Smaller global crops hide what a device draws around a picture (a sector, a round field).
     local_views, local_size: SimDINO's local crops of each scan, and their size (the global ones have `size`); 10 of 96
         in its published command for ViT-B.
+    patch_weight: of SimDINOv2's patch term, 1 as published there: blocks of the student's global views are masked and
+        its tokens drawn to the teacher's of what was there. 0 is SimDINO as first published. Not with `mae+simdino`,
+        which masks by itself.
     compression_weight, expansion_weight: of SimDINO's two terms, as shares of their maxima, see `SimDINOLoss`.
     teacher_momentum: where the cosine to 1 starts, .996 as published for some 100,000 steps. A teacher averages its
         student over some 1 / (1 - momentum) steps, so a run of hundreds of steps needs less, .95 say.
@@ -120,6 +123,7 @@ class RunConfig:
     local_area: list[float] = field(default_factory=lambda: [0.05, 0.4])
     local_views: int = 10
     local_size: int = 96
+    patch_weight: float = 0.0
     compression_weight: float = 1.0
     expansion_weight: float = 0.45
     teacher_momentum: float = 0.996
@@ -169,6 +173,8 @@ class RunConfig:
             raise ValueError("holdout is below 1: something must be left to train on")
         if self.gradient_clip <= 0:
             raise ValueError(f"gradient_clip is a norm above 0 (large to clip nothing), not {self.gradient_clip}")
+        if self.patch_weight > 0 and self.objective != "simdino":
+            raise ValueError(f"patch_weight is a part of objective simdino, and {self.objective} has none")
         if self.resume and self.restart:
             raise ValueError("resume goes on from a checkpoint and restart begins anew: one of them")
         if unknown := set(self.model) - {entry.name for entry in fields(M3RetConfig)}:

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import copy
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import torch
 import torch.distributed as dist
@@ -27,7 +28,9 @@ class SimDINOTerms:
 
     loss: what is minimised, negative by design. compression: mean cosine of teacher and student over different views,
     at most 1. expansion: coding rate of the student's global views. expansion_share: it over its closed-form maximum.
-    collapsed_share: what the share is when all features are equal, in closed form.
+    collapsed_share: what the share is when all features are equal, in closed form. The two that need more than the
+    projections: reconstruction, loss of masked autoencoding in the same pass; patch_agreement, mean cosine of the
+    student's masked patches with the teacher's, at most 1. None where they were not asked for.
     """
 
     loss: Tensor
@@ -35,6 +38,8 @@ class SimDINOTerms:
     expansion: Tensor
     expansion_share: Tensor
     collapsed_share: Tensor
+    reconstruction: Tensor | None = None
+    patch_agreement: Tensor | None = None
 
 
 class SimDINOLoss(nn.Module):
@@ -155,19 +160,39 @@ class SimDINO(nn.Module):
     patches alone (a view masked for the student is what iBOT, arXiv 2111.07832, and MSN, 2204.07141, distil into), and
     the decoder predicts the others. The teacher and the local views stay whole.
 
+    With a `patch_weight` the student's global views have blocks masked by one learned patch, and its tokens there, by
+    the same head, are drawn to the teacher's, which saw the patches: iBOT's task as SimDINOv2 has it.
+
     Args:
         encoder: the student's start, and the teacher's.
         views: V, views of each scan, neighbours in the pack, the two global ones first.
         decoder: of `M3RetForPreTraining`, or None.
+        patch_weight: of the patch term, 1 in SimDINOv2; 0 masks nothing.
+
+    Raises:
+        ValueError: for fewer views than global ones, or two ways of masking at once.
     """
 
     global_views = 2
 
-    def __init__(self, encoder: M3RetModel, loss: SimDINOLoss, views: int, decoder: M3RetDecoder | None = None):
+    def __init__(
+        self,
+        encoder: M3RetModel,
+        loss: SimDINOLoss,
+        views: int,
+        decoder: M3RetDecoder | None = None,
+        patch_weight: float = 0.0,
+    ):
         super().__init__()
         if views < self.global_views:
             raise ValueError(f"SimDINO takes at least its {self.global_views} global views, not {views}")
+        if decoder is not None and patch_weight > 0:
+            raise ValueError("found a decoder and a patch_weight, expected one of them: each masks the global views")
         self.views = views
+        self.patch_weight = patch_weight
+        config = encoder.config
+        if patch_weight > 0:  # what stands where a patch was: a picture, so that the encoder knows of no mask
+            self.mask_patch = nn.Parameter(torch.zeros(1, config.patch_values // config.patch_depth))
         self.loss = loss
         self.student, self.student_head = encoder, SimDINOHead(encoder.config.hidden_size)
         self.teacher, self.teacher_head = copy.deepcopy(encoder), copy.deepcopy(self.student_head)
@@ -181,28 +206,50 @@ class SimDINO(nn.Module):
         self.teacher.eval()
         return self
 
-    def forward(
-        self, pixel_values: Tensor, grid_thw: Tensor, noise: Tensor | None = None
-    ) -> tuple[SimDINOTerms, Tensor | None]:
+    def forward(self, pixel_values: Tensor, grid_thw: Tensor, noise: Tensor | None = None) -> SimDINOTerms:
         """Packed views `(P, C*t*p*p)` and grids `(B*V, 3)`, the V views of a scan one after the other; `noise (P,)` for
-        the masks. Returns the terms, and with a decoder the loss of masked autoencoding."""
+        the masks."""
         scans, rest = divmod(len(grid_thw), self.views)
         if rest:
             raise ValueError(f"{len(grid_thw)} views in the pack are no multiple of the {self.views} views of a scan")
+        noise = torch.rand(len(pixel_values), device=pixel_values.device) if noise is None else noise
         is_global = torch.arange(len(grid_thw), device=grid_thw.device) % self.views < self.global_views
-        rows = is_global.repeat_interleave(grid_thw.prod(-1), output_size=len(pixel_values))
-        if self.decoder is None:
-            pooled, reconstruction = self.student.embed(pixel_values, grid_thw), None
-        else:
-            noise = torch.rand(len(pixel_values), device=pixel_values.device) if noise is None else noise
+        in_global = is_global.repeat_interleave(grid_thw.prod(-1), output_size=len(pixel_values))
+        of_teacher = (pixel_values[in_global], grid_thw[is_global])
+        reconstruction = agreement = None
+        if self.decoder is not None:
             pooled, reconstruction = self._masked_student(pixel_values, grid_thw, noise, is_global)
+        elif self.patch_weight == 0:
+            pooled = self.student.embed(pixel_values, grid_thw)
+        else:
+            hidden = torch.zeros_like(in_global)
+            hidden[in_global], views_masked = block_masks(noise[in_global], of_teacher[1])
+            mask_row = self.mask_patch.to(pixel_values.dtype)
+            if pixel_values.shape[1] != mask_row.shape[1]:
+                mask_row = self.student.embeddings.repeat_slices(mask_row)
+            pooled, patches = _pooled_and_patches(
+                self.student, torch.where(hidden[:, None], mask_row, pixel_values), grid_thw
+            )
         with torch.no_grad():
-            teacher = self.teacher_head(self.teacher.embed(pixel_values[rows], grid_thw[is_global]))
+            if self.patch_weight == 0:
+                teacher = self.teacher.embed(*of_teacher)
+            else:
+                teacher, teacher_patches = _pooled_and_patches(self.teacher, *of_teacher)
+                target = self.teacher_head(teacher_patches[hidden[in_global]])
+            teacher = self.teacher_head(teacher)
         by_view = (
             self.student_head(pooled).view(scans, self.views, -1),
             teacher.view(scans, self.global_views, -1),
         )
-        return self.loss(*(projections.transpose(0, 1) for projections in by_view)), reconstruction
+        terms = self.loss(*(projections.transpose(0, 1) for projections in by_view))
+        if self.patch_weight > 0:
+            cosines = (self.student_head(patches[hidden]).float() * target.float()).sum(-1)  # (masked patches,)
+            of_views = cosines.split([count for count in views_masked if count])
+            zero = cosines.sum() * 0  # a gradient for other ranks to add to, where no view was masked
+            agreement = torch.stack([view.mean() for view in of_views]).mean() if len(of_views) else zero
+            share = len(of_views) / len(views_masked)  # a view that was not masked adds nothing, as published
+            terms = replace(terms, loss=terms.loss - self.patch_weight * share * agreement)
+        return replace(terms, reconstruction=reconstruction, patch_agreement=agreement)
 
     def _masked_student(
         self, rows: Tensor, grid_thw: Tensor, noise: Tensor, is_global: Tensor
@@ -249,6 +296,44 @@ class SimDINO(nn.Module):
         teacher: list[Tensor] = [*self.teacher.parameters(), *self.teacher_head.parameters()]
         student: list[Tensor] = [*self.student.parameters(), *self.student_head.parameters()]
         torch._foreach_lerp_(teacher, student, 1 - momentum)
+
+
+def _pooled_and_patches(encoder: M3RetModel, rows: Tensor, grid_thw: Tensor) -> tuple[Tensor, Tensor]:
+    """Pooled views `(B, d)` and all their normalised patch tokens `(P, d)`."""
+    grids = [(t, h, w) for t, h, w in grid_thw.tolist()]
+    layout, encoded = encoder.encode(rows, patch_places(grids, rows.device), [math.prod(grid) for grid in grids])
+    tokens = encoder.norm(encoded.last_hidden_state)
+    return encoder.pool(tokens, layout), layout.split(tokens)[1]
+
+
+# of DINOv2's published command, as SimDINOv2 keeps them: part of the global views that are masked, and of their patches
+MASKED_VIEWS = 0.5
+MASKED_PATCHES = (0.1, 0.5)
+
+
+def block_masks(noise: Tensor, grid_thw: Tensor) -> tuple[Tensor, list[int]]:
+    """One block in about half of the views: which patches it hides, bool `(P,)`, and how many of each view.
+
+    All follows from `noise (P,)` in [0, 1): a view is masked if its first number is below `MASKED_VIEWS`, which then
+    says how much of it, evenly between the ends of `MASKED_PATCHES`; the block grows, in the shape of the view, around
+    the patch with the largest number. A view of one patch stays whole.
+    """
+    grids = [(t, h, w) for t, h, w in grid_thw.tolist()]
+    counts = [math.prod(grid) for grid in grids]
+    places = patch_places(grids, noise.device)
+    hidden = torch.zeros(len(noise), dtype=torch.bool, device=noise.device)
+    masked_counts = []
+    least, most = MASKED_PATCHES
+    starts = [0, *accumulate(counts)][:-1]
+    for start, count, first in zip(starts, counts, noise[starts].tolist(), strict=True):
+        ratio = least + (most - least) * first / MASKED_VIEWS
+        masked = max(1, round(count * ratio)) if first < MASKED_VIEWS and count > 1 else 0
+        masked_counts.append(masked)
+        if masked:
+            own = slice(start, start + count)
+            distance = (places[own] - places[start + int(noise[own].argmax())]).abs().amax(-1)
+            hidden[start + distance.argsort(stable=True)[:masked]] = True
+    return hidden, masked_counts
 
 
 def teacher_momentum(step: int, steps: int, start: float = 0.996) -> float:

@@ -47,6 +47,15 @@ def test_cheaper_layers_learn_the_same(objective: str, option: str) -> None:
     assert all((one - other).norm() <= 1e-4 * one.norm() + 1e-7 for one, other in zip(plain, same, strict=True))
 
 
+def test_the_patch_term_is_logged_and_a_run_of_mae_has_none() -> None:
+    run = RunConfig(objective="simdino", preset="vitt", model=TINY, local_views=1, patch_weight=1.0)
+    built, _ = build_objective(run)
+    _, logged = built(*pack([scan for scan in make_scans()[:3] for _ in range(3)]), noise=None)
+    assert -1 <= logged["patch_agreement"].item() <= 1
+    with pytest.raises(ValueError, match="patch_weight is a part of objective simdino"):
+        RunConfig(objective="mae", patch_weight=1.0)
+
+
 def test_views_are_what_the_run_asked_for() -> None:
     run = RunConfig(
         objective="simdino",

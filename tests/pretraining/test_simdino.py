@@ -18,7 +18,7 @@ from torch import Tensor
 from modeling_m3ret import M3RetForPreTraining, M3RetModel
 from modeling_m3ret.masked_autoencoder_m3ret import choose_visible
 from modeling_m3ret.modeling_m3ret import patch_places
-from modeling_m3ret.pretraining.simdino import SimDINO, SimDINOLoss, coding_rate, teacher_momentum
+from modeling_m3ret.pretraining.simdino import SimDINO, SimDINOLoss, block_masks, coding_rate, teacher_momentum
 
 
 def unit(*shape: int, seed: int = 0) -> Tensor:
@@ -143,8 +143,9 @@ def test_views_of_a_scan_meet_and_the_teacher_follows() -> None:
     model = SimDINO(M3RetModel(tiny_config(pooling="cls", drop_path_rate=0.1)), SimDINOLoss(), views=3).train()
     assert not model.teacher.training
     rows, grids = pack([scan for scan in make_scans()[:2] for _ in range(3)])
-    terms, reconstruction = model(rows, grids)
-    assert reconstruction is None
+    terms = model(rows, grids)
+    assert terms.reconstruction is None
+    assert terms.patch_agreement is None
     terms.loss.backward()
     assert all(p.grad is None for p in (*model.teacher.parameters(), *model.teacher_head.parameters()))
     assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in model.student.parameters())
@@ -174,12 +175,12 @@ def test_both_objectives_from_one_pass_are_each_what_they_are_alone() -> None:
     model = SimDINO(autoencoder.m3ret, SimDINOLoss(), 3, autoencoder.decoder).eval()
     rows, grids = pack([scan for scan in make_scans()[:3] for _ in range(3)])
     noise = torch.rand(len(rows))
-    terms, reconstruction = model(rows, grids, noise)
+    terms = model(rows, grids, noise)
 
     is_global = torch.arange(9) % 3 < 2
     of_global = is_global.repeat_interleave(grids.prod(-1))
     alone = autoencoder(rows[of_global], grids[is_global], noise=noise[of_global])
-    assert reconstruction.item() == pytest.approx(alone.loss.item(), rel=1e-5)
+    assert terms.reconstruction.item() == pytest.approx(alone.loss.item(), rel=1e-5)
 
     counts = [int(n) for n in grids.prod(-1)]
     visible, _, seen = choose_visible(noise, counts, [0.75 if masks else 0.0 for masks in is_global.tolist()])
@@ -190,8 +191,96 @@ def test_both_objectives_from_one_pass_are_each_what_they_are_alone() -> None:
     expected = SimDINOLoss()(student.view(3, 3, -1).transpose(0, 1), teacher.view(3, 2, -1).transpose(0, 1))
     assert terms.loss.item() == pytest.approx(expected.loss.item(), rel=1e-5)
 
-    (terms.loss + reconstruction).backward()
+    (terms.loss + terms.reconstruction).backward()
     assert all(p.grad is not None for p in (*model.student.parameters(), *model.decoder.parameters()))
+
+
+def test_block_masks_are_blocks_of_the_drawn_size_in_half_of_the_views() -> None:
+    generator = torch.Generator().manual_seed(0)
+    grids = torch.tensor([[1, 6, 6], [4, 6, 6], [1, 1, 1], [2, 3, 5]] * 100)
+    noise = torch.rand(int(grids.prod(-1).sum()), generator=generator)
+    hidden, masked_counts = block_masks(noise, grids)
+    assert int(hidden.sum()) == sum(masked_counts)
+    sizes = grids.prod(-1).tolist()
+    parts = zip(hidden.split(sizes), noise.split(sizes), masked_counts, grids.tolist(), strict=True)
+    shares = []
+    for mask, own, masked, (t, h, w) in parts:
+        assert int(mask.sum()) == masked
+        if own[0] >= 0.5 or t * h * w == 1:
+            assert masked == 0
+            continue
+        shares.append(masked / (t * h * w))
+        assert masked == max(1, round(t * h * w * (0.1 + 0.4 * float(own[0]) / 0.5)))
+        alone, _ = block_masks(own, torch.tensor([[t, h, w]]))
+        assert torch.equal(alone, mask), "a view's mask is its own, whatever it is batched with"
+        # nothing inside the smallest box around the block, seen from its centre, is nearer than what was masked
+        centre = divmod(int(own.argmax()), h * w)
+        centre = (centre[0], *divmod(centre[1], w))
+        distance = torch.tensor(
+            [
+                max(2 * abs(z - centre[0]) / t, 2 * abs(y - centre[1]) / h, 2 * abs(x - centre[2]) / w)
+                for z in range(t)
+                for y in range(h)
+                for x in range(w)
+            ]
+        )
+        assert mask[own.argmax()]
+        assert distance[mask].max() <= distance[~mask].min() + 1e-6
+    assert 0.4 < len(shares) / 300 < 0.6
+    assert 0.25 < sum(shares) / len(shares) < 0.35
+
+
+def test_patch_term_against_each_view_by_itself() -> None:
+    torch.manual_seed(0)
+    model = SimDINO(M3RetModel(tiny_config(pooling="cls")), SimDINOLoss(), 3, patch_weight=2.0).eval()
+    with torch.no_grad():
+        model.mask_patch.normal_()
+        model.teacher_head.layers[0].weight.mul_(1.5)  # another teacher than the student
+    rows, grids = pack([scan for scan in make_scans()[:4] for _ in range(3)])
+    rows.requires_grad_()
+    noise = torch.rand(len(rows), generator=torch.Generator().manual_seed(5))
+    terms = model(rows, grids, noise)
+
+    agreements, pooled, hidden_rows = [], [], []
+    sizes = grids.prod(-1).tolist()
+    views = zip(rows.split(sizes), grids.split(1), noise.split(sizes), strict=True)
+    for view, (own, grid, drawn) in enumerate(views):
+        hidden = torch.zeros(len(own), dtype=torch.bool)
+        if view % 3 < 2:
+            hidden, _ = block_masks(drawn, grid)
+        hidden_rows.append(hidden)
+        seen = own.clone()
+        seen[hidden] = model.mask_patch.view(3, 1, -1).expand(-1, 4, -1).flatten()
+        output = model.student(seen, grid)
+        pooled.append(output.pooler_output[0])
+        if hidden.any():
+            student = model.student_head(output.last_hidden_state[5:][hidden])
+            teacher = model.teacher_head(model.teacher(own, grid).last_hidden_state[5:][hidden])
+            agreements.append(torch.nn.functional.cosine_similarity(student, teacher, dim=-1).mean())
+    assert 0 < len(agreements) < 8
+    agreement = torch.stack(agreements).mean()
+    assert terms.patch_agreement.item() == pytest.approx(agreement.item(), rel=1e-4)
+
+    student = model.student_head(torch.stack(pooled)).view(4, 3, -1).transpose(0, 1)
+    is_global = torch.arange(12) % 3 < 2
+    of_global = is_global.repeat_interleave(grids.prod(-1))
+    teacher = model.teacher_head(model.teacher(rows[of_global], grids[is_global]).pooler_output)
+    alone = SimDINOLoss()(student, teacher.view(4, 2, -1).transpose(0, 1)).loss
+    expected = alone - 2.0 * sum(agreements) / 8  # over all global views: those that are whole add nothing
+    assert terms.loss.item() == pytest.approx(expected.item(), rel=1e-4)
+
+    (gradient,) = torch.autograd.grad(terms.loss, rows, retain_graph=True)
+    assert not gradient[torch.cat(hidden_rows)].any(), "the student has seen a masked pixel"
+    assert gradient[~torch.cat(hidden_rows)].any(1).all()
+    terms.loss.backward()
+    assert model.mask_patch.grad is not None
+    assert model.mask_patch.grad.any()
+
+
+def test_two_ways_of_masking_at_once_are_refused() -> None:
+    autoencoder = M3RetForPreTraining(tiny_config())
+    with pytest.raises(ValueError, match="one of them"):
+        SimDINO(autoencoder.m3ret, SimDINOLoss(), 3, autoencoder.decoder, patch_weight=1.0)
 
 
 def test_accumulated_packs_average_their_losses_and_each_has_its_own_expansion() -> None:
