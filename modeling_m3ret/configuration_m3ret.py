@@ -36,10 +36,12 @@ class M3RetConfig(PreTrainedConfig):
         Start of the per-channel residual gain, CaiT, arXiv 2103.17239, section 2: 0.1 up to 18 layers, 1e-5 up to 24.
     rope_theta (`float`, defaults to 100):
         Longest over shortest period of the rotary position, DINOv3, arXiv 2508.10104.
-    pooling (`"mean"` or `"cls"`, defaults to `"mean"`):
-        What `pooler_output` is: the mean of a scan's patch tokens, or its CLS token. Masked autoencoding gives the
-        CLS token no target of its own, so its checkpoints pool patches (He et al. call it `global_pool`); SimDINO
-        trains the CLS token and its checkpoints say `"cls"`.
+    pooling (`"mean"`, `"cls"` or `"statistics"`, defaults to `"mean"`):
+        What `pooler_output` is: the mean of a scan's patch tokens, its CLS token, or mean and standard deviation of its
+        patch tokens side by side (statistics pooling, Snyder et al., Interspeech 2017), twice as wide. Masked
+        autoencoding gives the CLS token no target of its own, so its checkpoints pool patches (He et al. call it
+        `global_pool`); SimDINO as published trains the CLS token. Scans differ by their texture, which a mean over
+        patches averages away: statistics learn most from few steps (`configs/cpu_simdino.yaml`).
     initializer_range (`float`, defaults to 0.02):
         Standard deviation of the truncated normal of ViT.
     mask_ratio (`float`, defaults to 0.75):
@@ -92,8 +94,8 @@ class M3RetConfig(PreTrainedConfig):
                     f"{width}={getattr(self, width)} over {heads}={getattr(self, heads)} must give each head an even "
                     "number of channels, at least 6 (one rotary pair for each of depth, height and width)"
                 )
-        if self.pooling not in ("mean", "cls"):
-            raise ValueError(f"pooling is 'mean' or 'cls', not {self.pooling!r}")
+        if self.pooling not in ("mean", "cls", "statistics"):
+            raise ValueError(f"pooling is 'mean', 'cls' or 'statistics', not {self.pooling!r}")
         if self.loss_weighting not in ("scan", "patch"):
             raise ValueError(f"loss_weighting is 'scan' or 'patch', not {self.loss_weighting!r}")
         if not 0 < self.mask_ratio < 1:
@@ -103,6 +105,11 @@ class M3RetConfig(PreTrainedConfig):
     def patch_values(self) -> int:
         """Numbers in one patch row: channels x depth x height x width."""
         return self.num_channels * self.patch_depth * self.patch_size**2
+
+    @property
+    def pooled_size(self) -> int:
+        """Width of `pooler_output`: the hidden size, or of statistics twice that."""
+        return self.hidden_size * (2 if self.pooling == "statistics" else 1)
 
     @property
     def num_prefix_tokens(self) -> int:

@@ -59,22 +59,36 @@ def patchify(volumes: Tensor, patch_depth: int, patch_size: int) -> Tensor:
     Rows are in raster order (depth, height, width), values of a row in the order channel, depth, height, width.
     """
     patches = cut(volumes, patch_depth, patch_size)
-    return patches.reshape(len(volumes), math.prod(patches.shape[1:4]), math.prod(patches.shape[4:]))
+    return patches.reshape(volumes.shape[0], math.prod(patches.shape[1:4]), math.prod(patches.shape[4:]))
 
 
-def patch_places(grids: Sequence[tuple[int, int, int]], device: torch.device) -> Tensor:
-    """Centre of each patch in its own scan, every axis from -1 to 1, as in DINOv3: `(P, 3)` float32 for `B` grids.
+def grid_places(grid: tuple[int, int, int], device: torch.device) -> Tensor:
+    """Centre of each patch of one scan, every axis from -1 to 1, as in DINOv3: `(T*H*W, 3)` float32.
 
     A place relative to the scan and not an index, so that any grid, and a scan resized, keeps the same range.
     """
-    places = []
-    for grid in dict.fromkeys(grids):  # each different grid once, repeated below
-        axes = [(2 * torch.arange(n, dtype=torch.float32, device=device) + 1) / n - 1 for n in grid]
-        places.append(torch.cartesian_prod(*axes))
+    axes = [(2 * torch.arange(n, dtype=torch.float32, device=device) + 1) / n - 1 for n in grid]
+    return torch.cartesian_prod(*axes)
+
+
+def patch_places(grids: Sequence[tuple[int, int, int]], device: torch.device) -> Tensor:
+    """Centre of each patch in its own scan, as `grid_places` has it: `(P, 3)` float32 for `B` grids."""
+    places = [grid_places(grid, device) for grid in dict.fromkeys(grids)]  # each different grid once, repeated below
     if len(places) == 1:
         return places[0].repeat(len(grids), 1)
     of_grid = dict(zip(dict.fromkeys(grids), places, strict=True))
     return torch.cat([of_grid[grid] for grid in grids])
+
+
+def mean_and_deviation(patches: Tensor) -> Tensor:
+    """Patch tokens `(B, L, d)` -> their mean and standard deviation over the scan, side by side: `(B, 2*d)`.
+
+    Statistics pooling (Snyder et al., Interspeech 2017). Of equal patches the deviation is .001 and not 0, where the
+    square root would have no gradient.
+    """
+    wide = patches.to(torch.promote_types(patches.dtype, torch.float32))
+    variance, mean = torch.var_mean(wide, dim=1, correction=0)
+    return torch.cat([mean, (variance + 1e-6).sqrt()], dim=-1).to(patches.dtype)
 
 
 class PackLayout(NamedTuple):
@@ -450,26 +464,27 @@ class M3RetWhitening(nn.Module):
     """Centres and whitens pooled features, so that cosine similarity looks at what differs between scans.
 
     Pooled features share a large mean and a few strong directions that say little of a case; without them they compare
-    better, with no label needed (Jegou and Chum, ECCV 2012). The identity until `fit`; pretraining fits it to scans of
-    its training, and anyone can fit it anew to their own.
+    better, with no label needed (Jegou and Chum, ECCV 2012). The identity until `fit` (of statistics, the mean alone);
+    pretraining fits it to scans of its training, and anyone can fit it anew to their own. What comes out has the hidden
+    size `d`: of features pooled wider, the d directions in which scans differ most.
     """
 
-    mean: Tensor  # (d,)
-    matrix: Tensor  # (d, d)
+    mean: Tensor  # (pooled,)
+    matrix: Tensor  # (d, pooled)
 
     def __init__(self, config: M3RetConfig):
         super().__init__()
-        self.register_buffer("mean", torch.zeros(config.hidden_size))
-        self.register_buffer("matrix", torch.eye(config.hidden_size))
+        self.register_buffer("mean", torch.zeros(config.pooled_size))
+        self.register_buffer("matrix", torch.eye(config.hidden_size, config.pooled_size))
 
     def forward(self, pooled: Tensor) -> Tensor:
-        """`pooler_output (B, d)` -> `(B, d)` float32."""
+        """`pooler_output (B, pooled)` -> `(B, d)` float32."""
         with torch.autocast(pooled.device.type, enabled=False):
             return (pooled.float() - self.mean.float()) @ self.matrix.float().T
 
     @torch.no_grad()
     def fit(self, pooled: Tensor, shrinkage: float = 0.01) -> None:
-        """To pooled features `(n, d)` of mean m and covariance V diag(c) V^T: x -> diag(c + e)^(-1/2) V^T (x - m).
+        """To pooled features `(n, pooled)` of mean m and covariance V diag(c) V^T: x -> diag(c + e)^(-1/2) V^T (x - m).
 
         Args:
             shrinkage: e is this part of the largest variance; small variances are noise, and of fewer scans than
@@ -480,7 +495,7 @@ class M3RetWhitening(nn.Module):
         variances, directions = torch.linalg.eigh(centred.T @ centred / len(pooled))
         scale = (variances.clamp(min=0) + shrinkage * variances[-1].clamp(min=1e-12)).rsqrt()
         self.mean.copy_(pooled.mean(0))
-        self.matrix.copy_(scale[:, None] * directions.T)
+        self.matrix.copy_((scale[:, None] * directions.T)[-len(self.matrix) :])
 
 
 class M3RetEncoder(M3RetPreTrainedModel):
@@ -552,10 +567,10 @@ class M3RetModel(M3RetPreTrainedModel):
             kwargs: `output_hidden_states`, `output_attentions` (needs the eager attention), `return_dict`.
 
         Returns:
-            `pooler_output (B, d)`. Token outputs have the form of the input: dense in, `(B, L, d)` out; packed in,
-            `(N, d)` out, scan after scan in the given order, L = 1 + registers + patches tokens each (CLS,
-            registers, patches in raster order; `split_tokens` cuts it). Attentions: dense `(B, heads, L, L)` a layer;
-            packed, a layer's tuple of `(heads, L, L)`, one for each scan.
+            `pooler_output (B, config.pooled_size)`. Token outputs have the form of the input: dense in, `(B, L, d)`
+            out; packed in, `(N, d)` out, scan after scan in the given order, L = 1 + registers + patches tokens each
+            (CLS, registers, patches in raster order; `split_tokens` cuts it). Attentions: dense `(B, heads, L, L)` a
+            layer; packed, a layer's tuple of `(heads, L, L)`, one for each scan.
 
         Raises:
             ValueError: if the shapes do not fit together.
@@ -590,12 +605,15 @@ class M3RetModel(M3RetPreTrainedModel):
         )
 
     def embed(self, pixel_values: Tensor, grid_thw: Tensor | None = None) -> Tensor:
-        """`pooler_output (B, d)` alone, for less work: of the CLS token's last layer nothing else is computed."""
+        """`pooler_output (B, pooled)` alone, for less work: of the CLS token's last layer nothing else is computed."""
         rows, grids = self.rows_and_grids(pixel_values, grid_thw)
-        places = patch_places(grids, rows.device)
+        layout = PackLayout.of([math.prod(grid) for grid in grids], self.config.num_prefix_tokens)
+        return self.embed_rows(rows, patch_places(grids, rows.device), layout)
+
+    def embed_rows(self, rows: Tensor, places: Tensor, layout: PackLayout) -> Tensor:
+        """As `embed`, of patch rows `(P, C*t*p*p)` at `places (P, 3)`."""
         is_cls = self.config.pooling == "cls"
-        layout, tokens = self.encode(rows, places, [math.prod(grid) for grid in grids], cls_only=is_cls)
-        tokens = self.norm(tokens.last_hidden_state)
+        tokens = self.norm(self.encode_layout(rows, places, layout, cls_only=is_cls).last_hidden_state)
         if not is_cls:
             return self.pool(tokens, layout)
         return tokens if layout.uniform else tokens[layout.places]
@@ -661,22 +679,29 @@ class M3RetModel(M3RetPreTrainedModel):
             The layout, and the tokens `(N, d)` in the layout's order, before the last norm.
         """
         layout = PackLayout.of(patch_counts, self.config.num_prefix_tokens)
+        return layout, self.encode_layout(rows, places, layout, **kwargs)
+
+    def encode_layout(self, rows: Tensor, places: Tensor, layout: PackLayout, **kwargs: Any) -> BaseModelOutput:
+        """As `encode`, for a layout that is there already."""
         patches = self.embeddings(rows)  # (P, d)
-        tokens = layout.join(self.embeddings.prefix(len(patch_counts)).to(patches.dtype), patches)  # (N, d)
-        still = places.new_zeros(len(patch_counts), layout.prefix, 3)
+        scans = sum(scans for scans, _ in layout.groups)
+        tokens = layout.join(self.embeddings.prefix(scans).to(patches.dtype), patches)  # (N, d)
+        still = places.new_zeros(scans, layout.prefix, 3)
         config = self.config
         rotary = rotary_tables(
             layout.join(still, places), config.hidden_size // config.num_attention_heads, float(config.rope_theta)
         )
-        return layout, self.encoder(tokens, layout, rotary, **kwargs)
+        return self.encoder(tokens, layout, rotary, **kwargs)
 
     def pool(self, tokens: Tensor, layout: PackLayout) -> Tensor:
-        """Normalised tokens `(N, d)` in the layout's order -> `(B, d)` in the caller's order."""
+        """Normalised tokens `(N, d)` in the layout's order -> `(B, pooled)` in the caller's order."""
         scans = layout.views(tokens)  # of each group (scans, L, d)
         if self.config.pooling == "cls":
             pooled = torch.cat([group[:, 0] for group in scans])
-        else:
+        elif self.config.pooling == "mean":
             pooled = torch.cat([group[:, layout.prefix :].mean(1) for group in scans])
+        else:
+            pooled = torch.cat([mean_and_deviation(group[:, layout.prefix :]) for group in scans])
         return pooled if layout.uniform else pooled[layout.places]
 
 

@@ -45,7 +45,7 @@ def largest_difference(one: Tensor, other: Tensor) -> float:
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("pooling", ["mean", "cls"])
+@pytest.mark.parametrize("pooling", ["mean", "cls", "statistics"])
 @torch.no_grad()
 def test_embedding_does_not_depend_on_the_batch(attention: str, pooling: str) -> None:
     model = make_model(attention, pooling=pooling)
@@ -226,14 +226,44 @@ def test_hidden_states_and_attentions_on_request() -> None:
 @torch.no_grad()
 def test_pooling_is_what_the_config_says() -> None:
     rows, grids = pack(make_scans())
-    for pooling in ("mean", "cls"):
+    for pooling in ("mean", "cls", "statistics"):
         model = make_model(pooling=pooling)
         output = model(rows, grids)
+        assert output.pooler_output.shape[1] == model.config.pooled_size
         for scan, tokens in enumerate(model.split_tokens(output.last_hidden_state, grids)):
-            expected = tokens[0] if pooling == "cls" else tokens[5:].mean(0)
-            assert largest_difference(output.pooler_output[scan], expected) <= 1e-6
+            patches = tokens[5:]
+            deviation = ((patches - patches.mean(0)).square().mean(0) + 1e-6).sqrt()
+            expected = {
+                "mean": patches.mean(0),
+                "cls": tokens[0],
+                "statistics": torch.cat([patches.mean(0), deviation]),
+            }[pooling]
+            assert largest_difference(output.pooler_output[scan], expected) <= 1e-5
         features = model.get_image_features(rows, grids)
-        assert largest_difference(features, nn.functional.normalize(output.pooler_output, dim=-1)) <= 1e-6
+        assert features.shape[1] == model.config.hidden_size
+        assert largest_difference(features, nn.functional.normalize(output.pooler_output[:, :48], dim=-1)) <= 1e-6
+
+
+def test_statistics_of_equal_patches_have_a_gradient() -> None:
+    model = make_model(pooling="statistics")
+    for volume in (torch.zeros(1, 3, 4, 32, 32), torch.rand(1, 3, 4, 16, 16)):  # all patches alike, and one patch
+        model.zero_grad()
+        model.embed(volume).square().sum().backward()
+        assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
+@torch.no_grad()
+def test_whitening_of_wider_features_keeps_the_directions_in_which_scans_differ_most() -> None:
+    model = make_model(pooling="statistics")
+    deviations = torch.cat([torch.full((48,), 0.1), torch.linspace(1, 2, 48)])
+    directions, _ = torch.linalg.qr(torch.randn(96, 96))
+    coordinates = torch.randn(50_000, 96) * deviations
+    model.whitening.fit(coordinates @ directions.T + 3, shrinkage=0)
+    white = model.whitening(coordinates @ directions.T + 3)
+    assert largest_difference(white.T @ white / len(white), torch.eye(48)) <= 1e-2
+    # of the 48 with small deviations nothing is left: what comes out follows from the others alone
+    without = model.whitening((coordinates * (deviations > 0.5)) @ directions.T + 3)
+    assert (white - without).norm() / white.norm() <= 0.02
 
 
 def test_gradient_checkpointing_gives_the_same_gradients() -> None:
@@ -271,7 +301,7 @@ def test_stochastic_depth_leaves_an_exact_part_out_and_keeps_the_mean() -> None:
     assert largest_difference(layer.eval()(tokens, layout, rotary), tokens + attended) <= 1e-5
 
 
-@pytest.mark.parametrize("pooling", ["cls", "mean"])
+@pytest.mark.parametrize("pooling", ["cls", "mean", "statistics"])
 def test_embedding_alone_is_the_pooled_output_with_its_gradients(pooling: str) -> None:
     model = make_model(pooling=pooling).double()
     rows, grids = pack(make_scans())

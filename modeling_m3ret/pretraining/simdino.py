@@ -194,7 +194,7 @@ class SimDINO(nn.Module):
         if patch_weight > 0:  # what stands where a patch was: a picture, so that the encoder knows of no mask
             self.mask_patch = nn.Parameter(torch.zeros(1, config.patch_values // config.patch_depth))
         self.loss = loss
-        self.student, self.student_head = encoder, SimDINOHead(encoder.config.hidden_size)
+        self.student, self.student_head = encoder, SimDINOHead(encoder.config.pooled_size)
         self.teacher, self.teacher_head = copy.deepcopy(encoder), copy.deepcopy(self.student_head)
         for module in (self.teacher, self.teacher_head):
             module.requires_grad_(False).eval()
