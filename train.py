@@ -24,12 +24,14 @@ from tqdm.auto import tqdm
 from modeling_m3ret import M3RetImageProcessor
 from modeling_m3ret.cpu import prepare_cpu
 from modeling_m3ret.data.collection import open_collection, training_and_held_out, without_modalities
-from modeling_m3ret.data.loading import RandomViews, SeededBatches, training_loader
+from modeling_m3ret.data.loading import RandomViews, expected_tokens, training_loader
+from modeling_m3ret.data.order import SeededBatches, TokenBatches
 from modeling_m3ret.data.parquet import blocks_of
 from modeling_m3ret.pretraining.checkpoints import checkpoint_place
 from modeling_m3ret.pretraining.objectives import build_objective
 from modeling_m3ret.pretraining.optimisation import build_optimiser, set_schedule
 from modeling_m3ret.pretraining.quality import OnlineQuality, collapse_alarm
+from modeling_m3ret.pretraining.ranks import total_over_ranks
 from modeling_m3ret.pretraining.run_config import parse_run_config
 from modeling_m3ret.pretraining.run_log import RunLog
 from modeling_m3ret.pretraining.saving import RunSaver
@@ -89,17 +91,21 @@ def main() -> None:
     progress = saver.resume_or_begin()
     log = RunLog(run_dir, accelerator, progress.step)
     blocks = blocks_of([record.place for record in training]) if config.stream else None
-    batches = SeededBatches(
-        [record.modality for record in training],
-        config.batch_size,
-        seed=config.seed,
-        alpha=config.mixture_alpha,
-        start=progress.step * config.accumulate,
-        process=accelerator.process_index,
-        processes=accelerator.num_processes,
-        blocks=None if blocks is None else blocks.of_row,
-        lanes=config.stream_lanes,
-    )
+    order = {
+        "seed": config.seed,
+        "alpha": config.mixture_alpha,
+        "start": progress.step * config.accumulate,
+        "process": accelerator.process_index,
+        "processes": accelerator.num_processes,
+        "blocks": None if blocks is None else blocks.of_row,
+        "lanes": config.stream_lanes,
+    }
+    modalities = [record.modality for record in training]
+    if config.tokens_per_batch is None:
+        batches = SeededBatches(modalities, config.batch_size, **order)
+    else:
+        tokens = expected_tokens(training, processor, objective.views, model_config.num_prefix_tokens)
+        batches = TokenBatches(modalities, tokens, config.tokens_per_batch, **order)
     cache_bytes = int(config.cache_gib * 2**30 / max(1, config.num_workers))
     views = RandomViews(
         training, processor, views=objective.views, seed=config.seed, cache_bytes=cache_bytes, blocks=blocks
@@ -135,7 +141,7 @@ def main() -> None:
         objective.after_step(progress.step, config.steps)
 
         progress.step += 1
-        progress.views += sum(len(pack.scans) for pack in step_packs) * accelerator.num_processes
+        progress.views += total_over_ranks(sum(len(pack.scans) for pack in step_packs), accelerator.device)
         progress.seconds = seconds_before + time.perf_counter() - started
         bar.update()
         numbers: dict[str, float] = {}

@@ -36,7 +36,8 @@ class Record:
     """One scan of a collection. `modality`, `anatomy` and `label` serve sampling and evaluation; no model sees them.
 
     place: its file or folder, or where its row lies. label: several are joined by `|`. split: train, validation or test
-    where the collection says so, else empty. source: of which published collection it is, where that is known.
+    where the collection says so, else empty. source: of which published collection it is, where that is known. shape,
+    spacing: slices, rows and columns, and mm along each, of a data set that says so.
     """
 
     id: str
@@ -47,6 +48,8 @@ class Record:
     group: str
     split: str = ""
     source: str = ""
+    shape: tuple[int, int, int] | None = None
+    spacing: tuple[float | None, float | None, float | None] = (None, None, None)
 
     def open(self) -> Path | dict[str, Any]:
         """What `read_scan` takes. A row is fetched, which may raise M3RetReadError."""
@@ -100,11 +103,17 @@ def read_parquet(shards: Shards) -> list[Record]:
                 group=row["patient"] or row["id"],
                 split=split,
                 source=row.get("source") or "",
+                shape=_three(row.get("shape")),
+                spacing=_three(row.get("spacing")) or (None, None, None),
             )
             for place, split, row in read_places(shards)
         ]
     except ParquetError as error:
         raise CollectionError(str(error)) from error
+
+
+def _three(values: Sequence[Any] | None) -> Any:
+    return tuple(values) if values is not None and len(values) == 3 else None
 
 
 def phantom_folder(data: str) -> Path:

@@ -6,7 +6,7 @@ A file that cannot be read never stops a run: its place in the batch holds the e
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -17,7 +17,8 @@ from torch.utils.data import DataLoader, Dataset
 from ..cpu import keep_freed_memory
 from ..image_processing_m3ret import M3RetImageProcessor
 from ..reading_m3ret import M3RetReadError, Scan
-from .collection import Record
+from .collection import CollectionError, Record
+from .order import SeededBatches
 from .parquet import Blocks, reader
 from .views import ViewKind, random_crop, random_flip, random_intensity
 
@@ -181,119 +182,28 @@ class RandomViews(Dataset[list[Resized | Failure]]):
         return scan
 
 
-class SeededBatches:
-    """Batches of `(turn, index)` without end, each a function of its number: a run goes on from any of them.
+def expected_tokens(
+    records: Sequence[Record], processor: M3RetImageProcessor, kinds: Sequence[ViewKind], prefix: int
+) -> np.ndarray:
+    """`(n,)`: tokens of all views of each record, of crops of mean size. `prefix`: tokens in front of a view's patches.
 
-    An epoch is as many scans as there are records, in a random order by (seed, epoch). Of these a modality of n records
-    gets a part in proportion to n^alpha (`mixture_alpha` of `RunConfig`). It deals its records out like a deck of
-    cards, shuffled anew when used up, so that all of them are seen equally often; `turn` counts how often a record was
-    dealt before. Epochs follow each other without a gap, in the middle of a batch if need be: none is left out.
-
-    Each of `processes` ranks takes every `processes`-th batch, so that ranks never overlap.
-
-    Streaming (`blocks`, `lanes`): blocks come in random order, and scans are shuffled within `WINDOW` of them. The
-    epoch's order is cut into `lanes` equal pieces for each rank, which deal its batches in turn; with `lanes` or a
-    divisor of it as number of workers, each worker meets its own pieces alone, and fetches next to no block that
-    another does. The order depends on lanes and ranks, not on workers.
-
-    Args:
-        modalities: of each record. start: number of the first batch. blocks: `(n,)`, of each record, or None.
+    Raises:
+        CollectionError: if the collection does not say how large its scans are.
     """
-
-    WINDOW = 4  # blocks that are shuffled together: of 8 MiB each some hundreds of images
-
-    def __init__(
-        self,
-        modalities: Sequence[str],
-        batch_size: int,
-        *,
-        seed: int,
-        alpha: float = 1.0,
-        start: int = 0,
-        process: int = 0,
-        processes: int = 1,
-        blocks: np.ndarray | None = None,
-        lanes: int = 1,
-    ):
-        records = len(modalities)
-        if records < batch_size * processes:
-            raise ValueError(
-                f"{records} training scans do not fill one batch of {batch_size} on each of {processes} processes"
+    counts = np.zeros(len(records))
+    for number, record in enumerate(records):
+        if record.shape is None:
+            raise CollectionError(
+                f"the record {record.id!r} has no shape, and a token budget needs that of every scan: make a Parquet "
+                "data set of the collection by dataset_scripts/build.py"
             )
-        self.decks = [np.flatnonzero(np.asarray(modalities) == name) for name in sorted(set(modalities))]
-        weights = np.array([len(deck) ** alpha for deck in self.decks])
-        shares = records * weights / weights.sum()
-        self.dealt = np.floor(shares).astype(int)  # of each deck in an epoch
-        largest_rests = np.argsort(self.dealt - shares, kind="stable")
-        self.dealt[largest_rests[: records - self.dealt.sum()]] += 1
-        self.records = records
-        self.batch_size = batch_size
-        self.seed = seed
-        self.start = start
-        self.process = process
-        self.processes = processes
-        self.blocks = blocks
-        self.lanes = lanes if blocks is not None else 1
-        self._epochs: dict[int, np.ndarray] = {}  # the latest two, of which a batch may need both
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        number = self.start
-        while True:
-            yield self.batch(number * self.processes + self.process)
-            number += 1
-
-    def batch(self, number: int) -> list[tuple[int, int]]:
-        """The `(turn, index)` of one batch, `number` counting those of all ranks."""
-        cards = range(number * self.batch_size, (number + 1) * self.batch_size)
-        places = (divmod(card, self.records) for card in cards)
-        return [(int(turn), int(index)) for turn, index in (self.epoch(epoch)[place] for epoch, place in places)]
-
-    def epoch(self, epoch: int) -> np.ndarray:
-        """`(n, 2)`, the turn and index of each scan of an epoch, in the order in which all ranks' batches take them."""
-        if epoch not in self._epochs:
-            if len(self._epochs) > 1:
-                self._epochs.pop(min(self._epochs))
-            self._epochs[epoch] = self._in_lanes(epoch, self._merged(epoch))
-        return self._epochs[epoch]
-
-    def _merged(self, epoch: int) -> np.ndarray:
-        """The decks' cards, each deck in its own order, at random places among each other: `(n, 2)`."""
-        generator = np.random.default_rng([self.seed, epoch])
-        hand, places = [], []
-        for number, dealt in enumerate(self.dealt):
-            hand.append(self._dealt(number, epoch * dealt, (epoch + 1) * dealt))
-            places.append(np.sort(generator.random(dealt)))
-        return np.concatenate(hand)[np.argsort(np.concatenate(places), kind="stable")]
-
-    def _dealt(self, number: int, first: int, end: int) -> np.ndarray:
-        """Cards `first` to `end` of a deck since the run began, as `(turn, index)`."""
-        deck = self.decks[number]
-        cards = [np.empty((0, 2), np.int64)]
-        for turn in range(first // len(deck), -(-end // len(deck))):
-            begin = turn * len(deck)
-            indices = self._shuffled(number, turn)[max(first - begin, 0) : end - begin]
-            cards.append(np.stack([np.full(len(indices), turn), indices], axis=1))
-        return np.concatenate(cards)
-
-    def _shuffled(self, number: int, turn: int) -> np.ndarray:
-        deck = self.decks[number]
-        generator = np.random.default_rng([self.seed, number, turn])
-        if self.blocks is None:
-            return generator.permutation(deck)
-        # one order of blocks for all decks, so that what lies in one block is used at one time
-        blocks = np.random.default_rng([self.seed, turn]).permutation(int(self.blocks.max()) + 1)
-        window = blocks[self.blocks[deck]] // self.WINDOW
-        return deck[np.argsort(window + generator.random(len(deck)), kind="stable")]
-
-    def _in_lanes(self, epoch: int, merged: np.ndarray) -> np.ndarray:
-        """Reorder so that each lane's batches take its own piece, in order."""
-        if self.lanes == 1 and (self.processes == 1 or self.blocks is None):
-            return merged
-        batch = np.arange(epoch * self.records, (epoch + 1) * self.records) // self.batch_size
-        lane = batch % self.processes * self.lanes + batch // self.processes % self.lanes
-        ordered = np.empty_like(merged)
-        ordered[np.argsort(lane, kind="stable")] = merged
-        return ordered
+        D, H, W = record.shape
+        for kind in kinds:
+            side = math.sqrt(sum(kind.ranges.area) / 2)
+            crop = (max(1, round(D * sum(kind.ranges.depth) / 2)), max(1, round(H * side)), max(1, round(W * side)))
+            shape = processor.target_shape(crop, record.spacing, size=kind.size)
+            counts[number] += kind.count * (prefix + math.prod(processor.grid_of((1, *shape))))
+    return counts
 
 
 def training_loader(dataset: RandomViews, batches: SeededBatches, num_workers: int) -> DataLoader[Pack]:

@@ -20,6 +20,7 @@ from ..configuration_m3ret import M3RetConfig
 from ..data.views import GLOBAL_CROPS, LOCAL_CROPS, Jitter, ViewKind
 from ..masked_autoencoder_m3ret import M3RetDecoder, M3RetForPreTraining
 from ..modeling_m3ret import M3RetModel
+from .ranks import part_of_rank
 from .run_config import RunConfig
 from .simdino import SimDINO, SimDINOLoss, teacher_momentum
 
@@ -66,7 +67,10 @@ class MaskedAutoencoding(nn.Module):
         return self.model.m3ret
 
     def forward(self, pixel_values: Tensor, grid_thw: Tensor, noise: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        return self.model(pixel_values, grid_thw, noise=noise).loss, {}
+        output = self.model(pixel_values, grid_thw, noise=noise)
+        by_patch = self.model.config.loss_weighting == "patch"
+        weighed = len(output.masked) if by_patch else len(grid_thw)
+        return output.loss * part_of_rank(weighed, pixel_values.device), {}
 
     def after_step(self, step: int, steps: int) -> None:
         pass

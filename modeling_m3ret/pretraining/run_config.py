@@ -62,6 +62,10 @@ class RunConfig:
         each for MAE, so that a pack holds batch_size x views_per_decode views. accumulate: packs whose gradients are
         averaged for one step. MAE's gradient is then that of one large pack (of equally many scans); SimDINO's
         expansion is each pack's own, since a coding rate is not a mean over scans.
+    tokens_per_batch: instead of `batch_size`, as many scans as have this many tokens in all their views: equal work and
+        memory in every step, whatever the mix. Needs a data set that says how large its scans are (Parquet), and a
+        `learning_rate`, since the rule for it counts scans. Ranks may hold different numbers of scans; each scan weighs
+        the same.
     flip_part: of the views, how many are mirrored left to right; 0, since a body's sides differ, .5 for more variety
         where they don't matter.
     global_area, local_area: parts of a slice's area that SimDINO's global and local crops cover, .4 to 1 and .05 to .4
@@ -116,6 +120,7 @@ class RunConfig:
     max_patches: int = 2048
     steps: int = 100_000
     batch_size: int = 64
+    tokens_per_batch: int | None = None
     views_per_decode: int = 4
     accumulate: int = 1
     flip_part: float = 0.0
@@ -175,6 +180,11 @@ class RunConfig:
             raise ValueError(f"gradient_clip is a norm above 0 (large to clip nothing), not {self.gradient_clip}")
         if self.patch_weight > 0 and self.objective != "simdino":
             raise ValueError(f"patch_weight is a part of objective simdino, and {self.objective} has none")
+        if self.tokens_per_batch is not None:
+            if self.tokens_per_batch < 1:
+                raise ValueError(f"tokens_per_batch is at least 1, not {self.tokens_per_batch}")
+            if self.learning_rate is None:
+                raise ValueError("tokens_per_batch needs a learning_rate: the rule for null counts scans of a batch")
         if self.resume and self.restart:
             raise ValueError("resume goes on from a checkpoint and restart begins anew: one of them")
         if unknown := set(self.model) - {entry.name for entry in fields(M3RetConfig)}:

@@ -15,11 +15,11 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..masked_autoencoder_m3ret import M3RetDecoder, choose_visible, masked_patch_loss
 from ..modeling_m3ret import M3RetModel, patch_places
+from .ranks import part_of_rank, sum_over_ranks, total_over_ranks
 
 
 @dataclass
@@ -83,7 +83,8 @@ class SimDINOLoss(nn.Module):
             student, teacher = student.float(), teacher.detach().float()
             # sum over all pairs of views, less those of a view with itself; V sums instead of G V products
             pairs = (teacher.sum(0) * student.sum(0)).sum() - (teacher * student[:G]).sum()
-            compression = pairs / (B * (G * V - G))
+            # times this rank's part of the scans, so that the mean over ranks is that over all scans
+            compression = pairs / (B * (G * V - G)) * part_of_rank(B, student.device)
             expansion, most, least = coding_rate(student[:G], self.eps)
             share = expansion / most
             spread = expansion if self.expansion_weight is None else self.expansion_weight * share
@@ -98,7 +99,7 @@ def coding_rate(views: Tensor, eps: float) -> tuple[Tensor, float, float]:
     gamma/2 r ln(1 + p / (R eps) R / r). At the least, of equal features, one has it all: r = 1.
     """
     _, B, p = views.shape
-    R = B * (dist.get_world_size() if dist.is_initialized() else 1)
+    R = total_over_ranks(B, views.device)
     covariance = sum_over_ranks(views.transpose(1, 2) @ views)  # (G, p, p)
     identity = torch.eye(p, dtype=views.dtype, device=views.device)
     factor = torch.linalg.cholesky(identity + p / (R * eps) * covariance)
@@ -106,29 +107,6 @@ def coding_rate(views: Tensor, eps: float) -> tuple[Tensor, float, float]:
     gamma = (p + R) / (p * R)
     most, least = (gamma / 2 * rank * math.log1p(p / (rank * eps)) for rank in (min(R, p), 1))
     return gamma * half_logdet.mean(), most, least
-
-
-class _SumOverRanks(torch.autograd.Function):
-    """All-reduce whose gradient is all-reduced too: every rank's loss depends on every rank's part."""
-
-    @staticmethod
-    def forward(ctx: object, part: Tensor) -> Tensor:
-        total = part.clone()
-        dist.all_reduce(total)
-        return total
-
-    @staticmethod
-    def backward(ctx: object, gradient: Tensor) -> Tensor:
-        total = gradient.clone()
-        dist.all_reduce(total)
-        return total
-
-
-def sum_over_ranks(part: Tensor) -> Tensor:
-    """The sum of all ranks' parts; alone, the part itself."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return part
-    return _SumOverRanks.apply(part)
 
 
 class SimDINOHead(nn.Module):

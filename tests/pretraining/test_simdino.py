@@ -107,12 +107,12 @@ def test_half_precision_under_autocast_is_computed_in_float32() -> None:
     assert torch.equal(inside, SimDINOLoss()(student, teacher).loss)
 
 
-def _rank(rank: int, port: int, folder: str) -> None:
+def _rank(rank: int, port: int, folder: str, split: int) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     dist.init_process_group("gloo", rank=rank, world_size=2)
     weight = torch.eye(24, requires_grad=True)
     student, teacher = unit(4, 10, 24), unit(2, 10, 24, seed=1)
-    part = slice(5 * rank, 5 * rank + 5)
+    part = slice(0, split) if rank == 0 else slice(split, None)
     projected = torch.nn.functional.normalize(student[:, part] @ weight, dim=-1)
     terms = SimDINOLoss()(projected, teacher[:, part])
     terms.loss.backward()
@@ -125,11 +125,13 @@ def _rank(rank: int, port: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
-def test_split_over_ranks_gives_the_same_loss_and_gradient(tmp_path: Path) -> None:
+@pytest.mark.parametrize("split_at", [5, 3])
+def test_split_over_ranks_gives_the_same_loss_and_gradient(tmp_path: Path, split_at: int) -> None:
+    """Ten scans, five on each rank, or three and seven as a token budget may deal them."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    multiprocessing.spawn(_rank, args=(port, str(tmp_path)), nprocs=2)
+    multiprocessing.spawn(_rank, args=(port, str(tmp_path), split_at), nprocs=2)
     split = torch.load(tmp_path / "split.pt", weights_only=True)
     weight = torch.eye(24, requires_grad=True)
     whole = SimDINOLoss()(torch.nn.functional.normalize(unit(4, 10, 24) @ weight, dim=-1), unit(2, 10, 24, seed=1))
