@@ -12,11 +12,15 @@ training it is. `--holdout` takes only the patients that `train.py` held out wit
 """
 
 import argparse
+import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
+from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, set_seed
+from transformers.utils import cached_file
 
 from modeling_m3ret import M3RetModel, __version__
 from modeling_m3ret.cpu import prepare_cpu
@@ -33,6 +37,8 @@ from modeling_m3ret.retrieval.evaluation import (
     paired_difference,
     to_json,
 )
+from modeling_m3ret.retrieval.matching import Reranked, scan_tokens
+from modeling_m3ret.retrieval.plots import report_pictures, write_pictures
 from modeling_m3ret.retrieval.protocols import ALL, DEFAULT
 from modeling_m3ret.whole_files import write_whole
 
@@ -49,12 +55,22 @@ def main() -> None:
     parser.add_argument(
         "--baselines", nargs="*", default=[], help="transformers vision models, or hf-hub:… of open_clip"
     )
+    parser.add_argument(
+        "--rerank", type=int, default=None, help="first hits that late interaction of patches re-ranks, 50 say"
+    )
     parser.add_argument("--max_tokens", type=int, default=MAX_TOKENS, help="patches that are embedded together")
     parser.add_argument("--num_workers", type=int, default=1, help="processes that decode")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="of the encoders' arithmetic")
     parser.add_argument("--seed", type=int, default=0, help="of the untrained encoder's weights")
-    parser.add_argument("--output", type=Path, default=None, help="folder for metrics.json and the table, report.md")
+    parser.add_argument("--output", type=Path, default=None, help="folder for metrics.json and report.md with pictures")
+    parser.add_argument(
+        "--examples", action="store_true", help="show scans in the report: it then holds patients' data"
+    )
     arguments = parser.parse_args()
+    if arguments.examples and arguments.output is None:
+        parser.error("--examples needs the folder of the report, --output")
+    if arguments.rerank is not None and arguments.rerank < 1:
+        parser.error(f"--rerank is {arguments.rerank}, expected at least 1")
     accelerator = Accelerator()
     if accelerator.device.type == "cpu":
         prepare_cpu(accelerator.num_processes)
@@ -74,11 +90,13 @@ def main() -> None:
     titles = titles_of(arguments.model, arguments.baselines)
     names, others = titles[: len(arguments.model)], titles[len(arguments.model) :]
     methods: dict[str, Embedded] = {}
-    models = {}
+    models, checkpoints, encoders = {}, {}, {}
     for title, name in zip(names, arguments.model, strict=True):
         processor = AutoImageProcessor.from_pretrained(name)
         model = AutoModel.from_pretrained(name).eval().to(accelerator.device)
         models[title] = facts_of(model, processor, baseline_name(name))
+        checkpoints[title] = training_facts(name) | {"parameters": model.num_parameters()}
+        encoders[title] = (model, processor)
         settings = {"dtype": dtype, "max_tokens": arguments.max_tokens, "num_workers": arguments.num_workers}
         methods[title] = embed_collection(model, processor, records, accelerator, name=name, **settings)
     set_seed(arguments.seed)
@@ -99,15 +117,26 @@ def main() -> None:
             name, records, num_workers=arguments.num_workers, device=accelerator.device, dtype=dtype
         )
     methods = {"pixels": beside.pop("pixels"), **beside, **methods}
+    reranked: dict[str, Embedded] = {}
+    if arguments.rerank is not None:  # the untrained encoder too: how much of it is the comparing of parts alone?
+        for title, (model, own_processor) in {"untrained": (untrained, processor), **encoders}.items():
+            sources = (record.open() for record in tqdm(methods[title].records, desc="patches", unit="scan"))
+            with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+                tokens = scan_tokens(model, own_processor, sources, max_tokens=arguments.max_tokens)
+            twice = Reranked(**vars(methods[title]), tokens=tokens, depth=arguments.rerank)
+            reranked[f"{title}, re-ranked {arguments.rerank}"] = twice
 
     # ---- the table --------------------------------------------------------------------------------------------------
-    rows = evaluate(methods, ALL if arguments.protocols == "all" else DEFAULT)
+    compared = methods | reranked
+    rows = evaluate(compared, ALL if arguments.protocols == "all" else DEFAULT)
     table = format_table(rows)
     print(table)
     main_model = names[0]
     within = any(row.protocol == ALL_MODALITIES for row in rows)  # else no query of any modality has anything to find
     differences = {
-        name: paired_difference(methods[main_model], methods[name]) for name in methods if within and name != main_model
+        name: paired_difference(methods[main_model], other)
+        for name, other in compared.items()
+        if within and name != main_model
     }
     if differences:
         print(format_differences(main_model, differences))
@@ -132,7 +161,20 @@ def main() -> None:
         }
         write_whole(arguments.output / "metrics.json", to_json(rows, **facts) + "\n")
         words = [table, format_differences(main_model, differences)] if differences else [table]
+        shown_by = encoders[main_model][1] if arguments.examples else None
+        at_first = [row for row in rows if row.method not in reranked]  # a curve is of what training changes
+        pictures = report_pictures(compared, main_model, at_first, checkpoints, shown_by)
+        words.append(write_pictures(arguments.output, pictures))
         write_whole(arguments.output / "report.md", "\n\n".join(words) + "\n")
+
+
+def training_facts(name: str) -> dict[str, Any]:
+    """What a checkpoint's `training.json` says that it was trained with; nothing where there is none."""
+    try:
+        facts = json.loads(Path(cached_file(name, "training.json") or "").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return facts if isinstance(facts, dict) else {}
 
 
 def titles_of(models: list[str], baselines: list[str]) -> list[str]:

@@ -84,13 +84,23 @@ def test_train_ends_with_a_checkpoint_and_a_table(
     assert features.shape == (3, 192)
 
     options = {"--model": "m3ret-tiny", "--data": str(phantom), "--holdout": "0.5", "--output": "table"}
+    options |= {"--rerank": "5"}
     words = [word for option in options.items() for word in option]
     evaluated = run([sys.executable, str(ROOT / "eval_retrieval.py"), *words], tmp_path)
+
+    def trained(text: str) -> list[str]:
+        """Its rows; columns are as wide as the longest name."""
+        return [" ".join(line.split()) for line in text.splitlines() if "| trained |" in " ".join(line.split())]
+
     # the same patients, the same scores as at the end of training
-    table = [line for line in printed.splitlines() if "| trained" in line]
-    assert table
-    assert [line for line in evaluated.splitlines() if "| trained" in line] == table
+    assert trained(printed)
+    assert trained(evaluated) == trained(printed)
+    assert "trained, re-ranked 5" in evaluated
     assert json.loads((tmp_path / "table" / "metrics.json").read_text())["not_read"] == 0
+    report = (tmp_path / "table" / "report.md").read_text()
+    assert "(precision_recall.png)" in report
+    assert str(phantom) not in report
+    assert not (tmp_path / "table" / "examples.png").exists()
 
 
 @pytest.mark.parametrize("objective", ["mae", "simdino"])

@@ -31,6 +31,14 @@ class Embedded:
     records: list[Record]
     failures: list[str] = field(default_factory=list)
 
+    def similarities(self, queries: Tensor, candidate: Tensor) -> Tensor:
+        """Of the scans at these places `(q,)` with all n, `(q, n)` float32: what ranks them.
+
+        Args:
+            candidate: bool `(q, n)`, those that will be ranked. A method that looks twice looks at these alone.
+        """
+        return self.embeddings[queries] @ self.embeddings.T
+
 
 def embed_records(
     embedders: Sequence[Embedder],

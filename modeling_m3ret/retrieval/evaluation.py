@@ -132,7 +132,7 @@ def _measure(
     for title, queries in protocol.parts(facts):
         results: dict[str, _Result] = {}
         for method, embedded in methods.items():
-            pair = _score(protocol, facts, queries, embedded.embeddings, left_out)
+            pair = _score(protocol, facts, queries, embedded, left_out)
             if pair is None:
                 break
             results.setdefault("chance", pair[1])
@@ -143,7 +143,7 @@ def _measure(
 
 
 def _score(
-    protocol: Protocol, facts: Annotations, queries: Tensor, embeddings: Tensor, left_out: Sequence[str]
+    protocol: Protocol, facts: Annotations, queries: Tensor, embedded: Embedded, left_out: Sequence[str]
 ) -> tuple[_Result, _Result] | None:
     """A method and chance on the queries at these places; None where nothing can be found.
 
@@ -159,7 +159,7 @@ def _score(
         asked = queries[rows]
         relevant, candidate = protocol.masks(facts, asked)
         in_gallery |= candidate.any(0)
-        ranking = Ranking(embeddings[asked] @ embeddings.T, relevant, candidate)
+        ranking = Ranking(embedded.similarities(asked, candidate), relevant, candidate)
         scored = ranking.scores()
         own = (torch.empty(len(asked), 0),) * 2
         if protocol.gallery == "all modalities":
@@ -202,17 +202,19 @@ def _rows(title: str, protocol: Protocol, results: Mapping[str, _Result]) -> lis
 
 def format_table(rows: Sequence[Row]) -> str:
     """The rows as a Markdown table, which also reads well on a terminal."""
-    width = max([17, *(len(row.protocol) for row in rows)])
+    first = max([17, *(len(row.protocol) for row in rows)])
+    second = max([9, *(len(row.method) for row in rows)])
     lines = [
-        f"| {'protocol':{width}} | {'method':9} | queries | gallery |    P@1 |    R@5 |    mAP | mAP, 95 %   |",
-        f"|{'-' * (width + 2)}|{'-' * 11}|--------:|--------:|-------:|-------:|-------:|------------:|",
+        f"| {'protocol':{first}} | {'method':{second}} | queries | gallery |    P@1 |    R@5 |    mAP | mAP, 95 %   |",
+        f"|{'-' * (first + 2)}|{'-' * (second + 2)}|--------:|--------:|-------:|-------:|-------:|------------:|",
     ]
     previous = None
     for row in rows:
         name = row.protocol if row.protocol != previous else ""
         scores = " | ".join(f"{row.scores[metric]:6.3f}" for metric in IN_TABLE)
         interval = f"{row.interval[0]:.3f}-{row.interval[1]:.3f}" if row.interval else " " * 11
-        lines.append(f"| {name:{width}} | {row.method:9} | {row.queries:7} | {row.gallery:7} | {scores} | {interval} |")
+        names = f"| {name:{first}} | {row.method:{second}} "
+        lines.append(f"{names}| {row.queries:7} | {row.gallery:7} | {scores} | {interval} |")
         previous = row.protocol
     return "\n".join(lines)
 

@@ -143,6 +143,19 @@ def scores_of_ranks(ranks: Tensor, metrics: Sequence[str] = METRICS) -> Tensor:
     return torch.stack(scores, -1)
 
 
+def interpolated_precision(ranks: Tensor) -> Tensor:
+    """Ranks of the relevant `(A, R)`, ascending, inf for none -> interpolated precision at recall 0, .1, ... 1: float64
+    `(A, 11)`; each query has a relevant one at least.
+
+    The highest precision at this recall or any above it (Manning, Raghavan, Schütze, section 8.4). The mean over
+    queries is the eleven-point curve of TREC.
+    """
+    found, relevant = ranks.isfinite().cumsum(-1), ranks.isfinite().sum(-1)
+    best_from_here = (found / ranks).flip(-1).cummax(-1).values.flip(-1)
+    needed = (relevant[:, None] * torch.arange(11) + 9) // 10  # relevant ones found at that recall, rounded up
+    return best_from_here.gather(-1, needed.clamp(min=1) - 1)
+
+
 def _ideal(relevant: Tensor, k: int) -> Tensor:
     """DCG@k of the best order: sum of 1 / log2(1 + rank) up to min(k, R)."""
     gains = torch.arange(2, k + 2, dtype=torch.float64).log2().reciprocal().cumsum(0)

@@ -208,7 +208,6 @@ def test_a_difference_is_covered_as_often_as_its_interval_says_and_is_narrower_t
         assert value == pytest.approx(of_mean["one"].scores["mAP"] - of_mean["two"].scores["mAP"])
         covered.append(low <= 0 <= high)
         widths.append((high - low) / (of_mean["one"].interval[1] - of_mean["one"].interval[0]))
-    print("COV", sum(covered), sum(widths))
     assert 90 <= sum(covered) <= 100
     assert sum(widths) / 100 < 2**0.5  # what independent methods would have
 
