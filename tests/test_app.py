@@ -1,68 +1,65 @@
-"""The demo answers over HTTP: a scan in, similar scans out, a bad file in words, and no file of the machine."""
+"""`python app.py`: which checkpoint it takes, what it says when there is none, and the small one that it trains."""
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
-import httpx
-import numpy as np
 import pytest
-from conftest import tiny_config
-from PIL import Image
 
-from modeling_m3ret import M3RetImageProcessor, M3RetModel
-from modeling_m3ret.data.collection import Record
+
+pytest.importorskip("gradio", reason="the Space needs gradio: pip install m3ret[app]")
+
+from modeling_m3ret.space.quickstart import newest_checkpoint, train_small
 
 
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.fixture(scope="module")
-def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    sys.path.insert(0, str(ROOT))
-    import app
-
-    folder = tmp_path_factory.mktemp("gallery")
-    generator = np.random.default_rng(0)
-    records = []
-    for number in range(6):
-        path = folder / f"secret-name-{number}.png"
-        Image.fromarray(generator.integers(0, 255, (60, 80), dtype=np.uint8)).save(path)
-        records.append(Record(str(number), path, "xray", "chest", "l", f"patient-{number}"))
-    page = app.build(M3RetModel(tiny_config()).eval(), M3RetImageProcessor(size=48), records)
-    _, local, _ = page.launch(prevent_thread_lock=True, ssr_mode=False, quiet=True, allowed_paths=[])
-    yield local
-    page.close()
+def run(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HOME": str(folder / "hf_home"), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / "app.py"), *options]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
 
 
-def test_a_scan_of_the_gallery_finds_itself_first(address: str, tmp_path: Path) -> None:
-    from gradio_client import Client, handle_file
-
-    generator = np.random.default_rng(0)
-    Image.fromarray(generator.integers(0, 255, (60, 80), dtype=np.uint8)).save(tmp_path / "query.png")
-    client = Client(address, verbose=False)
-    query, hits = client.predict(handle_file(tmp_path / "query.png"), 3, api_name="/search")
-    assert Path(query).is_file()
-    assert [hit["caption"].split(" · ")[1:] for hit in hits] == [["xray", "chest"]] * 3
-    similarities = [float(hit["caption"].split(" · ")[0]) for hit in hits]
-    assert similarities[0] == 1.0
-    assert similarities == sorted(similarities, reverse=True)
-    assert "secret-name" not in str(hits)
+def test_without_a_checkpoint_it_says_so_and_what_to_do(tmp_path: Path) -> None:
+    ran = run(tmp_path)
+    assert ran.returncode == 1
+    assert "There is no checkpoint here" in ran.stderr
+    assert "--quickstart" in ran.stderr
+    assert "Traceback" not in ran.stderr
+    assert not list(tmp_path.iterdir()), "nothing was made"
 
 
-def test_a_bad_file_is_answered_in_words_and_the_page_lives(address: str, tmp_path: Path) -> None:
-    from gradio_client import Client, handle_file
-
-    (tmp_path / "notes.dcm").write_text("not a scan")
-    client = Client(address, verbose=False)
-    with pytest.raises(Exception, match=r"notes\.dcm: found text; expected"):
-        client.predict(handle_file(tmp_path / "notes.dcm"), 3, api_name="/search")
-    assert httpx.get(address).status_code == 200
+def test_a_password_needs_a_user(tmp_path: Path) -> None:
+    ran = run(tmp_path, "--auth", "secret")
+    assert ran.returncode == 2
+    assert "expected USER:PASSWORD" in ran.stderr
 
 
-@pytest.mark.parametrize("path", ["pyproject.toml", "/etc/passwd", "../pyproject.toml"])
-def test_no_file_of_the_machine_is_served(address: str, path: str) -> None:
-    name = str(ROOT / path) if not path.startswith("/") else path
-    assert httpx.get(f"{address}gradio_api/file={name}").status_code in (403, 404)
+def test_the_newest_checkpoint_is_taken(tmp_path: Path) -> None:
+    assert newest_checkpoint(tmp_path) is None
+    for age, name in enumerate(("m3ret-b", "m3ret-a", "other", "m3ret-c")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+        os.utime(tmp_path / name / "config.json", (1e9 - age, 1e9 - age))
+    (tmp_path / "m3ret-empty").mkdir()
+    assert newest_checkpoint(tmp_path) == tmp_path / "m3ret-b"
+
+
+def test_quickstart_trains_what_the_app_then_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf_home"))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    model = "{num_hidden_layers: 1, hidden_size: 48, num_attention_heads: 4, intermediate_size: 96}"
+    small = {"data": "phantom:6", "model": model, "size": 32, "steps": 2, "batch_size": 2, "num_workers": 0}
+    train_small(ROOT, [word for key, value in small.items() for word in (f"--{key}", str(value))])
+    assert newest_checkpoint() == Path("m3ret-smoke")
+
+
+def test_without_the_project_there_is_nothing_to_train_with(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="give --model"):
+        train_small(tmp_path)

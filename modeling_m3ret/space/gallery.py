@@ -1,0 +1,287 @@
+"""The gallery that is searched: an index, a small picture of each scan, and where the scans lie, if they do.
+
+It is embedded once and kept under `HF_HOME/m3ret/galleries`, in a folder whose name follows from the model and the
+scans. The index calls a scan by its place in the collection and a patient by the place of the first scan, so that no
+name of a file or a person is in it. Visitors are told a scan's row, and nothing else by which it could be found.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import io
+import json
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypedDict
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from huggingface_hub.constants import HF_HOME
+from PIL import Image
+from torch import Tensor
+
+from ..data.collection import Record, open_collection
+from ..image_processing_m3ret import M3RetImageProcessor
+from ..modeling_m3ret import M3RetModel
+from ..retrieval.embed import Embedder, embed_records, encoder_embedder, unpatchify
+from ..retrieval.embedding_store import facts_of, fingerprint
+from ..retrieval.exact_search import Hits
+from ..retrieval.index import IndexFormatError, ModelFacts, RetrievalIndex, Where
+from ..whole_files import writing_whole
+
+
+DEMO = "phantom:48:1"  # six subjects a class; another seed than the phantom of training, so that no scan is known
+PUBLISHED = "gallery"  # the folder of a Space
+ABOUT = "gallery.json"
+THUMBNAILS = "thumbnails.parquet"
+THUMBNAIL = 128  # px
+SCANS_TOGETHER = 256  # whose thumbnails are in memory at a time, 50 MB
+# real scans of the package pydicom-data whose pixels name nobody: modality and anatomy, as one sees them
+SAMPLES = {
+    "RG1_UNCR.dcm": ("xray", "chest"),
+    "RG3_UNCR.dcm": ("xray", "leg"),
+    "JPGLosslessP14SV1_1s_1f_8b.dcm": ("ultrasound", "heart"),
+    "color3d_jpeg_baseline.dcm": ("ultrasound", "heart"),
+    "693_UNCR.dcm": ("ct", "head"),
+    "eCT_Supplemental.dcm": ("ct", "head"),
+    "MR2_UNCR.dcm": ("mri", "shoulder"),
+    "MR-SIEMENS-DICOM-WithOverlays.dcm": ("mri", "abdomen"),
+}
+
+
+@dataclass(frozen=True)
+class Filters:
+    """Which scans may be found: of these modalities and anatomies, empty for all of them; `other_subjects`: none of the
+    query's own, where it is known whose it is."""
+
+    modalities: tuple[str, ...] = ()
+    anatomies: tuple[str, ...] = ()
+    other_subjects: bool = False
+
+    def where(self) -> Where | None:
+        if not self.modalities and not self.anatomies:
+            return None
+        return Where(modality=self.modalities or None, anatomy=self.anatomies or None)
+
+
+class Facts(TypedDict):
+    """What may be shown of a scan."""
+
+    modality: str
+    anatomy: str
+    labels: list[str]
+    source: str
+
+
+@dataclass
+class Gallery:
+    """records: of each row of the index; None where only embeddings are here. thumbnails: WebP of each row, or None.
+    collection: a name by which the records can be opened elsewhere, None where they can't."""
+
+    index: RetrievalIndex
+    records: Sequence[Record] | None = None
+    thumbnails: pa.ChunkedArray | None = None
+    collection: str | None = None
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def facts(self, row: int) -> Facts:
+        (told,) = self.index.metadata.slice(row, 1).to_pylist()
+        return Facts(
+            modality=told["modality"] or "",
+            anatomy=told["anatomy"] or "",
+            labels=told["labels"] or [],
+            source=told["source"] or "",
+        )
+
+    def thumbnail(self, row: int) -> Image.Image | None:
+        if self.thumbnails is None:
+            return None
+        with Image.open(io.BytesIO(self.thumbnails[row].as_py()), formats=["WEBP"]) as image:
+            return image.convert("RGB")
+
+    def names(self, column: str) -> list[str]:
+        """Those that a column of the metadata holds, in order, without the empty one."""
+        return sorted(name for name in set(self.index.metadata.column(column).to_pylist()) if name)
+
+    def search(self, embedding: Tensor, k: int, filters: Filters = Filters(), own_row: int | None = None) -> Hits:
+        """The k most similar scans of one embedding `(d,)`, as `RetrievalIndex.search` gives them.
+
+        Args:
+            own_row: of a query that is a scan of this gallery: it is not found itself.
+        """
+        patients = None
+        if filters.other_subjects and own_row is not None:
+            patients = [self.index.metadata.column("patient")[own_row].as_py() or ""]
+        with self._lock:  # an index remembers its latest filters, and is not made for threads
+            hits = self.index.search(
+                embedding[None], k + (own_row is not None), where=filters.where(), patients=patients
+            )
+        keep = hits.rows[0] >= 0
+        if own_row is not None:
+            keep &= hits.rows[0] != own_row
+        return Hits(hits.scores[:, keep][:, :k], hits.rows[:, keep][:, :k])
+
+    def save(self, folder: Path) -> None:
+        self.index.save(folder)
+        if self.thumbnails is not None:
+            with writing_whole(folder / THUMBNAILS) as stream:
+                pq.write_table(pa.table({"webp": self.thumbnails}), stream, compression="none")
+        with writing_whole(folder / ABOUT) as stream:
+            stream.write(json.dumps({"collection": self.collection}).encode())
+
+
+def open_gallery(what: str | None, model: M3RetModel, processor: M3RetImageProcessor, name: str) -> Gallery:
+    """The gallery `what`: the folder of an index, a collection as `open_collection` takes it, or None for the one that
+    was published with this Space, else the demo.
+
+    Args:
+        name: of the model.
+
+    Raises:
+        IndexFormatError, CollectionError, ValueError: if there is none, or it is another model's.
+    """
+    if what is None and (Path(PUBLISHED) / ABOUT).is_file():
+        what = PUBLISHED
+    if what is not None and (Path(what) / "current.json").is_file():
+        return _load(Path(what), facts_of(model, processor, name))
+    collection = what or DEMO
+    records = open_collection(collection)
+    if what is None:
+        records = [*records, *sample_records()]
+    elsewhere = None if Path(collection).exists() else collection
+    return embed_gallery(records, model, processor, name, elsewhere)
+
+
+def embed_gallery(
+    records: Sequence[Record],
+    model: M3RetModel,
+    processor: M3RetImageProcessor,
+    name: str,
+    collection: str | None = None,
+    folder: Path | None = None,
+) -> Gallery:
+    """The gallery of these records, embedded now or before; what can't be read is left out.
+
+    Args:
+        folder: where galleries are kept, by default `HF_HOME/m3ret/galleries`.
+
+    Raises:
+        ValueError: if no scan can be read.
+    """
+    facts = facts_of(model, processor, name)
+    told = json.dumps([facts.revision, facts.processor, fingerprint(records), THUMBNAIL])
+    folder = (folder or Path(HF_HOME) / "m3ret" / "galleries") / hashlib.sha256(told.encode()).hexdigest()[:24]
+    if (folder / ABOUT).is_file():
+        kept = _load(folder, facts, records)
+        kept.collection = collection
+        return kept
+    embedders = [encoder_embedder(model), thumbnail_embedder(processor)]
+    embeddings: list[Tensor] = []
+    thumbnails: list[bytes] = []
+    places: list[int] = []
+    place_of = {record.id: place for place, record in enumerate(records)}
+    for start in range(0, len(records), SCANS_TOGETHER):
+        encoded, pictures = embed_records(embedders, processor, records[start : start + SCANS_TOGETHER])
+        places += [place_of[record.id] for record in encoded.records]
+        if encoded.records:
+            embeddings.append(encoded.embeddings)
+            thumbnails += [_webp(pixels) for pixels in pictures.embeddings]
+    if not places:
+        raise ValueError(f"found no scan that can be read among {len(records)}, expected a gallery")
+    index = RetrievalIndex.build(torch.cat(embeddings), _metadata(records, places), facts)
+    gallery = Gallery(index, [records[place] for place in places], pa.chunked_array([thumbnails]), collection)
+    gallery.save(folder)
+    return gallery
+
+
+def sample_records() -> list[Record]:
+    """Real scans of the installed package `pydicom-data`; none where it isn't."""
+    found = importlib.util.find_spec("data_store")
+    if found is None or not found.submodule_search_locations:
+        return []
+    folder = Path(next(iter(found.submodule_search_locations))) / "data"
+    return [
+        Record(f"pydicom-data-{number}", folder / file, modality, anatomy, "", "", source="pydicom-data (real)")
+        for number, (file, (modality, anatomy)) in enumerate(SAMPLES.items())
+        if (folder / file).is_file()
+    ]
+
+
+def _load(folder: Path, facts: ModelFacts, records: Sequence[Record] | None = None) -> Gallery:
+    index = RetrievalIndex.load(folder)
+    # not by the model's name: a folder may have been renamed, and a Space names it anew
+    if (index.facts.revision, index.facts.processor) != (facts.revision, facts.processor):
+        raise IndexFormatError(f"{folder}: found embeddings of {index.facts}, expected those of {facts}")
+    collection = None
+    if (folder / ABOUT).is_file():
+        collection = json.loads((folder / ABOUT).read_text(encoding="utf-8"))["collection"]
+    thumbnails = None
+    if (folder / THUMBNAILS).is_file():
+        thumbnails = pq.read_table(folder / THUMBNAILS).column("webp")
+        if len(thumbnails) != len(index):
+            raise IndexFormatError(f"{folder}: found {len(thumbnails)} thumbnails, expected {len(index)}")
+    if records is None and collection is not None:
+        records = open_collection(collection)
+    if records is not None:
+        places = [int(place) for place in index.metadata.column("id").to_pylist()]
+        if max(places) >= len(records):
+            raise IndexFormatError(f"{folder}: found {len(records)} scans in {collection}, expected {max(places) + 1}")
+        records = [records[place] for place in places]
+    return Gallery(index, records, thumbnails, collection)
+
+
+def _metadata(records: Sequence[Record], places: Sequence[int]) -> pa.Table:
+    kept = [records[place] for place in places]
+    first: dict[str, int] = {}
+    for place, record in zip(places, kept, strict=True):
+        first.setdefault(record.group, place)
+    return pa.table(
+        {
+            "id": [str(place) for place in places],
+            "patient": [str(first[record.group]) if record.group else "" for record in kept],
+            "modality": [record.modality for record in kept],
+            "anatomy": [record.anatomy for record in kept],
+            "labels": pa.array([[label for label in r.label.split("|") if label] for r in kept], pa.list_(pa.string())),
+            "source": [record.source for record in kept],
+        }
+    )
+
+
+def thumbnail_embedder(processor: M3RetImageProcessor) -> Embedder:
+    """The middle slice or frame as the encoder sees it, on a black square: `(B, 3 * THUMBNAIL**2)` float32 in [0, 1].
+
+    An embedder, so that a scan is decoded once for its embedding and its picture.
+    """
+
+    def embed(inputs: Mapping[str, Tensor]) -> Tensor:
+        grids = inputs["grid_thw"]
+        squares = []
+        for rows, grid in zip(inputs["pixel_values"].split(grids.prod(-1).tolist()), grids.tolist(), strict=True):
+            volume = unpatchify(rows, grid, processor)  # (C, D, H, W)
+            middle = volume[:, volume.shape[1] // 2] * processor.image_std + processor.image_mean
+            scale = THUMBNAIL / max(middle.shape[1:])
+            height, width = (max(1, round(edge * scale)) for edge in middle.shape[1:])
+            resized = torch.nn.functional.interpolate(
+                middle[None], (height, width), mode="bilinear", antialias=True
+            ).clamp(0, 1)
+            above, left = (THUMBNAIL - height) // 2, (THUMBNAIL - width) // 2
+            square = torch.zeros(3, THUMBNAIL, THUMBNAIL)
+            square[:, above : above + height, left : left + width] = resized[0]
+            squares.append(square.flatten())
+        return torch.stack(squares)
+
+    return embed
+
+
+def _webp(pixels: Tensor) -> bytes:
+    square = pixels.view(3, THUMBNAIL, THUMBNAIL).mul(255).round().byte().permute(1, 2, 0)
+    stream = io.BytesIO()
+    Image.fromarray(square.contiguous().numpy()).save(stream, "WEBP", quality=80)
+    return stream.getvalue()

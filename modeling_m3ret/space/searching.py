@@ -1,0 +1,249 @@
+"""What the page and its endpoints do: open a scan, embed it, search, and see where two scans match.
+
+One object holds the model, the gallery and the scans that are open. What a visitor's session keeps is a `Query`, some
+kilobytes; the scans themselves lie on one shelf of bounded size, so that memory does not grow with the visitors.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import uuid
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import TimeoutError as TookTooLong
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..image_processing_m3ret import M3RetImageProcessor
+from ..modeling_m3ret import M3RetModel
+from ..reading_m3ret import M3RetReadError, Scan, read_scan
+from ..retrieval.exact_search import Hits
+from ..retrieval.matching import ScanTokens, locate, rerank, scan_tokens
+from .gallery import Facts, Filters, Gallery
+from .shelf import Shelf
+from .uploads import LIMITS, read_upload
+
+
+SCANS_BYTES = 2**31  # of all open scans: two of the largest that are let in, or hundreds of the usual kind
+HEATS_BYTES = 2**28
+TOKENS_BYTES = 2**28  # a hundred CTs of a ViT-B
+READ_SECONDS = 60.0  # 500 JPEG 2000 slices take some 20 s on two cores
+READERS = 2  # at a time
+MOST_HITS = 48
+
+Result = TypeVar("Result")
+
+
+class PutAwayError(LookupError):
+    """A visitor's own scan is no longer open."""
+
+
+@dataclass(frozen=True, eq=False)
+class Query:
+    """What is searched for. key: of its scan on the shelf. row: of a scan of the gallery. embedding: `(d,)` float32."""
+
+    key: str
+    row: int | None
+    embedding: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Heat:
+    """Where query and hit match: `(D, H, W)` of each one's array, 255 where it is surest; the slices to look at; and in
+    [0, 1] how sure the best pair of patches is."""
+
+    query: NDArray[np.uint8]
+    hit: NDArray[np.uint8]
+    query_slice: int
+    hit_slice: int
+    confidence: float
+
+
+class HitFacts(Facts):
+    """A hit as the endpoints tell it. item: its row in the gallery, which `/similar` takes."""
+
+    item: int
+    similarity: float
+
+
+class Searching:
+    """
+    Args:
+        model: in evaluation, where it shall run. shelf_bytes: see `SCANS_BYTES`.
+    """
+
+    def __init__(
+        self, model: M3RetModel, processor: M3RetImageProcessor, gallery: Gallery, shelf_bytes: int = SCANS_BYTES
+    ):
+        self.model, self.processor, self.gallery = model, processor, gallery
+        self._scans: Shelf[Scan] = Shelf(shelf_bytes)
+        self._heats: Shelf[Heat] = Shelf(HEATS_BYTES)
+        self._tokens: Shelf[ScanTokens] = Shelf(TOKENS_BYTES)
+        self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="m3ret-reader")
+        self._encode = on_gpu(self._encode_here)
+        self._tokenise = on_gpu(self._tokenise_here)
+
+    # ------------------------------------------------------------------------------------------------------- queries
+
+    def query_of_files(self, files: Sequence[str | Path]) -> Query:
+        """An upload as a query.
+
+        Raises:
+            M3RetReadError: for what cannot be read, or not in time.
+        """
+        paths = [Path(file) for file in files]
+        name = paths[0].name if len(paths) == 1 else f"<{len(paths)} files>"
+        scan = self._in_time(name, lambda: read_upload(paths, self.processor.num_frames))
+        query = Query(f"upload-{uuid.uuid4().hex}", None, self._encode(scan))
+        self._scans.put(query.key, scan, scan.array.nbytes)
+        return query
+
+    def query_of_row(self, row: int) -> Query:
+        """A scan of the gallery as a query.
+
+        Raises:
+            ValueError: if the gallery has no such row.
+        """
+        if not 0 <= row < len(self.gallery):
+            raise ValueError(f"found item {row}, expected one of 0 to {len(self.gallery) - 1}")
+        return Query(_key_of(row), row, self.gallery.index.embeddings[row].float())
+
+    def put_away(self, query: Query) -> None:
+        """An upload that nobody will look at again."""
+        if query.row is None:
+            self._scans.drop(query.key)
+            self._tokens.drop(query.key)
+
+    def search(self, query: Query, k: int, filters: Filters = Filters(), reranked: bool = False) -> list[HitFacts]:
+        """The most similar scans, the best first.
+
+        Args:
+            k: at most so many, up to `MOST_HITS`. reranked: in the order of late interaction, whose score is then the
+                similarity; hits that cannot be read are left out of it.
+
+        Raises:
+            M3RetReadError, PutAwayError: with `reranked`, if the query is not open any more.
+        """
+        hits = self.gallery.search(query.embedding, min(max(1, k), MOST_HITS), filters, query.row)
+        if reranked and self.has_scans():
+            hits = self._reranked(query, hits)
+        pairs = zip(hits.scores[0].tolist(), hits.rows[0].tolist(), strict=True)
+        return [
+            HitFacts(item=row, similarity=round(score, 4), **self.gallery.facts(row))
+            for score, row in pairs
+            if row >= 0
+        ]
+
+    def _reranked(self, query: Query, hits: Hits) -> Hits:
+        tokens: dict[int, ScanTokens] = {}
+        for row in hits.rows[0].tolist():
+            try:
+                tokens[row] = self._tokens_of(_key_of(row))
+            except M3RetReadError:
+                continue
+        keep = torch.tensor([row in tokens for row in hits.rows[0].tolist()], dtype=torch.bool)
+        readable = Hits(hits.scores[:, keep], hits.rows[:, keep])
+        return rerank([self._tokens_of(query.key)], readable, tokens)
+
+    # ------------------------------------------------------------------------------------------------- looking at scans
+
+    def has_scans(self) -> bool:
+        """Whether the gallery's scans can be opened, and not only found."""
+        return self.gallery.records is not None
+
+    def scan(self, key: str) -> Scan:
+        """An open scan; one of the gallery is opened again where it was put away.
+
+        Raises:
+            PutAwayError: for an upload that was put away. M3RetReadError: if a scan cannot be read.
+        """
+        scan = self._scans.get(key)
+        if scan is None:
+            row = _row_of(key)
+            if row is None or self.gallery.records is None:
+                raise PutAwayError("This scan is no longer open. Please upload it again.")
+            record = self.gallery.records[row]
+            try:
+                scan = self._in_time(
+                    f"item {row}", lambda: read_scan(record.open(), num_frames=self.processor.num_frames, limits=LIMITS)
+                )
+            except M3RetReadError as error:  # its name is nobody's business
+                raise M3RetReadError(f"item {row} of the gallery", error.found, error.expected) from error
+            self._scans.put(key, scan, scan.array.nbytes)
+        return scan
+
+    def heat(self, query: Query, row: int) -> Heat:
+        """Where the query and a scan of the gallery match.
+
+        Raises:
+            PutAwayError, M3RetReadError: as `scan`.
+        """
+        key = f"{query.key} {row}"
+        heat = self._heats.get(key)
+        if heat is None:
+            match = locate(self._tokens_of(query.key), self._tokens_of(_key_of(row)), pairs=1)
+            best = match.pairs[0]
+            heat = Heat(
+                _in_bytes(match.query_heat),
+                _in_bytes(match.hit_heat),
+                round(best.query[0]),
+                match.hit_slice,
+                best.confidence,
+            )
+            self._heats.put(key, heat, heat.query.nbytes + heat.hit.nbytes)
+        return heat
+
+    def _tokens_of(self, key: str) -> ScanTokens:
+        tokens = self._tokens.get(key)
+        if tokens is None:
+            tokens = self._tokenise(self.scan(key))
+            self._tokens.put(key, tokens, tokens.tokens.nbytes)
+        return tokens
+
+    # ------------------------------------------------------------------------------------------------- model and reader
+
+    def _encode_here(self, scan: Scan) -> Tensor:
+        with torch.inference_mode():
+            inputs = self.processor.preprocess(scan).to(self.model.device)
+            embedding: Tensor = self.model.get_image_features(**inputs)
+        return embedding[0].float().cpu().clone()
+
+    def _tokenise_here(self, scan: Scan) -> ScanTokens:
+        return scan_tokens(self.model, self.processor, [scan])[0]
+
+    def _in_time(self, name: str, read: Callable[[], Scan]) -> Scan:
+        try:
+            return self._readers.submit(read).result(timeout=READ_SECONDS)
+        except TookTooLong as error:
+            raise M3RetReadError(
+                name, f"a scan that took more than {READ_SECONDS:g} s to read", "one that is read sooner"
+            ) from error
+
+
+def _key_of(row: int) -> str:
+    return f"row-{row}"
+
+
+def _row_of(key: str) -> int | None:
+    return int(key.removeprefix("row-")) if key.startswith("row-") else None
+
+
+def _in_bytes(heat: Tensor) -> NDArray[np.uint8]:
+    """Relative to its hottest voxel: how sure the match is as a whole is told in a number beside it."""
+    hottest = float(heat.max())
+    return (heat * (255 / hottest if hottest > 0 else 0)).round().byte().numpy()
+
+
+def on_gpu(function: Callable[..., Any]) -> Callable[..., Any]:
+    """On a Space with ZeroGPU, a function that is lent a GPU while it runs; elsewhere the function."""
+    if importlib.util.find_spec("spaces") is None:
+        return function
+    lent: Callable[..., Any] = importlib.import_module("spaces").GPU(function)
+    return lent

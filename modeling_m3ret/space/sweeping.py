@@ -1,0 +1,38 @@
+"""Nothing of a visitor stays: files of the upload folder go when they are old.
+
+Gradio's own `delete_cache` removes what it has counted, and leaves what it has not: the part of an upload that was
+refused for its size, and an empty file for each one that a page took in.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+
+
+SECONDS_KEPT = 1800.0  # of uploads and of the pictures made from scans: a page that is open longer has them itself
+EVERY_SECONDS = 300.0
+
+
+def sweep(folder: Path, seconds: float) -> None:
+    """Remove the files that were last written so long ago, and folders that are then empty."""
+    for path in sorted(folder.rglob("*"), reverse=True):  # what lies in a folder comes before it
+        with suppress(OSError):  # another one was faster, or a folder is not empty
+            if path.is_dir():
+                path.rmdir()
+            elif time.time() - path.lstat().st_mtime >= seconds:
+                path.unlink()
+
+
+def keep_sweeping(folder: Path) -> threading.Event:
+    """Sweep now and then, in a thread that ends with the process, or when the event is set."""
+    stop = threading.Event()
+
+    def work() -> None:
+        while not stop.wait(EVERY_SECONDS):
+            sweep(folder, SECONDS_KEPT)
+
+    threading.Thread(target=work, name="m3ret-sweeper", daemon=True).start()
+    return stop

@@ -1,0 +1,210 @@
+"""A gallery: embedded once, searched exactly, named by nobody's name; two scans compared where they match."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from PIL import Image
+from served import small_gallery, small_phantom
+
+from modeling_m3ret import M3RetImageProcessor, M3RetModel, M3RetReadError
+from modeling_m3ret.data.collection import Record
+from modeling_m3ret.retrieval.index import IndexFormatError, RetrievalIndex
+from modeling_m3ret.retrieval.matching import late_interaction, scan_tokens
+from modeling_m3ret.space import gallery as gallery_module
+from modeling_m3ret.space import searching as searching_module
+from modeling_m3ret.space.explore import SIDE, GalleryMap
+from modeling_m3ret.space.gallery import THUMBNAIL, Filters, Gallery, embed_gallery, open_gallery
+from modeling_m3ret.space.searching import PutAwayError, Searching
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("gallery")
+
+
+@pytest.fixture(scope="module")
+def records(folder: Path) -> list[Record]:
+    return small_phantom(folder / "secret-ward")
+
+
+@pytest.fixture(scope="module")
+def parts(folder: Path, records: list[Record]) -> tuple[M3RetModel, M3RetImageProcessor, Gallery]:
+    torch.manual_seed(0)
+    return small_gallery(folder / "galleries", records)
+
+
+@pytest.fixture
+def searching(parts: tuple[M3RetModel, M3RetImageProcessor, Gallery]) -> Searching:
+    return Searching(*parts)
+
+
+def test_search_is_brute_force_within_the_filters(searching: Searching, records: list[Record]) -> None:
+    embeddings = searching.gallery.index.embeddings.float()
+    query = torch.nn.functional.normalize(torch.randn(embeddings.shape[1]), dim=0)
+    similarities = embeddings @ query
+    for filters, allowed in {
+        Filters(): lambda record: True,
+        Filters(modalities=("ct", "xray")): lambda record: record.modality in ("ct", "xray"),
+        Filters(anatomies=(records[7].anatomy,)): lambda record: record.anatomy == records[7].anatomy,
+        Filters(modalities=("none such",)): lambda record: False,
+    }.items():
+        expected = [row for row in similarities.argsort(descending=True).tolist() if allowed(records[row])][:5]
+        assert searching.gallery.search(query, 5, filters).rows[0].tolist() == expected
+
+
+def test_the_second_time_nothing_is_embedded(
+    folder: Path,
+    records: list[Record],
+    parts: tuple[M3RetModel, M3RetImageProcessor, Gallery],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, processor, first = parts
+    monkeypatch.setattr(gallery_module, "embed_records", lambda *_: pytest.fail("embedded again"))
+    again = embed_gallery(records, model, processor, "renamed", folder=folder / "galleries")
+    torch.testing.assert_close(again.index.embeddings, first.index.embeddings, rtol=0, atol=0)
+    assert again.records == first.records
+
+
+def test_another_models_index_is_refused(folder: Path, parts: tuple[M3RetModel, M3RetImageProcessor, Gallery]) -> None:
+    model, processor, gallery = parts
+    gallery.index.save(folder / "index")
+    found = open_gallery(str(folder / "index"), model, processor, "m3ret-tiny")
+    assert (len(found), found.records) == (len(gallery), None)
+    torch.manual_seed(1)
+    other = M3RetModel(model.config).eval()
+    with pytest.raises(IndexFormatError, match="expected those of"):
+        open_gallery(str(folder / "index"), other, processor, "m3ret-tiny")
+
+
+def test_unreadable_scans_are_left_out(folder: Path, records: list[Record], tmp_path: Path) -> None:
+    (tmp_path / "broken.png").write_bytes(b"nothing")
+    broken = Record("broken", tmp_path / "broken.png", "xray", "chest", "", "nobody")
+    several = [records[0], broken, records[1]]
+    _, _, gallery = small_gallery(tmp_path / "galleries", several)
+    assert gallery.records == [records[0], records[1]]
+    assert gallery.index.metadata.column("id").to_pylist() == ["0", "2"]
+
+
+def test_what_is_kept_names_no_file_and_no_patient(folder: Path, records: list[Record], parts: object) -> None:
+    kept = [path for path in (folder / "galleries").rglob("*") if path.is_file()]
+    assert kept
+    for path in kept:
+        content = path.read_bytes()
+        for name in (records[0].id, records[0].group, "secret-ward", str(folder)):
+            assert name.encode() not in content, (path.name, name)
+
+
+def test_subjects_stay_subjects(records: list[Record], searching: Searching) -> None:
+    patients = searching.gallery.index.metadata.column("patient").to_pylist()
+    for row, record in enumerate(records):
+        assert [patient == patients[row] for patient in patients] == [r.group == record.group for r in records]
+
+
+def test_a_thumbnail_is_the_middle_of_the_scan_on_a_black_square(tmp_path: Path) -> None:
+    pixels = np.zeros((24, 48), np.uint8)
+    pixels[:, :24] = 255
+    Image.fromarray(pixels).save(tmp_path / "half.png")
+    _, _, gallery = small_gallery(tmp_path, [Record("half", tmp_path / "half.png", "xray", "", "", "")])
+    thumbnail = gallery.thumbnail(0)
+    assert thumbnail is not None
+    shown = np.asarray(thumbnail)[..., 0]
+    quarter = THUMBNAIL // 4
+    assert shown[2 * quarter - 8 : 2 * quarter + 8, 8 : 2 * quarter - 8].min() > 200, "the white half"
+    assert shown[2 * quarter - 8 : 2 * quarter + 8, 2 * quarter + 8 : -8].max() < 50, "the black half"
+    assert shown[: quarter - 8].max() < 50, "nothing above a picture that is twice as wide as high"
+
+
+def test_heat_is_where_the_scan_meets_itself(searching: Searching, records: list[Record]) -> None:
+    row = next(row for row, record in enumerate(records) if record.modality == "ct")
+    heat = searching.heat(searching.query_of_row(row), row)
+    shape = searching.scan(f"row-{row}").array.shape[1:]
+    assert heat.query.shape == heat.hit.shape == shape
+    assert heat.query.max() == heat.hit.max() == 255
+    assert 0 < heat.confidence <= 1
+    assert (heat.query_slice - heat.hit_slice) <= shape[0] / 2
+    np.testing.assert_allclose(heat.query.astype(int), heat.hit.astype(int), atol=1)
+
+
+def test_reranking_is_late_interaction_of_the_first_hits(searching: Searching, records: list[Record]) -> None:
+    query = searching.query_of_row(2)
+    first = [hit["item"] for hit in searching.search(query, 6)]
+    (own,) = scan_tokens(searching.model, searching.processor, [records[2].open()])
+    others = scan_tokens(searching.model, searching.processor, [records[row].open() for row in first])
+    scores = dict(zip(first, late_interaction(own, others).tolist(), strict=True))
+    reranked = searching.search(query, 6, reranked=True)
+    assert [hit["item"] for hit in reranked] == sorted(first, key=lambda row: -scores[row])
+    assert [hit["similarity"] for hit in reranked] == pytest.approx(sorted(scores.values(), reverse=True), abs=1e-4)
+
+
+def test_an_upload_that_was_put_away_is_told_and_a_scan_of_the_gallery_comes_back(
+    parts: tuple[M3RetModel, M3RetImageProcessor, Gallery], records: list[Record]
+) -> None:
+    searching = Searching(*parts, shelf_bytes=1)
+    place = records[0].place
+    assert isinstance(place, Path)
+    query = searching.query_of_files([place])
+    assert searching.scan(query.key) is searching.scan(query.key)
+    searching.scan("row-1")
+    with pytest.raises(PutAwayError, match="upload it again"):
+        searching.scan(query.key)
+    assert searching.scan("row-1").array.size
+
+
+def test_a_scan_of_the_gallery_that_is_gone_is_told_without_its_name(
+    parts: tuple[M3RetModel, M3RetImageProcessor, Gallery], tmp_path: Path
+) -> None:
+    model, processor, gallery = parts
+    assert gallery.records is not None
+    gone = [replace(gallery.records[0], place=tmp_path / "patient-name.png"), *gallery.records[1:]]
+    searching = Searching(model, processor, Gallery(gallery.index, gone))
+    with pytest.raises(M3RetReadError, match="item 0 of the gallery: found no such file") as told:
+        searching.scan("row-0")
+    assert "patient-name" not in str(told.value)
+
+
+def test_reading_ends_in_time(searching: Searching, records: list[Record], monkeypatch: pytest.MonkeyPatch) -> None:
+    import time
+
+    monkeypatch.setattr(searching_module, "READ_SECONDS", 0.05)
+    monkeypatch.setattr(searching_module, "read_upload", lambda *_: time.sleep(1))
+    with pytest.raises(M3RetReadError, match=r"slow\.dcm: found a scan that took more than 0\.05 s"):
+        searching.query_of_files(["slow.dcm"])
+
+
+def test_the_map_is_the_two_main_axes() -> None:
+    generator = np.random.default_rng(0)
+    axes = np.linalg.qr(generator.normal(size=(16, 2)))[0]
+    flat = generator.normal(size=(50, 2)) * [5.0, 2.0]
+    points = GalleryMap.of(torch.from_numpy(flat @ axes.T)).points
+    for axis, expected in enumerate((flat - flat.mean(0)).T):
+        assert abs(np.corrcoef(points[:, axis], np.linalg.svd(flat - flat.mean(0))[0][:, axis])[0, 1]) > 0.999, expected
+    assert points.min() >= 0
+    assert points.max() <= SIDE
+    gallery_map = GalleryMap(points)
+    assert gallery_map.nearest(*points[9]) == 9
+    assert gallery_map.nearest(-200, -200) is None
+
+
+def test_one_scan_is_a_map_too() -> None:
+    assert GalleryMap.of(torch.ones(1, 8)).picture(["ct"], 0).size[0] == SIDE
+
+
+def test_names_of_the_filters_are_those_of_the_gallery(searching: Searching, records: list[Record]) -> None:
+    assert searching.gallery.names("modality") == sorted({record.modality for record in records})
+
+
+def test_an_index_without_scans_is_searched(parts: tuple[M3RetModel, M3RetImageProcessor, Gallery]) -> None:
+    model, processor, gallery = parts
+    table = pa.table({"id": ["a", "b"]})
+    bare = Gallery(RetrievalIndex.build(gallery.index.embeddings[:2], table, gallery.index.facts))
+    searching = Searching(model, processor, bare)
+    (hit,) = searching.search(searching.query_of_row(0), 5, reranked=True)
+    assert (hit["item"], hit["modality"], hit["labels"]) == (1, "", [])
+    with pytest.raises(PutAwayError):
+        searching.scan("row-0")
