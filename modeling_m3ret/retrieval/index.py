@@ -211,11 +211,13 @@ class RetrievalIndex:
 
     def _allowed(self, where: Where) -> Tensor:
         """Rows that a filter leaves; the latest filters are remembered, since who searches asks again."""
-        if where not in self._filters:
-            if len(self._filters) >= FILTERS_KEPT:
-                self._filters.pop(next(iter(self._filters)))
-            self._filters[where] = torch.nonzero(where.mask(self._columns())).flatten()
-        return self._filters[where]
+        rows = self._filters.get(where)
+        if rows is None:
+            rows = torch.nonzero(where.mask(self._columns())).flatten()
+            for oldest in list(self._filters)[: max(0, 1 + len(self._filters) - FILTERS_KEPT)]:
+                self._filters.pop(oldest, None)  # another thread that searches may have been first
+            self._filters[where] = rows
+        return rows
 
     def _columns(self) -> Mapping[str, Coded]:
         if not self._coded:

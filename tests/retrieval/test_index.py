@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pyarrow as pa
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from modeling_m3ret.retrieval import approximate
 from modeling_m3ret.retrieval.approximate import ApproximateSearch
-from modeling_m3ret.retrieval.index import IndexFormatError, ModelFacts, RetrievalIndex, Where
+from modeling_m3ret.retrieval.index import FILTERS_KEPT, IndexFormatError, ModelFacts, RetrievalIndex, Where
 
 
 ROOT = Path(__file__).parents[2]
@@ -264,3 +265,20 @@ def test_the_file_holds_what_the_index_does(index: RetrievalIndex, tmp_path: Pat
     stored = load_file(next(tmp_path.glob("version-*")) / "embeddings.safetensors")["embeddings"]
     directions = torch.nn.functional.normalize(embeddings(), dim=1)
     assert (stored.float() - directions).abs().max() < 2**-11
+
+
+def test_the_latest_filters_are_remembered_and_many_threads_may_ask(index: RetrievalIndex) -> None:
+    """More filters than are kept, by threads at once: each gets its own rows, and no more than eight stay."""
+    wanted = [Where(without_patients=[f"patient-{number}"]) for number in range(40)]
+
+    def ask(number: int) -> set[int]:
+        return set(index.search(embeddings()[:1], k=600, where=wanted[number % 40]).rows[0].tolist())
+
+    with ThreadPoolExecutor(8) as threads:
+        for number, rows in enumerate(threads.map(ask, range(400))):
+            assert rows - {-1} == {row for row in range(600) if row // 3 != number % 40}
+    ask(0)
+    assert len(index._filters) <= FILTERS_KEPT
+    for number in (1, 2, 0):  # few are all kept
+        ask(number)
+    assert {wanted[number] for number in (0, 1, 2)} <= index._filters.keys()
