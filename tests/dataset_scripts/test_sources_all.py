@@ -71,6 +71,7 @@ def test_a_packed_line_without_end_is_refused(tmp_path: Path, monkeypatch: pytes
         (gzip.compress(b"a\n\xff\n"), "not UTF-8"),
         (gzip.compress(b"b\n1\n"), "expected also a"),
     ],
+    ids=["cut", "not packed", "line without end", "not UTF-8", "other columns"],  # packed bytes hold the time: no name
 )
 def test_a_damaged_table_is_refused(tmp_path: Path, content: bytes, message: str) -> None:
     (tmp_path / "t.csv.gz").write_bytes(content)
