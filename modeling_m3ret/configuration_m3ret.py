@@ -40,8 +40,8 @@ class M3RetConfig(PreTrainedConfig):
         What `pooler_output` is: the mean of a scan's patch tokens, its CLS token, or mean and standard deviation of its
         patch tokens side by side (statistics pooling, Snyder et al., Interspeech 2017), twice as wide. Masked
         autoencoding gives the CLS token no target of its own, so its checkpoints pool patches (He et al. call it
-        `global_pool`); SimDINO as published trains the CLS token. Scans differ by their texture, which a mean over
-        patches averages away: statistics learn most from few steps (`configs/cpu_simdino.yaml`).
+        `global_pool`); SimDINO as published trains the CLS token. The deviation
+        sees texture, which a mean over patches averages away; README, Results, has both.
     initializer_range (`float`, defaults to 0.02):
         Standard deviation of the truncated normal of ViT.
     mask_ratio (`float`, defaults to 0.75):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import count
+from typing import Any
 
 import numpy as np
 
@@ -132,28 +133,15 @@ class TokenBatches(SeededBatches):
     alone. So about as many tokens pass through every rank, and of scans as many as these are.
 
     Args:
-        tokens: `(n,)`, those that the views of each record are expected to have. budget: most of a batch.
+        tokens: `(n,)`, those that the views of each record are expected to have. budget: most of a batch. order: as of
+            `SeededBatches`.
     """
 
-    def __init__(
-        self,
-        modalities: Sequence[str],
-        tokens: np.ndarray,
-        budget: int,
-        *,
-        seed: int,
-        alpha: float = 1.0,
-        start: int = 0,
-        process: int = 0,
-        processes: int = 1,
-        blocks: np.ndarray | None = None,
-        lanes: int = 1,
-    ):
-        order = {"seed": seed, "alpha": alpha, "start": start, "process": process, "processes": processes}
-        super().__init__(modalities, 1, **order, blocks=blocks, lanes=lanes)  # type: ignore[arg-type]
-        if len(modalities) < self.lanes * processes:
+    def __init__(self, modalities: Sequence[str], tokens: np.ndarray, budget: int, **order: Any):
+        super().__init__(modalities, 1, **order)
+        if len(modalities) < self.lanes * self.processes:
             raise ValueError(
-                f"{len(modalities)} training scans are less than {self.lanes} lanes x {processes} processes"
+                f"{len(modalities)} training scans are less than {self.lanes} lanes x {self.processes} processes"
             )
         self.tokens = tokens
         self.budget = budget

@@ -11,9 +11,8 @@ import hashlib
 import importlib.util
 import io
 import json
-import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict
 
@@ -86,7 +85,6 @@ class Gallery:
     records: Sequence[Record] | None = None
     thumbnails: pa.ChunkedArray | None = None
     collection: str | None = None
-    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def __len__(self) -> int:
         return len(self.index)
@@ -119,10 +117,7 @@ class Gallery:
         patients = None
         if filters.other_subjects and own_row is not None:
             patients = [self.index.metadata.column("patient")[own_row].as_py() or ""]
-        with self._lock:  # an index remembers its latest filters, and is not made for threads
-            hits = self.index.search(
-                embedding[None], k + (own_row is not None), where=filters.where(), patients=patients
-            )
+        hits = self.index.search(embedding[None], k + (own_row is not None), where=filters.where(), patients=patients)
         keep = hits.rows[0] >= 0
         if own_row is not None:
             keep &= hits.rows[0] != own_row
