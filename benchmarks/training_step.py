@@ -132,7 +132,7 @@ def our_simdino(preset: str, batch: int, dtype: torch.dtype | None, checkpointin
     model = SimDINO(M3RetModel(config), SimDINOLoss(), len(images))
     if checkpointing:
         model.student.activation_checkpointing_enable()
-    return our_step(model, inputs, dtype, lambda out: out[0].loss)
+    return our_step(model, inputs, dtype, lambda out: out.loss)
 
 
 def public_simdino(clone: Path, preset: str, batch: int, dtype: torch.dtype | None) -> Step:
