@@ -38,6 +38,7 @@ def search_exactly(
     k: int,
     banned: list[Tensor] | None = None,
     rounding: float = BRAIN_ROUNDING,
+    allowed: Tensor | None = None,
 ) -> Hits:
     """The k most similar rows of each query.
 
@@ -45,6 +46,7 @@ def search_exactly(
         gallery: `(n, d)` float16, rows of norm 1; may be a map of a file. queries: `(q, d)` float32 of norm 1.
         banned: for each query, rows that must not be found. rounding: how far a row may move when rounded to bfloat16;
             `bfloat16_rounding(gallery)` is less than half of what holds for any, and so are the rows to look at twice.
+            allowed: `(n,)` bool, which rows may be found; None for all.
 
     Raises:
         ValueError: if shapes do not fit, or k is not positive.
@@ -59,6 +61,8 @@ def search_exactly(
         rough, error = (
             _one_by_one(gallery, part) if len(queries) <= FEW_QUERIES else _in_blocks(gallery, part, rounding)
         )
+        if allowed is not None:
+            rough[:, : len(gallery)].masked_fill_(~allowed, -torch.inf)
         for place in range(len(part)):
             if banned is not None:
                 rough[place, banned[start + place]] = -torch.inf

@@ -14,8 +14,9 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,7 +39,8 @@ APPROXIMATE = "approximate.faiss"
 CURRENT = "current.json"  # names the version that readers take, and is what a save replaces at last
 # up to here a search of everything takes no longer than a person notices: 867,653 x 768 in some 50 ms on two cores
 EXACT_UP_TO = 1_000_000
-FILTERS_KEPT = 8
+FILTERS_KEPT, FILTERS_KEPT_BYTES = 8, 2**28  # with their embeddings: 13 MiB for 1 % of 867,653 x 768
+GATHERED = 0.25  # of the gallery: what is more is searched by reading it all, faster than by copying
 COLUMNS = ("id", "patient", "modality", "anatomy", "labels", "source")
 
 
@@ -74,16 +76,24 @@ class Where:
             names = getattr(self, column)
             object.__setattr__(self, column, names if names is None else frozenset(names))
 
-    def mask(self, columns: Mapping[str, Coded]) -> Tensor:
-        """`(n,)` bool."""
-        allowed = np.ones(len(columns["patient"].codes), dtype=bool)
-        for column in ("modality", "anatomy", "source"):
-            names = getattr(self, column)
-            if names is not None:
-                allowed &= columns[column].is_in(names)
+    def rows(self, rows: int, column: Callable[[str], Coded]) -> np.ndarray:
+        """Those of a gallery of so many rows that are allowed, ascending.
+
+        Of the columns that are asked for, the one that leaves the fewest is followed by its lists, the others are
+        looked up for these alone.
+        """
+        asked = {
+            name: names for name in ("modality", "anatomy", "source") if (names := getattr(self, name)) is not None
+        }
+        allowed = np.arange(rows)
+        if asked:
+            fewest = min(asked, key=lambda name: column(name).count(asked[name]))
+            allowed = column(fewest).rows_of(asked.pop(fewest))
+        for name, names in asked.items():
+            allowed = allowed[column(name).is_in(names, allowed)]
         if self.without_patients:
-            allowed &= ~columns["patient"].is_in(self.without_patients)
-        return torch.from_numpy(allowed)
+            allowed = allowed[~column("patient").is_in(self.without_patients, allowed)]
+        return allowed
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,10 +109,43 @@ class Coded:
         codes = np.asarray(words.indices.fill_null(len(words.dictionary)))
         return cls({name: place for place, name in enumerate(words.dictionary.to_pylist())}, codes)
 
-    def is_in(self, names: Collection[str]) -> np.ndarray:
+    @cached_property
+    def _lists(self) -> tuple[np.ndarray, np.ndarray]:
+        """Rows word by word, and where each word's begin."""
+        order = np.argsort(self.codes, kind="stable")
+        return order, np.searchsorted(self.codes[order], np.arange(len(self.names) + 1))
+
+    def count(self, names: Collection[str]) -> int:
+        _, starts = self._lists
+        return sum(int(starts[place + 1] - starts[place]) for place in self._places(names))
+
+    def rows_of(self, names: Collection[str]) -> np.ndarray:
+        """Ascending."""
+        order, starts = self._lists
+        lists = [order[starts[place] : starts[place + 1]] for place in self._places(names)]
+        return lists[0] if len(lists) == 1 else np.sort(np.concatenate([order[:0], *lists]))
+
+    def is_in(self, names: Collection[str], rows: np.ndarray) -> np.ndarray:
+        """Of each of these rows, whether its word is one of the names."""
         chosen = np.zeros(len(self.names) + 1, dtype=bool)
-        chosen[[self.names[name] for name in names if name in self.names]] = True
-        return chosen[self.codes]
+        chosen[self._places(names)] = True
+        return chosen[self.codes[rows]]
+
+    def _places(self, names: Collection[str]) -> list[int]:
+        return [self.names[name] for name in names if name in self.names]
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """What a filter leaves of a gallery: `(m,)` rows, ascending; their embeddings side by side, None where they are so
+    many that the whole gallery is read faster."""
+
+    rows: Tensor
+    embeddings: Tensor | None
+
+    @property
+    def nbytes(self) -> int:
+        return self.rows.nbytes + (0 if self.embeddings is None else self.embeddings.nbytes)
 
 
 def _is_in(metadata: pa.Table, column: str, names: Collection[str]) -> np.ndarray:
@@ -123,8 +166,7 @@ class RetrievalIndex:
     approximate: ApproximateSearch | None = None
     _rounding: float | None = field(default=None, repr=False)
     _coded: dict[str, Coded] = field(default_factory=dict, repr=False)
-    _filters: dict[Where, Tensor] = field(default_factory=dict, repr=False)
-    _rows_of_patients: tuple[np.ndarray, np.ndarray] | None = field(default=None, repr=False)
+    _filters: dict[Where, Part] = field(default_factory=dict, repr=False)
 
     @classmethod
     def build(
@@ -145,8 +187,8 @@ class RetrievalIndex:
         Raises:
             ValueError: if they do not fit, ids repeat, or an embedding has no direction.
         """
-        gallery = _directions(embeddings)
-        metadata = _with_all_columns(metadata, len(gallery))
+        gallery = directions(embeddings)
+        metadata = with_all_columns(metadata, len(gallery))
         if method == "auto":
             method = "exact" if len(gallery) <= EXACT_UP_TO else "rabitq"
         return cls(
@@ -174,18 +216,20 @@ class RetrievalIndex:
         queries = torch.nn.functional.normalize(queries.float(), dim=-1)
         if where is None and self.approximate is not None:
             return self._approximately(queries, k, self._own_rows(patients))
-        allowed = self._allowed(where) if where is not None else None
-        if allowed is None or len(allowed) == len(self):
-            return search_exactly(
-                self.embeddings, queries, k, self._own_rows(patients), self._bfloat16_rounding(queries)
-            )
-        part = self.embeddings[allowed]
         own = self._own_rows(patients)
+        part = None if where is None else self._part(where)
+        if part is None or len(part.rows) == len(self):
+            return search_exactly(self.embeddings, queries, k, own, self._bfloat16_rounding(queries))
+        if part.embeddings is None:
+            return search_exactly(
+                self.embeddings, queries, k, own, self._bfloat16_rounding(queries), _mask(part.rows, len(self))
+            )
         if own is not None:  # rows of the whole -> rows of the part
-            own = [torch.nonzero(torch.isin(allowed, rows)).flatten() for rows in own]
-        hits = search_exactly(part, queries, k, own)
-        rows = torch.where(hits.rows < 0, hits.rows, allowed[hits.rows.clamp(min=0)]) if len(allowed) else hits.rows
-        return Hits(hits.scores, rows)
+            own = [_places(part.rows, rows) for rows in own]
+        hits = search_exactly(part.embeddings, queries, k, own)
+        if not len(part.rows):
+            return hits
+        return Hits(hits.scores, torch.where(hits.rows < 0, -1, part.rows[hits.rows.clamp(min=0)]))
 
     def _approximately(self, queries: Tensor, k: int, own: list[Tensor] | None) -> Hits:
         assert self.approximate is not None
@@ -209,41 +253,43 @@ class RetrievalIndex:
             self._rounding = bfloat16_rounding(self.embeddings)
         return self._rounding
 
-    def _allowed(self, where: Where) -> Tensor:
-        """Rows that a filter leaves; the latest filters are remembered, since who searches asks again."""
-        rows = self._filters.get(where)
-        if rows is None:
-            rows = torch.nonzero(where.mask(self._columns())).flatten()
-            for oldest in list(self._filters)[: max(0, 1 + len(self._filters) - FILTERS_KEPT)]:
-                self._filters.pop(oldest, None)  # another thread that searches may have been first
-            self._filters[where] = rows
-        return rows
+    def _part(self, where: Where) -> Part:
+        """What a filter leaves; the latest are remembered, since who searches asks again."""
+        part = self._filters.get(where)
+        if part is None:
+            rows = where.rows(len(self), self._column)
+            embeddings = None
+            if len(rows) <= GATHERED * len(self):
+                # numpy's take copies whole rows, in half the time of indexing a tensor
+                embeddings = torch.from_numpy(self.embeddings.numpy().take(rows, axis=0))
+            part = Part(torch.from_numpy(rows), embeddings)
+            kept = list(self._filters.items())  # another thread that searches may change them meanwhile
+            room = FILTERS_KEPT_BYTES - part.nbytes
+            while kept and (len(kept) >= FILTERS_KEPT or sum(old.nbytes for _, old in kept) > room):
+                self._filters.pop(kept.pop(0)[0], None)
+            if room >= 0:
+                self._filters[where] = part
+        return part
 
-    def _columns(self) -> Mapping[str, Coded]:
-        if not self._coded:
-            columns = ("modality", "anatomy", "source", "patient")
-            self._coded = {name: Coded.of(self.metadata.column(name)) for name in columns}
-        return self._coded
+    def _column(self, name: str) -> Coded:
+        coded = self._coded.get(name)
+        if coded is None:
+            coded = self._coded[name] = Coded.of(self.metadata.column(name))
+        return coded
 
     def _own_rows(self, patients: Sequence[str] | None) -> list[Tensor] | None:
         if patients is None:
             return None
-        coded = self._columns()["patient"]
-        if self._rows_of_patients is None:
-            order = np.argsort(coded.codes, kind="stable")
-            starts = np.searchsorted(coded.codes[order], np.arange(len(coded.names) + 1))
-            self._rows_of_patients = order, starts
-        order, starts = self._rows_of_patients
-        places = [coded.names.get(patient, -1) if patient else -1 for patient in patients]
-        return [torch.from_numpy(order[starts[p] : starts[p + 1]] if p >= 0 else order[:0]) for p in places]
+        column = self._column("patient")
+        return [torch.from_numpy(column.rows_of([patient] if patient else [])) for patient in patients]
 
     # ------------------------------------------------------------------------------------------------------- changing
 
     def add(self, embeddings: Tensor, metadata: pa.Table) -> RetrievalIndex:
-        """A new index with these scans too. An approximate one gets them without being trained anew."""
+        """A new index with these scans too. An approximate one is not trained anew, but its recall measured again."""
         more = RetrievalIndex.build(embeddings, metadata, self.facts, "exact")
         gallery = torch.cat([self.embeddings, more.embeddings])
-        metadata = _with_all_columns(pa.concat_tables([self.metadata, more.metadata]), len(gallery))
+        metadata = with_all_columns(pa.concat_tables([self.metadata, more.metadata]), len(gallery))
         approximate = self.approximate.with_more(gallery) if self.approximate else None
         return RetrievalIndex(gallery, metadata, self.facts, approximate)
 
@@ -253,7 +299,7 @@ class RetrievalIndex:
         kept = ~_is_in(self.metadata, "id", ids)
         gallery = self.embeddings[torch.from_numpy(np.flatnonzero(kept))]
         measured = self.approximate.measured if self.approximate else None
-        approximate = ApproximateSearch.build(gallery, measured.method, measured.recall) if measured else None
+        approximate = ApproximateSearch.build(gallery, measured.method, measured.aim) if measured else None
         return RetrievalIndex(gallery, self.metadata.filter(pa.array(kept)), self.facts, approximate)
 
     # ------------------------------------------------------------------------------------------------ saving, loading
@@ -330,7 +376,7 @@ class RetrievalIndex:
             digest = manifest["files"]["embeddings.safetensors"]
             approximate = ApproximateSearch.load(version / APPROXIMATE, embeddings, digest)
             if approximate is None:  # from another machine, or cut
-                approximate = ApproximateSearch.build(embeddings, Measured(**told).method, Measured(**told).recall)
+                approximate = ApproximateSearch.build(embeddings, Measured(**told).method, Measured(**told).aim)
         return cls(embeddings, metadata, facts, approximate)
 
 
@@ -354,12 +400,25 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         raise IndexFormatError(f"{folder}: found a {CURRENT} that is none, expected an index's manifest") from error
 
 
+def _mask(rows: Tensor, of: int) -> Tensor:
+    """`(of,)` bool."""
+    mask = torch.zeros(of, dtype=torch.bool)
+    mask[rows] = True
+    return mask
+
+
+def _places(ascending: Tensor, wanted: Tensor) -> Tensor:
+    """Where those of the wanted rows that are among the others stand there."""
+    places = torch.searchsorted(ascending, wanted).clamp(max=max(0, len(ascending) - 1))
+    return places[ascending[places] == wanted] if len(ascending) else wanted[:0]
+
+
 def sha256_of(path: Path) -> str:
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _directions(embeddings: Tensor) -> Tensor:
+def directions(embeddings: Tensor) -> Tensor:
     if embeddings.ndim != 2 or not embeddings.isfinite().all():
         raise ValueError(f"embeddings {tuple(embeddings.shape)} are (n, d) and finite")
     kept = torch.empty(embeddings.shape, dtype=torch.float16)
@@ -372,7 +431,7 @@ def _directions(embeddings: Tensor) -> Tensor:
     return kept
 
 
-def _with_all_columns(metadata: pa.Table, rows: int) -> pa.Table:
+def with_all_columns(metadata: pa.Table, rows: int) -> pa.Table:
     if len(metadata) != rows or "id" not in metadata.column_names:
         raise ValueError(f"metadata has {len(metadata)} rows of {metadata.column_names}, expected {rows} with an id")
     ids = metadata.column("id")

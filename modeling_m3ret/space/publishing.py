@@ -10,7 +10,6 @@ import importlib.metadata
 import shutil
 import sys
 import tempfile
-from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 
@@ -110,7 +109,8 @@ def publishable(gallery: Gallery) -> Gallery:
     metadata = gallery.index.metadata
     sources = metadata.column("source").to_pylist()
     if gallery.collection is None:
-        return Gallery(replace_metadata(gallery.index, numbered(metadata)), collection=None)
+        index = gallery.index
+        return Gallery(RetrievalIndex(index.embeddings, numbered(metadata), index.facts, index.approximate))
     known = len(open_collection(gallery.collection))
     ids = metadata.column("id").to_pylist()
     beyond = {id for id in ids if int(id) >= known}  # the samples of a package that the Space may not have
@@ -130,7 +130,3 @@ def numbered(metadata: pa.Table) -> pa.Table:
     patients = [numbers.setdefault(name or "", str(len(numbers))) for name in metadata.column("patient").to_pylist()]
     columns = {name: metadata.column(name) for name in metadata.column_names}
     return pa.table(columns | {"id": [str(row) for row in range(len(metadata))], "patient": patients})
-
-
-def replace_metadata(index: RetrievalIndex, metadata: pa.Table) -> RetrievalIndex:
-    return replace(index, metadata=metadata, _rounding=None, _coded={}, _filters={}, _rows_of_patients=None)

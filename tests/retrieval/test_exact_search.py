@@ -48,6 +48,20 @@ def test_the_k_best_are_those_of_float32(name: str, queries: int) -> None:
             assert (rows[1:][scores[1:] == scores[:-1]] > rows[:-1][scores[1:] == scores[:-1]]).all()
 
 
+@pytest.mark.parametrize("queries", [1, 9], ids=["one by one", "in blocks"])
+def test_a_mask_leaves_the_best_of_what_it_allows(queries: int) -> None:
+    gallery = galleries()["clusters"]
+    asked = torch.nn.functional.normalize(gallery[:queries].float() + 0.01 * torch.randn(queries, 64), dim=1)
+    allowed = torch.rand(len(gallery)) < 0.3
+    own = [torch.arange(number, number + 50) for number in range(queries)]
+    hits = search_exactly(gallery, asked, 10, own, allowed=allowed)
+    for query, rows, scores, banned in zip(asked, hits.rows, hits.scores, own, strict=True):
+        hidden = torch.cat([torch.nonzero(~allowed).flatten(), banned])
+        expected, _ = brute_force(gallery, query, 10, hidden)
+        assert torch.allclose(scores, expected, atol=1e-6)
+        assert not set(rows.tolist()) & set(hidden.tolist())
+
+
 def test_no_row_is_moved_further_by_rounding_than_is_allowed_for() -> None:
     for gallery in galleries().values():
         moved = max((row.float() - row.bfloat16().float()).norm() for row in gallery)

@@ -7,8 +7,10 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -22,6 +24,7 @@ from modeling_m3ret.retrieval.index import FILTERS_KEPT, IndexFormatError, Model
 
 
 ROOT = Path(__file__).parents[2]
+NO_MILVUS = "pip install m3ret[milvus]"
 FACTS = ModelFacts("m3ret-tiny", "0" * 40, "1" * 64)
 
 
@@ -61,27 +64,93 @@ def expected(query: Tensor, allowed: list[int], k: int) -> list[int]:
     return sorted(allowed, key=lambda row: -float(scores[row]))[:k]
 
 
+@pytest.fixture(scope="module", params=["exact", "ivf", "milvus"])
+def searched(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """An index of each kind, of the same scans, for tests that only search it."""
+    if request.param == "milvus":
+        module = pytest.importorskip("modeling_m3ret.retrieval.milvus_index", reason=NO_MILVUS, exc_type=ImportError)
+        place = tmp_path_factory.mktemp("milvus") / "gallery.db"
+        index = module.MilvusIndex.build(embeddings(), metadata(), FACTS, str(place), "scans")
+        yield index
+        index.close()
+    else:
+        yield RetrievalIndex.build(embeddings(), metadata(), FACTS, request.param)
+
+
 @pytest.mark.parametrize(
     ("where", "allowed"),
     [
         (Where(modality=["ct"]), lambda n: n % 3 == 0),
         (Where(modality=["ct", "mri"], anatomy=["head"]), lambda n: n % 3 != 1 and n % 2 == 1),
+        (
+            Where(modality=["xray"], without_patients=["patient-0", "patient-7"]),
+            lambda n: n % 3 == 1 and n not in (1, 22),
+        ),
         (Where(without_patients=["patient-0", "patient-7"]), lambda n: n // 3 not in (0, 7)),
         (Where(source=["elsewhere"]), lambda n: False),
+        (Where(modality=[]), lambda n: False),
         (Where(), lambda n: True),
     ],
 )
-@pytest.mark.parametrize("method", ["exact", "ivf"])
-def test_a_filter_gives_the_best_of_what_it_allows(where: Where, allowed: object, method: str) -> None:
-    index = RetrievalIndex.build(embeddings(), metadata(), FACTS, method)  # type: ignore[arg-type]
-    queries = embeddings()[[4, 90, 7]]
-    hits = index.search(queries, 7, where=where)
-    own = index.search(queries, 7, where=where, patients=["patient-1", "", "nobody"])
-    for place, query in enumerate(queries):
-        rows = [n for n in range(600) if allowed(n)]  # type: ignore[operator]
+@pytest.mark.parametrize("gathered", [0.0, 1.0], ids=["by a mask", "side by side"])
+@pytest.mark.parametrize("queries", [[4, 90, 7], [4, 90, 7, 8, 9, 10]], ids=["few queries", "more queries"])
+def test_a_filter_gives_the_best_of_what_it_allows(
+    searched: Any, where: Where, allowed: Any, gathered: float, queries: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("modeling_m3ret.retrieval.index.GATHERED", gathered)
+    if isinstance(searched, RetrievalIndex):
+        searched._filters.clear()
+    vectors = embeddings()[queries]
+    hits = searched.search(vectors, 7, where=where)
+    own = searched.search(vectors, 7, where=where, patients=["patient-1", "", "nobody", *[""] * (len(queries) - 3)])
+    for place, query in enumerate(vectors):
+        rows = [n for n in range(600) if allowed(n)]
         assert [row for row in hits.rows[place].tolist() if row >= 0] == expected(query, rows, 7)
         foreign = [n for n in rows if place or n // 3 != 1]
         assert [row for row in own.rows[place].tolist() if row >= 0] == expected(query, foreign, 7)
+        assert (hits.rows[place] < 0).equal(hits.scores[place].isinf())
+    everything = searched.search(vectors[:1], 600, where=where, patients=["patient-1"]).rows[0]
+    assert set(everything.tolist()) - {-1} == {n for n in range(600) if allowed(n) and n // 3 != 1}
+
+
+STRANGE = ['it\'s "so"', "back\\", "{word}", 'x" or row >= 0 or "', "a\nb\r\x00", "胸部", "", None]
+
+
+def test_words_of_any_kind_are_filtered_by_and_come_back(strange: Any) -> None:
+    """Quotes and such, which could end a word in an expression, and words that are not there."""
+    index, table = strange
+    rows = table.to_pylist()
+    queries = embeddings(len(rows))[:2]
+    for word in STRANGE[:-1]:
+        for column in ("modality", "anatomy", "source"):
+            found = index.search(queries, len(rows), where=Where(**{column: [word]})).rows[1]
+            assert set(found.tolist()) - {-1} == {n for n, row in enumerate(rows) if row[column] == word}
+        found = index.search(queries, len(rows), where=Where(without_patients=[word])).rows[1]
+        assert set(found.tolist()) - {-1} == {n for n, row in enumerate(rows) if row["patient"] != word}
+        found = index.search(queries, len(rows), patients=["", word]).rows[1]
+        assert set(found.tolist()) - {-1} == {n for n, row in enumerate(rows) if not word or row["patient"] != word}
+    assert index.rows(torch.tensor([5, -1, 0, 5, 7])) == [rows[5], rows[0], rows[5], rows[7]]
+
+
+@pytest.fixture(params=["disk", "milvus"])
+def strange(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Any, pa.Table]]:
+    """Eight scans whose every column holds other words of those."""
+    turned = [[*STRANGE[n:], *STRANGE[:n]] for n in range(4)]
+    table = pa.table(
+        {
+            "id": [f"{word}-{n}" for n, word in enumerate(STRANGE)],
+            **dict(zip(("patient", "modality", "anatomy"), turned, strict=False)),
+            "labels": pa.array([[word] if word else None for word in STRANGE], pa.list_(pa.string())),
+            "source": turned[3],
+        }
+    )
+    if request.param == "disk":
+        yield RetrievalIndex.build(embeddings(8), table, FACTS), table
+        return
+    module = pytest.importorskip("modeling_m3ret.retrieval.milvus_index", reason=NO_MILVUS, exc_type=ImportError)
+    index = module.MilvusIndex.build(embeddings(8), table, FACTS, str(tmp_path / "strange.db"), "scans")
+    yield index, table
+    index.close()
 
 
 @pytest.mark.parametrize("method", ["exact", "ivf", "rabitq", "hnsw"])
@@ -133,6 +202,47 @@ def test_adding_and_removing_give_new_indices_that_find_what_they_hold(method: s
     assert "id-603" not in [row["id"] for row in smaller.rows(smaller.search(new[3:4], 20).rows)]
     with pytest.raises(ValueError, match="all different"):
         index.add(new, metadata(30, first=590))
+
+
+def uniform(rows: int, seed: int) -> Tensor:
+    """Directions spread evenly, which no cell holds together."""
+    return torch.randn(rows, 32, generator=torch.Generator().manual_seed(seed))
+
+
+def test_what_is_added_is_measured_too() -> None:
+    """Cells were trained on clusters; of what is added, spread evenly, few neighbours share one. Looking at as many
+    cells as before would find far less than before: the recall that is told is that of the gallery as it is."""
+    index = RetrievalIndex.build(embeddings(2000), metadata(2000), FACTS, "ivf", aim=0.95)
+    larger = index.add(uniform(2000, seed=9), metadata(2000, first=2000))
+    assert index.approximate is not None
+    assert larger.approximate is not None
+    before, now = index.approximate.measured, larger.approximate.measured
+    tried = torch.randperm(4000, generator=torch.Generator().manual_seed(3))[:200]
+    vectors = larger.embeddings[tried].float()
+    truth = (vectors @ larger.embeddings.float().T).topk(10).indices
+
+    def recall(searched: ApproximateSearch) -> float:
+        found = searched.search(vectors, 10).rows
+        return sum(len(set(a.tolist()) & set(b.tolist())) for a, b in zip(found, truth, strict=True)) / truth.numel()
+
+    as_before = ApproximateSearch(larger.embeddings, larger.approximate.index, before)
+    assert recall(as_before) < before.recall - 0.1
+    assert now.effort > before.effort
+    assert now.recall >= 0.95
+    assert recall(larger.approximate) == pytest.approx(now.recall, abs=0.04)
+
+
+def test_an_addition_that_cannot_be_found_again_is_warned_of(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    index = RetrievalIndex.build(embeddings(2000), metadata(2000), FACTS, "rabitq", aim=0.95)
+    assert index.approximate is not None
+    assert not caplog.records
+    monkeypatch.setattr(approximate, "RERANKED", (index.approximate.measured.reranked,))
+    larger = index.add(uniform(4000, seed=9), metadata(4000, first=2000))
+    assert larger.approximate is not None
+    assert larger.approximate.measured.recall < 0.95
+    assert "not 0.950: search exactly" in caplog.text
 
 
 def test_what_is_no_gallery_is_refused() -> None:
@@ -282,3 +392,19 @@ def test_the_latest_filters_are_remembered_and_many_threads_may_ask(index: Retri
     for number in (1, 2, 0):  # few are all kept
         ask(number)
     assert {wanted[number] for number in (0, 1, 2)} <= index._filters.keys()
+
+
+def test_filters_are_remembered_within_a_bound_of_bytes(index: RetrievalIndex, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts of 200 rows of 64 + 8 bytes: two fit, and what is larger than all is searched all the same."""
+    monkeypatch.setattr("modeling_m3ret.retrieval.index.FILTERS_KEPT_BYTES", 30_000)
+    monkeypatch.setattr("modeling_m3ret.retrieval.index.GATHERED", 1.0)
+    for turn in range(2):
+        for name, residue in (("ct", 0), ("xray", 1), ("mri", 2)):
+            rows = index.search(embeddings()[:1], 600, where=Where(modality=[name])).rows[0]
+            assert set(rows.tolist()) - {-1} == {n for n in range(600) if n % 3 == residue}
+            assert sum(part.nbytes for part in index._filters.values()) <= 30_000
+        assert len(index._filters) == 2
+        assert (index.search(embeddings()[:1], 600, where=Where(anatomy=["chest", "head"])).rows >= 0).all(), turn
+        large = index.search(embeddings()[:1], 600, where=Where(modality=["ct", "mri"])).rows[0]
+        assert set(large.tolist()) - {-1} == {n for n in range(600) if n % 3 != 1}
+        assert sum(part.nbytes for part in index._filters.values()) <= 30_000
