@@ -7,24 +7,21 @@
     accelerate launch eval_retrieval.py --model m3ret-vitb --data ORG/NAME --precision bf16 --output results
 
 What the protocols and the numbers mean: `docs/evaluation.md`. Embeddings of M3Ret models are kept, and made by all
-processes. The untrained encoder is not whitened here: there are no training scans to fit it to; in the table of a
-training it is. `--holdout` takes only the patients that `train.py` held out with the same number.
+processes. `--holdout` takes only the patients that `train.py` held out with the same number; to the others, or with
+`--split` to the train split, the untrained encoder's whitening is fitted.
 """
 
 import argparse
-import json
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
 from tqdm.auto import tqdm
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, set_seed
-from transformers.utils import cached_file
+from transformers import AutoConfig, AutoImageProcessor, AutoModel
 
-from modeling_m3ret import M3RetModel, __version__
+from modeling_m3ret import __version__
 from modeling_m3ret.cpu import prepare_cpu
-from modeling_m3ret.data.collection import open_collection, split_by_group
+from modeling_m3ret.data.collection import open_collection
 from modeling_m3ret.data.schema import SPLITS
 from modeling_m3ret.retrieval.baselines import baseline_name, embed_with_baseline
 from modeling_m3ret.retrieval.embed import MAX_TOKENS, Embedded, embed_records, pixel_embedder
@@ -37,9 +34,11 @@ from modeling_m3ret.retrieval.evaluation import (
     paired_difference,
     to_json,
 )
-from modeling_m3ret.retrieval.matching import Reranked, scan_tokens
-from modeling_m3ret.retrieval.plots import report_pictures, write_pictures
+from modeling_m3ret.retrieval.matching import TOKEN_WHITENING_SCANS, Reranked, fit_token_whitening, scan_tokens
 from modeling_m3ret.retrieval.protocols import ALL, DEFAULT
+from modeling_m3ret.retrieval.report import report_pictures, write_pictures
+from modeling_m3ret.retrieval.training_part import evaluated_part, leak_in_words, training_facts, training_part
+from modeling_m3ret.retrieval.untrained import untrained_encoder, whitening_sample
 from modeling_m3ret.whole_files import write_whole
 
 
@@ -78,11 +77,8 @@ def main() -> None:
 
     # ---- scans ------------------------------------------------------------------------------------------------------
     with accelerator.local_main_process_first():  # a download, or the phantom, is made once
-        records = open_collection(arguments.data)
-    if arguments.split is not None:
-        records = [record for record in records if record.split == arguments.split]
-    if arguments.holdout is not None:
-        _, records = split_by_group(records, arguments.holdout)
+        collection = open_collection(arguments.data)
+    records = evaluated_part(collection, arguments.split, arguments.holdout)
     if not records:
         raise SystemExit(f"{arguments.data} has no scan in what was asked for")
 
@@ -91,38 +87,46 @@ def main() -> None:
     names, others = titles[: len(arguments.model)], titles[len(arguments.model) :]
     methods: dict[str, Embedded] = {}
     models, checkpoints, encoders = {}, {}, {}
+    notes = []
+    settings = {"max_tokens": arguments.max_tokens, "num_workers": arguments.num_workers}
     for title, name in zip(names, arguments.model, strict=True):
         processor = AutoImageProcessor.from_pretrained(name)
         model = AutoModel.from_pretrained(name).eval().to(accelerator.device)
         models[title] = facts_of(model, processor, baseline_name(name))
-        checkpoints[title] = training_facts(name) | {"parameters": model.num_parameters()}
+        facts = training_facts(name)
+        checkpoints[title] = facts | {"parameters": model.num_parameters()}
+        notes += filter(None, [leak_in_words(title, collection, records, arguments.holdout, facts)])
         encoders[title] = (model, processor)
-        settings = {"dtype": dtype, "max_tokens": arguments.max_tokens, "num_workers": arguments.num_workers}
-        methods[title] = embed_collection(model, processor, records, accelerator, name=name, **settings)
-    set_seed(arguments.seed)
-    processor = AutoImageProcessor.from_pretrained(arguments.model[0])
-    untrained = M3RetModel(AutoConfig.from_pretrained(arguments.model[0])).eval().to(accelerator.device)
-    beside = {"untrained": embed_collection(untrained, processor, records, accelerator, name="untrained", **settings)}
+        methods[title] = embed_collection(model, processor, records, accelerator, name=name, dtype=dtype, **settings)
+    processor = encoders[names[0]][1]
+    config = AutoConfig.from_pretrained(arguments.model[0])
+    training = training_part(collection, records, arguments.holdout, checkpoints[names[0]])
+    untrained = untrained_encoder(config, processor, training, accelerator, seed=arguments.seed, **settings)
+    notes.append(untrained.note)
+    embedded = embed_collection(
+        untrained.encoder, processor, records, accelerator, name="untrained", dtype=dtype, **settings
+    )
     if not accelerator.is_main_process:
         return
-    beside["pixels"] = embed_records(
-        [pixel_embedder(processor)],
-        processor,
-        records,
-        max_tokens=arguments.max_tokens,
-        num_workers=arguments.num_workers,
-    )[0]
+    beside = {
+        "pixels": embed_records([pixel_embedder(processor)], processor, records, **settings)[0],
+        untrained.title: embedded,
+    }
     for title, name in zip(others, arguments.baselines, strict=True):
         beside[title] = embed_with_baseline(
             name, records, num_workers=arguments.num_workers, device=accelerator.device, dtype=dtype
         )
-    methods = {"pixels": beside.pop("pixels"), **beside, **methods}
+    methods = beside | methods
     reranked: dict[str, Embedded] = {}
     if arguments.rerank is not None:  # the untrained encoder too: how much of it is the comparing of parts alone?
-        for title, (model, own_processor) in {"untrained": (untrained, processor), **encoders}.items():
+        for title, (model, own_processor) in {untrained.title: (untrained.encoder, processor), **encoders}.items():
             sources = (record.open() for record in tqdm(methods[title].records, desc="patches", unit="scan"))
+            sample = whitening_sample(untrained.fitted_to, TOKEN_WHITENING_SCANS)
+            own, most = None, {"max_tokens": arguments.max_tokens}
             with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-                tokens = scan_tokens(model, own_processor, sources, max_tokens=arguments.max_tokens)
+                if model.config.pooling == "cls" and sample:
+                    own = fit_token_whitening(model, own_processor, (record.open() for record in sample), **most)
+                tokens = scan_tokens(model, own_processor, sources, whitening=own, **most)
             twice = Reranked(**vars(methods[title]), tokens=tokens, depth=arguments.rerank)
             reranked[f"{title}, re-ranked {arguments.rerank}"] = twice
 
@@ -143,10 +147,10 @@ def main() -> None:
     failures = methods[main_model].failures
     for message in failures:
         print(f"not read: {message}")
-    part = "all patients, trained on or not" if arguments.holdout is None else f"held-out part of {arguments.holdout}"
-    if arguments.split is not None:
-        part = f"the {arguments.split} split"
+    part = "all patients" if arguments.holdout is None else f"held-out part of {arguments.holdout}"
+    part += "" if arguments.split is None else f" of the {arguments.split} split"
     print(f"{len(methods[main_model].records)} scans embedded ({part}), {len(failures)} could not be read")
+    print("\n".join(notes))
     if arguments.output:
         arguments.output.mkdir(parents=True, exist_ok=True)
         facts = {
@@ -155,26 +159,19 @@ def main() -> None:
             "seed": arguments.seed,
             "precision": arguments.precision,
             "scans": len(methods[main_model].records),
+            "part": part,
+            "notes": notes,
             "not_read": len(failures),
             "models": {title: vars(told) for title, told in models.items()},
             "differences_of_mean_map": {other: told._asdict() for other, told in differences.items()},
         }
         write_whole(arguments.output / "metrics.json", to_json(rows, **facts) + "\n")
-        words = [table, format_differences(main_model, differences)] if differences else [table]
+        words = [table, *([format_differences(main_model, differences)] if differences else []), *notes]
         shown_by = encoders[main_model][1] if arguments.examples else None
         at_first = [row for row in rows if row.method not in reranked]  # a curve is of what training changes
         pictures = report_pictures(compared, main_model, at_first, checkpoints, shown_by)
         words.append(write_pictures(arguments.output, pictures))
         write_whole(arguments.output / "report.md", "\n\n".join(words) + "\n")
-
-
-def training_facts(name: str) -> dict[str, Any]:
-    """What a checkpoint's `training.json` says that it was trained with; nothing where there is none."""
-    try:
-        facts = json.loads(Path(cached_file(name, "training.json") or "").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return facts if isinstance(facts, dict) else {}
 
 
 def titles_of(models: list[str], baselines: list[str]) -> list[str]:

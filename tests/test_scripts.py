@@ -62,7 +62,7 @@ def train(folder: Path, data: Path, launch: list[str], **overrides: object) -> s
 def test_train_ends_with_a_checkpoint_and_a_table(
     tmp_path: Path, phantom: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    printed = train(tmp_path, phantom, [], report_to="tensorboard")
+    printed = train(tmp_path, phantom, [], report_to="tensorboard", save_every=2)
     for word in ("| ct", "| mri", "all modalities", "across modalities", "untrained", "pixels", "chance"):
         assert word in printed
     lines = [json.loads(line) for line in (tmp_path / "runs/tiny/metrics.jsonl").read_text().splitlines()]
@@ -83,24 +83,33 @@ def test_train_ends_with_a_checkpoint_and_a_table(
         features = model.get_image_features(**processor(sources, return_tensors="pt"))
     assert features.shape == (3, 192)
 
-    options = {"--model": "m3ret-tiny", "--data": str(phantom), "--holdout": "0.5", "--output": "table"}
-    options |= {"--rerank": "5"}
+    options = {"--data": str(phantom), "--holdout": "0.5", "--output": "table", "--rerank": "5"}
     words = [word for option in options.items() for word in option]
-    evaluated = run([sys.executable, str(ROOT / "eval_retrieval.py"), *words], tmp_path)
+    models = ["--model", "m3ret-tiny", "runs/tiny/checkpoints/step-000002"]
+    evaluated = run([sys.executable, str(ROOT / "eval_retrieval.py"), *models, *words], tmp_path)
 
-    def trained(text: str) -> list[str]:
-        """Its rows; columns are as wide as the longest name."""
-        return [" ".join(line.split()) for line in text.splitlines() if "| trained |" in " ".join(line.split())]
-
-    # the same patients, the same scores as at the end of training
-    assert trained(printed)
-    assert trained(evaluated) == trained(printed)
-    assert "trained, re-ranked 5" in evaluated
+    # the same patients, the same scores as at the end of training, of the untrained encoder too
+    assert rows_of("trained", printed)
+    assert rows_of("m3ret-tiny", evaluated) == rows_of("trained", printed)
+    assert rows_of("untrained, whitened", evaluated) == rows_of("untrained", printed)
+    assert rows_of("step-000002", evaluated)
+    assert rows_of("m3ret-tiny, re-ranked 5", evaluated)
+    assert rows_of("untrained, whitened, re-ranked 5", evaluated)
+    assert "LEAK" not in evaluated
     assert json.loads((tmp_path / "table" / "metrics.json").read_text())["not_read"] == 0
     report = (tmp_path / "table" / "report.md").read_text()
     assert "(precision_recall.png)" in report
+    assert "training steps, checkpoints: 2 " in report  # the curve, from each checkpoint's training.json
+    assert "views seen in training, checkpoints: 16 " in report
+    assert f"whitening is fitted to {facts['training_scans']} scans" in report
     assert str(phantom) not in report
     assert not (tmp_path / "table" / "examples.png").exists()
+
+
+def rows_of(method: str, text: str) -> list[list[str]]:
+    """A method's numbers, row by row."""
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:2] == "| "]
+    return [row[2:] for row in rows if row[1] == method]
 
 
 @pytest.mark.parametrize("objective", ["mae", "simdino"])

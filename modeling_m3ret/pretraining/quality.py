@@ -17,13 +17,11 @@ from ..modeling_m3ret import M3RetModel
 from ..retrieval.embed import Embedded, Embedder, pooled_embedder
 from ..retrieval.evaluation import ACROSS, ALL_MODALITIES, Row, evaluate
 from ..retrieval.metrics import feature_std, knn_accuracy, rank_me
+from ..retrieval.untrained import whitening_sample
 
 
 # resized scans that are kept between measurements: at 96 px some tens of thousands of images
 MOST_KEPT_BYTES = 2**30
-
-# training scans that the whitening is fitted to: five and more for each of a ViT-T's 192 dimensions
-WHITENING_SCANS = 1024
 
 
 class RepeatedEmbedding:
@@ -72,8 +70,8 @@ class OnlineQuality:
         accelerator: Accelerator,
         num_workers: int = 0,
     ):
-        step = max(1, -(-len(training) // WHITENING_SCANS))  # every so many of the list, so of all modalities
-        self.training = RepeatedEmbedding(training[::step], processor, accelerator, num_workers=num_workers)
+        sample = whitening_sample(training)
+        self.training = RepeatedEmbedding(sample, processor, accelerator, num_workers=num_workers)
         self.held_out = RepeatedEmbedding(held_out, processor, accelerator, num_workers=num_workers)
 
     def fit_whitening(self, encoder: M3RetModel) -> None:

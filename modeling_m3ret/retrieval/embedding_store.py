@@ -1,8 +1,8 @@
 """Embeddings of a large collection: by several processes, kept on disk, and gone on with where a run was cut.
 
 A collection is embedded in shards of neighbouring records; each is a file that is whole or not there. The folder's name
-follows from the model, its processor, the precision and the records, so that what was embedded once is found again, and
-never taken for another model's.
+follows from the weights (the whitening among them), the configuration, the processor, the precision and the records, so
+that what was embedded once is found again, whatever the checkpoint is called, and never taken for another model's.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import hashlib
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -20,12 +19,13 @@ from huggingface_hub.constants import HF_HOME
 from safetensors import safe_open
 from safetensors.torch import save
 
+from ..configuration_m3ret import M3RetConfig
 from ..data.collection import Record
 from ..data.parquet import ParquetRow
 from ..image_processing_m3ret import M3RetImageProcessor
 from ..modeling_m3ret import M3RetModel
 from ..whole_files import writing_whole
-from .embed import MAX_TOKENS, Embedded, embed_records, encoder_embedder
+from .embed import MAX_TOKENS, Embedded, embed_records, encoder_embedder, pooled_embedder
 from .index import ModelFacts
 
 
@@ -78,15 +78,27 @@ def embed_collection(
     dtype: torch.dtype = torch.float32,
     max_tokens: int = MAX_TOKENS,
     num_workers: int = 0,
+    pooled: bool = False,
 ) -> Embedded:
     """Embeddings of all records that can be read, in order, the same on every process; all of them call at once.
 
     Args:
         model: in evaluation, on its device. name: of the checkpoint. folder: where embeddings are kept, by default
             `HF_HOME/m3ret/embeddings`. dtype: of the encoder's arithmetic; bfloat16 is faster where there is hardware.
+        pooled: in place of embeddings the pooled features `(n, pooled)`, neither whitened nor normalised, which a
+            whitening is fitted to.
     """
     facts = facts_of(model, processor, name)
-    told = {"model": asdict(facts), "records": fingerprint(records), "dtype": str(dtype), "shard": SHARD_SCANS}
+    told = {
+        "weights": facts.revision,
+        # two poolings, or two numbers of heads, have weights of the same shapes: of one seed, untrained, the same ones
+        "config": {key: getattr(model.config, key) for key in M3RetConfig.__annotations__},
+        "processor": facts.processor,
+        "records": fingerprint(records),
+        "dtype": str(dtype),
+        "shard": SHARD_SCANS,
+        "pooled": pooled,
+    }
     key = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:24]
     folder = (folder or Path(HF_HOME) / "m3ret" / "embeddings") / key
     folder.mkdir(parents=True, exist_ok=True)
@@ -94,40 +106,41 @@ def embed_collection(
         list(range(start, min(start + SHARD_SCANS, len(records)))) for start in range(0, len(records), SHARD_SCANS)
     ]
     own = shards[accelerator.process_index :: accelerator.num_processes]
-    places = [_place(folder, shard) for shard in own]
+    places = [shard_place(folder, shard) for shard in own]
     started, scans = time.perf_counter(), 0
     for shard, place in zip(own, places, strict=True):
         if place.is_file():
             continue
         with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
             embedded = embed_records(
-                [encoder_embedder(model)],
+                [pooled_embedder(model) if pooled else encoder_embedder(model)],
                 processor,
                 [records[index] for index in shard],
                 max_tokens=max_tokens,
                 num_workers=num_workers,
                 progress=accelerator.is_main_process,
             )[0]
-        _write(place, shard, embedded, records)
+        write_shard(place, shard, embedded, records)
         scans += len(shard)
     if scans:
         accelerator.print(
             f"{scans} scans embedded by each process, {scans / (time.perf_counter() - started):.1f} a second"
         )
     accelerator.wait_for_everyone()
-    parts = [_read(folder, shard, records) for shard in shards]
+    parts = [read_shard(folder, shard, records) for shard in shards]
+    embeddings = [part.embeddings for part in parts if len(part.records)]
     return Embedded(
-        torch.cat([part.embeddings for part in parts if len(part.records)]) if parts else torch.empty(0, 0),
+        torch.cat(embeddings) if embeddings else torch.empty(0, 0),
         [record for part in parts for record in part.records],
         [failure for part in parts for failure in part.failures],
     )
 
 
-def _place(folder: Path, shard: Sequence[int]) -> Path:
+def shard_place(folder: Path, shard: Sequence[int]) -> Path:
     return folder / f"{shard[0]:09d}.safetensors"
 
 
-def _write(place: Path, shard: Sequence[int], embedded: Embedded, records: Sequence[Record]) -> None:
+def write_shard(place: Path, shard: Sequence[int], embedded: Embedded, records: Sequence[Record]) -> None:
     index_of = {records[index].id: index for index in shard}
     rows = torch.tensor([index_of[record.id] for record in embedded.records], dtype=torch.int64)
     content = save(
@@ -137,8 +150,8 @@ def _write(place: Path, shard: Sequence[int], embedded: Embedded, records: Seque
         stream.write(content)
 
 
-def _read(folder: Path, shard: Sequence[int], records: Sequence[Record]) -> Embedded:
-    with safe_open(_place(folder, shard), framework="pt") as content:
+def read_shard(folder: Path, shard: Sequence[int], records: Sequence[Record]) -> Embedded:
+    with safe_open(shard_place(folder, shard), framework="pt") as content:
         rows = content.get_tensor("rows").tolist()
         failures = json.loads(content.metadata()["failures"])
         return Embedded(content.get_tensor("embeddings"), [records[row] for row in rows], failures)

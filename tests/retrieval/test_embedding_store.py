@@ -18,7 +18,7 @@ from conftest import tiny_config
 from modeling_m3ret import M3RetImageProcessor, M3RetModel
 from modeling_m3ret.data.collection import Record
 from modeling_m3ret.retrieval import embedding_store
-from modeling_m3ret.retrieval.embed import embed_records, encoder_embedder
+from modeling_m3ret.retrieval.embed import embed_records, encoder_embedder, pooled_embedder
 from modeling_m3ret.retrieval.embedding_store import embed_collection, facts_of, fingerprint
 
 
@@ -26,9 +26,15 @@ ROOT = Path(__file__).parents[2]
 PROCESSOR = M3RetImageProcessor(size=32, num_frames=8)
 
 
-def model(seed: int = 0) -> M3RetModel:
+def model(seed: int = 0, **overrides: object) -> M3RetModel:
     torch.manual_seed(seed)
-    return M3RetModel(tiny_config()).eval()
+    return M3RetModel(tiny_config(**overrides)).eval()
+
+
+def whitened() -> M3RetModel:
+    encoder = model()
+    encoder.whitening.fit(torch.randn(100, 48))
+    return encoder
 
 
 @pytest.fixture
@@ -69,8 +75,16 @@ def test_kept_embeddings_are_those_of_a_plain_run_and_are_not_made_twice(
     again = embed_collection(model(), PROCESSOR, records, Accelerator(cpu=True), **settings)
     assert torch.equal(again.embeddings, first.embeddings)
     assert (again.records, again.failures) == (first.records, first.failures)
+    renamed = embed_collection(model(), PROCESSOR, records, Accelerator(cpu=True), **settings | {"name": "step-000100"})
+    assert torch.equal(renamed.embeddings, first.embeddings)
+    same_weights = model(pooling="cls")
+    assert all(torch.equal(a, b) for a, b in zip(same_weights.parameters(), model().parameters(), strict=True))
     for other in (
         {"model": model(seed=1)},
+        {"model": same_weights},
+        {"model": model(num_attention_heads=2)},
+        {"model": whitened()},
+        {"pooled": True},
         {"processor": M3RetImageProcessor(size=48, num_frames=8)},
         {"records": records[:-1]},
         {"dtype": torch.bfloat16},
@@ -78,6 +92,20 @@ def test_kept_embeddings_are_those_of_a_plain_run_and_are_not_made_twice(
         changed = {"model": model(), "processor": PROCESSOR, "records": records} | other
         with pytest.raises(AssertionError, match="embedded again"):
             embed_collection(accelerator=Accelerator(cpu=True), **changed, **settings)  # type: ignore[arg-type]
+
+
+def test_pooled_features_are_kept_as_they_are_before_whitening(records: list[Record], tmp_path: Path) -> None:
+    expected = embed_records([pooled_embedder(model())], PROCESSOR, records, progress=False)[0].embeddings
+    kept = embed_collection(
+        whitened(), PROCESSOR, records, Accelerator(cpu=True), name="m", folder=tmp_path / "kept", pooled=True
+    )
+    assert torch.allclose(kept.embeddings, expected, atol=1e-5)
+
+
+def test_a_collection_of_which_nothing_can_be_read_has_no_embeddings(tmp_path: Path) -> None:
+    missing = [Record("x", tmp_path / "x.npy", "ct", "", "", "p")]
+    kept = embed_collection(model(), PROCESSOR, missing, Accelerator(cpu=True), name="m", folder=tmp_path / "kept")
+    assert (len(kept.embeddings), kept.records, len(kept.failures)) == (0, [], 1)
 
 
 def test_a_file_that_changed_is_embedded_anew(records: list[Record]) -> None:
@@ -122,12 +150,12 @@ from modeling_m3ret.retrieval import embedding_store
 embedding_store.SHARD_SCANS = 5
 places = sorted(Path(sys.argv[1]).iterdir(), key=lambda path: int(path.stem))
 records = [Record(f"id-{{p.stem}}", p, "ct", "chest", "l", f"p{{p.stem}}") for p in places]
-write = embedding_store._write
+write = embedding_store.write_shard
 def die_in_the_second(place, *arguments):
     if sys.argv[3] == "die" and place.name.startswith("000000005"):
         os.kill(os.getpid(), signal.SIGKILL)
     write(place, *arguments)
-embedding_store._write = die_in_the_second
+embedding_store.write_shard = die_in_the_second
 accelerator = Accelerator(cpu=True)
 torch.set_num_threads(1)
 settings = {{"name": "m3ret-tiny", "folder": Path(sys.argv[2])}}

@@ -19,7 +19,15 @@ from modeling_m3ret.retrieval import matching
 from modeling_m3ret.retrieval.embed import Embedded
 from modeling_m3ret.retrieval.evaluation import evaluate, paired_difference
 from modeling_m3ret.retrieval.exact_search import Hits
-from modeling_m3ret.retrieval.matching import Reranked, ScanTokens, late_interaction, locate, rerank, scan_tokens
+from modeling_m3ret.retrieval.matching import (
+    Reranked,
+    ScanTokens,
+    fit_token_whitening,
+    late_interaction,
+    locate,
+    rerank,
+    scan_tokens,
+)
 from modeling_m3ret.retrieval.protocols import WITHIN_MODALITY
 
 
@@ -384,3 +392,40 @@ def test_tokens_are_whitened_as_the_mean_of_a_scan_is(pooling: str) -> None:
             pooled = torch.cat([patches, model.whitening.mean[48:].expand(len(patches), -1)], dim=1)
         expected = torch.nn.functional.normalize(model.whitening(pooled), dim=-1)
     assert (tokens.tokens.float() - expected).abs().max() <= 1e-3
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls", "statistics"])
+def test_tokens_have_a_whitening_of_their_own(pooling: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The patches that it was fitted to have mean 0 and a covariance that is diagonal, at most 1, as those of no other
+    whitening; what the model pools has no part in it."""
+    monkeypatch.setattr(matching, "PATCHES_OF_SCAN", 1000)  # all
+    model = M3RetModel(tiny_config(pooling=pooling, initializer_range=0.2)).eval()
+    model.whitening.fit(torch.randn(500, model.config.pooled_size) + 1)
+    arrays = [np.random.default_rng(n).random((1, 96, 64 + 32 * n), dtype=np.float32) for n in range(4)]
+    whitening = fit_token_whitening(model, PROCESSOR, arrays)
+    with torch.no_grad():
+        patches = [model(**PROCESSOR(array)).last_hidden_state[model.config.num_prefix_tokens :] for array in arrays]
+        white = whitening(torch.cat(patches))
+    assert white.mean(0).abs().max() <= 1e-3
+    covariance = white.T @ white / len(white)
+    assert (covariance - covariance.diag().diag()).abs().max() <= 1e-2
+    assert 0.98 < covariance.diag().max() <= 1.001
+    tokens = scan_tokens(model, PROCESSOR, arrays, whitening=whitening)
+    for own, expected in zip(tokens, white.split([len(part) for part in patches]), strict=True):
+        assert (own.tokens.float() - torch.nn.functional.normalize(expected, dim=-1)).abs().max() <= 2e-3
+
+
+def test_of_a_large_scan_a_whitening_takes_a_bounded_part(model: M3RetModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[Tensor] = []
+    monkeypatch.setattr(matching.M3RetWhitening, "fit", lambda self, sample: taken.append(sample))
+    monkeypatch.setattr(matching, "PATCHES_OF_SCAN", 5)
+    arrays = [np.zeros((1, 96, 96), np.uint8), np.zeros((1, 16, 16), np.uint8)]
+    patches = [math.prod(PROCESSOR(array)["grid_thw"][0].tolist()) for array in arrays]
+    fit_token_whitening(model, PROCESSOR, arrays)
+    assert len(taken[0]) == sum(len(range(0, count, -(-count // 5))) for count in patches)
+    assert len(taken[0]) <= 10
+
+
+def test_a_whitening_of_no_scan_is_refused(model: M3RetModel) -> None:
+    with pytest.raises(ValueError, match="found no scan"):
+        fit_token_whitening(model, PROCESSOR, [])
