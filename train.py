@@ -35,6 +35,7 @@ from modeling_m3ret.pretraining.ranks import total_over_ranks
 from modeling_m3ret.pretraining.run_config import parse_run_config
 from modeling_m3ret.pretraining.run_log import RunLog
 from modeling_m3ret.pretraining.saving import RunSaver
+from modeling_m3ret.pretraining.sharding import clip_gradient, prepare_training, whole_encoder
 from modeling_m3ret.pretraining.stopping import StopSignal, stop_if_not_finite
 
 
@@ -82,7 +83,7 @@ def main() -> None:
 
     # ---- optimiser, and where an interrupted run stood --------------------------------------------------------------
     optimiser = build_optimiser(objective, config)
-    model, optimiser = accelerator.prepare(objective, optimiser)
+    model, optimiser = prepare_training(accelerator, objective, optimiser)
     template = Path(__file__).with_name("model_card.md")
     saver = RunSaver(
         *(config, accelerator, model, optimiser, objective, model_config, processor),
@@ -132,9 +133,10 @@ def main() -> None:
             progress.unreadable |= dict(pack.failures)
             in_between = accelerator.no_sync(model) if number < len(step_packs) else contextlib.nullcontext()
             with in_between:
-                loss, terms = model(**pack.inputs(processor, accelerator.device, slices_once=True))
+                with accelerator.autocast():
+                    loss, terms = model(**pack.inputs(processor, accelerator.device, slices_once=True))
                 accelerator.backward(loss / config.accumulate)
-        gradient_norm = accelerator.clip_grad_norm_(model.parameters(), config.gradient_clip)
+        gradient_norm = clip_gradient(accelerator, model, config.gradient_clip)
         stop_if_not_finite(accelerator, loss, gradient_norm, progress.step, step_packs, training, run_dir)
         optimiser.step()
         optimiser.zero_grad()
@@ -159,9 +161,9 @@ def main() -> None:
             }
         measures, saves = config.due(progress.step)
         if measures or saves:
-            quality.fit_whitening(objective.encoder)
+            quality.fit_whitening(whole_encoder(objective.encoder))
         if measures:
-            numbers |= quality.measure(objective.encoder)
+            numbers |= quality.measure(whole_encoder(objective.encoder))
             saver.note_quality(numbers)
         if numbers:
             log.numbers(progress.step, numbers)

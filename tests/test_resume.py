@@ -2,43 +2,18 @@
 
 from __future__ import annotations
 
-import csv
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from training_runs import POISONED, ROOT, command, finish, lines, run, start, write_scans
 from transformers import AutoModel
 
-from modeling_m3ret.data.collection import COLUMNS
 
-
-ROOT = Path(__file__).parents[1]
-SETTINGS = {
-    "preset": "vitt",
-    "model": "{num_hidden_layers: 2, hidden_size: 48, num_attention_heads: 4, intermediate_size: 96, "
-    "decoder_hidden_size: 36, decoder_num_hidden_layers: 1, drop_path_rate: 0.1}",
-    "size": 32,
-    "num_frames": 8,
-    "steps": 20,
-    "batch_size": 4,
-    "views_per_decode": 2,
-    "local_views": 2,
-    "local_size": 16,
-    "learning_rate": 1e-3,
-    "holdout": 0.2,
-    "num_workers": 1,
-    "log_every": 1,
-    "save_every": 3,
-    "evaluate_every": 8,
-}
 # train.py, killed as by the kernel in the middle of a save: when the files of step 6 are written and not yet renamed
 KILLED_WHILE_SAVING = """
 import os, signal, sys
@@ -53,71 +28,11 @@ def kill(path):
 checkpoints.sync = kill
 train.main()
 """
-# train.py where the scan of one file has a value that is no number, which no reader lets through
-POISONED = """
-import sys
-sys.path.insert(0, {root!r})
-import numpy as np
-import train
-from modeling_m3ret import M3RetImageProcessor
-read = M3RetImageProcessor.read
-def poisoned(self, source):
-    scan = read(self, source)
-    if str(source).endswith("scan-10.npy"):
-        scan.array[..., 20, 24] = np.nan
-    return scan
-M3RetImageProcessor.read = poisoned
-train.main()
-"""
 
 
 @pytest.fixture(scope="module")
 def scans(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """30 scans of 15 patients: coarse random images and volumes of three modalities."""
-    folder = tmp_path_factory.mktemp("scans")
-    generator = np.random.default_rng(0)
-    with (folder / "manifest.csv").open("w", newline="") as lines:
-        rows = csv.DictWriter(lines, COLUMNS)
-        rows.writeheader()
-        for number in range(30):
-            shape = (8, 5, 6) if number % 3 == 0 else (5, 6)
-            array = np.kron(generator.random(shape, dtype=np.float32), np.ones((8, 8), np.float32))
-            np.save(folder / f"scan-{number}.npy", array)
-            modality = ("ct", "xray", "mri")[number % 3]
-            row = (f"scan-{number}", f"scan-{number}.npy", modality, "chest", f"label-{number % 2}", f"p{number // 2}")
-            rows.writerow(dict(zip(COLUMNS, row, strict=True)))
-    return folder
-
-
-def command(script: Path, scans: Path, name: str, processes: int = 1, **overrides: object) -> list[str]:
-    settings = SETTINGS | {"data": scans, "output_dir": f"m3ret-{name}", "run_dir": f"run-{name}"} | overrides
-    words = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    return [sys.executable, *(launch if processes > 1 else []), str(script), *words]
-
-
-def start(words: list[str], folder: Path) -> subprocess.Popen[str]:
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    pipe = subprocess.PIPE
-    return subprocess.Popen(words, cwd=folder, env=environment, stdout=pipe, stderr=pipe, text=True)
-
-
-def finish(words: list[str], folder: Path) -> tuple[int, str]:
-    process = start(words, folder)
-    printed, errors = process.communicate()
-    return process.returncode, printed + errors
-
-
-def run(words: list[str], folder: Path) -> str:
-    code, printed = finish(words, folder)
-    assert code == 0, printed
-    return printed
-
-
-def lines(run_dir: Path) -> list[dict]:
-    """What was logged, without what depends on the clock."""
-    entries = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in entry.items() if k not in ("seconds", "views_per_second")} for entry in entries]
+    return write_scans(tmp_path_factory.mktemp("scans"))
 
 
 @pytest.mark.parametrize("processes", [1, 2])

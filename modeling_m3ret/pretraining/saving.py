@@ -28,6 +28,7 @@ from .model_card import write_card
 from .objectives import Objective
 from .quality import OnlineQuality
 from .run_config import RunConfig
+from .sharding import whole_encoder
 from .training_state import STATE_FOLDER, Progress, gather_state, read_progress, restore_state, write_state
 
 
@@ -147,7 +148,7 @@ class RunSaver:
             newest = self.checkpoints.place(self.progress.step) / self.objective.weights_file
             weights = {f"model.{name}": value for name, value in load_file(newest).items()}
             save_checkpoint(place, self.objective, weights, self.processor, self._card(facts, []), facts)
-        trained = self.objective.encoder.eval()
+        trained = whole_encoder(self.objective.encoder)
         set_seed(self.config.seed)
         untrained = M3RetModel(self.model_config).eval().to(trained.device)
         self.quality.fit_whitening(untrained)

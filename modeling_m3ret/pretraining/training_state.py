@@ -127,9 +127,9 @@ def restore_state(
     for key, value in load_file(folder / "optimiser.safetensors").items():
         parameter, name = key.rsplit("/", 1)
         of_parameter.setdefault(parameter, {})[name] = value
-    whole: dict[str, Any] = get_optimizer_state_dict(model, optimiser, options=WHOLE)
-    whole["state"] = of_parameter  # and the groups as they are: their settings follow from the run's config
-    set_optimizer_state_dict(model, optimiser, whole, options=WHOLE)
+    restored: dict[str, Any] = get_optimizer_state_dict(model, optimiser)
+    restored["state"] = of_parameter  # and the groups as they are: their settings follow from the run's config
+    set_optimizer_state_dict(model, optimiser, restored, options=WHOLE)
     streams = load_file(folder / "random.safetensors")
     torch.set_rng_state(streams[f"cpu.{accelerator.process_index}"])
     if (stream := streams.get(f"cuda.{accelerator.process_index}")) is not None and accelerator.device.type == "cuda":
