@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 
+import numpy as np
 import pytest
+from conftest import tiny_config
+
+from modeling_m3ret import M3RetImageProcessor, M3RetModel
 
 
 pytest.importorskip("gradio", reason="the Space needs gradio: pip install m3ret[app]")
@@ -16,6 +22,7 @@ from modeling_m3ret.space.quickstart import newest_checkpoint, train_small
 
 
 ROOT = Path(__file__).parents[1]
+PATIENCE = 300.0  # s, of a machine that is busy with other things
 
 
 def run(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
@@ -37,6 +44,37 @@ def test_a_password_needs_a_user(tmp_path: Path) -> None:
     ran = run(tmp_path, "--auth", "secret")
     assert ran.returncode == 2
     assert "expected USER:PASSWORD" in ran.stderr
+
+
+def test_without_a_tunnel_it_says_so_and_stays_here(tmp_path: Path) -> None:
+    """Gradio's server is asked through a proxy that refuses: as it is where there is no network."""
+    model, processor = M3RetModel(tiny_config()), M3RetImageProcessor(size=48, num_frames=8)
+    for part in (model, processor):
+        part.save_pretrained(tmp_path / "m3ret-tiny")
+    np.save(tmp_path / "scan.npy", np.eye(64, dtype=np.uint8) * 200)
+    (tmp_path / "manifest.csv").write_text("id,file,modality,anatomy,label,group\n1,scan.npy,xray,chest,,\n")
+    with socket.socket() as refusing, socket.socket() as free:
+        for own in (refusing, free):
+            own.bind(("127.0.0.1", 0))  # but nobody listens
+        port = free.getsockname()[1]
+        free.close()
+        nowhere = f"http://127.0.0.1:{refusing.getsockname()[1]}"
+        proxies = {name: nowhere for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY")}
+        own_host = {"no_proxy": "127.0.0.1,localhost", "NO_PROXY": "127.0.0.1,localhost"}
+        environment = os.environ | proxies | own_host | {"PYTHONPATH": str(ROOT), "HF_HOME": str(tmp_path / "hf_home")}
+        command = [sys.executable, str(ROOT / "app.py"), "--gallery", ".", "--share", "--port", str(port)]
+        app = subprocess.Popen(
+            command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        )
+        try:
+            assert app.stderr is not None
+            told = next(line for line in app.stderr if "public address" in line)  # at once, while the page lives
+            assert f"No public address could be made (above: why). The page goes on at http://127.0.0.1:{port}/" in told
+            assert urllib.request.urlopen(f"http://127.0.0.1:{port}", timeout=PATIENCE).status == 200
+        finally:
+            app.terminate()
+            app.communicate(timeout=PATIENCE)
+        assert app.returncode == 0, "stopped as by Ctrl-C"
 
 
 def test_the_newest_checkpoint_is_taken(tmp_path: Path) -> None:

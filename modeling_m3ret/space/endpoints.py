@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TypedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TypedDict
 
 import gradio as gr
 
 from ..reading_m3ret import Scan
 from .gallery import Filters
-from .search_page import HEAVY, HITS, in_words
+from .handling import HEAVY, in_words
+from .search_page import HITS
 from .searching import MOST_HITS, HitFacts, Query, Searching
 
 
@@ -41,28 +44,31 @@ class EmbedAnswer(TypedDict):
 def add_endpoints(searching: Searching) -> None:
     """Within a `gr.Blocks`. Files come in through a component of the page, which takes none but uploads."""
 
+    @contextmanager
+    def uploaded(files: list[str] | None) -> Iterator[tuple[Query, ScanFacts]]:
+        query = searching.query_of_files(files or [])
+        try:
+            yield query, _facts(searching.scan(query.key))
+        finally:
+            searching.put_away(query)
+
     def search(
         files: list[str] | None, k: float, modalities: list[str] | None, anatomies: list[str] | None, rerank: bool
     ) -> SearchAnswer:
-        query = searching.query_of_files(files or [])
-        facts = _facts(searching.scan(query.key))
         filters = Filters(tuple(modalities or ()), tuple(anatomies or ()))
-        hits = searching.search(query, int(k), filters, bool(rerank))
-        searching.put_away(query)
-        return SearchAnswer(query=facts, hits=hits)
+        with uploaded(files) as (query, scan):
+            return SearchAnswer(query=scan, hits=searching.search(query, int(k), filters, bool(rerank)))
 
     def embed(files: list[str] | None) -> EmbedAnswer:
-        query: Query = searching.query_of_files(files or [])
-        scan = _facts(searching.scan(query.key))
-        searching.put_away(query)
         facts = searching.gallery.index.facts
-        return EmbedAnswer(
-            embedding=query.embedding.tolist(),
-            query=scan,
-            model=facts.model,
-            revision=facts.revision,
-            processor=facts.processor,
-        )
+        with uploaded(files) as (query, scan):
+            return EmbedAnswer(
+                embedding=query.embedding.tolist(),
+                query=scan,
+                model=facts.model,
+                revision=facts.revision,
+                processor=facts.processor,
+            )
 
     def similar(
         item: float, k: float, modalities: list[str] | None, anatomies: list[str] | None, other_subjects: bool
@@ -81,30 +87,21 @@ def add_endpoints(searching: Searching) -> None:
         other_subjects = gr.Checkbox(False, label="other_subjects")
         answer = gr.JSON(label="answer")
         button = gr.Button()
-        button.click(
-            in_words(search),
-            [files, k, modalities, anatomies, rerank],
-            answer,
-            api_name="search",
-            api_description="The scans of the gallery most similar to an uploaded one: a file, or a series' slices.",
-            **HEAVY,
-        )
-        button.click(
-            in_words(embed),
-            [files],
-            answer,
-            api_name="embed",
-            api_description="The embedding of an uploaded scan, and whose embedding it is.",
-            **HEAVY,
-        )
-        button.click(
-            in_words(similar),
-            [item, k, modalities, anatomies, other_subjects],
-            answer,
-            api_name="similar",
-            api_description="The scans most similar to one of the gallery, named by its `item`.",
-            **HEAVY,
-        )
+        for endpoint, inputs, description in (
+            (
+                search,
+                [files, k, modalities, anatomies, rerank],
+                "The scans of the gallery most similar to an uploaded one: a file, or a series' slices.",
+            ),
+            (embed, [files], "The embedding of an uploaded scan, and whose embedding it is."),
+            (
+                similar,
+                [item, k, modalities, anatomies, other_subjects],
+                "The scans most similar to one of the gallery, named by its `item`.",
+            ),
+        ):
+            told: dict[str, Any] = {"api_name": endpoint.__name__, "api_description": description}
+            button.click(in_words(endpoint), inputs, answer, **told, **HEAVY)
 
 
 def _facts(scan: Scan) -> ScanFacts:

@@ -8,8 +8,10 @@ from typing import Any
 import gradio as gr
 
 from .explore import GalleryMap
-from .search_page import HEAVY, PRIVATE, TO_TOP, SearchPage, in_words, words_of
+from .handling import HEAVY, PRIVATE, in_words
+from .search_page import TO_TOP, SearchPage
 from .searching import Searching
+from .side_by_side import words_of
 
 
 class ExplorePage:

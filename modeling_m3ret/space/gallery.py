@@ -1,8 +1,9 @@
 """The gallery that is searched: an index, a small picture of each scan, and where the scans lie, if they do.
 
 It is embedded once and kept under `HF_HOME/m3ret/galleries`, in a folder whose name follows from the model and the
-scans. The index calls a scan by its place in the collection and a patient by the place of the first scan, so that no
-name of a file or a person is in it. Visitors are told a scan's row, and nothing else by which it could be found.
+scans; when that is interrupted, the next start goes on with it. The index calls a scan by its place in the collection
+and a patient by the place of the first scan, so that no name of a file or a person is in it. Visitors are told a scan's
+row, and nothing else by which it could be found.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import hashlib
 import importlib.util
 import io
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,12 +24,13 @@ import torch
 from huggingface_hub.constants import HF_HOME
 from PIL import Image
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from ..data.collection import Record, open_collection
 from ..image_processing_m3ret import M3RetImageProcessor
 from ..modeling_m3ret import M3RetModel
-from ..retrieval.embed import Embedder, embed_records, encoder_embedder, unpatchify
-from ..retrieval.embedding_store import facts_of, fingerprint
+from ..retrieval.embed import Embedded, Embedder, embed_records, encoder_embedder, unpatchify
+from ..retrieval.embedding_store import facts_of, fingerprint, read_shard, shard_place, write_shard
 from ..retrieval.exact_search import Hits
 from ..retrieval.index import IndexFormatError, ModelFacts, RetrievalIndex, Where
 from ..whole_files import writing_whole
@@ -38,7 +41,7 @@ PUBLISHED = "gallery"  # the folder of a Space
 ABOUT = "gallery.json"
 THUMBNAILS = "thumbnails.parquet"
 THUMBNAIL = 128  # px
-SCANS_TOGETHER = 256  # whose thumbnails are in memory at a time, 50 MB
+SHARD_SCANS = 32  # half a minute of CTs on two cores is the most that is done twice after an interruption
 # real scans of the package pydicom-data whose pixels name nobody: modality and anatomy, as one sees them
 SAMPLES = {
     "RG1_UNCR.dcm": ("xray", "chest"),
@@ -171,29 +174,48 @@ def embed_gallery(
         ValueError: if no scan can be read.
     """
     facts = facts_of(model, processor, name)
-    told = json.dumps([facts.revision, facts.processor, fingerprint(records), THUMBNAIL])
+    told = json.dumps([facts.revision, facts.processor, fingerprint(records), THUMBNAIL, SHARD_SCANS])
     folder = (folder or Path(HF_HOME) / "m3ret" / "galleries") / hashlib.sha256(told.encode()).hexdigest()[:24]
     if (folder / ABOUT).is_file():
         kept = _load(folder, facts, records)
         kept.collection = collection
         return kept
-    embedders = [encoder_embedder(model), thumbnail_embedder(processor)]
-    embeddings: list[Tensor] = []
-    thumbnails: list[bytes] = []
-    places: list[int] = []
-    place_of = {record.id: place for place, record in enumerate(records)}
-    for start in range(0, len(records), SCANS_TOGETHER):
-        encoded, pictures = embed_records(embedders, processor, records[start : start + SCANS_TOGETHER])
-        places += [place_of[record.id] for record in encoded.records]
-        if encoded.records:
-            embeddings.append(encoded.embeddings)
-            thumbnails += [_webp(pixels) for pixels in pictures.embeddings]
-    if not places:
+    embedded, pictures = _embed_in_shards(records, model, processor, folder / "shards")
+    if not embedded.records:
         raise ValueError(f"found no scan that can be read among {len(records)}, expected a gallery")
-    index = RetrievalIndex.build(torch.cat(embeddings), _metadata(records, places), facts)
-    gallery = Gallery(index, [records[place] for place in places], pa.chunked_array([thumbnails]), collection)
+    place_of = {record.id: place for place, record in enumerate(records)}
+    places = [place_of[record.id] for record in embedded.records]
+    index = RetrievalIndex.build(embedded.embeddings, _metadata(records, places), facts)
+    gallery = Gallery(index, embedded.records, pa.chunked_array([pictures]), collection)
     gallery.save(folder)
+    shutil.rmtree(folder / "shards")
     return gallery
+
+
+def _embed_in_shards(
+    records: Sequence[Record], model: M3RetModel, processor: M3RetImageProcessor, folder: Path
+) -> tuple[Embedded, list[bytes]]:
+    """Embeddings and WebP pictures of the scans that can be read. Shards that are in the folder are not made again."""
+    kinds = {kind: folder / kind for kind in ("embeddings", "pictures")}
+    for kept in kinds.values():
+        kept.mkdir(parents=True, exist_ok=True)
+    embedders = [encoder_embedder(model), thumbnail_embedder(processor)]
+    parts: list[Embedded] = []
+    pictures: list[bytes] = []
+    with tqdm(total=len(records), desc="embedding the gallery", unit="scan") as bar:
+        for start in range(0, len(records), SHARD_SCANS):
+            shard = range(start, min(start + SHARD_SCANS, len(records)))
+            if not all(shard_place(kept, shard).is_file() for kept in kinds.values()):
+                made = embed_records(embedders, processor, records[shard.start : shard.stop], progress=False)
+                for kept, part in zip(kinds.values(), made, strict=True):
+                    part.failures.clear()  # they hold names
+                    write_shard(shard_place(kept, shard), shard, part, records)
+            parts.append(read_shard(kinds["embeddings"], shard, records))
+            pictures += [_webp(pixels) for pixels in read_shard(kinds["pictures"], shard, records).embeddings]
+            bar.update(len(shard))
+    readable = [part for part in parts if part.records]
+    embeddings = torch.cat([part.embeddings for part in readable]) if readable else torch.empty(0, 0)
+    return Embedded(embeddings, [record for part in readable for record in part.records]), pictures
 
 
 def sample_records() -> list[Record]:

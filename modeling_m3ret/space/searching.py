@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import math
 import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as TookTooLong
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -29,6 +30,7 @@ from ..retrieval.matching import ScanTokens, locate, rerank, scan_tokens
 from .gallery import Facts, Filters, Gallery
 from .shelf import Shelf
 from .uploads import LIMITS, read_upload
+from .viewer import Region
 
 
 SCANS_BYTES = 2**31  # of all open scans: two of the largest that are let in, or hundreds of the usual kind
@@ -87,8 +89,8 @@ class Searching:
         self._heats: Shelf[Heat] = Shelf(HEATS_BYTES)
         self._tokens: Shelf[ScanTokens] = Shelf(TOKENS_BYTES)
         self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="m3ret-reader")
-        self._encode = on_gpu(self._encode_here)
-        self._tokenise = on_gpu(self._tokenise_here)
+        self._encode = on_gpu(model, self._encode_here)
+        self._tokenise = on_gpu(model, self._tokenise_here)
 
     # ------------------------------------------------------------------------------------------------------- queries
 
@@ -179,26 +181,36 @@ class Searching:
             self._scans.put(key, scan, scan.array.nbytes)
         return scan
 
-    def heat(self, query: Query, row: int) -> Heat:
-        """Where the query and a scan of the gallery match.
+    def heat(self, query: Query, row: int, region: Region | None = None) -> Heat:
+        """Where the query, or a region of it, and a scan of the gallery match; outside the region the query is cold.
+
+        Raises:
+            PutAwayError, M3RetReadError: as `scan`. ValueError: as `locate`.
+        """
+        key = f"{query.key} {row} {region}"
+        heat = self._heats.get(key)
+        if heat is None:
+            match = locate(self._tokens_of(query.key), self._tokens_of(_key_of(row)), region, pairs=1)
+            best = match.pairs[0]
+            query_heat, query_slice = match.query_heat, round(best.query[0])
+            if region is not None:  # patches reach over its edges, and heat is interpolated between them
+                query_heat = torch.zeros_like(query_heat)
+                query_heat[region] = match.query_heat[region]
+                query_slice = min(max(query_slice, region[0].start), region[0].stop - 1)
+            heat = Heat(_in_bytes(query_heat), _in_bytes(match.hit_heat), query_slice, match.hit_slice, best.confidence)
+            self._heats.put(key, heat, heat.query.nbytes + heat.hit.nbytes)
+        return heat
+
+    def slab(self, query: Query, place: int) -> slice:
+        """The slices that the encoder sees in one patch with this one: those whose middle lies in its patch.
 
         Raises:
             PutAwayError, M3RetReadError: as `scan`.
         """
-        key = f"{query.key} {row}"
-        heat = self._heats.get(key)
-        if heat is None:
-            match = locate(self._tokens_of(query.key), self._tokens_of(_key_of(row)), pairs=1)
-            best = match.pairs[0]
-            heat = Heat(
-                _in_bytes(match.query_heat),
-                _in_bytes(match.hit_heat),
-                round(best.query[0]),
-                match.hit_slice,
-                best.confidence,
-            )
-            self._heats.put(key, heat, heat.query.nbytes + heat.hit.nbytes)
-        return heat
+        edges = self._tokens_of(query.key).edges[0]
+        patch = int(torch.searchsorted(edges, place + 0.5, right=True)) - 1
+        start, stop = (math.ceil(float(edge) - 0.5) for edge in edges[patch : patch + 2])
+        return slice(start, stop)
 
     def _tokens_of(self, key: str) -> ScanTokens:
         tokens = self._tokens.get(key)
@@ -241,9 +253,15 @@ def _in_bytes(heat: Tensor) -> NDArray[np.uint8]:
     return (heat * (255 / hottest if hottest > 0 else 0)).round().byte().numpy()
 
 
-def on_gpu(function: Callable[..., Any]) -> Callable[..., Any]:
+def on_gpu(model: torch.nn.Module, function: Callable[[Scan], Result]) -> Callable[[Scan], Result]:
     """On a Space with ZeroGPU, a function that is lent a GPU while it runs; elsewhere the function."""
     if importlib.util.find_spec("spaces") is None:
         return function
-    lent: Callable[..., Any] = importlib.import_module("spaces").GPU(function)
-    return lent
+
+    def lent(scan: Scan) -> Result:
+        if torch.cuda.is_available():
+            model.to("cuda")  # in the process that has the GPU: the app's own has none, so the model came on the CPU
+        return function(scan)
+
+    wrapped: Callable[[Scan], Result] = importlib.import_module("spaces").GPU(lent)
+    return wrapped

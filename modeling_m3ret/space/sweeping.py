@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -26,13 +27,19 @@ def sweep(folder: Path, seconds: float) -> None:
                 path.unlink()
 
 
-def keep_sweeping(folder: Path) -> threading.Event:
-    """Sweep now and then, in a thread that ends with the process, or when the event is set."""
+def keep_sweeping(folder: Path, remembered: Sequence[set[str]] = ()) -> threading.Event:
+    """Sweep now and then, in a thread that ends with the process, or when the event is set.
+
+    Args:
+        remembered: paths of files, from which those that are gone are taken out: Gradio adds each one that it wrote.
+    """
     stop = threading.Event()
 
     def work() -> None:
         while not stop.wait(EVERY_SECONDS):
             sweep(folder, SECONDS_KEPT)
+            for paths in remembered:
+                paths.difference_update([path for path in paths.copy() if not Path(path).exists()])
 
     threading.Thread(target=work, name="m3ret-sweeper", daemon=True).start()
     return stop

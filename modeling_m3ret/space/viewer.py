@@ -1,12 +1,14 @@
-"""One slice or frame of a scan as a picture: windowed where it is in HU, heat on top, square in millimetres."""
+"""One slice or frame of a scan as a picture: windowed where it is in HU, heat on top, square in millimetres; and which
+voxel a place in the picture is."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from ..reading_m3ret import Scan
 from ..scan_m3ret import HU_RANGE
@@ -31,6 +33,10 @@ WINDOWS = {
 LONGEST = 640  # px: half of a page of 1280
 HEAT_COLOUR = np.array([[0, 0, 0], [180, 30, 60], [255, 120, 0], [255, 235, 90]], np.float32)  # cold to hot
 HEAT_OPACITY = 0.65
+MARK_COLOUR = "#00e5ff"  # far from the heat's colours and from grey
+CORNER_MARK = 7  # px to each side
+
+Region = tuple[slice, slice, slice]  # a box of voxels along D, H and W, as `locate` takes it
 
 
 def is_in_hu(scan: Scan) -> bool:
@@ -61,13 +67,20 @@ def facts_of_scan(scan: Scan) -> str:
 
 
 def picture(
-    scan: Scan, place: int, window: Window | None = None, heat: NDArray[np.uint8] | None = None, longest: int = LONGEST
+    scan: Scan,
+    place: int,
+    window: Window | None = None,
+    heat: NDArray[np.uint8] | None = None,
+    region: Region | None = None,
+    corner: tuple[int, int] | None = None,
+    longest: int = LONGEST,
 ) -> Image.Image:
     """A slice or frame in RGB, its longer side `longest` px, its shape that of the body where spacing is known.
 
     Args:
         place: of the slice, from 0; beyond the ends it is the last one there. window: of a scan in HU.
-        heat: `(D, H, W)` on the scan's own array.
+        heat: `(D, H, W)` on the scan's own array. region: framed, on the slices that it has. corner: row and column of
+        a voxel that is marked.
     """
     place = min(max(place, 0), slices_of(scan) - 1)
     plane = scan.array[:, place].astype(np.float32)  # (C, H, W)
@@ -80,7 +93,22 @@ def picture(
     size = _size(scan, longest)
     image = Image.fromarray(np.ascontiguousarray(np.broadcast_to(grey, (*grey.shape[:2], 3))))
     image = image.resize(size, Image.Resampling.BICUBIC)
-    return image if heat is None else _heated(image, heat[place])
+    if heat is not None:
+        image = _heated(image, heat[place])
+    if region is not None and region[0].start <= place < region[0].stop:
+        _frame(image, scan, region)
+    if corner is not None:
+        _mark(image, scan, corner)
+    return image
+
+
+def voxel_at(scan: Scan, x: float, y: float, longest: int = LONGEST) -> tuple[int, int]:
+    """Row and column of the voxel under a pixel of `picture`, counted from 0 as pixels are; beyond the edges the one
+    there."""
+    width, height = _size(scan, longest)
+    _, _, H, W = scan.array.shape
+    row, column = int((y + 0.5) * H / height), int((x + 0.5) * W / width)
+    return min(max(row, 0), H - 1), min(max(column, 0), W - 1)
 
 
 def _size(scan: Scan, longest: int) -> tuple[int, int]:
@@ -102,6 +130,45 @@ def _heated(image: Image.Image, heat: NDArray[np.uint8]) -> Image.Image:
     return Image.fromarray(np.rint(mixed).astype(np.uint8))
 
 
+def _frame(image: Image.Image, scan: Scan, region: Region) -> None:
+    """The region's outline, just within it, dark on both sides so that it is seen on white."""
+    _, _, H, W = scan.array.shape
+    _, rows, columns = region
+    left, right = (round(edge * image.width / W) for edge in (columns.start, columns.stop))
+    top, bottom = (round(edge * image.height / H) for edge in (rows.start, rows.stop))
+    draw = ImageDraw.Draw(image)
+    for inset, colour in enumerate(("#000000", MARK_COLOUR, MARK_COLOUR, "#000000")):
+        if right - left > 2 * inset and bottom - top > 2 * inset:
+            draw.rectangle([left + inset, top + inset, right - 1 - inset, bottom - 1 - inset], outline=colour)
+
+
+def _mark(image: Image.Image, scan: Scan, corner: tuple[int, int]) -> None:
+    """A cross on the centre of a voxel."""
+    _, _, H, W = scan.array.shape
+    y, x = (corner[0] + 0.5) * image.height / H, (corner[1] + 0.5) * image.width / W
+    draw = ImageDraw.Draw(image)
+    for colour, width in (("#000000", 4), (MARK_COLOUR, 2)):
+        draw.line([x - CORNER_MARK, y, x + CORNER_MARK, y], fill=colour, width=width)
+        draw.line([x, y - CORNER_MARK, x, y + CORNER_MARK], fill=colour, width=width)
+
+
 def linked(place: int, slices: int, other_slices: int) -> int:
     """The slice of the other scan at the same part of the way through it."""
     return round(place / max(1, slices - 1) * (other_slices - 1))
+
+
+def region_of(scan: Scan, numbers: Sequence[float | None]) -> Region | None:
+    """The box from the first to the last slice, row and column, counted from 1 as the sliders are: both ends belong to
+    it, in either order and within the scan; None is the scan's end. None for the whole scan."""
+    axes = []
+    for low, high, size in zip(numbers[::2], numbers[1::2], scan.array.shape[1:], strict=True):
+        ends = [min(max(int(default if end is None else end), 1), size) for end, default in ((low, 1), (high, size))]
+        axes.append(slice(min(ends) - 1, max(ends)))
+    depth, rows, columns = axes
+    region = (depth, rows, columns)
+    return None if region == whole_of(scan) else region
+
+
+def whole_of(scan: Scan) -> Region:
+    _, D, H, W = scan.array.shape
+    return slice(0, D), slice(0, H), slice(0, W)

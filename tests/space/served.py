@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import tiny_config
 
 from modeling_m3ret import M3RetImageProcessor, M3RetModel
@@ -46,9 +47,9 @@ class Served:
         raise LookupError(f"{modality} {suffix}")
 
 
-def small_phantom(folder: Path) -> list[Record]:
-    """A phantom's records; two rows of its manifest carry HTML where words should stand."""
-    write_phantom(folder, subjects=SUBJECTS, workers=0)
+def small_phantom(folder: Path, subjects: int = SUBJECTS) -> list[Record]:
+    """A phantom's records; some rows of its manifest carry HTML where words should stand."""
+    write_phantom(folder, subjects=subjects, workers=0)
     rows = list(csv.DictReader((folder / "manifest.csv").open(newline="")))
     rows[0]["label"], rows[1]["label"], rows[2]["label"] = EVIL_LABEL, EVIL_MARKDOWN, "=HYPERLINK(1)"
     rows[5]["anatomy"] = EVIL_LABEL
@@ -60,25 +61,35 @@ def small_phantom(folder: Path) -> list[Record]:
 
 
 def small_gallery(folder: Path, records: list[Record]) -> tuple[M3RetModel, M3RetImageProcessor, Gallery]:
+    torch.manual_seed(0)  # a fixture of a module comes before the seed of a test
     model, processor = M3RetModel(tiny_config()).eval(), M3RetImageProcessor(size=48, num_frames=8)
     return model, processor, embed_gallery(records, model, processor, "m3ret-tiny", folder=folder)
 
 
 @contextmanager
-def serving(folder: Path, upload_bytes: int = 2**25) -> Iterator[Served]:
+def serving(
+    folder: Path, upload_bytes: int = 2**25, auth: tuple[str, str] | None = None, subjects: int = SUBJECTS
+) -> Iterator[Served]:
     pytest.importorskip("gradio", reason="the Space needs gradio: pip install m3ret[app]")
     from modeling_m3ret.space.pages import Serving, build, serve
 
-    records = small_phantom(folder / "secret-ward")
+    records = small_phantom(folder / "secret-ward", subjects)
     model, processor, gallery = small_gallery(folder / "galleries", records)
     searching = Searching(model, processor, gallery)
     page = build(searching, str(folder))
     try:
-        address = serve(page, Serving(upload_bytes=upload_bytes), wait=False)
+        address = serve(page, Serving(upload_bytes=upload_bytes, auth=auth), wait=False)
         yield Served(address, page, folder, records, searching, Path(os.environ["GRADIO_TEMP_DIR"]))
     finally:
         page.close()
         shutil.rmtree(os.environ.pop("GRADIO_TEMP_DIR"), ignore_errors=True)
+
+
+def pictures_folder(otherwise: Path) -> Path:
+    """Where screenshots go: M3RET_SCREENSHOTS, to be looked at, or a folder that pytest removes."""
+    folder = Path(os.environ.get("M3RET_SCREENSHOTS") or otherwise)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def find_browser() -> str:

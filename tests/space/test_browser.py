@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import io
 import re
 import zipfile
 from collections.abc import Iterator
@@ -10,11 +10,14 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import httpx
 import numpy as np
 import pytest
-from served import SUBJECTS, Served, browsing, find_browser, serving
+from PIL import Image
+from served import SUBJECTS, Served, browsing, find_browser, pictures_folder, serving
 
 from modeling_m3ret.space.explore import SIDE, GalleryMap
+from modeling_m3ret.space.viewer import WHOLE_RANGE, WINDOWS, picture, voxel_at
 
 
 SCANS = 5 * SUBJECTS
@@ -70,10 +73,7 @@ def open_page(context: Any, served: Served, asked: list[str]) -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where screenshots go: M3RET_SCREENSHOTS, to be looked at, or a folder that pytest removes."""
-    folder = Path(os.environ.get("M3RET_SCREENSHOTS") or tmp_path_factory.mktemp("screenshots"))
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+    return pictures_folder(tmp_path_factory.mktemp("screenshots"))
 
 
 def upload(page: Any, *files: Path) -> None:
@@ -129,7 +129,7 @@ def one_of_each(served: Served, folder: Path) -> dict[str, list[Path]]:
 
 
 @pytest.mark.parametrize("kind", ["slices", "zip", "nifti", "video", "dicom", "image"])
-def test_what_is_uploaded_is_found(kind: str, open_page: Any, served: Served, tmp_path: Path) -> None:
+def test_what_is_uploaded_is_found(kind: str, open_page: Any, served: Served, tmp_path: Path, pictures: Path) -> None:
     page = open_page()
     upload(page, *one_of_each(served, tmp_path)[kind])
     found = hits(page)
@@ -139,9 +139,10 @@ def test_what_is_uploaded_is_found(kind: str, open_page: Any, served: Served, tm
     assert re.search(r"\d+ × \d+ px", facts)
     assert ("slices of" in facts) == (kind in ("slices", "zip", "nifti"))
     assert ("frames of" in facts) == (kind == "video")
+    page.screenshot(path=pictures / f"1280-light-upload-{kind}.png")
 
 
-def test_filters_narrow_the_hits(open_page: Any, served: Served) -> None:
+def test_filters_narrow_the_hits(open_page: Any, served: Served, pictures: Path) -> None:
     page = open_page()
     upload(page, served.of("xray", ".png"))
     assert len(hits(page)) == 8
@@ -152,6 +153,8 @@ def test_filters_narrow_the_hits(open_page: Any, served: Served) -> None:
         f"() => document.querySelectorAll('#grid .caption-label').length === {SUBJECTS}", timeout=PATIENCE_MS
     )
     assert all(" · ct · " in caption for caption in hits(page))
+    page.keyboard.press("Escape")
+    page.screenshot(path=pictures / "1280-light-filtered.png", full_page=True)
 
 
 def test_a_hit_is_seen_beside_the_query_and_both_move(open_page: Any, served: Served, pictures: Path) -> None:
@@ -201,6 +204,113 @@ def test_a_hit_is_seen_beside_the_query_and_both_move(open_page: Any, served: Se
     page.wait_for_function(f"() => document.querySelector('#query-slice input[type=range]').value === '{start}'")
 
 
+def shown(page: Any, image: str, served: Served) -> np.ndarray:
+    """A picture's pixels, as the server sent them."""
+    answer = httpx.get(source(page, image), timeout=PATIENCE_MS / 1000)
+    return np.asarray(Image.open(io.BytesIO(answer.content)).convert("RGB")).astype(float)
+
+
+def click_at(page: Any, image: str, right: float, down: float) -> tuple[int, int]:
+    """Click at these parts of a picture's width and height; which of its own pixels that is."""
+    element = page.locator(f"{image} img")
+    element.scroll_into_view_if_needed()
+    box = element.bounding_box()
+    element.click(position={"x": right * box["width"], "y": down * box["height"]})
+    width, height = element.evaluate("picture => [picture.naturalWidth, picture.naturalHeight]")
+    return round(right * width), round(down * height)
+
+
+def asking(page: Any, words: str) -> None:
+    """Wait until the line above the pictures says this."""
+    page.wait_for_function("words => document.querySelector('#asking').innerText.includes(words)", arg=words)
+    settled(page)
+
+
+def region_fields(page: Any) -> list[int]:
+    return [int(field.input_value()) for field in page.locator("#region input").all()]
+
+
+@pytest.mark.parametrize(("name", "viewport"), [("1280", WIDE), ("390", NARROW)])
+def test_a_region_of_the_query_asks_where_it_matches(
+    name: str, viewport: dict[str, int], open_page: Any, served: Served, pictures: Path
+) -> None:
+    page = open_page(viewport)
+    row = next(row for row, record in enumerate(served.records) if record.modality == "ct")
+    query = served.searching.query_of_row(row)
+    page.locator("#examples button", has_text="ct").click()
+    hits(page)
+    found = [hit["item"] for hit in served.searching.search(query, 8)]
+    open_hit(page)
+    asking(page, "Where does this match?")
+    scan, hit = served.searching.scan(f"row-{row}"), served.searching.scan(f"row-{found[0]}")
+    D, H, W = scan.array.shape[1:]
+    place = int(page.locator("#query-slice input[type=range]").input_value()) - 1
+    top = voxel_at(scan, *click_at(page, "#query-image", 0.3, 0.35))
+    asking(page, "opposite corner")
+    if name == "1280":
+        page.screenshot(path=pictures / f"{name}-light-first-corner.png", full_page=True)
+    bottom = voxel_at(scan, *click_at(page, "#query-image", 0.7, 0.6))
+    asking(page, "Where columns")
+    page.screenshot(path=pictures / f"{name}-light-region.png", full_page=True)
+    assert page.evaluate("() => document.documentElement.scrollWidth") <= viewport["width"], "nothing sticks out"
+    page.get_by_text("The region in numbers").click()
+    slab = served.searching.slab(query, place)
+    assert 1 <= slab.stop - slab.start < D
+    numbers = region_fields(page)
+    # a pixel to either side for the browser's fractions of one
+    expected = [slab.start + 1, slab.stop, top[0] + 1, bottom[0] + 1, top[1] + 1, bottom[1] + 1]
+    np.testing.assert_allclose(numbers, expected, atol=1)
+    assert numbers[:2] == expected[:2]
+
+    region = tuple(slice(low - 1, high) for low, high in zip(numbers[::2], numbers[1::2], strict=True))
+    heat, whole = served.searching.heat(query, found[0], region), served.searching.heat(query, found[0])
+    assert page.locator("#hit-slice input[type=range]").input_value() == str(heat.hit_slice + 1)
+    assert page.locator("#query-slice input[type=range]").input_value() == str(place + 1), "the query stays"
+    window = WINDOWS[WHOLE_RANGE]
+    theirs = shown(page, "#hit-image", served)
+    of_region, of_whole = (picture(hit, heat.hit_slice, window, own.hit) for own in (heat, whole))
+    error = np.abs(theirs - np.asarray(of_region)).mean()
+    assert error < 3, "but for the compression of pictures"
+    assert error < np.abs(theirs - np.asarray(of_whole)).mean()
+    framed, plain = (picture(scan, place, window, heat.query, own) for own in (region, None))
+    ours = shown(page, "#query-image", served)
+    assert np.abs(ours - np.asarray(framed)).mean() < np.abs(ours - np.asarray(plain)).mean()
+    if name == "390":
+        return
+
+    slider = page.locator("#query-slice input[type=range]")
+    before = source(page, "#query-image")
+    slider.focus()
+    page.keyboard.press("ArrowRight" if place + 1 < D else "ArrowLeft")
+    changed(page, "#query-image", before)
+    settled(page)
+    assert region_fields(page) == numbers, "the region stays while slices move"
+    open_hit(page, 1)
+    asking(page, "Where columns")
+    assert region_fields(page) == numbers, "and for another hit"
+
+    page.locator("#region-left-column input").focus()
+    page.keyboard.press("Control+a")
+    page.keyboard.type(str(numbers[4] + 2))
+    asking(page, f"Where columns {numbers[4] + 2} to {numbers[5]}")
+    page.locator("#whole-scan").focus()
+    page.keyboard.press("Enter")
+    asking(page, "Where does this match?")
+    assert region_fields(page) == [1, D, 1, H, 1, W]
+    assert page.locator("#hit-slice input[type=range]").input_value() == str(
+        served.searching.heat(query, found[1]).hit_slice + 1
+    )
+
+    click_at(page, "#query-image", 0.3, 0.3)
+    asking(page, "opposite corner")
+    page.locator("#examples button", has_text="xray").click()
+    page.wait_for_function("() => !document.querySelector('#viewer')?.offsetParent")
+    hits(page)
+    open_hit(page)
+    asking(page, "Where does this match?")
+    assert page.locator("#region-first-slice").count() == 0, "a picture has no slices to choose from"
+
+
 def test_windows_are_offered_for_hounsfield_units_alone(open_page: Any, served: Served) -> None:
     page = open_page()
     upload(page, served.of("xray", ".png"))
@@ -243,11 +353,15 @@ def test_the_table_holds_what_the_pictures_show(open_page: Any, served: Served, 
     page.screenshot(path=pictures / "1280-light-table.png", full_page=True)
 
 
-def test_a_bad_file_is_told_in_words_and_the_page_lives(open_page: Any, served: Served, tmp_path: Path) -> None:
+def test_a_bad_file_is_told_in_words_and_the_page_lives(
+    open_page: Any, served: Served, tmp_path: Path, pictures: Path
+) -> None:
     page = open_page()
     (tmp_path / "broken.dcm").write_text("this is no scan")
     upload(page, tmp_path / "broken.dcm")
     page.get_by_text("broken.dcm: found text; expected DICOM").wait_for()
+    assert page.locator("#status .error").count() == 0, "no mark of an error hides what stands there"
+    page.screenshot(path=pictures / "1280-light-broken-file.png")
     page.reload()
     upload(page, served.of("xray", ".png"))
     assert len(hits(page)) == 8

@@ -195,13 +195,15 @@ def test_sweeping_goes_on_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     old.write_text("x")
     new.write_text("x")
     os.utime(old, (time.time() - sweeping.SECONDS_KEPT - 1,) * 2)
-    stop = sweeping.keep_sweeping(tmp_path)
+    remembered = {str(old), str(new)}
+    stop = sweeping.keep_sweeping(tmp_path, [remembered])
     deadline = time.time() + PATIENCE
-    while old.exists() and time.time() < deadline:
+    while len(remembered) > 1 and time.time() < deadline:
         time.sleep(0.01)
     stop.set()
     assert not old.exists()
     assert new.exists()
+    assert remembered == {str(new)}
 
 
 def test_nothing_told_names_a_file_or_a_patient(client: Any, served: Served) -> None:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import signal
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -15,12 +20,15 @@ from served import small_gallery, small_phantom
 from modeling_m3ret import M3RetImageProcessor, M3RetModel, M3RetReadError
 from modeling_m3ret.data.collection import Record
 from modeling_m3ret.retrieval.index import IndexFormatError, RetrievalIndex
-from modeling_m3ret.retrieval.matching import late_interaction, scan_tokens
+from modeling_m3ret.retrieval.matching import late_interaction, locate, scan_tokens
 from modeling_m3ret.space import gallery as gallery_module
 from modeling_m3ret.space import searching as searching_module
 from modeling_m3ret.space.explore import SIDE, GalleryMap
 from modeling_m3ret.space.gallery import THUMBNAIL, Filters, Gallery, embed_gallery, open_gallery
 from modeling_m3ret.space.searching import PutAwayError, Searching
+
+
+PATIENCE = 300.0  # s, of a machine that is busy with other things
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +90,59 @@ def test_another_models_index_is_refused(folder: Path, parts: tuple[M3RetModel, 
         open_gallery(str(folder / "index"), other, processor, "m3ret-tiny")
 
 
+def test_an_interrupted_embedding_is_gone_on_with(
+    records: list[Record],
+    parts: tuple[M3RetModel, M3RetImageProcessor, Gallery],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """Killed in the middle: what was embedded is not embedded again, and the gallery is that of one that was not."""
+    model, processor, _ = parts
+    kept, shard, done = tmp_path / "galleries", 3, 2
+    monkeypatch.setattr(gallery_module, "SHARD_SCANS", shard)
+    embed = gallery_module.embed_records
+
+    def stuck_after_some(*arguments: Any, **named: Any) -> Any:
+        while len(list(kept.glob("*/shards/pictures/*.safetensors"))) >= done:
+            time.sleep(1)
+        return embed(*arguments, **named)
+
+    def until_killed() -> None:
+        gallery_module.embed_records = stuck_after_some
+        embed_gallery(records, model, processor, "tiny", folder=kept)
+
+    killed = multiprocessing.get_context("fork").Process(target=until_killed)
+    killed.start()
+    deadline = time.monotonic() + PATIENCE
+    while len(list(kept.glob("*/shards/pictures/*.safetensors"))) < done and time.monotonic() < deadline:
+        assert killed.is_alive()
+        time.sleep(0.02)
+    killed.kill()
+    killed.join()
+    assert killed.exitcode == -signal.SIGKILL
+    assert not list(kept.glob("*/gallery.json")), "it is not taken for a whole one"
+    assert "embedding the gallery" in capfd.readouterr().err, "progress is shown"
+
+    whole = embed_gallery(records, model, processor, "tiny", folder=tmp_path / "not interrupted")
+    embedded: list[Record] = []
+
+    def counted(embedders: Any, processor: Any, some: list[Record], **named: Any) -> Any:
+        embedded.extend(some)
+        return embed(embedders, processor, some, **named)
+
+    monkeypatch.setattr(gallery_module, "embed_records", counted)
+    resumed = embed_gallery(records, model, processor, "tiny", folder=kept)
+    assert embedded == records[done * shard :]
+    assert resumed.records == whole.records == records
+    torch.testing.assert_close(resumed.index.embeddings, whole.index.embeddings, rtol=0, atol=1e-3)
+    for row in range(len(records)):
+        one, other = (np.asarray(gallery.thumbnail(row), int) for gallery in (resumed, whole))
+        assert np.abs(one - other).max() <= 2
+    assert resumed.index.metadata.equals(whole.index.metadata)
+    assert not list(kept.glob("*/shards")), "the shards are no longer needed"
+
+
 def test_unreadable_scans_are_left_out(folder: Path, records: list[Record], tmp_path: Path) -> None:
     (tmp_path / "broken.png").write_bytes(b"nothing")
     broken = Record("broken", tmp_path / "broken.png", "xray", "chest", "", "nobody")
@@ -131,6 +192,47 @@ def test_heat_is_where_the_scan_meets_itself(searching: Searching, records: list
     np.testing.assert_allclose(heat.query.astype(int), heat.hit.astype(int), atol=1)
 
 
+def test_heat_of_a_region_is_that_of_its_patches_alone(searching: Searching, records: list[Record]) -> None:
+    row = next(row for row, record in enumerate(records) if record.modality == "ct")
+    query = searching.query_of_row(row)
+    tokens = scan_tokens(searching.model, searching.processor, [searching.scan(f"row-{row}")])[0]
+    D, H, W = tokens.shape
+    for region in (
+        (slice(0, D // 2), slice(0, H // 2), slice(0, W // 2)),
+        (slice(D // 2, D), slice(H // 2, H), slice(W // 2, W)),
+    ):
+        heat = searching.heat(query, row, region)
+        hottest = np.unravel_index(heat.query.argmax(), heat.query.shape)
+        edges = [
+            (float(own[own <= at][-1]), float(own[own > at][0])) for own, at in zip(tokens.edges, hottest, strict=True)
+        ]
+        for (low, high), axis in zip(edges, region, strict=True):
+            assert low < axis.stop, "the hottest patch reaches into the region"
+            assert high > axis.start
+        outside = heat.query.copy()
+        outside[region] = 0
+        assert heat.query.max() == 255
+        assert not outside.any()
+        assert region[0].start <= heat.query_slice < region[0].stop
+        expected = locate(tokens, tokens, region)
+        assert heat.hit_slice == expected.hit_slice
+        assert heat.confidence == pytest.approx(expected.pairs[0].confidence)
+    assert searching.heat(query, row).confidence >= heat.confidence
+
+
+def test_a_slab_is_what_the_encoder_sees_in_one_patch(searching: Searching, records: list[Record]) -> None:
+    for modality in ("ct", "endoscopy", "xray"):
+        row = next(row for row, record in enumerate(records) if record.modality == modality)
+        query = searching.query_of_row(row)
+        edges = scan_tokens(searching.model, searching.processor, [searching.scan(query.key)])[0].edges[0]
+        slices = searching.scan(query.key).array.shape[1]
+        for place in range(slices):
+            middles = np.arange(slices) + 0.5
+            patch = int((edges.numpy() <= middles[place]).sum())  # the one that begins before its middle, and the last
+            together = np.flatnonzero((edges.numpy()[:, None] <= middles).sum(0) == patch)
+            assert searching.slab(query, place) == slice(together[0], together[-1] + 1)
+
+
 def test_reranking_is_late_interaction_of_the_first_hits(searching: Searching, records: list[Record]) -> None:
     query = searching.query_of_row(2)
     first = [hit["item"] for hit in searching.search(query, 6)]
@@ -169,12 +271,48 @@ def test_a_scan_of_the_gallery_that_is_gone_is_told_without_its_name(
 
 
 def test_reading_ends_in_time(searching: Searching, records: list[Record], monkeypatch: pytest.MonkeyPatch) -> None:
-    import time
-
     monkeypatch.setattr(searching_module, "READ_SECONDS", 0.05)
     monkeypatch.setattr(searching_module, "read_upload", lambda *_: time.sleep(1))
     with pytest.raises(M3RetReadError, match=r"slow\.dcm: found a scan that took more than 0\.05 s"):
         searching.query_of_files(["slow.dcm"])
+
+
+def test_zerogpu_lends_a_gpu_to_the_encoder_alone(
+    parts: tuple[M3RetModel, M3RetImageProcessor, Gallery],
+    records: list[Record],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As the package does it: in another process, to which arguments are pickled, and which alone sees a GPU."""
+    (tmp_path / "spaces.py").write_text(
+        "import pickle, torch\n"
+        "calls = []\n"
+        "def GPU(function):\n"
+        "    def lent(*arguments):\n"
+        "        before, torch.cuda.is_available = torch.cuda.is_available, lambda: True\n"
+        "        try:\n"
+        "            calls.append(function)\n"
+        "            result = function(*pickle.loads(pickle.dumps(arguments)))\n"
+        "        finally:\n"
+        "            torch.cuda.is_available = before\n"
+        "        return pickle.loads(pickle.dumps(result))\n"
+        "    return lent\n"
+    )
+    place = records[0].place
+    assert isinstance(place, Path)
+    without = Searching(*parts)
+    embedding, heat = without.query_of_files([place]).embedding, without.heat(without.query_of_row(0), 1)
+    monkeypatch.syspath_prepend(tmp_path)
+    moved: list[str] = []
+    monkeypatch.setattr(type(parts[0]), "to", lambda self, device: moved.append(device) or self)
+    searching = Searching(*parts)
+    spaces = sys.modules["spaces"]
+    monkeypatch.delitem(sys.modules, "spaces")  # after the test it is gone again
+    assert not spaces.calls, "nothing is lent before it is needed"
+    torch.testing.assert_close(searching.query_of_files([place]).embedding, embedding, rtol=0, atol=0)
+    assert (len(spaces.calls), moved) == (1, ["cuda"])
+    np.testing.assert_array_equal(searching.heat(searching.query_of_row(0), 1).hit, heat.hit)
+    assert len(spaces.calls) == len(moved) == 3, "one for each of the two scans that are tokenised"
 
 
 def test_the_map_is_the_two_main_axes() -> None:

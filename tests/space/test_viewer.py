@@ -7,7 +7,7 @@ import pytest
 
 from modeling_m3ret.reading_m3ret import Scan, read_scan
 from modeling_m3ret.space.shelf import Shelf
-from modeling_m3ret.space.viewer import WINDOWS, Window, facts_of_scan, is_in_hu, linked, picture
+from modeling_m3ret.space.viewer import WINDOWS, Window, facts_of_scan, is_in_hu, linked, picture, region_of, voxel_at
 
 
 def ct(hounsfield: np.ndarray) -> Scan:
@@ -56,6 +56,63 @@ def test_heat_colours_what_is_hot_and_nothing_else() -> None:
     np.testing.assert_array_equal(different, heat[1] > 0)
     assert (hot[5:15, 20:30, 0] > hot[5:15, 20:30, 2]).all(), "yellow"
     assert picture(scan, 0, heat=heat).tobytes() == picture(scan, 0).tobytes()
+
+
+@pytest.mark.parametrize("spacing", [[4.0, 2.0, 1.0], [4.0, 0.5, 0.7], [1.0, 1.0, 3.0]])
+def test_a_place_in_a_picture_is_the_voxel_that_is_seen_there(spacing: list[float]) -> None:
+    """A volume whose values are its own coordinates: what a pixel shows is where it is."""
+    rows, columns = np.mgrid[:23, :37]
+    for axis, coordinates in enumerate((rows, columns)):
+        volume = np.broadcast_to(coordinates * 40 - 900, (2, 23, 37)).astype(np.int16)
+        scan = read_scan({"volume": volume, "intensity": "hounsfield", "spacing": spacing})
+        last = coordinates.max()
+        window = Window((last * 40) / 2 - 900, last * 40)  # black at 0, white at the last one
+        shown = np.asarray(picture(scan, 1, window))[..., 0] / 255 * last  # (height, width), in rows or columns
+        height, width = shown.shape
+        found = np.array([[voxel_at(scan, x, y)[axis] for x in range(0, width, 7)] for y in range(0, height, 5)])
+        seen = shown[::5, ::7]
+        inner = (seen > 1) & (seen < last - 1)  # what is bicubic at the edge is no longer linear
+        assert np.abs(found - seen)[inner].max() < 0.5 + last / 255
+        assert inner.mean() > 0.8
+        assert found.min() == 0
+        assert voxel_at(scan, width - 1, height - 1) == (22, 36)
+        assert voxel_at(scan, width + 50, -50) == (0, 36), "beyond the edges it is the one there"
+
+
+@pytest.mark.parametrize("spacing", [[4.0, 2.0, 1.0], [1.0, 1.0, 3.0]])
+def test_a_region_is_framed_where_its_voxels_are(spacing: list[float]) -> None:
+    region = (slice(1, 3), slice(4, 12), slice(10, 30))
+    volume = np.full((4, 23, 37), -1000, np.int16)
+    scan = read_scan({"volume": volume, "intensity": "hounsfield", "spacing": spacing})
+    for place in range(4):
+        plain, framed = (np.asarray(picture(scan, place, region=which)) for which in (None, region))
+        ys, xs = np.nonzero((plain != framed).any(-1))
+        if place not in (1, 2):
+            assert not len(ys), "the region does not reach this slice"
+            continue
+        voxels = {voxel_at(scan, x, y) for y, x in zip(ys, xs, strict=True)}
+        assert {row for row, _ in voxels} <= set(range(4, 12))
+        assert {column for _, column in voxels} <= set(range(10, 30))
+        for y, x in ((ys.min(), xs.min()), (ys.max(), xs.max())):
+            assert voxel_at(scan, x, y) == ((4, 10) if y == ys.min() else (11, 29))
+
+
+def test_a_corner_is_marked_on_its_voxel() -> None:
+    scan = read_scan(np.zeros((30, 40, 3), np.uint8))
+    marked = np.asarray(picture(scan, 0, corner=(12, 33))).any(-1)
+    ys, xs = np.nonzero(marked)
+    assert voxel_at(scan, xs.mean(), ys.mean()) == (12, 33)
+
+
+def test_numbers_are_a_region() -> None:
+    scan = ct(np.zeros((5, 30, 40)))
+    assert region_of(scan, [1, 5, 1, 30, 1, 40]) is None, "the whole scan"
+    assert region_of(scan, [None] * 6) is None, "an empty field is the scan's end"
+    inner = (slice(1, 3), slice(3, 10), slice(6, 20))
+    assert region_of(scan, [2, 3, 4, 10, 7, 20]) == inner
+    assert region_of(scan, [3, 2, 10, 4, 20, 7]) == inner, "in either order"
+    assert region_of(scan, [2, 99, -4, 10, None, 20]) == (slice(1, 5), slice(0, 10), slice(0, 20)), "within the scan"
+    assert region_of(scan, [2, 2, 30, 30, 40, 40]) == (slice(1, 2), slice(29, 30), slice(39, 40)), "one voxel"
 
 
 def test_facts_are_sizes_and_millimetres() -> None:
