@@ -87,8 +87,8 @@ def main() -> None:
     from modeling_m3ret.space.pages import Serving, build, serve
     from modeling_m3ret.space.searching import Searching
 
-    page = build(Searching(model, processor, gallery), str(name))
-    serve(page, Serving(arguments.port, arguments.share, arguments.auth))
+    searching = Searching(model, processor, gallery)
+    serve(build(searching, str(name)), searching, Serving(arguments.port, arguments.share, arguments.auth))
 
 
 if __name__ == "__main__":

@@ -70,6 +70,8 @@ def main() -> None:
         parser.error("--examples needs the folder of the report, --output")
     if arguments.rerank is not None and arguments.rerank < 1:
         parser.error(f"--rerank is {arguments.rerank}, expected at least 1")
+    if arguments.holdout is not None and not 0 < arguments.holdout < 1:
+        parser.error(f"--holdout is {arguments.holdout}, expected a part above 0 and below 1")
     accelerator = Accelerator()
     if accelerator.device.type == "cpu":
         prepare_cpu(accelerator.num_processes)
@@ -86,7 +88,7 @@ def main() -> None:
     titles = titles_of(arguments.model, arguments.baselines)
     names, others = titles[: len(arguments.model)], titles[len(arguments.model) :]
     methods: dict[str, Embedded] = {}
-    models, checkpoints, encoders = {}, {}, {}
+    models, checkpoints, processors, encoders = {}, {}, {}, {}
     notes = []
     settings = {"max_tokens": arguments.max_tokens, "num_workers": arguments.num_workers}
     for title, name in zip(names, arguments.model, strict=True):
@@ -96,9 +98,11 @@ def main() -> None:
         facts = training_facts(name)
         checkpoints[title] = facts | {"parameters": model.num_parameters()}
         notes += filter(None, [leak_in_words(title, collection, records, arguments.holdout, facts)])
-        encoders[title] = (model, processor)
+        processors[title] = processor
+        if arguments.rerank is not None:  # else a curve's many checkpoints would all stay in memory
+            encoders[title] = model
         methods[title] = embed_collection(model, processor, records, accelerator, name=name, dtype=dtype, **settings)
-    processor = encoders[names[0]][1]
+    processor = processors[names[0]]
     config = AutoConfig.from_pretrained(arguments.model[0])
     training = training_part(collection, records, arguments.holdout, checkpoints[names[0]])
     untrained = untrained_encoder(config, processor, training, accelerator, seed=arguments.seed, **settings)
@@ -119,7 +123,8 @@ def main() -> None:
     methods = beside | methods
     reranked: dict[str, Embedded] = {}
     if arguments.rerank is not None:  # the untrained encoder too: how much of it is the comparing of parts alone?
-        for title, (model, own_processor) in {untrained.title: (untrained.encoder, processor), **encoders}.items():
+        for title, model in {untrained.title: untrained.encoder, **encoders}.items():
+            own_processor = processors.get(title, processor)
             sources = (record.open() for record in tqdm(methods[title].records, desc="patches", unit="scan"))
             sample = whitening_sample(untrained.fitted_to, TOKEN_WHITENING_SCANS)
             own, most = None, {"max_tokens": arguments.max_tokens}
@@ -167,7 +172,7 @@ def main() -> None:
         }
         write_whole(arguments.output / "metrics.json", to_json(rows, **facts) + "\n")
         words = [table, *([format_differences(main_model, differences)] if differences else []), *notes]
-        shown_by = encoders[main_model][1] if arguments.examples else None
+        shown_by = processors[main_model] if arguments.examples else None
         at_first = [row for row in rows if row.method not in reranked]  # a curve is of what training changes
         pictures = report_pictures(compared, main_model, at_first, checkpoints, shown_by)
         words.append(write_pictures(arguments.output, pictures))
@@ -175,10 +180,11 @@ def main() -> None:
 
 
 def titles_of(models: list[str], baselines: list[str]) -> list[str]:
-    """What the table calls them: by the last part of their name, with a number where that repeats."""
+    """What the table calls them: by the last part of their name, numbered where that repeats or is another row's."""
     names = ["trained"] if len(models) == 1 else [baseline_name(name) for name in models]
     names += [baseline_name(name) for name in baselines]
-    return [f"{name} ({place})" if names.count(name) > 1 else name for place, name in enumerate(names, start=1)]
+    taken = [*names, "chance", "pixels", "untrained", "untrained, whitened"]
+    return [f"{name} ({place})" if taken.count(name) > 1 else name for place, name in enumerate(names, start=1)]
 
 
 if __name__ == "__main__":

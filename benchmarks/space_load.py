@@ -57,11 +57,11 @@ def app(model: str, gallery: str, home: Path, log: Path) -> Iterator[tuple[str, 
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     environment = os.environ | {"HF_HOME": str(home), "PYTHONPATH": str(PROJECT)}
-    command = [sys.executable, "app.py", "--model", model, "--gallery", gallery, "--port", str(port)]
+    command = [sys.executable, str(PROJECT / "app.py"), "--model", model, "--gallery", gallery, "--port", str(port)]
     address = f"http://127.0.0.1:{port}"
     started = time.perf_counter()
     with log.open("wb") as lines:
-        process = subprocess.Popen(command, cwd=PROJECT, env=environment, stdout=lines, stderr=lines)
+        process = subprocess.Popen(command, env=environment, stdout=lines, stderr=lines)
     try:
         while True:
             if process.poll() is not None or time.perf_counter() - started > PATIENCE:
@@ -140,9 +140,7 @@ def megabytes(process: psutil.Process) -> float:
 def load(address: str, process: psutil.Process, uploads: list[Path], users: int, seconds: float) -> None:
     times: dict[str, list[float]] = defaultdict(list)
     errors: list[str] = []
-    Visitor(address, uploads, -1).visit(
-        defaultdict(list), "search"
-    )  # what is made on first use is not counted as growth
+    Visitor(address, uploads, -1).visit(defaultdict(list), "search")  # what first use makes is no growth
     print(f"memory at the start {megabytes(process):6.0f} MB", flush=True)
     started = time.perf_counter()
 
@@ -183,7 +181,7 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory(prefix="m3ret-load-") as name:
         folder = Path(name)
-        model = str(Path(arguments.model).resolve()) if arguments.model else str(folder / "m3ret-small")
+        model = arguments.model or str(folder / "m3ret-small")
         if arguments.model is None:
             small_checkpoint(folder / "m3ret-small")
         write_phantom(folder / "uploads", subjects=4, workers=0)

@@ -46,7 +46,7 @@ def search_exactly(
         gallery: `(n, d)` float16, rows of norm 1; may be a map of a file. queries: `(q, d)` float32 of norm 1.
         banned: for each query, rows that must not be found. rounding: how far a row may move when rounded to bfloat16;
             `bfloat16_rounding(gallery)` is less than half of what holds for any, and so are the rows to look at twice.
-            allowed: `(n,)` bool, which rows may be found; None for all.
+        allowed: `(n,)` bool, which rows may be found; None for all.
 
     Raises:
         ValueError: if shapes do not fit, or k is not positive.

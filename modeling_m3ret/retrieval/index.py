@@ -42,6 +42,7 @@ EXACT_UP_TO = 1_000_000
 FILTERS_KEPT, FILTERS_KEPT_BYTES = 8, 2**28  # with their embeddings: 13 MiB for 1 % of 867,653 x 768
 GATHERED = 0.25  # of the gallery: what is more is searched by reading it all, faster than by copying
 COLUMNS = ("id", "patient", "modality", "anatomy", "labels", "source")
+SCHEMA = pa.schema([(name, pa.list_(pa.string()) if name == "labels" else pa.string()) for name in COLUMNS])
 
 
 class IndexFormatError(ValueError):
@@ -76,8 +77,8 @@ class Where:
             names = getattr(self, column)
             object.__setattr__(self, column, names if names is None else frozenset(names))
 
-    def rows(self, rows: int, column: Callable[[str], Coded]) -> np.ndarray:
-        """Those of a gallery of so many rows that are allowed, ascending.
+    def rows(self, gallery_size: int, column: Callable[[str], Coded]) -> np.ndarray:
+        """Those of a gallery of this size that are allowed, ascending.
 
         Of the columns that are asked for, the one that leaves the fewest is followed by its lists, the others are
         looked up for these alone.
@@ -85,7 +86,7 @@ class Where:
         asked = {
             name: names for name in ("modality", "anatomy", "source") if (names := getattr(self, name)) is not None
         }
-        allowed = np.arange(rows)
+        allowed = np.arange(gallery_size)
         if asked:
             fewest = min(asked, key=lambda name: column(name).count(asked[name]))
             allowed = column(fewest).rows_of(asked.pop(fewest))
@@ -148,10 +149,6 @@ class Part:
         return self.rows.nbytes + (0 if self.embeddings is None else self.embeddings.nbytes)
 
 
-def _is_in(metadata: pa.Table, column: str, names: Collection[str]) -> np.ndarray:
-    return np.asarray(pc.is_in(metadata.column(column), value_set=pa.array(list(names), pa.string())))
-
-
 @dataclass
 class RetrievalIndex:
     """Build with `build`, read with `load`.
@@ -212,7 +209,15 @@ class RetrievalIndex:
 
         Args:
             queries: `(q, d)` of any norm. patients: of each query, whose own scans are not to be found; "" for nobody.
+
+        Raises:
+            ValueError: if shapes do not fit, or k is not positive.
         """
+        if queries.ndim != 2 or queries.shape[1] != self.embeddings.shape[1] or k < 1:
+            raise ValueError(
+                f"queries {tuple(queries.shape)} do not fit {self.embeddings.shape[1]} dimensions, or k is {k}"
+            )
+        expect_of_each_query(patients, queries)
         queries = torch.nn.functional.normalize(queries.float(), dim=-1)
         if where is None and self.approximate is not None:
             return self._approximately(queries, k, self._own_rows(patients))
@@ -233,7 +238,7 @@ class RetrievalIndex:
 
     def _approximately(self, queries: Tensor, k: int, own: list[Tensor] | None) -> Hits:
         assert self.approximate is not None
-        if own is None:
+        if not own:
             return self.approximate.search(queries, k)
         hits = self.approximate.search(queries, k + max(len(rows) for rows in own))
         foreign = torch.stack([~torch.isin(found, rows) for found, rows in zip(hits.rows, own, strict=True)])
@@ -265,9 +270,9 @@ class RetrievalIndex:
             part = Part(torch.from_numpy(rows), embeddings)
             kept = list(self._filters.items())  # another thread that searches may change them meanwhile
             room = FILTERS_KEPT_BYTES - part.nbytes
-            while kept and (len(kept) >= FILTERS_KEPT or sum(old.nbytes for _, old in kept) > room):
-                self._filters.pop(kept.pop(0)[0], None)
-            if room >= 0:
+            if room >= 0:  # else others would leave for what is not kept
+                while kept and (len(kept) >= FILTERS_KEPT or sum(old.nbytes for _, old in kept) > room):
+                    self._filters.pop(kept.pop(0)[0], None)
                 self._filters[where] = part
         return part
 
@@ -296,7 +301,7 @@ class RetrievalIndex:
     def remove(self, ids: Collection[str]) -> RetrievalIndex:
         """A new index without these scans; ids that it does not have are passed over. An approximate one is built
         anew."""
-        kept = ~_is_in(self.metadata, "id", ids)
+        kept = ~np.asarray(pc.is_in(self.metadata.column("id"), value_set=pa.array(list(ids), pa.string())))
         gallery = self.embeddings[torch.from_numpy(np.flatnonzero(kept))]
         measured = self.approximate.measured if self.approximate else None
         approximate = ApproximateSearch.build(gallery, measured.method, measured.aim) if measured else None
@@ -418,7 +423,13 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def expect_of_each_query(patients: Sequence[str] | None, queries: Tensor) -> None:
+    if patients is not None and len(patients) != len(queries):
+        raise ValueError(f"found {len(patients)} patients, expected one of each of {len(queries)} queries")
+
+
 def directions(embeddings: Tensor) -> Tensor:
+    """Embeddings `(n, d)` as float16 of norm 1. Raises ValueError for one that is not finite or all zeros."""
     if embeddings.ndim != 2 or not embeddings.isfinite().all():
         raise ValueError(f"embeddings {tuple(embeddings.shape)} are (n, d) and finite")
     kept = torch.empty(embeddings.shape, dtype=torch.float16)
@@ -432,6 +443,7 @@ def directions(embeddings: Tensor) -> Tensor:
 
 
 def with_all_columns(metadata: pa.Table, rows: int) -> pa.Table:
+    """`COLUMNS` of so many scans, empty where they are missing. Raises ValueError unless each has an id of its own."""
     if len(metadata) != rows or "id" not in metadata.column_names:
         raise ValueError(f"metadata has {len(metadata)} rows of {metadata.column_names}, expected {rows} with an id")
     ids = metadata.column("id")
@@ -439,6 +451,11 @@ def with_all_columns(metadata: pa.Table, rows: int) -> pa.Table:
         raise ValueError("ids of a gallery are all there and all different")
     for column in COLUMNS:
         if column not in metadata.column_names:
-            empty = pa.array([[]] * rows, pa.list_(pa.string())) if column == "labels" else pa.array([""] * rows)
+            empty = pa.array([[] if column == "labels" else ""] * rows, SCHEMA.field(column).type)
             metadata = metadata.append_column(column, empty)
-    return metadata.select(list(COLUMNS))
+    metadata = metadata.select(COLUMNS)
+    try:
+        return metadata.cast(SCHEMA)  # one that was all null, say, has a type of its own, and joins no other
+    except pa.ArrowException as error:
+        found = dict(zip(COLUMNS, map(str, metadata.schema.types), strict=True))
+        raise ValueError(f"metadata has columns {found}, expected strings, and lists of them as labels") from error

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from .approximate import AIM, TRIED_QUERIES
 from .exact_search import Hits, bfloat16_rounding, search_exactly
-from .index import IndexFormatError, ModelFacts, Where, directions, with_all_columns
+from .index import IndexFormatError, ModelFacts, Where, directions, expect_of_each_query, with_all_columns
 
 
 logger = logging.getLogger(__name__)
@@ -105,13 +105,16 @@ class MilvusIndex:
             aim: recall@10, below which an approximate search is warned of.
 
         Raises:
-            ValueError: if they do not fit, ids repeat, an embedding has no direction, or the collection is there.
+            ValueError: if there is no scan, they do not fit, ids repeat, an embedding has no direction, or there is
+                such a collection.
         """
         vectors = directions(embeddings)
         metadata = with_all_columns(metadata, len(vectors))
+        if not len(vectors):  # what ends at row 0 is unfinished
+            raise ValueError(f"{collection}: found no scan, expected some to build an index of")
         client = _connect(place)
         if client.has_collection(collection):
-            if _read_manifest(client, place, collection).end:
+            if _read_manifest(client, collection).end:
                 raise ValueError(f"{place}: found a collection {collection}, expected none of that name")
             client.drop_collection(collection)
         manifest = Manifest(facts, vectors.shape[1], 0, method)
@@ -152,7 +155,7 @@ class MilvusIndex:
         client = _connect(place)
         if not client.has_collection(collection):
             raise IndexFormatError(f"{place}: found no collection {collection}, expected an index")
-        manifest = _read_manifest(client, place, collection)
+        manifest = _read_manifest(client, collection)
         if not manifest.end:
             raise IndexFormatError(f"{place}: found {collection} unfinished, expected a whole index: build it again")
         if expected is not None and manifest.facts != expected:
@@ -189,6 +192,7 @@ class MilvusIndex:
                 f"queries {tuple(queries.shape)} do not fit {self.manifest.dimension} dimensions, "
                 f"or k is {k}, not 1 to {MOST_HITS}"
             )
+        expect_of_each_query(patients, queries)
         queries = torch.nn.functional.normalize(queries.float(), dim=-1)
         scores = torch.full((len(queries), k), -torch.inf)
         rows = torch.full((len(queries), k), -1, dtype=torch.int64)
@@ -228,12 +232,17 @@ class MilvusIndex:
         """The index with these scans too. Who has it open without them goes on without.
 
         Raises:
-            ValueError: as `build` does.
+            ValueError: as `build` does, or if others were added since this was opened, whose rows these would take.
         """
         vectors = directions(embeddings)
         metadata = with_all_columns(metadata, len(vectors))
         if vectors.shape[1] != self.manifest.dimension:
             raise ValueError(f"embeddings {tuple(vectors.shape)} are not of {self.manifest.dimension} dimensions")
+        found, expected = _read_manifest(self.client, self.collection).end, self.manifest.end
+        if found != expected:
+            raise ValueError(
+                f"{self.collection}: found {found} rows, expected {expected} as when it was opened: load it again"
+            )
         for digests in _digests(metadata.column("id").to_pylist()):
             filtered = f"{self._before_end()} and id_digest in {digests}"
             if self.client.query(self.collection, filter=filtered, output_fields=["row"], limit=1):
@@ -272,7 +281,7 @@ class MilvusIndex:
         """Of the ten nearest of scans of the gallery, itself left out, the part that is found."""
         tried = torch.randperm(len(vectors), generator=torch.Generator().manual_seed(0))[:TRIED_QUERIES]
         queries, itself = vectors[tried].float(), [row[None] for row in tried]
-        k = min(10, len(vectors) - 1)
+        k = max(1, min(10, len(vectors) - 1))
         truth = search_exactly(vectors, queries, k, itself, bfloat16_rounding(vectors)).rows
         found = self.search(queries, k + 1).rows
         hits = sum(len(set(a.tolist()) & set(b.tolist())) for a, b in zip(truth, found, strict=True))
@@ -293,14 +302,14 @@ def _schema(dimension: int) -> Any:
     return schema
 
 
-def _read_manifest(client: MilvusClient, place: str, collection: str) -> Manifest:
+def _read_manifest(client: MilvusClient, collection: str) -> Manifest:
     told = client.describe_collection(collection)["properties"].get(PROPERTY)
     try:
         return Manifest.of(told)
     except IndexFormatError as error:
-        raise IndexFormatError(f"{place}, {collection}: {error}") from error
+        raise IndexFormatError(f"{collection}: {error}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise IndexFormatError(f"{place}: found a collection {collection} of others, expected an index") from error
+        raise IndexFormatError(f"found a collection {collection} of others, expected an index") from error
 
 
 def _digest(word: str | None) -> str:

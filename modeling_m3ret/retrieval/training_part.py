@@ -76,21 +76,21 @@ def leak_in_words(
     Args:
         title: what the table calls the checkpoint. Others as for `training_part`.
     """
-    training = trained_on(records, facts)
+    training, without = trained_on(records, facts), _holdout(facts)
     if training is not None:
         patients = {record.group for record in training}
         seen = sum(record.group in patients for record in evaluated)
         if not seen:
             return None
-        has_validation = any(record.split == "validation" for record in records)
-        better = "--split validation" if has_validation else f"--holdout {_holdout(facts):g}"
-        return (
-            f"LEAK: {title} was trained on the patients of {seen} of these {len(evaluated)} scans; {better} has none."
-        )
-    without = _holdout(facts)
+        better = "it held out nobody"
+        if any(record.split == "validation" for record in records):
+            better = "--split validation has none"
+        elif without:
+            better = f"--holdout {without} has none"
+        return f"LEAK: {title} was trained on the patients of {seen} of these {len(evaluated)} scans; {better}."
     if holdout is not None and without is not None and holdout > without:
         return (
-            f"LEAK if {title} was trained on this collection: it held out {without:g} of the patients, and {holdout:g} "
+            f"LEAK if {title} was trained on this collection: it held out {without} of the patients, and {holdout} "
             "of them are evaluated."
         )
     return None

@@ -25,18 +25,17 @@ leaves this server. Even so: do not upload a patient's scan to a server that is 
 
 def about(name: str) -> str:
     """The page in Markdown. name: of a checkpoint, a folder or a Hub id."""
-    card = _card(name)
+    card = re.sub(r"\A---\n.*?\n---\n", "", card_of(name), flags=re.DOTALL).strip()
+    card = re.sub(r"!(?=\[)|<img[^>]*>", "", card)  # the pictures of anyone's card would be loaded from elsewhere
     return NOTICE + (card if card else "The checkpoint comes without a card.")
 
 
-def _card(name: str) -> str:
-    """The text of the model's card, without its header; empty where there is none."""
+def card_of(name: str) -> str:
+    """The model's card with its header; empty where there is none."""
     if Path(name).is_dir():
         file = Path(name) / "README.md"
-        text = file.read_text(encoding="utf-8") if file.is_file() else ""
-    else:
-        try:
-            text = Path(hf_hub_download(name, "README.md")).read_text(encoding="utf-8")
-        except EntryNotFoundError:
-            text = ""
-    return re.sub(r"\A---\n.*?\n---\n", "", text, flags=re.DOTALL).strip()
+        return file.read_text(encoding="utf-8") if file.is_file() else ""
+    try:
+        return Path(hf_hub_download(name, "README.md")).read_text(encoding="utf-8")
+    except EntryNotFoundError:
+        return ""

@@ -50,7 +50,7 @@ class ExplorePage:
         gr.on([tab.select, self.colour.input, self.item.change], in_words(self._show), shown, drawn, **PRIVATE, **HEAVY)
         self.map.select(in_words(self._clicked), self.item, self.item, **PRIVATE)
         self.as_query.click(
-            in_words(search._ask_hit), [self.item, *search.options], search.asked, **PRIVATE, **HEAVY
+            in_words(search.ask_hit), [self.item, *search.options], search.asked, **PRIVATE, **HEAVY
         ).success(lambda: gr.Tabs(selected="search"), None, tabs, **PRIVATE).success(None, js=TO_TOP, **PRIVATE)
 
     def _of_gallery(self) -> GalleryMap:
@@ -65,7 +65,8 @@ class ExplorePage:
 
     def _show(self, row: int | None, colour: str) -> dict[Any, Any]:
         gallery = self.searching.gallery
-        names = gallery.index.metadata.column("anatomy" if colour == "anatomy" else "modality").to_pylist()
+        column = gallery.index.metadata.column("anatomy" if colour == "anatomy" else "modality")
+        names = [name or "" for name in column.to_pylist()]  # another one's index may not say
         shown: dict[Any, Any] = {self.map: self._of_gallery().picture(names, row), self.thumbnail: None, self.facts: ""}
         if row is not None:
             facts = gallery.facts(row)

@@ -14,7 +14,7 @@ import io
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypedDict
 
@@ -26,7 +26,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..data.collection import Record, open_collection
+from ..data.collection import CollectionError, Record, open_collection
 from ..image_processing_m3ret import M3RetImageProcessor
 from ..modeling_m3ret import M3RetModel
 from ..retrieval.embed import Embedded, Embedder, embed_records, encoder_embedder, unpatchify
@@ -143,7 +143,7 @@ def open_gallery(what: str | None, model: M3RetModel, processor: M3RetImageProce
         name: of the model.
 
     Raises:
-        IndexFormatError, CollectionError, ValueError: if there is none, or it is another model's.
+        IndexFormatError, CollectionError: if there is none, or it is another model's.
     """
     if what is None and (Path(PUBLISHED) / ABOUT).is_file():
         what = PUBLISHED
@@ -171,24 +171,25 @@ def embed_gallery(
         folder: where galleries are kept, by default `HF_HOME/m3ret/galleries`.
 
     Raises:
-        ValueError: if no scan can be read.
+        CollectionError: if no scan can be read.
     """
     facts = facts_of(model, processor, name)
     told = json.dumps([facts.revision, facts.processor, fingerprint(records), THUMBNAIL, SHARD_SCANS])
     folder = (folder or Path(HF_HOME) / "m3ret" / "galleries") / hashlib.sha256(told.encode()).hexdigest()[:24]
     if (folder / ABOUT).is_file():
+        shutil.rmtree(folder / "shards", ignore_errors=True)  # of a start that ended between saving and this
         kept = _load(folder, facts, records)
         kept.collection = collection
         return kept
     embedded, pictures = _embed_in_shards(records, model, processor, folder / "shards")
     if not embedded.records:
-        raise ValueError(f"found no scan that can be read among {len(records)}, expected a gallery")
+        raise CollectionError(f"found no scan that can be read among {len(records)}, expected a gallery")
     place_of = {record.id: place for place, record in enumerate(records)}
     places = [place_of[record.id] for record in embedded.records]
     index = RetrievalIndex.build(embedded.embeddings, _metadata(records, places), facts)
     gallery = Gallery(index, embedded.records, pa.chunked_array([pictures]), collection)
     gallery.save(folder)
-    shutil.rmtree(folder / "shards")
+    shutil.rmtree(folder / "shards", ignore_errors=True)  # another start may have been faster
     return gallery
 
 
@@ -206,8 +207,9 @@ def _embed_in_shards(
         for start in range(0, len(records), SHARD_SCANS):
             shard = range(start, min(start + SHARD_SCANS, len(records)))
             if not all(shard_place(kept, shard).is_file() for kept in kinds.values()):
-                made = embed_records(embedders, processor, records[shard.start : shard.stop], progress=False)
-                for kept, part in zip(kinds.values(), made, strict=True):
+                encoded, drawn = embed_records(embedders, processor, records[shard.start : shard.stop], progress=False)
+                drawn = replace(drawn, embeddings=drawn.embeddings.mul(255).round().byte())
+                for kept, part in zip(kinds.values(), (encoded, drawn), strict=True):
                     part.failures.clear()  # they hold names
                     write_shard(shard_place(kept, shard), shard, part, records)
             parts.append(read_shard(kinds["embeddings"], shard, records))
@@ -298,7 +300,7 @@ def thumbnail_embedder(processor: M3RetImageProcessor) -> Embedder:
 
 
 def _webp(pixels: Tensor) -> bytes:
-    square = pixels.view(3, THUMBNAIL, THUMBNAIL).mul(255).round().byte().permute(1, 2, 0)
+    square = pixels.view(3, THUMBNAIL, THUMBNAIL).permute(1, 2, 0)
     stream = io.BytesIO()
     Image.fromarray(square.contiguous().numpy()).save(stream, "WEBP", quality=80)
     return stream.getvalue()

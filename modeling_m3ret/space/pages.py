@@ -72,14 +72,14 @@ def build(searching: Searching, model_name: str) -> gr.Blocks:
     return page
 
 
-def serve(page: gr.Blocks, serving: Serving = Serving(), *, wait: bool = True) -> str:
-    """Serve the pages; their address. wait: until they are stopped."""
+def serve(page: gr.Blocks, searching: Searching, serving: Serving = Serving(), *, wait: bool = True) -> str:
+    """Serve the pages that `build` made; their address. wait: until they are stopped."""
     settings: dict[str, Any] = {"theme": theme(), "css": STYLE, "footer_links": ["api"], "ssr_mode": False}
     settings |= {"enable_monitoring": False, "run_history": False}  # what visitors did is kept nowhere, nor in browsers
     page.queue(max_size=WAITING, default_concurrency_limit=8)
     if wait:
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # how a container is stopped: as by Ctrl-C
-    stop_sweeping = keep_sweeping(Path(page.GRADIO_CACHE), page.temp_file_sets)
+    stop_sweeping = keep_sweeping(Path(page.GRADIO_CACHE), page.temp_file_sets, searching.put_away_unused)
     try:
         _, address, shared = page.launch(
             server_port=serving.port,
@@ -106,7 +106,7 @@ def serve(page: gr.Blocks, serving: Serving = Serving(), *, wait: bool = True) -
 
 def _words_of_share(shared: str | None, address: str, locked: bool) -> str:
     if shared is None:
-        return f"No public address could be made (above: why). The page goes on at {address}, on this machine alone."
+        return f"No public address could be made (above: why). The page goes on at {address}."
     return f"Public: {shared}" + ("" if locked else ", open to whoever knows the address: --auth asks for a password.")
 
 

@@ -22,6 +22,7 @@ from ..data.schema import SYNTHETIC
 from ..image_processing_m3ret import M3RetImageProcessor
 from ..modeling_m3ret import M3RetModel
 from ..retrieval.index import RetrievalIndex
+from .about import card_of
 from .gallery import PUBLISHED, Gallery
 
 
@@ -71,8 +72,8 @@ def write_space(
     shutil.copytree(package, folder / "modeling_m3ret", ignore=shutil.ignore_patterns("__pycache__", "*.pyc", ".*"))
     model.save_pretrained(folder / MODEL_FOLDER)
     processor.save_pretrained(folder / MODEL_FOLDER)
-    if (card := Path(model_name) / "README.md").is_file():
-        shutil.copy(card, folder / MODEL_FOLDER / "README.md")
+    if card := card_of(model_name):
+        (folder / MODEL_FOLDER / "README.md").write_text(card, encoding="utf-8")
     published = publishable(gallery)
     published.save(folder / PUBLISHED)
     template = Template((package / "space" / "folder" / "README.md").read_text(encoding="utf-8"))

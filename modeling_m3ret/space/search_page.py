@@ -131,7 +131,7 @@ class SearchPage:
         for hits, open_hit in ((self.grid, self._open_of_grid), (self.table, self._open_of_table)):
             opened = hits.select(in_words(open_hit), opens, self.beside.opened, **PRIVATE, **HEAVY)
             opened.success(None, js=TO_VIEWER, **PRIVATE)
-        asked_hit = self.beside.as_query.click(in_words(self._ask_hit), [self.beside.hit, *options], asked, **on_grid)
+        asked_hit = self.beside.as_query.click(in_words(self.ask_hit), [self.beside.hit, *options], asked, **on_grid)
         asked_hit.success(None, js=TO_TOP, **PRIVATE)
         self.asked, self.options = asked, options
 
@@ -144,7 +144,7 @@ class SearchPage:
     def _ask_row(self, row: int, *options: Any) -> dict[Any, Any]:
         return self._answer(self.searching.query_of_row(row), *options)
 
-    def _ask_hit(self, row: int | None, *options: Any) -> dict[Any, Any]:
+    def ask_hit(self, row: int | None, *options: Any) -> dict[Any, Any]:
         if row is None:
             raise ValueError("Choose a hit first.")
         return self._ask_row(row, *options)

@@ -123,6 +123,12 @@ class Searching:
             self._scans.drop(query.key)
             self._tokens.drop(query.key)
 
+    def put_away_unused(self, seconds: float) -> None:
+        """Whatever nobody looked at for so long."""
+        self._scans.drop_unused(seconds)
+        self._heats.drop_unused(seconds)
+        self._tokens.drop_unused(seconds)
+
     def search(self, query: Query, k: int, filters: Filters = Filters(), reranked: bool = False) -> list[HitFacts]:
         """The most similar scans, the best first.
 
@@ -231,9 +237,11 @@ class Searching:
         return scan_tokens(self.model, self.processor, [scan])[0]
 
     def _in_time(self, name: str, read: Callable[[], Scan]) -> Scan:
+        reading = self._readers.submit(read)
         try:
-            return self._readers.submit(read).result(timeout=READ_SECONDS)
+            return reading.result(timeout=READ_SECONDS)
         except TookTooLong as error:
+            reading.cancel()  # if it still waits for a reader, nobody waits for it
             raise M3RetReadError(
                 name, f"a scan that took more than {READ_SECONDS:g} s to read", "one that is read sooner"
             ) from error

@@ -42,19 +42,19 @@ def words_of(facts: Facts) -> str:
 
 @dataclass(frozen=True, eq=False)
 class Look:
-    """What two pictures show. here, there: the slices of query and hit, from 0. region: None for the whole query."""
+    """What two pictures show. Slices count from 0. region: None for the whole query."""
 
     query: Query
     row: int
-    here: int
-    there: int
+    query_slice: int
+    hit_slice: int
     window: str
     heated: bool
     together: bool
     corner: Corner | None
     region: Region | None
-    asked: Scan
-    hit: Scan
+    query_scan: Scan
+    hit_scan: Scan
 
 
 class SideBySide:
@@ -68,24 +68,22 @@ class SideBySide:
         self.searching = searching
         self.hit: gr.State = gr.State(None, time_to_live=3600)
         self.corner: gr.State = gr.State(None, time_to_live=3600)
+        has_scans = searching.has_scans()  # else there is a small picture of the hit at best
         with gr.Column(visible=False, elem_id="viewer") as self.column:
             gr.Markdown("## Side by side")
-            with gr.Row():
+            with gr.Row(visible=has_scans):
                 self.heated = gr.Checkbox(True, label="Show where they match", min_width=140)
                 self.linked = gr.Checkbox(True, label="Move both together", min_width=140)
             self.window = gr.Radio([*WINDOWS], value=WHOLE_RANGE, label="CT window", visible=False)
             self.confidence = gr.Markdown()
-            self.asking = gr.Markdown(HOW_TO_CHOOSE, visible=searching.has_scans(), elem_id="asking")
+            self.asking = gr.Markdown(HOW_TO_CHOOSE, visible=has_scans, elem_id="asking")
             with gr.Row():
-                with gr.Column(min_width=300):
+                with gr.Column(min_width=300, visible=has_scans):
                     self.query_image = gr.Image(
                         label="Query", type="pil", interactive=False, buttons=["fullscreen"], elem_id="query-image"
                     )
                     self.query_slice = _slice_slider("Slice or frame of the query", "query-slice")
-                    numbers = gr.Accordion(
-                        "The region in numbers", open=False, visible=searching.has_scans(), elem_id="region"
-                    )
-                    with numbers, gr.Row():
+                    with gr.Accordion("The region in numbers", open=False, elem_id="region"), gr.Row():
                         self.numbers = [
                             gr.Number(label=label, precision=0, min_width=120, elem_id=_field_id(label))
                             for label in REGION_FIELDS
@@ -94,11 +92,11 @@ class SideBySide:
                     self.hit_image = gr.Image(
                         label="Hit", type="pil", interactive=False, buttons=["fullscreen"], elem_id="hit-image"
                     )
-                    self.hit_slice = _slice_slider("Slice or frame of the hit", "hit-slice")
+                    self.hit_slice = _slice_slider("Slice or frame of the hit", "hit-slice", visible=has_scans)
                     self.hit_facts = gr.Textbox(label="Hit", interactive=False, lines=2, elem_id="hit-facts")
             with gr.Row():
-                self.to_best = gr.Button("Jump to the best match", size="sm", elem_id="to-best")
-                self.whole = gr.Button("Whole scan", size="sm", visible=searching.has_scans(), elem_id="whole-scan")
+                self.to_best = gr.Button("Jump to the best match", size="sm", visible=has_scans, elem_id="to-best")
+                self.whole = gr.Button("Whole scan", size="sm", visible=has_scans, elem_id="whole-scan")
                 self.as_query = gr.Button("Search with this hit", size="sm", variant="primary", elem_id="as-query")
         self._wire(query)
 
@@ -139,8 +137,8 @@ class SideBySide:
             shown[self.hit_facts] = f"{words_of(facts)}\nno scan here, only its embedding"
             return shown
         look = self._look(query, row, *opens)
-        shown[self.hit_facts] = f"{words_of(facts)}\n{facts_of_scan(look.hit)}"
-        shown[self.window] = gr.Radio(visible=is_in_hu(look.asked) or is_in_hu(look.hit))
+        shown[self.hit_facts] = f"{words_of(facts)}\n{facts_of_scan(look.hit_scan)}"
+        shown[self.window] = gr.Radio(visible=is_in_hu(look.query_scan) or is_in_hu(look.hit_scan))
         return shown | self._at_best(look)
 
     def tile(self, row: int) -> Image.Image:
@@ -153,49 +151,49 @@ class SideBySide:
     def _ask_numbers(self, *looks: Any) -> dict[Any, Any]:
         """As the region's numbers change, the query stays where it is."""
         look = self._look(*looks)
-        return self._at_best(look, look.here)
+        return self._at_best(look, look.query_slice)
 
     def _click(self, chosen: gr.SelectData, *looks: Any) -> dict[Any, Any]:
         """A first corner of a region, or the second one: then it reaches from one to the other, in depth over the
         slices that the encoder sees in one patch with theirs."""
         look = self._look(*looks)
-        clicked: Corner = (look.here, *voxel_at(look.asked, *chosen.index))
+        clicked: Corner = (look.query_slice, *voxel_at(look.query_scan, *chosen.index))
         if look.corner is None:
-            image = self._image("query", replace(look, corner=clicked), look.here)
+            image = self._image("query", replace(look, corner=clicked), look.query_slice)
             return {self.query_image: image, self.asking: SECOND_CORNER, self.corner: clicked}
-        first, last = (self.searching.slab(look.query, edge(look.corner[0], look.here)) for edge in (min, max))
+        first, last = (self.searching.slab(look.query, edge(look.corner[0], look.query_slice)) for edge in (min, max))
         rows, columns = (slice(min(pair), max(pair) + 1) for pair in zip(look.corner[1:], clicked[1:], strict=True))
         return self._choose(look, (slice(first.start, last.stop), rows, columns))
 
     def _to_whole(self, *looks: Any) -> dict[Any, Any]:
         look = self._look(*looks)
-        return self._choose(look, whole_of(look.asked))
+        return self._choose(look, whole_of(look.query_scan))
 
     def _choose(self, look: Look, region: Region) -> dict[Any, Any]:
-        chosen = replace(look, region=None if region == whole_of(look.asked) else region)
-        return self._at_best(chosen, look.here) | self._numbers_of(look.asked, region)
+        chosen = replace(look, region=None if region == whole_of(look.query_scan) else region)
+        return self._at_best(chosen, look.query_slice) | self._numbers_of(look.query_scan, region)
 
     def _move_query(self, *looks: Any) -> dict[Any, Any]:
         look = self._look(*looks)
-        drawn: dict[Any, Any] = {self.query_image: self._image("query", look, look.here)}
+        drawn: dict[Any, Any] = {self.query_image: self._image("query", look, look.query_slice)}
         if look.together:
-            there = linked(look.here, slices_of(look.asked), slices_of(look.hit))
-            drawn |= {self.hit_slice: there + 1, self.hit_image: self._image("hit", look, there)}
+            place = linked(look.query_slice, slices_of(look.query_scan), slices_of(look.hit_scan))
+            drawn |= {self.hit_slice: place + 1, self.hit_image: self._image("hit", look, place)}
         return drawn
 
     def _move_hit(self, *looks: Any) -> dict[Any, Any]:
         look = self._look(*looks)
-        drawn: dict[Any, Any] = {self.hit_image: self._image("hit", look, look.there)}
+        drawn: dict[Any, Any] = {self.hit_image: self._image("hit", look, look.hit_slice)}
         if look.together:
-            here = linked(look.there, slices_of(look.hit), slices_of(look.asked))
-            drawn |= {self.query_slice: here + 1, self.query_image: self._image("query", look, here)}
+            place = linked(look.hit_slice, slices_of(look.hit_scan), slices_of(look.query_scan))
+            drawn |= {self.query_slice: place + 1, self.query_image: self._image("query", look, place)}
         return drawn
 
     def _redraw(self, *looks: Any) -> dict[Any, Any]:
         look = self._look(*looks)
         return {
-            self.query_image: self._image("query", look, look.here),
-            self.hit_image: self._image("hit", look, look.there),
+            self.query_image: self._image("query", look, look.query_slice),
+            self.hit_image: self._image("hit", look, look.hit_slice),
         }
 
     # -------------------------------------------------------------------------------------------------------- pictures
@@ -214,26 +212,26 @@ class SideBySide:
     ) -> Look:
         query, row = _chosen(query, row)
         asked, hit = self.searching.scan(query.key), self.searching.scan(f"row-{row}")
-        here, there = int(query_slice) - 1, int(hit_slice) - 1
-        return Look(query, row, here, there, window, heated, together, corner, region_of(asked, numbers), asked, hit)
+        slices = int(query_slice) - 1, int(hit_slice) - 1
+        return Look(query, row, *slices, window, heated, together, corner, region_of(asked, numbers), asked, hit)
 
     def _heat(self, look: Look) -> Heat:
         return self.searching.heat(look.query, look.row, look.region)
 
-    def _at_best(self, look: Look, here: int | None = None) -> dict[Any, Any]:
-        """The hit at the slice that matches best, and the query too, unless it stays `here`. A first corner is
+    def _at_best(self, look: Look, query_slice: int | None = None) -> dict[Any, Any]:
+        """The hit at the slice that matches best, and the query too, unless its slice is given. A first corner is
         forgotten."""
         look = replace(look, corner=None)
         heat = self._heat(look)
-        here = heat.query_slice if here is None else here
+        query_slice = heat.query_slice if query_slice is None else query_slice
         return {
-            self.query_image: self._image("query", look, here),
-            self.query_slice: _slider_at(look.asked, here),
+            self.query_image: self._image("query", look, query_slice),
+            self.query_slice: _slider_at(look.query_scan, query_slice),
             self.hit_image: self._image("hit", look, heat.hit_slice),
-            self.hit_slice: _slider_at(look.hit, heat.hit_slice),
+            self.hit_slice: _slider_at(look.hit_scan, heat.hit_slice),
             self.confidence: f"The surest pair of patches has a confidence of {heat.confidence:.2f} (of 1). Colour is "
             "relative to it: yellow where they match best.",
-            self.asking: HOW_TO_CHOOSE if look.region is None else _words_of_region(look.asked, look.region),
+            self.asking: HOW_TO_CHOOSE if look.region is None else _words_of_region(look.query_scan, look.region),
             self.corner: None,
         }
 
@@ -241,11 +239,11 @@ class SideBySide:
         heat = self._heat(look) if look.heated else None
         window = WINDOWS[look.window]
         if which == "query":
-            scan = look.asked
+            scan = look.query_scan
             corner = look.corner[1:] if look.corner is not None and look.corner[0] == place else None
             image = picture(scan, place, window, heat.query if heat else None, look.region, corner)
         else:
-            scan = look.hit
+            scan = look.hit_scan
             image = picture(scan, place, window, heat.hit if heat else None)
         return gr.Image(image, alt_text=f"Slice or frame {place + 1} of {slices_of(scan)} of the {which}")
 
@@ -274,8 +272,8 @@ def _field_id(label: str) -> str:
     return "region-" + label.lower().replace(" ", "-")
 
 
-def _slice_slider(label: str, name: str) -> gr.Slider:
-    return gr.Slider(1, 2, value=1, step=1, label=label, buttons=[], elem_id=name)
+def _slice_slider(label: str, name: str, visible: bool = True) -> gr.Slider:
+    return gr.Slider(1, 2, value=1, step=1, label=label, buttons=[], visible=visible, elem_id=name)
 
 
 def _slider_at(scan: Scan, place: int) -> gr.Slider:

@@ -39,7 +39,8 @@ def test_every_config_that_we_ship_is_valid(file: Path) -> None:
 @pytest.mark.parametrize("file", sorted(CONFIGS.glob("accelerate/*.yaml")), ids=lambda file: file.stem)
 def test_accelerate_reads_its_configs(file: Path) -> None:
     settings = load_config_from_file(str(file))
-    assert settings.num_processes == {"cpu": 1, "cpu_2_processes": 2, "8_gpus": 8, "2_nodes": 16}[file.stem]
+    expected = {"cpu": 1, "cpu_2_processes": 2, "8_gpus": 8, "8_gpus_fsdp2": 8, "2_nodes": 16}
+    assert settings.num_processes == expected[file.stem]
 
 
 @pytest.mark.parametrize(

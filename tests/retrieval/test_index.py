@@ -253,9 +253,46 @@ def test_what_is_no_gallery_is_refused() -> None:
         (vectors / torch.tensor([[1.0], [0.0], [1.0]]), metadata(3), "finite"),
         (vectors, metadata(3).set_column(0, "id", pa.array(["a", "a", "b"])), "all different"),
         (vectors, metadata(3).drop(["id"]), "with an id"),
+        (vectors, metadata(3).set_column(4, "labels", pa.array(["a", "b", "c"])), "lists of them as labels"),
     ):
         with pytest.raises(ValueError, match=message):
             RetrievalIndex.build(wrong, table, FACTS)
+
+
+@pytest.mark.parametrize(
+    "words", [pa.nulls(3), pa.array(["a"] * 3, pa.large_string()), pa.array(["a"] * 3).dictionary_encode()]
+)
+def test_words_of_any_type_are_added_to(words: pa.Array) -> None:
+    table = metadata(3).set_column(5, "source", words)
+    larger = RetrievalIndex.build(embeddings(3), table, FACTS).add(embeddings(5), metadata(5, first=3))
+    assert larger.metadata.column("source").to_pylist() == [*words.to_pylist(), *["phantom"] * 5]
+    assert larger.search(embeddings(1), 8, where=Where(source=["phantom"])).rows.sort().values.tolist() == [
+        [-1, -1, -1, 3, 4, 5, 6, 7]
+    ]
+
+
+def test_an_index_begins_with_nothing_and_is_added_to() -> None:
+    nothing = RetrievalIndex.build(torch.empty(0, 32), pa.table({"id": pa.array([], pa.string())}), FACTS)
+    assert nothing.search(embeddings(1), 2).rows.tolist() == [[-1, -1]]
+    assert nothing.add(embeddings(3), metadata(3)).search(embeddings(3), 1).rows.flatten().tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("method", ["exact", "ivf", "rabitq", "hnsw"])
+def test_queries_that_do_not_fit_are_refused_and_none_find_nothing(method: str) -> None:
+    index = RetrievalIndex.build(embeddings(60), metadata(60), FACTS, method)  # type: ignore[arg-type]
+    queries = embeddings()[:2]
+    for patients in (None, []):
+        hits = index.search(queries[:0], 3, patients=patients)
+        assert hits.rows.shape == hits.scores.shape == (0, 3)
+    for wrong, k, patients, message in (
+        (queries[:, :8], 3, None, "do not fit 32 dimensions"),
+        (queries[0], 3, None, "do not fit 32 dimensions"),
+        (queries, 0, ["a", "b"], "or k is 0"),
+        (queries, 3, ["a"], "found 1 patients, expected one of each of 2 queries"),
+        (queries, 3, ["a", "b", "c"], "found 3 patients"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            index.search(wrong, k, patients=patients)
 
 
 @pytest.mark.parametrize("method", ["exact", "ivf", "rabitq", "hnsw"])
@@ -405,6 +442,7 @@ def test_filters_are_remembered_within_a_bound_of_bytes(index: RetrievalIndex, m
             assert sum(part.nbytes for part in index._filters.values()) <= 30_000
         assert len(index._filters) == 2
         assert (index.search(embeddings()[:1], 600, where=Where(anatomy=["chest", "head"])).rows >= 0).all(), turn
+        assert len(index._filters) == 2  # and nothing left for it
         large = index.search(embeddings()[:1], 600, where=Where(modality=["ct", "mri"])).rows[0]
         assert set(large.tolist()) - {-1} == {n for n in range(600) if n % 3 != 1}
         assert sum(part.nbytes for part in index._filters.values()) <= 30_000

@@ -84,6 +84,18 @@ def test_what_was_added_is_found_and_what_was_removed_is_not(index: Any, place: 
     assert len(again) == 630
 
 
+def test_an_addition_to_what_was_opened_before_another_addition_is_refused(index: Any, place: str) -> None:
+    """Its rows would be those of the scans that the other added."""
+    opened_before = milvus.MilvusIndex.load(place, index.collection)
+    new = embeddings(30, seed=5)
+    larger = index.add(new, metadata(30, first=600))
+    for stale in (index, opened_before):
+        with pytest.raises(ValueError, match="found 630 rows, expected 600 as when it was opened"):
+            stale.add(embeddings(9, seed=6), metadata(9, first=700))
+    assert [row["id"] for row in larger.rows(larger.search(new[7:8], 1).rows)] == ["id-607"]
+    assert len(larger) == 630
+
+
 def test_an_addition_or_a_build_that_is_cut_off_is_never_seen(
     index: Any, place: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -129,6 +141,17 @@ def test_what_is_no_index_of_this_model_is_refused(index: Any, place: str, monke
     for queries, k in ((embeddings()[:1, :8], 3), (embeddings()[0], 3), (embeddings()[:1], 0), (embeddings(), 16385)):
         with pytest.raises(ValueError, match="do not fit"):
             index.search(queries, k)
+    with pytest.raises(ValueError, match="found 1 patients, expected one of each of 2 queries"):
+        index.search(embeddings()[:2], 3, patients=["patient-1"])
+
+
+def test_a_gallery_of_one_scan_is_built_and_one_of_none_is_refused(place: str) -> None:
+    cells = milvus.MilvusSearch("IVF_FLAT", search={"nprobe": 8})
+    one = milvus.MilvusIndex.build(embeddings(1), metadata(1), FACTS, place, "one", cells)
+    assert one.search(embeddings(1), 2).rows.tolist() == [[0, -1]]
+    with pytest.raises(ValueError, match="found no scan"):
+        milvus.MilvusIndex.build(embeddings(0), metadata(0), FACTS, place, "none")
+    assert not one.client.has_collection("none")
 
 
 def test_an_approximate_search_tells_its_recall_and_warns(place: str, caplog: pytest.LogCaptureFixture) -> None:

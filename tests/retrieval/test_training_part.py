@@ -119,6 +119,13 @@ def test_a_leak_is_counted(holdout: float | None) -> None:
         assert words is None
 
 
+def test_of_a_training_that_held_out_nobody_no_holdout_is_advised() -> None:
+    records = collection(("",))
+    words = leak_in_words("trained", records, records, None, facts_of(records, 0.0))
+    assert words is not None
+    assert words.endswith("scans; it held out nobody.")
+
+
 def test_the_split_that_training_held_out_leaks_nothing_and_the_train_split_all() -> None:
     records = collection(("train", "validation", "test"))
     facts = facts_of(records, 0.3)

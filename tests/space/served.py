@@ -78,7 +78,7 @@ def serving(
     searching = Searching(model, processor, gallery)
     page = build(searching, str(folder))
     try:
-        address = serve(page, Serving(upload_bytes=upload_bytes, auth=auth), wait=False)
+        address = serve(page, searching, Serving(upload_bytes=upload_bytes, auth=auth), wait=False)
         yield Served(address, page, folder, records, searching, Path(os.environ["GRADIO_TEMP_DIR"]))
     finally:
         page.close()

@@ -188,6 +188,15 @@ def test_what_was_uploaded_and_made_is_deleted(client: Any, served: Served) -> N
     assert not list(served.uploads.iterdir())
 
 
+def test_a_folder_that_is_about_to_be_written_into_stays(tmp_path: Path) -> None:
+    new, old = tmp_path / "new", tmp_path / "old"
+    new.mkdir()
+    old.mkdir()
+    os.utime(old, (time.time() - 100,) * 2)
+    sweep(tmp_path, 60)
+    assert [*tmp_path.iterdir()] == [new]
+
+
 def test_sweeping_goes_on_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sweeping, "EVERY_SECONDS", 0.01)
     old, new = tmp_path / "a" / "old", tmp_path / "a" / "new"
@@ -196,7 +205,8 @@ def test_sweeping_goes_on_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     new.write_text("x")
     os.utime(old, (time.time() - sweeping.SECONDS_KEPT - 1,) * 2)
     remembered = {str(old), str(new)}
-    stop = sweeping.keep_sweeping(tmp_path, [remembered])
+    unused: list[float] = []
+    stop = sweeping.keep_sweeping(tmp_path, [remembered], unused.append)
     deadline = time.time() + PATIENCE
     while len(remembered) > 1 and time.time() < deadline:
         time.sleep(0.01)
@@ -204,6 +214,7 @@ def test_sweeping_goes_on_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert not old.exists()
     assert new.exists()
     assert remembered == {str(new)}
+    assert set(unused) == {sweeping.SECONDS_KEPT}
 
 
 def test_nothing_told_names_a_file_or_a_patient(client: Any, served: Served) -> None:

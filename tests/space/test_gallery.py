@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import signal
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -188,7 +189,7 @@ def test_heat_is_where_the_scan_meets_itself(searching: Searching, records: list
     assert heat.query.shape == heat.hit.shape == shape
     assert heat.query.max() == heat.hit.max() == 255
     assert 0 < heat.confidence <= 1
-    assert (heat.query_slice - heat.hit_slice) <= shape[0] / 2
+    assert abs(heat.query_slice - heat.hit_slice) <= shape[0] / 2
     np.testing.assert_allclose(heat.query.astype(int), heat.hit.astype(int), atol=1)
 
 
@@ -277,6 +278,33 @@ def test_reading_ends_in_time(searching: Searching, records: list[Record], monke
         searching.query_of_files(["slow.dcm"])
 
 
+def test_a_scan_that_nobody_waits_for_is_not_read(searching: Searching, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While all readers are busy, others give up; their turn does not come later."""
+    free, read = threading.Event(), []
+    busy = [searching._readers.submit(free.wait) for _ in range(searching_module.READERS)]
+    monkeypatch.setattr(searching_module, "READ_SECONDS", 0.05)
+    monkeypatch.setattr(searching_module, "read_upload", lambda files, _: read.append(files))
+    with pytest.raises(M3RetReadError, match="took more than"):
+        searching.query_of_files(["waiting.dcm"])
+    free.set()
+    assert all(reader.result() for reader in busy)
+    searching._readers.shutdown()
+    assert not read
+
+
+def test_an_upload_that_nobody_looks_at_is_put_away(searching: Searching, records: list[Record]) -> None:
+    place = records[0].place
+    assert isinstance(place, Path)
+    query = searching.query_of_files([place])
+    searching.heat(query, 1)
+    searching.put_away_unused(3600)
+    assert searching.scan(query.key).array.size
+    searching.put_away_unused(0)
+    for gone in (lambda: searching.scan(query.key), lambda: searching.heat(query, 1)):
+        with pytest.raises(PutAwayError, match="upload it again"):
+            gone()
+
+
 def test_zerogpu_lends_a_gpu_to_the_encoder_alone(
     parts: tuple[M3RetModel, M3RetImageProcessor, Gallery],
     records: list[Record],
@@ -346,3 +374,28 @@ def test_an_index_without_scans_is_searched(parts: tuple[M3RetModel, M3RetImageP
     assert (hit["item"], hit["modality"], hit["labels"]) == (1, "", [])
     with pytest.raises(PutAwayError):
         searching.scan("row-0")
+
+
+def test_the_page_of_an_index_without_scans_offers_no_comparison(
+    parts: tuple[M3RetModel, M3RetImageProcessor, Gallery],
+) -> None:
+    gr = pytest.importorskip("gradio", reason="the Space needs gradio: pip install m3ret[app]")
+    from modeling_m3ret.space.explore_page import ExplorePage
+    from modeling_m3ret.space.search_page import SearchPage
+
+    model, processor, gallery = parts
+    table = pa.table({"id": ["a", "b"], "modality": pa.array([None, "ct"])})
+    bare = Gallery(RetrievalIndex.build(gallery.index.embeddings[:2], table, gallery.index.facts))
+    for own, visible in ((bare, False), (gallery, True)):
+        searching = Searching(model, processor, own)
+        with gr.Blocks(), gr.Tabs() as tabs, gr.Tab() as tab:
+            search = SearchPage(searching)
+            explore = ExplorePage(searching, search, tab, tabs)
+        beside = search.beside
+        for control in (beside.heated, beside.linked, beside.query_slice, beside.hit_slice, beside.to_best):
+            inner, shown = control, []
+            while inner is not None and inner is not beside.column:
+                shown.append(inner.visible)
+                inner = inner.parent
+            assert all(shown) == visible, control.label
+        assert explore._show(0, "modality")[explore.map].size, "unknown names are a colour too"

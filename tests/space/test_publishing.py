@@ -17,9 +17,9 @@ from conftest import Hub
 from served import small_gallery, small_phantom
 
 from modeling_m3ret.retrieval.index import ModelFacts, RetrievalIndex
-from modeling_m3ret.space import publishing
+from modeling_m3ret.space import about, publishing
 from modeling_m3ret.space.gallery import Gallery, embed_gallery
-from modeling_m3ret.space.publishing import publishable, requirements
+from modeling_m3ret.space.publishing import publishable, requirements, write_space
 
 
 ROOT = Path(__file__).parents[2]
@@ -71,6 +71,17 @@ def test_the_app_and_the_package_arrive_whole(files: dict[str, bytes]) -> None:
     assert not [
         name for name in files if "__pycache__" in name or name.endswith((".pyc", ".pt", ".bin", ".pkl", ".faiss"))
     ]
+
+
+def test_the_card_of_a_model_on_the_hub_goes_along(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "fetched.md").write_text("---\nlicense: mit\n---\nThe card.")
+    cards = {("ORG/m3ret", "README.md"): tmp_path / "fetched.md"}
+    monkeypatch.setattr(about, "hf_hub_download", lambda *asked: cards[asked])
+    records = small_phantom(tmp_path / "p", subjects=2)
+    model, processor, gallery = small_gallery(tmp_path / "galleries", records[:1])
+    (tmp_path / "space").mkdir()
+    write_space(tmp_path / "space", "title", ROOT / "app.py", model, processor, gallery, "ORG/m3ret")
+    assert (tmp_path / "space" / "m3ret-space" / "README.md").read_text() == (tmp_path / "fetched.md").read_text()
 
 
 def test_no_pixel_of_a_local_gallery_and_no_name_arrives(files: dict[str, bytes], hub: Hub) -> None:

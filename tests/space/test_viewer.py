@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import pytest
 
@@ -145,6 +147,24 @@ def test_a_shelf_keeps_what_was_used_last_within_its_bytes() -> None:
     shelf.drop("e")
     shelf.drop("e")
     assert shelf.get("e") is None
+    for name in "fgh":
+        shelf.put(name, name, 33)
+    assert [shelf.get(name) for name in "fgh"] == ["f", "g", "h"], "what was dropped takes no room"
+
+
+def test_what_nobody_asks_for_leaves_the_shelf(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    shelf: Shelf[str] = Shelf(100)
+    for name in "abc":
+        shelf.put(name, name, 30)
+        now += 10
+    assert shelf.get("a") == "a"
+    shelf.drop_unused(20)  # b was last asked for 20 s ago, c 10 s, a now
+    assert [shelf.get(name) for name in "abc"] == ["a", None, "c"]
+    now += 60
+    shelf.drop_unused(20)
+    assert [shelf.get(name) for name in "abc"] == [None] * 3
     for name in "fgh":
         shelf.put(name, name, 33)
     assert [shelf.get(name) for name in "fgh"] == ["f", "g", "h"], "what was dropped takes no room"
