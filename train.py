@@ -161,10 +161,12 @@ def main() -> None:
             }
         measures, saves = config.due(progress.step)
         if measures or saves:
-            quality.fit_whitening(whole_encoder(objective.encoder))
-        if measures:
-            numbers |= quality.measure(whole_encoder(objective.encoder))
-            saver.note_quality(numbers)
+            encoder = whole_encoder(objective.encoder)
+            quality.fit_whitening(encoder)
+            if measures:
+                numbers |= quality.measure(encoder)
+                saver.note_quality(numbers)
+            del encoder  # under FSDP2 a copy of all its weights
         if numbers:
             log.numbers(progress.step, numbers)
             if progress.step > warmup and (alarm := collapse_alarm(numbers)):

@@ -86,6 +86,9 @@ class ApproximateSearch:
         queries = torch.randperm(len(self.gallery), generator=generator)[:TRIED_QUERIES]
         vectors, itself = self.gallery[queries].float(), [row[None] for row in queries]
         k = min(10, len(self.gallery) - 1)
+        if k == 0:  # a lone scan has no neighbours to miss
+            self.measured = replace(self.measured, recall=1.0)
+            return
         truth = search_exactly(self.gallery, vectors, k, itself, bfloat16_rounding(self.gallery)).rows
         method = self.measured.method
         most = self.measured.cells if method != "hnsw" else 4096
@@ -93,7 +96,7 @@ class ApproximateSearch:
         for reranked in RERANKED if method == "rabitq" else (1,):
             if reranked < first.reranked:
                 continue
-            effort, before = first.effort, 0.0
+            effort, before = first.effort, -1.0
             while True:
                 self.measured = replace(self.measured, effort=effort, reranked=reranked)
                 found = self.search(vectors, k + 1).rows  # itself, too
@@ -183,7 +186,7 @@ class ApproximateSearch:
 
 def _cells(rows: int) -> int:
     """Some two to three times the root of the rows, a power of two: faiss' own advice, 2048 for 867,653."""
-    return max(1, 2 ** round(np.log2(max(1.0, 2.2 * rows**0.5))))
+    return min(rows, 2 ** round(np.log2(2.2 * rows**0.5)))
 
 
 def _numpy(vectors: Tensor) -> np.ndarray:

@@ -188,9 +188,8 @@ class RetrievalIndex:
         metadata = with_all_columns(metadata, len(gallery))
         if method == "auto":
             method = "exact" if len(gallery) <= EXACT_UP_TO else "rabitq"
-        return cls(
-            gallery, metadata, facts, ApproximateSearch.build(gallery, method, aim) if method != "exact" else None
-        )
+        approximate = ApproximateSearch.build(gallery, method, aim) if method != "exact" and len(gallery) else None
+        return cls(gallery, metadata, facts, approximate)
 
     def __len__(self) -> int:
         return len(self.embeddings)
@@ -304,7 +303,9 @@ class RetrievalIndex:
         kept = ~np.asarray(pc.is_in(self.metadata.column("id"), value_set=pa.array(list(ids), pa.string())))
         gallery = self.embeddings[torch.from_numpy(np.flatnonzero(kept))]
         measured = self.approximate.measured if self.approximate else None
-        approximate = ApproximateSearch.build(gallery, measured.method, measured.aim) if measured else None
+        approximate = None
+        if measured and len(gallery):
+            approximate = ApproximateSearch.build(gallery, measured.method, measured.aim)
         return RetrievalIndex(gallery, self.metadata.filter(pa.array(kept)), self.facts, approximate)
 
     # ------------------------------------------------------------------------------------------------ saving, loading

@@ -204,6 +204,20 @@ def test_adding_and_removing_give_new_indices_that_find_what_they_hold(method: s
         index.add(new, metadata(30, first=590))
 
 
+@pytest.mark.parametrize("method", ["ivf", "rabitq", "hnsw"])
+def test_an_approximate_index_of_a_few_scans_finds_them_and_can_lose_them_all(method: Any) -> None:
+    gallery = embeddings(3)
+    index = RetrievalIndex.build(gallery, metadata(3), FACTS, method)
+    for left in (3, 2, 1):
+        ids = index.metadata.column("id").to_pylist()
+        found = index.search(gallery[3 - left :], k=3).rows
+        assert [sorted(rows.tolist()) for rows in found] == [[-1] * (3 - left) + list(range(left))] * left
+        index = index.remove(ids[:1])
+    assert len(index) == 0
+    assert (index.search(gallery, k=2).rows == -1).all()
+    assert index.add(gallery, metadata(3)).search(gallery, k=1).rows.flatten().tolist() == [0, 1, 2]
+
+
 def uniform(rows: int, seed: int) -> Tensor:
     """Directions spread evenly, which no cell holds together."""
     return torch.randn(rows, 32, generator=torch.Generator().manual_seed(seed))
