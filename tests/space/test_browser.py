@@ -227,6 +227,7 @@ def asking(page: Any, words: str) -> None:
 
 
 def region_fields(page: Any) -> list[int]:
+    page.locator("#region-left-column input").wait_for()  # they are made when the fold is opened
     return [int(field.input_value()) for field in page.locator("#region input").all()]
 
 
@@ -377,7 +378,10 @@ def test_html_in_labels_and_file_names_is_text(open_page: Any, served: Served, t
     upload(page, served.of("xray", ".png"))
     hits(page)
     page.get_by_text("Filters and order").click()
-    page.locator("#options input[type=range]").first.press("End")
+    most = page.locator("#options input[type=range]").first
+    most.wait_for()
+    settled(page)  # a key that comes while the fold still opens is lost
+    most.press("End")
     page.wait_for_function(f"() => document.querySelectorAll('#grid .caption-label').length === {SCANS}")
     captions = " ".join(hits(page))
     assert "<img src=x onerror=" in captions
