@@ -254,6 +254,8 @@ def test_a_region_of_the_query_asks_where_it_matches(
     asking(page, "Where columns")
     page.screenshot(path=pictures / f"{name}-light-region.png", full_page=True)
     assert page.evaluate("() => document.documentElement.scrollWidth") <= viewport["width"], "nothing sticks out"
+    if name == "390":  # what was chosen is the same at any width
+        return
     page.get_by_text("The region in numbers").click()
     slab = served.searching.slab(query, place)
     assert 1 <= slab.stop - slab.start < D
@@ -276,8 +278,6 @@ def test_a_region_of_the_query_asks_where_it_matches(
     framed, plain = (picture(scan, place, window, heat.query, own) for own in (region, None))
     ours = shown(page, "#query-image", served)
     assert np.abs(ours - np.asarray(framed)).mean() < np.abs(ours - np.asarray(plain)).mean()
-    if name == "390":
-        return
 
     slider = page.locator("#query-slice input[type=range]")
     before = source(page, "#query-image")
