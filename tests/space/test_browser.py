@@ -254,7 +254,7 @@ def test_a_region_of_the_query_asks_where_it_matches(
     asking(page, "Where columns")
     page.screenshot(path=pictures / f"{name}-light-region.png", full_page=True)
     assert page.evaluate("() => document.documentElement.scrollWidth") <= viewport["width"], "nothing sticks out"
-    if name == "390":  # what was chosen is the same at any width
+    if name == "390":  # what follows failed once here on a busy machine; the reason is not known
         return
     page.get_by_text("The region in numbers").click()
     slab = served.searching.slab(query, place)
@@ -380,7 +380,7 @@ def test_html_in_labels_and_file_names_is_text(open_page: Any, served: Served, t
     page.get_by_text("Filters and order").click()
     most = page.locator("#options input[type=range]").first
     most.wait_for()
-    settled(page)  # a key that comes while the fold still opens is lost
+    settled(page)
     most.press("End")
     page.wait_for_function(f"() => document.querySelectorAll('#grid .caption-label').length === {SCANS}")
     captions = " ".join(hits(page))
