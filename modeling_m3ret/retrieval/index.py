@@ -31,7 +31,7 @@ from torch import Tensor
 
 from ..whole_files import sync, write_whole
 from .approximate import AIM, ApproximateSearch, Measured, Method
-from .exact_search import FEW_QUERIES, Hits, bfloat16_rounding, search_exactly
+from .exact_search import FEW_QUERIES, Hits, bfloat16_rounding, block_type, search_exactly
 
 
 FORMAT = 1
@@ -252,8 +252,8 @@ class RetrievalIndex:
 
     def _bfloat16_rounding(self, queries: Tensor) -> float:
         if self._rounding is None:
-            if len(queries) <= FEW_QUERIES:  # which needs it not; and a pass over all rows takes longer than the search
-                return 1.0
+            if len(queries) <= FEW_QUERIES or block_type() != torch.bfloat16:
+                return 1.0  # which is not looked at; and a pass over all rows takes longer than a search
             self._rounding = bfloat16_rounding(self.embeddings)
         return self._rounding
 

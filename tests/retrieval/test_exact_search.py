@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 from torch import Tensor
 
-from modeling_m3ret.retrieval.exact_search import BRAIN_ROUNDING, bfloat16_rounding, search_exactly
+from modeling_m3ret.retrieval import exact_search
+from modeling_m3ret.retrieval.exact_search import BRAIN_ROUNDING, bfloat16_rounding, block_type, search_exactly
+
+
+@pytest.fixture(autouse=True, params=[torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])
+def _both_types(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever this processor is faster in."""
+    monkeypatch.setattr(exact_search, "block_type", lambda: request.param)
 
 
 def galleries() -> dict[str, Tensor]:
@@ -67,6 +76,20 @@ def test_no_row_is_moved_further_by_rounding_than_is_allowed_for() -> None:
         moved = max((row.float() - row.bfloat16().float()).norm() for row in gallery)
         assert bfloat16_rounding(gallery) == pytest.approx(float(moved))
         assert moved <= BRAIN_ROUNDING
+
+
+def test_blocks_are_multiplied_in_the_faster_type() -> None:
+    def seconds(dtype: torch.dtype) -> float:
+        queries, block = torch.randn(100, 768).to(dtype), torch.randn(4096, 768).to(dtype)
+        times = []
+        for _ in range(5):
+            start = time.perf_counter()
+            queries @ block.T
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    (other,) = {torch.bfloat16, torch.float32} - {block_type()}
+    assert seconds(block_type()) < 1.5 * seconds(other)  # where both are as fast, either will do
 
 
 def test_fewer_than_k_are_filled_up() -> None:
