@@ -25,6 +25,7 @@ import modeling_m3ret  # noqa: F401  # registers the model
 from modeling_m3ret.data.collection import CollectionError
 from modeling_m3ret.retrieval.index import IndexFormatError
 from modeling_m3ret.space.gallery import open_gallery
+from modeling_m3ret.space.isolation import IsolatedReaders
 from modeling_m3ret.space.quickstart import newest_checkpoint, train_small
 
 
@@ -69,6 +70,7 @@ def main() -> None:
             "  python app.py --quickstart        trains a small one in some six minutes on two cores, and opens\n"
             "  python app.py --model FOLDER|ID   takes another one"
         )
+    readers = None if arguments.push_to_hub else IsolatedReaders()  # which start while the model is loaded
     model = AutoModel.from_pretrained(name).eval()
     if torch.cuda.is_available():
         model.to("cuda")
@@ -77,7 +79,7 @@ def main() -> None:
         gallery = open_gallery(arguments.gallery, model, processor, str(name))
     except (CollectionError, IndexFormatError) as error:
         raise SystemExit(str(error)) from error
-    if arguments.push_to_hub:
+    if readers is None:
         from modeling_m3ret.space.publishing import push_space
 
         print(push_space(arguments.push_to_hub, Path(__file__), model, processor, gallery, str(name)))
@@ -87,7 +89,7 @@ def main() -> None:
     from modeling_m3ret.space.pages import Serving, build, serve
     from modeling_m3ret.space.searching import Searching
 
-    searching = Searching(model, processor, gallery)
+    searching = Searching(model, processor, gallery, readers)
     serve(build(searching, str(name)), searching, Serving(arguments.port, arguments.share, arguments.auth))
 
 

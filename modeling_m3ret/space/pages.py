@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from starlette.middleware import Middleware
 
 from .about import about
 from .endpoints import add_endpoints
@@ -19,6 +20,7 @@ from .explore_page import ExplorePage
 from .search_page import SearchPage
 from .searching import Searching
 from .sweeping import keep_sweeping
+from .upload_gate import UploadGate
 from .uploads import UPLOAD_BYTES
 
 
@@ -44,7 +46,8 @@ STYLE = """
 class Serving:
     """How to be reached: by this machine alone, unless GRADIO_SERVER_NAME says otherwise, as it does on a Space.
 
-    port: None for the first one free from 7860. auth: user and password. upload_bytes: the largest file.
+    port: None for the first one free from 7860. auth: user and password. upload_bytes: of one upload, all of its
+    files together.
     """
 
     port: int | None = None
@@ -79,6 +82,7 @@ def serve(page: gr.Blocks, searching: Searching, serving: Serving = Serving(), *
     page.queue(max_size=WAITING, default_concurrency_limit=8)
     if wait:
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # how a container is stopped: as by Ctrl-C
+    gate = Middleware(UploadGate, folder=Path(page.GRADIO_CACHE), most_bytes=serving.upload_bytes)
     stop_sweeping = keep_sweeping(Path(page.GRADIO_CACHE), page.temp_file_sets, searching.put_away_unused)
     try:
         _, address, shared = page.launch(
@@ -87,7 +91,8 @@ def serve(page: gr.Blocks, searching: Searching, serving: Serving = Serving(), *
             auth=serving.auth,
             max_file_size=serving.upload_bytes,
             allowed_paths=[],
-            app_kwargs={"openapi_url": None},  # FastAPI's list of routes, which asks for no login
+            # openapi_url: FastAPI's list of routes, which asks for no login
+            app_kwargs={"openapi_url": None, "middleware": [gate]},
             state_session_capacity=SESSIONS,
             prevent_thread_lock=True,
             quiet=not wait,

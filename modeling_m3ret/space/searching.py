@@ -11,8 +11,6 @@ import importlib.util
 import math
 import uuid
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from concurrent.futures import TimeoutError as TookTooLong
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -24,20 +22,19 @@ from torch import Tensor
 
 from ..image_processing_m3ret import M3RetImageProcessor
 from ..modeling_m3ret import M3RetModel
-from ..reading_m3ret import M3RetReadError, Scan, read_scan
+from ..reading_m3ret import M3RetReadError, Scan
 from ..retrieval.exact_search import Hits
 from ..retrieval.matching import ScanTokens, locate, rerank, scan_tokens
 from .gallery import Facts, Filters, Gallery
+from .isolation import IsolatedReaders
 from .shelf import Shelf
-from .uploads import LIMITS, read_upload
+from .uploads import read_record, read_upload
 from .viewer import Region
 
 
 SCANS_BYTES = 2**31  # of all open scans: two of the largest that are let in, or hundreds of the usual kind
 HEATS_BYTES = 2**28
 TOKENS_BYTES = 2**28  # a hundred CTs of a ViT-B
-READ_SECONDS = 60.0  # 500 JPEG 2000 slices take some 20 s on two cores
-READERS = 2  # at a time
 MOST_HITS = 48
 
 Result = TypeVar("Result")
@@ -78,17 +75,21 @@ class HitFacts(Facts):
 class Searching:
     """
     Args:
-        model: in evaluation, where it shall run. shelf_bytes: see `SCANS_BYTES`.
+        model: in evaluation, where it shall run. readers: of all scans. shelf_bytes: see `SCANS_BYTES`.
     """
 
     def __init__(
-        self, model: M3RetModel, processor: M3RetImageProcessor, gallery: Gallery, shelf_bytes: int = SCANS_BYTES
+        self,
+        model: M3RetModel,
+        processor: M3RetImageProcessor,
+        gallery: Gallery,
+        readers: IsolatedReaders,
+        shelf_bytes: int = SCANS_BYTES,
     ):
-        self.model, self.processor, self.gallery = model, processor, gallery
+        self.model, self.processor, self.gallery, self.readers = model, processor, gallery, readers
         self._scans: Shelf[Scan] = Shelf(shelf_bytes)
         self._heats: Shelf[Heat] = Shelf(HEATS_BYTES)
         self._tokens: Shelf[ScanTokens] = Shelf(TOKENS_BYTES)
-        self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="m3ret-reader")
         self._encode = on_gpu(model, self._encode_here)
         self._tokenise = on_gpu(model, self._tokenise_here)
 
@@ -102,7 +103,7 @@ class Searching:
         """
         paths = [Path(file) for file in files]
         name = paths[0].name if len(paths) == 1 else f"<{len(paths)} files>"
-        scan = self._in_time(name, lambda: read_upload(paths, self.processor.num_frames))
+        scan = self.readers.read(name, read_upload, paths, self.processor.num_frames)
         query = Query(f"upload-{uuid.uuid4().hex}", None, self._encode(scan))
         self._scans.put(query.key, scan, scan.array.nbytes)
         return query
@@ -179,9 +180,7 @@ class Searching:
                 raise PutAwayError("This scan is no longer open. Please upload it again.")
             record = self.gallery.records[row]
             try:
-                scan = self._in_time(
-                    f"item {row}", lambda: read_scan(record.open(), num_frames=self.processor.num_frames, limits=LIMITS)
-                )
+                scan = self.readers.read(f"item {row}", read_record, record, self.processor.num_frames)
             except M3RetReadError as error:  # its name is nobody's business
                 raise M3RetReadError(f"item {row} of the gallery", error.found, error.expected) from error
             self._scans.put(key, scan, scan.array.nbytes)
@@ -225,7 +224,7 @@ class Searching:
             self._tokens.put(key, tokens, tokens.tokens.nbytes)
         return tokens
 
-    # ------------------------------------------------------------------------------------------------- model and reader
+    # ----------------------------------------------------------------------------------------------------------- model
 
     def _encode_here(self, scan: Scan) -> Tensor:
         with torch.inference_mode():
@@ -235,16 +234,6 @@ class Searching:
 
     def _tokenise_here(self, scan: Scan) -> ScanTokens:
         return scan_tokens(self.model, self.processor, [scan])[0]
-
-    def _in_time(self, name: str, read: Callable[[], Scan]) -> Scan:
-        reading = self._readers.submit(read)
-        try:
-            return reading.result(timeout=READ_SECONDS)
-        except TookTooLong as error:
-            reading.cancel()  # if it still waits for a reader, nobody waits for it
-            raise M3RetReadError(
-                name, f"a scan that took more than {READ_SECONDS:g} s to read", "one that is read sooner"
-            ) from error
 
 
 def _key_of(row: int) -> str:

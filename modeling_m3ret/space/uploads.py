@@ -13,10 +13,11 @@ import zlib
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
+from ..data.collection import Record
 from ..reading_m3ret import M3RetReadError, ReadLimits, Scan, read_scan
 
 
-UPLOAD_BYTES = 2**29  # 512 MiB: a CT of 1,000 slices of 512 x 512, not compressed
+UPLOAD_BYTES = 2**30  # all files together: a CT of 2,000 slices of 512 x 512, not compressed
 # a public page holds several scans at once: a quarter of what the reader would allow, 500 CT slices in float32
 LIMITS = ReadLimits(max_decoded_bytes=2**30, max_files=2048)
 COPY_BYTES = 2**20
@@ -38,12 +39,22 @@ def read_upload(files: Sequence[Path], num_frames: int, limits: ReadLimits = LIM
     (file,) = files
     if not _is_zip_of_files(file):
         return read_scan(file, num_frames=num_frames, limits=limits)
-    with tempfile.TemporaryDirectory(prefix="m3ret-zip-") as folder:
+    # beside the upload, where it is swept away if this process is ended
+    with tempfile.TemporaryDirectory(prefix="unpacked-", dir=file.parent) as folder:
         unpacked = _unpack(file, Path(folder), limits)
         try:
             return read_scan(unpacked[0] if len(unpacked) == 1 else folder, num_frames=num_frames, limits=limits)
         except M3RetReadError as error:
             raise M3RetReadError(file.name, error.found, error.expected) from error
+
+
+def read_record(record: Record, num_frames: int, limits: ReadLimits = LIMITS) -> Scan:
+    """A scan of the gallery, within the limits of an upload.
+
+    Raises:
+        M3RetReadError: if it can't be read.
+    """
+    return read_scan(record.open(), num_frames=num_frames, limits=limits)
 
 
 def _is_zip_of_files(file: Path) -> bool:

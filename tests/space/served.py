@@ -15,6 +15,9 @@ import pytest
 import torch
 from conftest import tiny_config
 
+
+pytest.importorskip("pebble", reason="the Space needs pebble: pip install m3ret[app]")
+
 from modeling_m3ret import M3RetImageProcessor, M3RetModel
 from modeling_m3ret.data.collection import COLUMNS, Record, read_manifest
 from modeling_m3ret.data.phantom import write_phantom
@@ -71,17 +74,20 @@ def serving(
     folder: Path, upload_bytes: int = 2**25, auth: tuple[str, str] | None = None, subjects: int = SUBJECTS
 ) -> Iterator[Served]:
     pytest.importorskip("gradio", reason="the Space needs gradio: pip install m3ret[app]")
+    from modeling_m3ret.space.isolation import IsolatedReaders
     from modeling_m3ret.space.pages import Serving, build, serve
 
     records = small_phantom(folder / "secret-ward", subjects)
     model, processor, gallery = small_gallery(folder / "galleries", records)
-    searching = Searching(model, processor, gallery)
+    readers = IsolatedReaders()
+    searching = Searching(model, processor, gallery, readers)
     page = build(searching, str(folder))
     try:
         address = serve(page, searching, Serving(upload_bytes=upload_bytes, auth=auth), wait=False)
         yield Served(address, page, folder, records, searching, Path(os.environ["GRADIO_TEMP_DIR"]))
     finally:
         page.close()
+        readers.close()
         shutil.rmtree(os.environ.pop("GRADIO_TEMP_DIR"), ignore_errors=True)
 
 

@@ -9,6 +9,7 @@ import time
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -17,7 +18,7 @@ import pytest
 import torch
 from served import EVIL_LABEL, Served, serving
 
-from modeling_m3ret.space import sweeping
+from modeling_m3ret.space import sweeping, upload_gate
 from modeling_m3ret.space.sweeping import EVERY_SECONDS, SECONDS_KEPT, sweep
 
 
@@ -125,6 +126,26 @@ def test_html_in_a_label_is_data_and_in_a_message_text(client: Any, served: Serv
 def test_too_large_an_upload_is_refused(served: Served) -> None:
     files = {"files": ("large.dcm", bytes(UPLOAD_BYTES + 1))}
     assert httpx.post(f"{served.address}gradio_api/upload", files=files, timeout=PATIENCE).status_code == 413
+
+
+def test_an_upload_is_refused_by_what_it_says_it_holds(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many small files as one large one; what does not say its size; what would fill the disk. None is written."""
+    before = set(served.uploads.rglob("*"))
+
+    def status(**body: Any) -> int:
+        return httpx.post(f"{served.address}gradio_api/upload", timeout=PATIENCE, **body).status_code
+
+    part = bytes(UPLOAD_BYTES // 4)
+    assert status(files=[("files", (f"{number}.dcm", part)) for number in range(5)]) == 413
+    boundary = {"Content-Type": "multipart/form-data; boundary=part"}
+    form = b'--part\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\nx\r\n--part--\r\n'
+    assert status(content=iter([form]), headers=boundary) == 411
+    free = 2 * len(form) - 1
+    monkeypatch.setattr(upload_gate.shutil, "disk_usage", lambda folder: SimpleNamespace(free=free))
+    assert status(content=form, headers=boundary) == 507
+    assert set(served.uploads.rglob("*")) == before
+    free += 1
+    assert status(content=form, headers=boundary) == 200
 
 
 def test_an_upload_stays_in_its_folder_whatever_its_name(served: Served) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import multiprocessing
 import signal
 import sys
-import threading
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,9 @@ from modeling_m3ret.data.collection import Record
 from modeling_m3ret.retrieval.index import IndexFormatError, RetrievalIndex
 from modeling_m3ret.retrieval.matching import late_interaction, locate, scan_tokens
 from modeling_m3ret.space import gallery as gallery_module
-from modeling_m3ret.space import searching as searching_module
 from modeling_m3ret.space.explore import SIDE, GalleryMap
 from modeling_m3ret.space.gallery import THUMBNAIL, Filters, Gallery, embed_gallery, open_gallery
+from modeling_m3ret.space.isolation import IsolatedReaders
 from modeling_m3ret.space.searching import PutAwayError, Searching
 
 
@@ -48,9 +48,16 @@ def parts(folder: Path, records: list[Record]) -> tuple[M3RetModel, M3RetImagePr
     return small_gallery(folder / "galleries", records)
 
 
+@pytest.fixture(scope="module")
+def readers() -> Iterator[IsolatedReaders]:
+    readers = IsolatedReaders()
+    yield readers
+    readers.close()
+
+
 @pytest.fixture
-def searching(parts: tuple[M3RetModel, M3RetImageProcessor, Gallery]) -> Searching:
-    return Searching(*parts)
+def searching(parts: tuple[M3RetModel, M3RetImageProcessor, Gallery], readers: IsolatedReaders) -> Searching:
+    return Searching(*parts, readers)
 
 
 def test_search_is_brute_force_within_the_filters(searching: Searching, records: list[Record]) -> None:
@@ -246,9 +253,9 @@ def test_reranking_is_late_interaction_of_the_first_hits(searching: Searching, r
 
 
 def test_an_upload_that_was_put_away_is_told_and_a_scan_of_the_gallery_comes_back(
-    parts: tuple[M3RetModel, M3RetImageProcessor, Gallery], records: list[Record]
+    parts: tuple[M3RetModel, M3RetImageProcessor, Gallery], records: list[Record], readers: IsolatedReaders
 ) -> None:
-    searching = Searching(*parts, shelf_bytes=1)
+    searching = Searching(*parts, readers, shelf_bytes=1)
     place = records[0].place
     assert isinstance(place, Path)
     query = searching.query_of_files([place])
@@ -260,36 +267,15 @@ def test_an_upload_that_was_put_away_is_told_and_a_scan_of_the_gallery_comes_bac
 
 
 def test_a_scan_of_the_gallery_that_is_gone_is_told_without_its_name(
-    parts: tuple[M3RetModel, M3RetImageProcessor, Gallery], tmp_path: Path
+    parts: tuple[M3RetModel, M3RetImageProcessor, Gallery], tmp_path: Path, readers: IsolatedReaders
 ) -> None:
     model, processor, gallery = parts
     assert gallery.records is not None
     gone = [replace(gallery.records[0], place=tmp_path / "patient-name.png"), *gallery.records[1:]]
-    searching = Searching(model, processor, Gallery(gallery.index, gone))
+    searching = Searching(model, processor, Gallery(gallery.index, gone), readers)
     with pytest.raises(M3RetReadError, match="item 0 of the gallery: found no such file") as told:
         searching.scan("row-0")
     assert "patient-name" not in str(told.value)
-
-
-def test_reading_ends_in_time(searching: Searching, records: list[Record], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(searching_module, "READ_SECONDS", 0.05)
-    monkeypatch.setattr(searching_module, "read_upload", lambda *_: time.sleep(1))
-    with pytest.raises(M3RetReadError, match=r"slow\.dcm: found a scan that took more than 0\.05 s"):
-        searching.query_of_files(["slow.dcm"])
-
-
-def test_a_scan_that_nobody_waits_for_is_not_read(searching: Searching, monkeypatch: pytest.MonkeyPatch) -> None:
-    """While all readers are busy, others give up; their turn does not come later."""
-    free, read = threading.Event(), []
-    busy = [searching._readers.submit(free.wait) for _ in range(searching_module.READERS)]
-    monkeypatch.setattr(searching_module, "READ_SECONDS", 0.05)
-    monkeypatch.setattr(searching_module, "read_upload", lambda files, _: read.append(files))
-    with pytest.raises(M3RetReadError, match="took more than"):
-        searching.query_of_files(["waiting.dcm"])
-    free.set()
-    assert all(reader.result() for reader in busy)
-    searching._readers.shutdown()
-    assert not read
 
 
 def test_an_upload_that_nobody_looks_at_is_put_away(searching: Searching, records: list[Record]) -> None:
@@ -310,6 +296,7 @@ def test_zerogpu_lends_a_gpu_to_the_encoder_alone(
     records: list[Record],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    readers: IsolatedReaders,
 ) -> None:
     """As the package does it: in another process, to which arguments are pickled, and which alone sees a GPU."""
     (tmp_path / "spaces.py").write_text(
@@ -328,12 +315,12 @@ def test_zerogpu_lends_a_gpu_to_the_encoder_alone(
     )
     place = records[0].place
     assert isinstance(place, Path)
-    without = Searching(*parts)
+    without = Searching(*parts, readers)
     embedding, heat = without.query_of_files([place]).embedding, without.heat(without.query_of_row(0), 1)
     monkeypatch.syspath_prepend(tmp_path)
     moved: list[str] = []
     monkeypatch.setattr(type(parts[0]), "to", lambda self, device: moved.append(device) or self)
-    searching = Searching(*parts)
+    searching = Searching(*parts, readers)
     spaces = sys.modules.pop("spaces")  # what is tested after this finds none
     assert not spaces.calls, "nothing is lent before it is needed"
     torch.testing.assert_close(searching.query_of_files([place]).embedding, embedding, rtol=0, atol=0)
@@ -364,11 +351,13 @@ def test_names_of_the_filters_are_those_of_the_gallery(searching: Searching, rec
     assert searching.gallery.names("modality") == sorted({record.modality for record in records})
 
 
-def test_an_index_without_scans_is_searched(parts: tuple[M3RetModel, M3RetImageProcessor, Gallery]) -> None:
+def test_an_index_without_scans_is_searched(
+    parts: tuple[M3RetModel, M3RetImageProcessor, Gallery], readers: IsolatedReaders
+) -> None:
     model, processor, gallery = parts
     table = pa.table({"id": ["a", "b"]})
     bare = Gallery(RetrievalIndex.build(gallery.index.embeddings[:2], table, gallery.index.facts))
-    searching = Searching(model, processor, bare)
+    searching = Searching(model, processor, bare, readers)
     (hit,) = searching.search(searching.query_of_row(0), 5, reranked=True)
     assert (hit["item"], hit["modality"], hit["labels"]) == (1, "", [])
     with pytest.raises(PutAwayError):
@@ -377,6 +366,7 @@ def test_an_index_without_scans_is_searched(parts: tuple[M3RetModel, M3RetImageP
 
 def test_the_page_of_an_index_without_scans_offers_no_comparison(
     parts: tuple[M3RetModel, M3RetImageProcessor, Gallery],
+    readers: IsolatedReaders,
 ) -> None:
     gr = pytest.importorskip("gradio", reason="the Space needs gradio: pip install m3ret[app]")
     from modeling_m3ret.space.explore_page import ExplorePage
@@ -386,7 +376,7 @@ def test_the_page_of_an_index_without_scans_offers_no_comparison(
     table = pa.table({"id": ["a", "b"], "modality": pa.array([None, "ct"])})
     bare = Gallery(RetrievalIndex.build(gallery.index.embeddings[:2], table, gallery.index.facts))
     for own, visible in ((bare, False), (gallery, True)):
-        searching = Searching(model, processor, own)
+        searching = Searching(model, processor, own, readers)
         with gr.Blocks(), gr.Tabs() as tabs, gr.Tab() as tab:
             search = SearchPage(searching)
             explore = ExplorePage(searching, search, tab, tabs)

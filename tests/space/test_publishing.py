@@ -110,7 +110,7 @@ from modeling_m3ret.space.searching import Searching
 assert modeling_m3ret.__file__.startswith(sys.argv[1]), modeling_m3ret.__file__
 name = newest_checkpoint()
 model, processor = AutoModel.from_pretrained(name).eval(), AutoImageProcessor.from_pretrained(name)
-searching = Searching(model, processor, open_gallery(None, model, processor, str(name)))
+searching = Searching(model, processor, open_gallery(None, model, processor, str(name)), readers=None)
 print([hit["item"] for hit in searching.search(searching.query_of_row(0), 3)])
 """
     ran = subprocess.run(
