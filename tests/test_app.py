@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import tiny_config
+from processes import Script
 
 from modeling_m3ret import M3RetImageProcessor, M3RetModel
 
@@ -25,25 +26,19 @@ ROOT = Path(__file__).parents[1]
 PATIENCE = 300.0  # s, of a machine that is busy with other things
 
 
-def run(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HOME": str(folder / "hf_home"), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(ROOT / "app.py"), *options]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
-
-
 def test_without_a_checkpoint_it_says_so_and_what_to_do(tmp_path: Path) -> None:
-    ran = run(tmp_path)
-    assert ran.returncode == 1
-    assert "There is no checkpoint here" in ran.stderr
-    assert "--quickstart" in ran.stderr
-    assert "Traceback" not in ran.stderr
-    assert not list(tmp_path.iterdir()), "nothing was made"
+    app = Script([str(ROOT / "app.py")], tmp_path)
+    assert app.finish() == 1
+    assert "There is no checkpoint here" in app.printed
+    assert "--quickstart" in app.printed
+    assert "Traceback" not in app.printed
+    assert not [path for path in tmp_path.iterdir() if path != app.printed_to], "nothing was made"
 
 
 def test_a_password_needs_a_user(tmp_path: Path) -> None:
-    ran = run(tmp_path, "--auth", "secret")
-    assert ran.returncode == 2
-    assert "expected USER:PASSWORD" in ran.stderr
+    app = Script([str(ROOT / "app.py"), "--auth", "secret"], tmp_path)
+    assert app.finish() == 2
+    assert "expected USER:PASSWORD" in app.printed
 
 
 def test_without_a_tunnel_it_says_so_and_stays_here(tmp_path: Path) -> None:

@@ -30,8 +30,7 @@ from modeling_m3ret.data.loading import RandomViews, training_loader
 from modeling_m3ret.data.order import SeededBatches
 from modeling_m3ret.data.views import ViewKind
 parquet.BLOCK_BYTES = 2**19
-def main():
-    data, rank, ranks, workers, batches = sys.argv[1], *map(int, sys.argv[2:6])
+def load(data, rank, ranks, workers, batches):
     records = [r for r in open_collection(data, stream=True) if r.split == "train"]
     records = without_modalities(records, ["mri"])
     blocks = parquet.blocks_of([r.place for r in records])
@@ -42,9 +41,9 @@ def main():
     packs = islice(training_loader(views, order, workers), batches)
     told = [dict(ids=[records[i].id for i in pack.scans], failures=pack.failures,
                  digest=hashlib.sha256(pack.values.numpy().tobytes()).hexdigest()) for pack in packs]
-    print(json.dumps(dict(records=[r.id for r in records], blocks=len(blocks.ranges), packs=told)))
+    return dict(records=[r.id for r in records], blocks=len(blocks.ranges), packs=told)
 if __name__ == "__main__":
-    main()
+    print(json.dumps([load(*asked) for asked in json.loads(sys.argv[1])]))
 """
 USE = """
 import json, sys
@@ -125,34 +124,26 @@ def test_datasets_loads_it_whole_and_streamed_and_the_processor_takes_its_rows(p
     assert told["grids"][3][0] > 1
 
 
-def load(pushed: Pushed, data: str, ranks: int, workers: int, batches: int) -> list[dict[str, object]]:
-    """What each rank's loader gives, one after the other."""
-    script = LOAD.format(root=str(ROOT), batch=BATCH)
-    return [
-        json.loads(
-            run(
-                [sys.executable, "-c", script, data, *map(str, (rank, ranks, workers, batches))],
-                pushed.environment,
-                ROOT,
-            )
-        )
-        for rank in range(ranks)
-    ]
-
-
 def test_two_ranks_of_two_workers_stream_each_scan_once_an_epoch_and_what_lies_here(pushed: Pushed) -> None:
     scans = len([r for r in open_collection(pushed.folder) if r.split == "train" and r.modality != "mri"])
     batches = -(-EPOCHS * scans // (2 * BATCH))
-    streamed = load(pushed, pushed.name, 2, 2, batches)
-    assert streamed[0]["blocks"] > 4  # type: ignore[operator]
-    ids = [scan for step in zip(*(rank["packs"] for rank in streamed), strict=True) for p in step for scan in p["ids"]]  # type: ignore[call-overload]
+    asked = [
+        (data, rank, 2, workers, batches)
+        for data, workers in ((pushed.name, 2), (str(pushed.folder), 2), (str(pushed.folder), 0))
+        for rank in range(2)
+    ]
+    script = LOAD.format(root=str(ROOT), batch=BATCH)
+    told = json.loads(run([sys.executable, "-c", script, json.dumps(asked)], pushed.environment, ROOT))
+    streamed = told[:2]
+    assert streamed[0]["blocks"] > 4
+    ids = [scan for step in zip(*(rank["packs"] for rank in streamed), strict=True) for p in step for scan in p["ids"]]
     assert len(ids) >= EPOCHS * scans
     for epoch in range(EPOCHS):
-        assert sorted(ids[epoch * scans : (epoch + 1) * scans]) == sorted(streamed[0]["records"])  # type: ignore[call-overload]
-    assert not any(pack["failures"] for rank in streamed for pack in rank["packs"])  # type: ignore[attr-defined]
+        assert sorted(ids[epoch * scans : (epoch + 1) * scans]) == sorted(streamed[0]["records"])
+    assert not any(pack["failures"] for rank in streamed for pack in rank["packs"])
     # batch for batch, to the last bit; and with other workers too
-    assert load(pushed, str(pushed.folder), 2, 2, batches) == streamed
-    assert load(pushed, str(pushed.folder), 2, 0, batches) == streamed
+    assert told[2:4] == streamed
+    assert told[4:6] == streamed
 
 
 def train(

@@ -6,13 +6,16 @@ On two processes of the CPU; see `fsdp_on_cpu.py` for the one thing that differs
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from training_runs import POISONED, ROOT, command, finish, lines, run, write_scans
+from training_runs import POISONED, ROOT, command, lines, write_scans
 from transformers import AutoModel
 
 
@@ -27,9 +30,18 @@ def scans(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_scans(tmp_path_factory.mktemp("scans"))
 
 
-def sharded(words: list[str]) -> list[str]:
-    """The command for one process, started on two under FSDP2."""
-    return [words[0], *FSDP2, *words[1:]]
+def launch(words: list[str], folder: Path) -> tuple[int, str]:
+    """The script on two processes under FSDP2: its exit status, and what it printed."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *FSDP2, *words]
+    ran = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    return ran.returncode, ran.stdout + ran.stderr
+
+
+def run(words: list[str], folder: Path) -> str:
+    code, printed = launch(words, folder)
+    assert code == 0, printed
+    return printed
 
 
 def test_a_run_is_published_and_goes_on_bit_for_bit_from_the_checkpoint_that_a_kill_left(
@@ -38,11 +50,11 @@ def test_a_run_is_published_and_goes_on_bit_for_bit_from_the_checkpoint_that_a_k
     """Twelve steps; and the last seven again from what lay there after the fifth, with other workers."""
     script = ROOT / "tests" / "fsdp_on_cpu.py"
     settings = {"objective": "simdino", "batch_size": 2, "steps": 12, "save_every": 5, "evaluate_every": 5}
-    printed = run(sharded(command(script, scans, "whole", **settings, keep_last=3)), tmp_path)
+    printed = run(command(script, scans, "whole", **settings, keep_last=3), tmp_path)
     assert "all modalities" in printed
     shutil.copytree(tmp_path / "run-whole/checkpoints/step-000005", tmp_path / "run-cut/checkpoints/step-000005")
     words = command(script, scans, "cut", **settings, resume=True, num_workers=0)
-    assert "step-000005" in run(sharded(words), tmp_path)
+    assert "step-000005" in run(words, tmp_path)
 
     whole, cut = (tmp_path / f"run-{name}" / "checkpoints" / "step-000012" for name in ("whole", "cut"))
     files = sorted(path.relative_to(whole) for path in whole.rglob("*") if path.is_file())
@@ -71,7 +83,7 @@ def test_a_poisoned_scan_stops_all_processes_before_the_step(tmp_path: Path, sca
     on_cpu = f"import sys\nsys.path.insert(0, {str(ROOT / 'tests')!r})\nimport fsdp_on_cpu\n"
     script.write_text(on_cpu + POISONED.format(root=str(ROOT)))
     words = command(script, scans, "poisoned", batch_size=2, steps=12, holdout=0, evaluate_every=0)
-    code, printed = finish(sharded(words), tmp_path)
+    code, printed = launch(words, tmp_path)
     assert code != 0
     assert printed.count("FloatingPointError: step") >= 2  # each process says so by itself
     assert "values that are not finite come with scan-10;" in printed

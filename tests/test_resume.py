@@ -35,28 +35,28 @@ def scans(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_scans(tmp_path_factory.mktemp("scans"))
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("objective", ["mae", "simdino"])
 def test_a_run_killed_while_saving_and_resumed_twice_is_the_uninterrupted_one(
-    tmp_path: Path, scans: Path, objective: str, processes: int
+    tmp_path: Path, scans: Path, objective: str, ranks: int
 ) -> None:
     """6 steps and kill -9 during the save, on from 3 to 13, on to 20, with other numbers of workers each time."""
     killing = tmp_path / "killing.py"
     killing.write_text(KILLED_WHILE_SAVING.format(root=str(ROOT)))
     train = ROOT / "train.py"
-    batch = {"objective": objective, "batch_size": 4 // processes}
-    run(command(train, scans, "whole", processes, **batch), tmp_path)
+    batch = {"objective": objective, "batch_size": 4 // ranks}
+    run(command(train, scans, "whole", **batch), tmp_path, ranks)
 
-    code, _ = finish(command(killing, scans, "cut", processes, **batch, num_workers=0), tmp_path)
-    assert code != 0
+    code, _ = finish(command(killing, scans, "cut", **batch, num_workers=0), tmp_path, ranks)
+    assert code == -signal.SIGKILL
     checkpoints = tmp_path / "run-cut" / "checkpoints"
     assert not (checkpoints / "step-000006").exists()
     assert (checkpoints / ".step-000006.partial" / "training_state" / "state.json").is_file()  # all but the rename
-    printed = run(command(train, scans, "cut", processes, **batch, num_workers=2, resume=True, stop_after=13), tmp_path)
+    printed = run(command(train, scans, "cut", **batch, num_workers=2, resume=True, stop_after=13), tmp_path, ranks)
     assert "step-000003" in printed
     assert "stopped after step 13 of 20" in printed
     assert not (tmp_path / "m3ret-cut").exists()
-    run(command(train, scans, "cut", processes, **batch, num_workers=1, resume=True), tmp_path)
+    run(command(train, scans, "cut", **batch, num_workers=1, resume=True), tmp_path, ranks)
 
     whole, cut = (tmp_path / f"run-{name}" / "checkpoints" / "step-000020" for name in ("whole", "cut"))
     files = sorted(path.relative_to(whole) for path in whole.rglob("*.safetensors"))
@@ -78,19 +78,18 @@ def test_a_run_killed_while_saving_and_resumed_twice_is_the_uninterrupted_one(
 def test_sigterm_saves_and_leaves_and_nothing_unfinished_is_replaced(tmp_path: Path, scans: Path) -> None:
     train = ROOT / "train.py"
     words = command(train, scans, "stopped", objective="simdino", steps=100_000, evaluate_every=0, save_every=100_000)
-    process = start(words, tmp_path)
+    script = start(words, tmp_path)
     metrics = tmp_path / "run-stopped" / "metrics.jsonl"
     deadline = time.monotonic() + 120
     while not (metrics.is_file() and len(metrics.read_text().splitlines()) >= 3):
-        assert process.poll() is None, process.communicate()
+        assert script.is_running(), script.printed
         assert time.monotonic() < deadline
         time.sleep(0.1)
-    process.send_signal(signal.SIGTERM)
-    printed, errors = process.communicate(timeout=60)
-    assert process.returncode == 0, errors
+    script.stop()
+    assert script.finish(timeout=60) == 0, script.printed
     (checkpoint,) = (tmp_path / "run-stopped" / "checkpoints").iterdir()
     step = int(checkpoint.name.removeprefix("step-"))
-    assert f"stopped after step {step} of 100000" in printed
+    assert f"stopped after step {step} of 100000" in script.printed
     assert lines(tmp_path / "run-stopped")[-1]["step"] == step
     summary = json.loads((tmp_path / "run-stopped" / "summary.json").read_text())
     assert (summary["finished"], summary["step"]) == (False, step)

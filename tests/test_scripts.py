@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import Script
 from transformers import AutoImageProcessor, AutoModel
 
 from modeling_m3ret.data.collection import read_manifest
@@ -36,27 +37,20 @@ def phantom(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_phantom(tmp_path_factory.mktemp("data") / "phantom", subjects=24, workers=2)
 
 
-def finish(command: list[str], cwd: Path) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
-
-
-def run(command: list[str], cwd: Path) -> str:
-    ran = finish(command, cwd)
-    assert ran.returncode == 0, ran.stdout + ran.stderr
-    return ran.stdout
-
-
 def refused_by_train(options: list[str], cwd: Path) -> str:
-    ran = finish([sys.executable, str(ROOT / "train.py"), *options], cwd)
-    assert ran.returncode != 0
-    return ran.stderr
+    ran = Script([str(ROOT / "train.py"), *options], cwd, ACCELERATE_USE_CPU="true")
+    assert ran.finish() == 1
+    return ran.printed
 
 
 def train(folder: Path, data: Path, launch: list[str], **overrides: object) -> str:
     settings = SMALL_RUN | {"data": data, "output_dir": "m3ret-tiny", "run_dir": "runs/tiny"} | overrides
     options = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
-    return run([sys.executable, "-m", "accelerate.commands.launch", *launch, str(ROOT / "train.py"), *options], folder)
+    command = [sys.executable, "-m", "accelerate.commands.launch", *launch, str(ROOT / "train.py"), *options]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    ran = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    return ran.stdout
 
 
 def test_train_ends_with_a_checkpoint_and_a_table(
@@ -86,7 +80,9 @@ def test_train_ends_with_a_checkpoint_and_a_table(
     options = {"--data": str(phantom), "--holdout": "0.5", "--output": "table", "--rerank": "5"}
     words = [word for option in options.items() for word in option]
     models = ["--model", "m3ret-tiny", "runs/tiny/checkpoints/step-000002"]
-    evaluated = run([sys.executable, str(ROOT / "eval_retrieval.py"), *models, *words], tmp_path)
+    evaluation = Script([str(ROOT / "eval_retrieval.py"), *models, *words], tmp_path)
+    assert evaluation.finish() == 0, evaluation.printed
+    evaluated = evaluation.printed
 
     # the same patients, the same scores as at the end of training, of the untrained encoder too
     assert rows_of("trained", printed)

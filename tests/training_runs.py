@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
+from processes import Script
 
 from modeling_m3ret.data.collection import COLUMNS
 
@@ -67,27 +65,22 @@ def write_scans(folder: Path) -> Path:
     return folder
 
 
-def command(script: Path, scans: Path, name: str, processes: int = 1, **overrides: object) -> list[str]:
+def command(script: Path, scans: Path, name: str, **overrides: object) -> list[str]:
     settings = SETTINGS | {"data": scans, "output_dir": f"m3ret-{name}", "run_dir": f"run-{name}"} | overrides
-    words = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    return [sys.executable, *(launch if processes > 1 else []), str(script), *words]
+    return [str(script), *(word for key, value in settings.items() for word in (f"--{key}", str(value)))]
 
 
-def start(words: list[str], folder: Path) -> subprocess.Popen[str]:
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    pipe = subprocess.PIPE
-    return subprocess.Popen(words, cwd=folder, env=environment, stdout=pipe, stderr=pipe, text=True)
+def start(words: list[str], folder: Path, ranks: int = 1) -> Script:
+    return Script(words, folder, ranks, ACCELERATE_USE_CPU="true")
 
 
-def finish(words: list[str], folder: Path) -> tuple[int, str]:
-    process = start(words, folder)
-    printed, errors = process.communicate()
-    return process.returncode, printed + errors
+def finish(words: list[str], folder: Path, ranks: int = 1) -> tuple[int, str]:
+    script = start(words, folder, ranks)
+    return script.finish(), script.printed
 
 
-def run(words: list[str], folder: Path) -> str:
-    code, printed = finish(words, folder)
+def run(words: list[str], folder: Path, ranks: int = 1) -> str:
+    code, printed = finish(words, folder, ranks)
     assert code == 0, printed
     return printed
 

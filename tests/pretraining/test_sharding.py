@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import socket
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,10 +11,10 @@ from typing import Any
 import fsdp_on_cpu
 import pytest
 import torch
-import torch.multiprocessing as multiprocessing
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.utils import DistributedType
 from conftest import tiny_config
+from processes import in_ranks
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
 
@@ -118,10 +117,7 @@ def train(
     }
 
 
-def rank(number: int, port: int, folder: str) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-    os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number), "LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-    torch.set_num_threads(1)
+def rank(number: int, folder: str) -> None:
     trained = {name: [train(run_config(**case), sharded) for sharded in (False, True)] for name, case in CASES.items()}
     config, checkpoint = run_config(objective="simdino"), Path(folder) / "checkpoint"
     train(config, sharded=False, last=2, checkpoint=checkpoint)
@@ -134,10 +130,7 @@ def rank(number: int, port: int, folder: str) -> None:
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of two processes has of each case, under DDP and under FSDP2."""
     folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    multiprocessing.spawn(rank, args=(port, str(folder)), nprocs=2)
+    in_ranks(rank, 2, str(folder))
     return [torch.load(folder / f"{number}.pt", weights_only=True) for number in range(2)]
 
 

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import math
-import os
-import socket
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
 from conftest import tiny_config
+from processes import in_ranks
 from test_modeling import largest_difference, make_scans, pack
 from torch import Tensor
 
@@ -107,8 +105,7 @@ def test_half_precision_under_autocast_is_computed_in_float32() -> None:
     assert torch.equal(inside, SimDINOLoss()(student, teacher).loss)
 
 
-def _rank(rank: int, port: int, folder: str, split: int) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+def _rank(rank: int, folder: str, split: int) -> None:
     dist.init_process_group("gloo", rank=rank, world_size=2)
     weight = torch.eye(24, requires_grad=True)
     student, teacher = unit(4, 10, 24), unit(2, 10, 24, seed=1)
@@ -128,10 +125,7 @@ def _rank(rank: int, port: int, folder: str, split: int) -> None:
 @pytest.mark.parametrize("split_at", [5, 3])
 def test_split_over_ranks_gives_the_same_loss_and_gradient(tmp_path: Path, split_at: int) -> None:
     """Ten scans, five on each rank, or three and seven as a token budget may deal them."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    multiprocessing.spawn(_rank, args=(port, str(tmp_path), split_at), nprocs=2)
+    in_ranks(_rank, 2, str(tmp_path), split_at)
     split = torch.load(tmp_path / "split.pt", weights_only=True)
     weight = torch.eye(24, requires_grad=True)
     whole = SimDINOLoss()(torch.nn.functional.normalize(unit(4, 10, 24) @ weight, dim=-1), unit(2, 10, 24, seed=1))

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +11,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from conftest import tiny_config
+from processes import Script
 
 from modeling_m3ret import M3RetImageProcessor, M3RetModel
 from modeling_m3ret.data.collection import Record
@@ -169,13 +167,10 @@ def test_two_processes_and_a_run_that_was_killed_give_the_same(records: list[Rec
     script = tmp_path / "process.py"
     script.write_text(PROCESS.format(root=str(ROOT)))
     scans = str(records[0].place.parent)  # type: ignore[union-attr]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
 
-    def run(processes: int, folder: str, what: str, result: str) -> int:
-        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    def run(ranks: int, folder: str, what: str, result: str) -> int:
         words = [str(script), scans, str(tmp_path / folder), what, str(tmp_path / result)]
-        command = [*(launch if processes > 1 else [sys.executable]), *words]
-        return subprocess.run(command, env=environment, capture_output=True, check=False).returncode
+        return Script(words, tmp_path, ranks, ACCELERATE_USE_CPU="true").finish()
 
     assert run(1, "one", "live", "one.pt") == 0
     assert run(2, "two", "live", "two.pt") == 0

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,6 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 import torch
+from processes import Script
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -412,9 +410,10 @@ index.RetrievalIndex.build(embeddings(50), metadata(50), FACTS).save(Path(sys.ar
 @pytest.mark.parametrize("step", ["save_file", "sha256_of", "sync", "write_whole"])
 def test_a_save_that_is_killed_leaves_the_old_index(index: RetrievalIndex, tmp_path: Path, step: str) -> None:
     index.save(tmp_path / "gallery")
-    script = SAVE_AND_DIE.format(root=str(ROOT), step=step)
-    ran = subprocess.run([sys.executable, "-c", script, str(tmp_path / "gallery")], env=os.environ, check=False)
-    assert ran.returncode == -signal.SIGKILL
+    script = tmp_path / "save_and_die.py"
+    script.write_text(SAVE_AND_DIE.format(root=str(ROOT), step=step))
+    died = Script([str(script), str(tmp_path / "gallery")], tmp_path).finish()
+    assert died == -signal.SIGKILL
     assert len(RetrievalIndex.load(tmp_path / "gallery", FACTS)) == 600
     index.remove(["id-0"]).save(tmp_path / "gallery")  # and what the killed one left goes with the next save
     assert len(RetrievalIndex.load(tmp_path / "gallery", FACTS)) == 599

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +9,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from conftest import tiny_config
+from processes import Script
 
 from modeling_m3ret import M3RetImageProcessor, M3RetModel
 from modeling_m3ret.data.collection import Record
@@ -109,10 +107,9 @@ def test_two_processes_get_the_same_encoder_as_one(tmp_path: Path) -> None:
     records = scans(tmp_path / "scans", 10)
     script = tmp_path / "process.py"
     script.write_text(PROCESS.format(root=str(ROOT)))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
-    words = [str(tmp_path / "scans"), str(tmp_path / "of_two"), str(tmp_path / "encoder")]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    subprocess.run([*launch, *words], env=environment, capture_output=True, check=True)
+    words = [str(script), *(str(tmp_path / name) for name in ("scans", "of_two", "encoder"))]
+    ran = Script(words, tmp_path, 2, ACCELERATE_USE_CPU="true")
+    assert ran.finish() == 0, ran.printed
     first, second = (torch.load(tmp_path / f"encoder{rank}") for rank in (0, 1))
     alone = untrained_encoder(tiny_config(), PROCESSOR, records, Accelerator(cpu=True)).encoder.state_dict()
     assert first.keys() == alone.keys()
