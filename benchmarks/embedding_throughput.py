@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import DINOv3ViTConfig, DINOv3ViTModel
 
 from modeling_m3ret import M3RetConfig, M3RetModel
-from modeling_m3ret.modeling_m3ret import patchify
+from modeling_m3ret.packing_m3ret import patchify
 
 
 def compare(name: str, ours: Callable[[], object], theirs: Callable[[], object], rounds: int) -> None:

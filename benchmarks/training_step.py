@@ -29,7 +29,7 @@ from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
 from modeling_m3ret import M3RetConfig, M3RetForPreTraining, M3RetModel
 from modeling_m3ret.cpu import prepare_cpu
-from modeling_m3ret.modeling_m3ret import patchify
+from modeling_m3ret.packing_m3ret import patchify
 from modeling_m3ret.pretraining.optimisation import build_optimiser
 from modeling_m3ret.pretraining.run_config import RunConfig
 from modeling_m3ret.pretraining.simdino import SimDINO, SimDINOLoss

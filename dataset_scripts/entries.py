@@ -13,6 +13,7 @@ import gzip
 import json
 import os
 import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -64,7 +65,7 @@ class Entry:
             raise SourceError(f"{self.id}: found the split {self.split!r}, expected one of {', '.join(SPLITS)}")
 
 
-class Source:
+class Source(ABC):
     """One collection. Subclasses state the facts below and find the entries.
 
     name: for `--source`. title, homepage (where to get it), licence, citation: as its authors state them, for the card.
@@ -78,13 +79,13 @@ class Source:
     citation: ClassVar[str]
     evaluation_only: ClassVar[bool] = False
 
+    @abstractmethod
     def entries(self, root: Path) -> Iterator[Entry]:
         """All scans under `root`, in an order that is the same each time.
 
         Raises:
             SourceError: if a table that the layout needs is missing or lacks a column.
         """
-        raise NotImplementedError
 
     def folder(self, root: str) -> Path:
         """The folder that `--root` means."""

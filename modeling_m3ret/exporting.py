@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from transformers import AutoImageProcessor, AutoModel
 
 from .image_processing_m3ret import M3RetImageProcessor
-from .modeling_m3ret import M3RetModel, PackLayout, grid_places, patchify
+from .modeling_m3ret import M3RetModel
+from .packing_m3ret import PackLayout, grid_places, patchify
 from .retrieval.embedding_store import facts_of
 from .retrieval.index import sha256_of
 from .version import __version__

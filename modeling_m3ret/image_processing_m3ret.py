@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import BaseImageProcessor, BatchFeature
 
-from .modeling_m3ret import cut
+from .packing_m3ret import cut
 from .reading_m3ret import Scan, read_scan
 
 

@@ -17,7 +17,8 @@ from transformers import initialization as init
 from transformers.utils.generic import ModelOutput, can_return_tuple
 
 from .configuration_m3ret import M3RetConfig
-from .modeling_m3ret import M3RetLayer, M3RetModel, M3RetPreTrainedModel, PackLayout, patch_places, rotary_tables
+from .modeling_m3ret import M3RetLayer, M3RetModel, M3RetPreTrainedModel, rotary_tables
+from .packing_m3ret import PackLayout, patch_places
 
 
 class M3RetDecoder(M3RetPreTrainedModel):

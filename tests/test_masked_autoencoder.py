@@ -12,7 +12,7 @@ from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
 from modeling_m3ret import M3RetForPreTraining
 from modeling_m3ret.masked_autoencoder_m3ret import choose_visible, masked_patch_loss, normalise_patches
-from modeling_m3ret.modeling_m3ret import patchify
+from modeling_m3ret.packing_m3ret import patchify
 
 
 @pytest.mark.parametrize("ratio", [0.5, 0.75, 0.9])

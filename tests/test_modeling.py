@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from modeling_m3ret import M3RetConfig, M3RetModel
-from modeling_m3ret.modeling_m3ret import PackLayout, patch_places, patchify, rotary_tables, rotate
+from modeling_m3ret.modeling_m3ret import rotary_tables, rotate
+from modeling_m3ret.packing_m3ret import PackLayout, patch_places, patchify
 
 
 # an X-ray, a cine, a clip, a CT and an MRI stack: odd depths, odd grids, no two alike

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from ..masked_autoencoder_m3ret import M3RetDecoder, choose_visible, masked_patch_loss
-from ..modeling_m3ret import M3RetModel, patch_places
+from ..modeling_m3ret import M3RetModel
+from ..packing_m3ret import patch_places
 from .ranks import part_of_rank, sum_over_ranks, total_over_ranks
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from modeling_m3ret import M3RetForPreTraining, M3RetModel
 from modeling_m3ret.masked_autoencoder_m3ret import choose_visible
-from modeling_m3ret.modeling_m3ret import patch_places
+from modeling_m3ret.packing_m3ret import patch_places
 from modeling_m3ret.pretraining.simdino import SimDINO, SimDINOLoss, block_masks, coding_rate, teacher_momentum
 
 
