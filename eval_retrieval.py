@@ -131,6 +131,10 @@ def main() -> None:
             with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
                 if model.config.pooling == "cls" and sample:
                     own = fit_token_whitening(model, own_processor, (record.open() for record in sample), **most)
+                elif model.config.pooling == "cls":
+                    notes.append(
+                        f"{title}: patches are compared by the CLS token's whitening, for lack of training scans"
+                    )
                 tokens = scan_tokens(model, own_processor, sources, whitening=own, **most)
             twice = Reranked(**vars(methods[title]), tokens=tokens, depth=arguments.rerank)
             reranked[f"{title}, re-ranked {arguments.rerank}"] = twice

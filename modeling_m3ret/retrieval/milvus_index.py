@@ -185,7 +185,7 @@ class MilvusIndex:
         go together, so many patients are many searches.
 
         Raises:
-            ValueError: if shapes do not fit, or k is not from 1 to 16384.
+            ValueError: if shapes do not fit, k is not from 1 to 16384, or the filter is larger than a message.
         """
         if queries.ndim != 2 or queries.shape[1] != self.manifest.dimension or not 1 <= k <= MOST_HITS:
             raise ValueError(
@@ -218,12 +218,18 @@ class MilvusIndex:
         return Hits(scores, rows)
 
     def rows(self, found: Tensor) -> list[dict[str, Any]]:
-        """The metadata of rows that a search found, without those that are -1."""
+        """The metadata of rows that a search found, without those that are -1.
+
+        Raises:
+            LookupError: if one was removed since it was found.
+        """
         wanted = found[found >= 0].flatten().tolist()
         told: dict[int, dict[str, Any]] = {}
         for some in _batches(sorted(set(wanted)), METADATA_BYTES):
             answers = self.client.query(self.collection, filter=f"row in {some}", output_fields=["metadata"])
             told |= {answer["row"]: answer["metadata"] for answer in answers}
+        if gone := set(wanted) - set(told):
+            raise LookupError(f"{self.collection}: row {min(gone)} was removed since it was found: search again")
         return [told[row] for row in wanted]
 
     # ------------------------------------------------------------------------------------------------------- changing
@@ -332,7 +338,10 @@ def _expression(where: Where) -> str:
             alternatives = " or ".join(f"{column}_digest in {digests}" for digests in _digests(names))
             conditions.append(f" and ({alternatives or 'row < 0'})")
     conditions += [f" and patient_digest not in {digests}" for digests in _digests(where.without_patients)]
-    return "".join(conditions)
+    expression = "".join(conditions)
+    if len(expression) > MESSAGE_BYTES:
+        raise ValueError(f"found a filter of {len(expression):,} characters, expected at most {MESSAGE_BYTES:,}")
+    return expression
 
 
 def _batches(places: Sequence[int], bytes_each: int) -> Iterator[list[int]]:

@@ -21,6 +21,7 @@ from typing import TypedDict
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from filelock import FileLock
 from huggingface_hub.constants import HF_HOME
 from PIL import Image
 from torch import Tensor
@@ -176,6 +177,19 @@ def embed_gallery(
     facts = facts_of(model, processor, name)
     told = json.dumps([facts.revision, facts.processor, fingerprint(records), THUMBNAIL, SHARD_SCANS])
     folder = (folder or Path(HF_HOME) / "m3ret" / "galleries") / hashlib.sha256(told.encode()).hexdigest()[:24]
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_suffix(".lock")):  # another start waits until this one has embedded it
+        return _embed_or_load(folder, facts, records, model, processor, collection)
+
+
+def _embed_or_load(
+    folder: Path,
+    facts: ModelFacts,
+    records: Sequence[Record],
+    model: M3RetModel,
+    processor: M3RetImageProcessor,
+    collection: str | None,
+) -> Gallery:
     if (folder / ABOUT).is_file():
         shutil.rmtree(folder / "shards", ignore_errors=True)  # of a start that ended between saving and this
         kept = _load(folder, facts, records)
@@ -189,7 +203,7 @@ def embed_gallery(
     index = RetrievalIndex.build(embedded.embeddings, _metadata(records, places), facts)
     gallery = Gallery(index, embedded.records, pa.chunked_array([pictures]), collection)
     gallery.save(folder)
-    shutil.rmtree(folder / "shards", ignore_errors=True)  # another start may have been faster
+    shutil.rmtree(folder / "shards")
     return gallery
 
 

@@ -30,7 +30,7 @@ MODEL_FOLDER = "m3ret-space"  # found by app.py as the newest checkpoint
 # what the app imports, directly or for a format; the Space runs the versions that ran here
 REQUIREMENTS = (
     "torch", "transformers", "accelerate", "datasets", "huggingface-hub", "faiss-cpu", "numpy", "scipy", "pyarrow",
-    "pillow", "nibabel", "pydicom", "python-gdcm", "decord", "av", "tqdm", "safetensors", "pebble",
+    "pillow", "nibabel", "pydicom", "python-gdcm", "decord", "av", "tqdm", "safetensors", "filelock", "pebble",
 )  # fmt: skip
 
 

@@ -62,6 +62,20 @@ def test_many_queries_and_scans_travel_in_several_messages(index: Any, monkeypat
     assert len(larger.remove([f"id-{n}" for n in range(5)])) == 604
 
 
+def test_a_filter_that_no_message_holds_is_refused(index: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(milvus, "MESSAGE_BYTES", 3000)
+    with pytest.raises(ValueError, match=r"found a filter of .* characters, expected at most 3,000"):
+        index.search(embeddings()[:1], 5, where=Where(without_patients=map(str, range(200))))
+
+
+def test_metadata_of_a_row_that_was_removed_since_is_refused(index: Any) -> None:
+    hits = index.search(embeddings()[3:4], 5)
+    gone = index.rows(hits.rows)[0]["id"]
+    index.remove([gone])
+    with pytest.raises(LookupError, match=rf"row {int(hits.rows[0, 0])} was removed since it was found"):
+        index.rows(hits.rows)
+
+
 def test_what_was_added_is_found_and_what_was_removed_is_not(index: Any, place: str) -> None:
     new = embeddings(30, seed=5)
     larger = index.add(new, metadata(30, first=600))

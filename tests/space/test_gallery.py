@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -149,6 +150,27 @@ def test_an_interrupted_embedding_is_gone_on_with(
         assert np.abs(one - other).max() <= 2
     assert resumed.index.metadata.equals(whole.index.metadata)
     assert not list(kept.glob("*/shards")), "the shards are no longer needed"
+
+
+def test_of_two_starts_at_once_one_embeds(
+    records: list[Record],
+    parts: tuple[M3RetModel, M3RetImageProcessor, Gallery],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, processor, gallery = parts
+    embed, embedded = gallery_module.embed_records, []
+
+    def counted(embedders: Any, processor: Any, some: list[Record], **named: Any) -> Any:
+        embedded.extend(some)
+        return embed(embedders, processor, some, **named)
+
+    monkeypatch.setattr(gallery_module, "embed_records", counted)
+    with ThreadPoolExecutor(2) as starts:
+        both = [starts.submit(embed_gallery, records, model, processor, "tiny", folder=tmp_path) for _ in range(2)]
+    assert embedded == records
+    for start in both:
+        torch.testing.assert_close(start.result().index.embeddings, gallery.index.embeddings, rtol=0, atol=1e-3)
 
 
 def test_unreadable_scans_are_left_out(folder: Path, records: list[Record], tmp_path: Path) -> None:
