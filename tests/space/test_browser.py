@@ -370,6 +370,20 @@ def test_a_bad_file_is_told_in_words_and_the_page_lives(
     assert len(hits(page)) == 8
 
 
+def test_files_that_are_too_large_together_are_told_and_the_page_lives(
+    open_page: Any, served: Served, tmp_path: Path
+) -> None:
+    page = open_page()
+    slices = [tmp_path / f"{number}.dcm" for number in range(5)]
+    for file in slices:
+        file.write_bytes(bytes(2**23))
+    upload(page, *slices)
+    page.get_by_text(re.compile(r"found an upload of 41,9.* bytes, expected at most 33,554,432 in all")).wait_for()
+    page.reload()
+    upload(page, served.of("xray", ".png"))
+    assert len(hits(page)) == 8
+
+
 def test_html_in_labels_and_file_names_is_text(open_page: Any, served: Served, tmp_path: Path) -> None:
     page = open_page()
     bad = tmp_path / "<img src=x onerror=window.attacked='file'>.png"
