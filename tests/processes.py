@@ -1,15 +1,17 @@
 """Scripts in processes of their own, that need not import everything again: forks of one process that has.
 
 An import of torch and transformers takes longer than most of what these tests run. Whatever a process has to itself it
-has here too, but for its hash seed, which forks share; `test_fsdp2.py` and `test_dataset_on_hub.py` start scripts as a
-shell does.
+has here too, but for its hash seed and what modules read when they are imported (`HF_HOME`, say), which forks share;
+`test_fsdp2.py` and `test_dataset_on_hub.py` start scripts as a shell does.
 """
 
 from __future__ import annotations
 
+import atexit
 import functools
 import multiprocessing
 import os
+import random
 import runpy
 import signal
 import socket
@@ -20,6 +22,7 @@ from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch.multiprocessing import start_processes
 
@@ -55,6 +58,7 @@ def ranks_environment(ranks: int) -> list[dict[str, str]]:
 def _begin() -> None:
     """What a fresh process would have by itself."""
     multiprocessing.set_start_method(None, force=True)  # its workers start as by default, not as it was started
+    torch.seed(), np.random.seed(), random.seed()
     torch.set_num_threads(1)  # OMP_NUM_THREADS=1, which is read only when torch is loaded
 
 
@@ -95,6 +99,7 @@ class Script:
 
     def __init__(self, words: Sequence[str], folder: Path, ranks: int = 1, **environment: str):
         self.printed_to = folder / f"printed-{time.monotonic_ns()}.txt"
+        assert not any(name.startswith("HF_") for name in environment), "read when it is imported"
         everything = os.environ | environment
         of_ranks = ranks_environment(ranks) if ranks > 1 else [{}]
         self.processes: list[BaseProcess] = [
@@ -103,6 +108,7 @@ class Script:
         ]
         for process in self.processes:
             process.start()
+            atexit.register(process.kill)  # a test that fails before it has ended would wait for it
 
     @property
     def printed(self) -> str:

@@ -35,6 +35,7 @@ class Hits:
     rows: Tensor
 
 
+@torch.autocast("cpu", enabled=False)  # within it, no product would be what its bound is of
 def search_exactly(
     gallery: Tensor,
     queries: Tensor,
@@ -91,6 +92,7 @@ def bfloat16_rounding(gallery: Tensor) -> float:
 
 
 @functools.cache
+@torch.autocast("cpu", enabled=False)
 def block_type() -> torch.dtype:
     """What blocks are multiplied in: bfloat16 where this processor has instructions for it, else float32.
 

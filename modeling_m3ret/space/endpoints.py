@@ -42,7 +42,8 @@ class EmbedAnswer(TypedDict):
 
 
 def add_endpoints(searching: Searching) -> None:
-    """Within a `gr.Blocks`. Files come in through a component of the page, which takes none but uploads."""
+    """Within a `gr.Blocks`. Files come in through a component of the page, which takes none but
+    uploads: `RequestGate` lets no address through."""
 
     @contextmanager
     def uploaded(files: list[str] | None) -> Iterator[tuple[Query, ScanFacts]]:

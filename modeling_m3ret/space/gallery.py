@@ -177,6 +177,8 @@ def embed_gallery(
     facts = facts_of(model, processor, name)
     told = json.dumps([facts.revision, facts.processor, fingerprint(records), THUMBNAIL, SHARD_SCANS])
     folder = (folder or Path(HF_HOME) / "m3ret" / "galleries") / hashlib.sha256(told.encode()).hexdigest()[:24]
+    if (folder / ABOUT).is_file():  # needs no lock, which a folder that is only read does not allow
+        return _embed_or_load(folder, facts, records, model, processor, collection)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_suffix(".lock")):  # another start waits until this one has embedded it
         return _embed_or_load(folder, facts, records, model, processor, collection)

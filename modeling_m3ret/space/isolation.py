@@ -1,4 +1,4 @@
-"""What visitors send is decoded in processes of its own: one that hangs, crashes or swells is replaced, the page stays.
+"""Each scan is decoded in a process of its own: one that hangs, crashes or swells ends alone, and the page stays.
 
 Decoders of video and DICOM are native code. A file made to break one would else end the whole page, and a few that
 keep one busy for ever would leave no reader to the others.
@@ -7,20 +7,24 @@ keep one busy for ever would leave no reader to the others.
 from __future__ import annotations
 
 import multiprocessing
+import os
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import TimeoutError
-from concurrent.futures.process import BrokenProcessPool
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from pebble import ProcessExpired, ProcessFuture, ProcessPool
+from pebble import ProcessExpired
+from pebble.concurrent import process
 
 from ..reading_m3ret import M3RetReadError
 
 
 READERS = 2  # at a time
 READ_SECONDS = 60.0  # 500 JPEG 2000 slices take some 20 s on two cores
+
+# by `uploads`, and by the script that shows the page, which Python imports again in each process
+IMPORTED = ["modeling_m3ret.space.uploads", "modeling_m3ret.space.gallery", "modeling_m3ret.space.quickstart"]
 
 Result = TypeVar("Result")
 
@@ -31,21 +35,22 @@ class IsolatedReaders:
         seconds: how long a visitor waits, the time in which all readers are busy with others included.
     """
 
-    def __init__(self, processes: int = READERS, seconds: float = READ_SECONDS):
-        self.processes, self.seconds = processes, seconds
-        self._free, self._changing = threading.Semaphore(processes), threading.Lock()
-        # forks of a process that has the readers imported and runs nothing else, so that each is there at once
-        self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload([__name__, "modeling_m3ret.space.uploads"])
-        self._pool = self._new_pool()
-
-    def _new_pool(self) -> ProcessPool:
-        pool = ProcessPool(self.processes, context=self._context)
-        pool.schedule(_nothing)  # so that it starts now, and not with the first visitor
-        return pool
+    def __init__(self, at_once: int = READERS, seconds: float = READ_SECONDS):
+        self.seconds = seconds
+        self._free = threading.Semaphore(at_once)
+        # A process for each scan, since those of a pool share pipes and locks, and with them their ends. It is a fork
+        # of one that has the readers imported and does nothing else: there in a tenth of a second.
+        if "forkserver" in multiprocessing.get_all_start_methods():
+            context: Any = multiprocessing.get_context("forkserver")
+            context.set_forkserver_preload([__name__, *IMPORTED])
+        else:  # Windows
+            context = multiprocessing.get_context("spawn")
+        self._begin = process(context=context)(_read)  # type: ignore[call-overload]  # its types say `mp_context`
+        # the imports take seconds: now, and not when the first visitor comes
+        threading.Thread(target=self.read, args=("", _nothing), name="m3ret-reader", daemon=True).start()
 
     def read(self, name: str, function: Callable[..., Result], *arguments: object) -> Result:
-        """`function(*arguments)` in one of the processes.
+        """`function(*arguments)` in a process of its own.
 
         Args:
             name: of what is read, for messages. function: of a module. What it takes and gives is pickled.
@@ -54,37 +59,38 @@ class IsolatedReaders:
             M3RetReadError: if it raises that, ends its process, or takes too long, which ends its process.
         """
         until = time.monotonic() + self.seconds
-        # waited for here: what the pool was given is begun, even if nobody waits for it any more
         if not self._free.acquire(timeout=self.seconds):
             raise self._took_too_long(name)
         try:
-            reading = self._begin(function, arguments)
+            reading = self._begin(function, *arguments)
             try:
-                return reading.result(max(0.0, until - time.monotonic()))
+                result: Result = reading.result(max(0.0, until - time.monotonic()))
             except TimeoutError as error:
                 reading.cancel()  # which ends the process
                 raise self._took_too_long(name) from error
-            except (ProcessExpired, BrokenProcessPool) as error:
+            except ProcessExpired as error:
                 raise M3RetReadError(
                     name, "a file on which its reader broke down", "one that can be decoded"
                 ) from error
         finally:
             self._free.release()
-
-    def _begin(self, function: Callable[..., Result], arguments: tuple[object, ...]) -> ProcessFuture[Result]:
-        with self._changing:
-            if not self._pool.active:  # a process ended while it had nothing to do
-                self._pool.stop()
-                self._pool = self._new_pool()
-            return self._pool.schedule(function, arguments)
+        return result
 
     def _took_too_long(self, name: str) -> M3RetReadError:
         return M3RetReadError(name, f"a scan that took more than {self.seconds:g} s to read", "one that is read sooner")
 
-    def close(self) -> None:
-        """End the processes, whatever they do."""
-        self._pool.stop()
-        self._pool.join()
+
+def _read(function: Callable[..., Result], *arguments: object) -> Result:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    return function(*arguments)
+
+
+def _end_with_parent() -> None:
+    """A reader would outlive a page that is killed, and one that hangs for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _nothing() -> None:

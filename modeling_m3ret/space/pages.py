@@ -17,10 +17,10 @@ from starlette.middleware import Middleware
 from .about import about
 from .endpoints import add_endpoints
 from .explore_page import ExplorePage
+from .request_gate import RequestGate
 from .search_page import SearchPage
 from .searching import Searching
 from .sweeping import keep_sweeping
-from .upload_gate import UploadGate
 from .uploads import UPLOAD_BYTES
 
 
@@ -82,7 +82,7 @@ def serve(page: gr.Blocks, searching: Searching, serving: Serving = Serving(), *
     page.queue(max_size=WAITING, default_concurrency_limit=8)
     if wait:
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # how a container is stopped: as by Ctrl-C
-    gate = Middleware(UploadGate, folder=Path(page.GRADIO_CACHE), most_bytes=serving.upload_bytes)
+    gate = Middleware(RequestGate, folder=Path(page.GRADIO_CACHE), upload_bytes=serving.upload_bytes)
     stop_sweeping = keep_sweeping(Path(page.GRADIO_CACHE), page.temp_file_sets, searching.put_away_unused)
     try:
         _, address, shared = page.launch(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import math
+import tempfile
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -103,7 +104,10 @@ class Searching:
         """
         paths = [Path(file) for file in files]
         name = paths[0].name if len(paths) == 1 else f"<{len(paths)} files>"
-        scan = self.readers.read(name, read_upload, paths, self.processor.num_frames)
+        # made here, since who reads may be ended; and beside the upload, so that what was left is swept away
+        beside = paths[0].parent if paths else None
+        with tempfile.TemporaryDirectory(prefix="unpacked-", dir=beside, ignore_cleanup_errors=True) as scratch:
+            scan = self.readers.read(name, read_upload, paths, self.processor.num_frames, Path(scratch))
         query = Query(f"upload-{uuid.uuid4().hex}", None, self._encode(scan))
         self._scans.put(query.key, scan, scan.array.nbytes)
         return query

@@ -7,7 +7,6 @@ claims to hold is checked before a byte is inflated, and what it really holds wh
 from __future__ import annotations
 
 import stat
-import tempfile
 import zipfile
 import zlib
 from collections.abc import Sequence
@@ -23,11 +22,11 @@ LIMITS = ReadLimits(max_decoded_bytes=2**30, max_files=2048)
 COPY_BYTES = 2**20
 
 
-def read_upload(files: Sequence[Path], num_frames: int, limits: ReadLimits = LIMITS) -> Scan:
+def read_upload(files: Sequence[Path], num_frames: int, scratch: Path, limits: ReadLimits = LIMITS) -> Scan:
     """The scan in one file or in several, which are then the slices of a DICOM series.
 
     Args:
-        num_frames: see `read_scan`.
+        num_frames: see `read_scan`. scratch: an empty folder, for the files of a zip.
 
     Raises:
         M3RetReadError: if there is no scan in them, or more than the limits allow.
@@ -39,13 +38,11 @@ def read_upload(files: Sequence[Path], num_frames: int, limits: ReadLimits = LIM
     (file,) = files
     if not _is_zip_of_files(file):
         return read_scan(file, num_frames=num_frames, limits=limits)
-    # beside the upload, where it is swept away if this process is ended
-    with tempfile.TemporaryDirectory(prefix="unpacked-", dir=file.parent) as folder:
-        unpacked = _unpack(file, Path(folder), limits)
-        try:
-            return read_scan(unpacked[0] if len(unpacked) == 1 else folder, num_frames=num_frames, limits=limits)
-        except M3RetReadError as error:
-            raise M3RetReadError(file.name, error.found, error.expected) from error
+    unpacked = _unpack(file, scratch, limits)
+    try:
+        return read_scan(unpacked[0] if len(unpacked) == 1 else scratch, num_frames=num_frames, limits=limits)
+    except M3RetReadError as error:
+        raise M3RetReadError(file.name, error.found, error.expected) from error
 
 
 def read_record(record: Record, num_frames: int, limits: ReadLimits = LIMITS) -> Scan:

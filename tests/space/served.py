@@ -87,7 +87,6 @@ def serving(
         yield Served(address, page, folder, records, searching, Path(os.environ["GRADIO_TEMP_DIR"]))
     finally:
         page.close()
-        readers.close()
         shutil.rmtree(os.environ.pop("GRADIO_TEMP_DIR"), ignore_errors=True)
 
 

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
+import socket
+import tempfile
 import time
 import zipfile
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 import numpy as np
 import pytest
 import torch
 from served import EVIL_LABEL, Served, serving
+from starlette.responses import PlainTextResponse
 
-from modeling_m3ret.space import sweeping, upload_gate
+from modeling_m3ret.space import request_gate, sweeping
 from modeling_m3ret.space.sweeping import EVERY_SECONDS, SECONDS_KEPT, sweep
 
 
@@ -140,12 +146,82 @@ def test_an_upload_is_refused_by_what_it_says_it_holds(served: Served, monkeypat
     boundary = {"Content-Type": "multipart/form-data; boundary=part"}
     form = b'--part\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\nx\r\n--part--\r\n'
     assert status(content=iter([form]), headers=boundary) == 411
+    two_sizes = (
+        b"POST /gradio_api/upload HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\nTransfer-Encoding: chunked\r\n\r\n"
+    )
+    with socket.create_connection(("127.0.0.1", urlsplit(served.address).port), timeout=PATIENCE) as connection:
+        connection.sendall(two_sizes)
+        assert connection.recv(1000).startswith(b"HTTP/1.1 411")
     free = 2 * len(form) - 1
-    monkeypatch.setattr(upload_gate.shutil, "disk_usage", lambda folder: SimpleNamespace(free=free))
+    monkeypatch.setattr(request_gate.shutil, "disk_usage", lambda folder: SimpleNamespace(free=free))
     assert status(content=form, headers=boundary) == 507
     assert set(served.uploads.rglob("*")) == before
     free += 1
     assert status(content=form, headers=boundary) == 200
+
+
+def test_nothing_is_taken_in_that_the_page_does_not_need(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Recordings would be left in the folder of the machine, files for a component's own methods read into memory."""
+    before = set(Path(tempfile.gettempdir()).iterdir())
+    for way in ("process_recording", "component_server", "component_server/", "vibe-edit", "stream/1", "no_such_way"):
+        post = httpx.post(f"{served.address}gradio_api/{way}", files={"file": ("a", b"1" * 2000)}, timeout=PATIENCE)
+        assert post.status_code == 404, way
+    assert httpx.put(f"{served.address}gradio_api/upload", content=b"1", timeout=PATIENCE).status_code == 404
+    assert set(Path(tempfile.gettempdir()).iterdir()) == before
+    monkeypatch.setattr(request_gate, "MESSAGE_BYTES", 100)
+    long = httpx.post(f"{served.address}gradio_api/call/similar", json={"data": ["1" * 100]}, timeout=PATIENCE)
+    assert long.status_code == 413
+
+
+def test_an_address_in_place_of_a_file_is_not_fetched(served: Served) -> None:
+    """Neither from the whole network, nor from what only this machine can reach."""
+    with HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as elsewhere:
+        elsewhere.timeout = 2
+        for address in (f"http://127.0.0.1:{elsewhere.server_port}/a.png", "HTTPS://example.org/a.png"):
+            file = {"path": address, "meta": {"_type": "gradio.FileData"}}
+            for way, told in (("call/embed", {"data": [[file]]}), ("run/embed", {"data": [{"deep": [file]}]})):
+                post = httpx.post(f"{served.address}gradio_api/{way}", json=told, timeout=PATIENCE)
+                assert (post.status_code, post.text) == (400, "found the address of a file, expected an upload")
+        asked: list[Any] = []
+        elsewhere.process_request = lambda *request: asked.append(request)  # type: ignore[method-assign]
+        elsewhere.handle_request()  # returns when nobody came
+        assert not asked
+
+
+def test_uploads_under_way_count_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two of 40 bytes at once where 100 are free: half of them would not hold both."""
+    monkeypatch.setattr(request_gate.shutil, "disk_usage", lambda folder: SimpleNamespace(free=100))
+    begun, statuses = asyncio.Event(), []
+
+    async def slow(scope: Any, receive: Any, send: Any) -> None:
+        begun.set()
+        await asyncio.sleep(0.2)
+        await PlainTextResponse("written")(scope, receive, send)
+
+    gate = request_gate.RequestGate(slow, tmp_path, upload_bytes=50)
+
+    async def upload() -> None:
+        async def send(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                statuses.append(message["status"])
+
+        scope = {
+            "type": "http",
+            "method": "POST",
+            "path": "/gradio_api/upload",
+            "headers": [(b"content-length", b"40")],
+        }
+        await gate(scope, None, send)
+
+    async def two_and_a_third() -> None:
+        first = asyncio.create_task(upload())
+        await begun.wait()
+        await upload()
+        await first
+        await upload()
+
+    asyncio.run(two_and_a_third())
+    assert statuses == [507, 200, 200]
 
 
 def test_an_upload_stays_in_its_folder_whatever_its_name(served: Served) -> None:

@@ -6,7 +6,6 @@ import multiprocessing
 import signal
 import sys
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -50,10 +49,8 @@ def parts(folder: Path, records: list[Record]) -> tuple[M3RetModel, M3RetImagePr
 
 
 @pytest.fixture(scope="module")
-def readers() -> Iterator[IsolatedReaders]:
-    readers = IsolatedReaders()
-    yield readers
-    readers.close()
+def readers() -> IsolatedReaders:
+    return IsolatedReaders()
 
 
 @pytest.fixture

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
+import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from processes import Script
 
 
 pytest.importorskip("pebble", reason="the Space needs pebble: pip install m3ret[app]")
@@ -20,11 +23,12 @@ from modeling_m3ret.space.isolation import IsolatedReaders
 from modeling_m3ret.space.uploads import read_upload
 
 
+PATIENCE = 300.0  # s, of a machine that is busy with other things
+
+
 @pytest.fixture
-def readers() -> Iterator[IsolatedReaders]:
-    readers = IsolatedReaders(processes=1, seconds=60)
-    yield readers
-    readers.close()
+def readers() -> IsolatedReaders:
+    return IsolatedReaders(at_once=1)
 
 
 @pytest.fixture
@@ -35,8 +39,8 @@ def file(tmp_path: Path) -> Path:
 
 
 def is_read(readers: IsolatedReaders, file: Path) -> bool:
-    scan = readers.read("scan.npy", read_upload, [file], 8)
-    return bool((scan.array == read_upload([file], 8).array).all())
+    scan = readers.read("scan.npy", read_upload, [file], 8, file.parent)
+    return bool((scan.array == read_upload([file], 8, file.parent).array).all())
 
 
 def crash(file: Path) -> None:
@@ -66,24 +70,71 @@ def test_a_reader_that_hangs_is_ended_and_replaced(readers: IsolatedReaders, fil
         readers.read("slow.dcm", hang, tmp_path / "pid")
     readers.seconds = 60
     assert is_read(readers, file)
-    with pytest.raises(ProcessLookupError):
-        os.kill(int((tmp_path / "pid").read_text()), 0)
+    wait_for_end_of(int((tmp_path / "pid").read_text()))
 
 
-def test_a_reader_that_ends_while_it_waits_is_replaced(readers: IsolatedReaders, file: Path) -> None:
-    """As the kernel may do when memory is short."""
-    idle = readers.read("pid", os.getpid)
-    os.kill(idle, signal.SIGKILL)
-    time.sleep(1)  # until it is noticed
+def die_while_sending(file: Path) -> Any:
+    """As when memory ends, which is most in use then: the result is on its way, and larger than a pipe holds."""
+    threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGKILL)).start()
+    return Slow()
+
+
+class Slow:
+    def __reduce__(self) -> Any:
+        time.sleep(5)
+        return (Slow, ())
+
+
+def test_a_reader_that_dies_disturbs_no_other(file: Path, tmp_path: Path) -> None:
+    readers = IsolatedReaders(at_once=2)
     assert is_read(readers, file)
+    with ThreadPoolExecutor(2) as visitors:
+        dying = [visitors.submit(readers.read, "evil.mp4", die_while_sending, file) for _ in range(2)]
+    for visitor in dying:
+        with pytest.raises(M3RetReadError, match="broke down"):
+            visitor.result()
+    begun = time.monotonic()
+    assert is_read(readers, file)
+    assert time.monotonic() - begun < 30
+
+
+def test_a_reader_ends_with_a_page_that_is_killed(tmp_path: Path) -> None:
+    page = tmp_path / "page.py"
+    page.write_text(
+        f"import sys\nfrom pathlib import Path\nsys.path[:0] = {[*sys.path]!r}\n"
+        "from test_isolation import IsolatedReaders, hang\n"
+        "if __name__ == '__main__':\n"
+        "    IsolatedReaders().read('slow.dcm', hang, Path(sys.argv[1]))\n"
+    )
+    running = Script([str(page), str(tmp_path / "pid")], tmp_path)
+    deadline = time.monotonic() + PATIENCE
+    while not (tmp_path / "pid").is_file() or not (tmp_path / "pid").read_text():
+        assert running.is_running(), running.printed
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    reader = int((tmp_path / "pid").read_text())
+    for process in running.processes:
+        process.kill()
+    wait_for_end_of(reader)
+
+
+def wait_for_end_of(pid: int) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while time.monotonic() < deadline:
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"process {pid} goes on")
 
 
 def test_what_a_reader_raises_comes_in_its_own_words(readers: IsolatedReaders, tmp_path: Path) -> None:
     (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     with pytest.raises(M3RetReadError) as here:
-        read_upload([tmp_path / "broken.png"], 8)
+        read_upload([tmp_path / "broken.png"], 8, tmp_path)
     with pytest.raises(M3RetReadError) as there:
-        readers.read("broken.png", read_upload, [tmp_path / "broken.png"], 8)
+        readers.read("broken.png", read_upload, [tmp_path / "broken.png"], 8, tmp_path)
     assert str(there.value) == str(here.value)
     assert (there.value.source, there.value.found) == (here.value.source, here.value.found)
 

@@ -6,6 +6,7 @@ import io
 import pickle
 import stat
 import struct
+import tempfile
 import zipfile
 from pathlib import Path
 
@@ -15,8 +16,8 @@ from PIL import Image
 
 from modeling_m3ret import M3RetReadError
 from modeling_m3ret.data.phantom import write_phantom
-from modeling_m3ret.reading_m3ret import ReadLimits, read_scan
-from modeling_m3ret.space.uploads import read_upload
+from modeling_m3ret.reading_m3ret import ReadLimits, Scan, read_scan
+from modeling_m3ret.space.uploads import LIMITS, read_upload
 
 
 FRAMES = 8
@@ -42,26 +43,32 @@ def zipped(path: Path, members: dict[str, bytes], compression: int = zipfile.ZIP
     return path
 
 
+def read(files: list[Path], limits: ReadLimits = LIMITS) -> Scan:
+    """With an empty folder of its own for the files of a zip, as the page does."""
+    with tempfile.TemporaryDirectory() as scratch:
+        return read_upload(files, FRAMES, Path(scratch), limits)
+
+
 def test_slices_and_a_zip_of_them_are_the_series(series: Path, tmp_path: Path) -> None:
     expected = read_scan(series)
     files = sorted(series.iterdir())
-    loose = read_upload(files, FRAMES)
+    loose = read(files)
     members = {f"a/b/{path.name}": path.read_bytes() for path in files} | {"a/notes.txt": b"not a slice"}
-    packed = read_upload([zipped(tmp_path / "s.zip", members)], FRAMES)
+    packed = read([zipped(tmp_path / "s.zip", members)])
     for scan in (loose, packed):
         np.testing.assert_array_equal(scan.array, expected.array)
         assert scan.spacing == expected.spacing
 
 
 def test_a_zip_of_one_file_is_that_file(tmp_path: Path) -> None:
-    scan = read_upload([zipped(tmp_path / "one.zip", {"folder/x.png": png()})], FRAMES)
+    scan = read([zipped(tmp_path / "one.zip", {"folder/x.png": png()})])
     np.testing.assert_array_equal(scan.array, read_scan(png()).array)
 
 
 def test_an_npz_is_no_zip_of_files(tmp_path: Path) -> None:
     array = np.arange(4 * 6 * 7, dtype=np.uint8).reshape(4, 6, 7)
     np.savez(tmp_path / "a.npz", volume=array)
-    np.testing.assert_array_equal(read_upload([tmp_path / "a.npz"], FRAMES).array[0], array)
+    np.testing.assert_array_equal(read([tmp_path / "a.npz"]).array[0], array)
 
 
 @pytest.mark.parametrize(
@@ -70,7 +77,7 @@ def test_an_npz_is_no_zip_of_files(tmp_path: Path) -> None:
 def test_a_path_out_of_the_zip_is_refused(name: str, tmp_path: Path) -> None:
     path = zipped(tmp_path / "evil.zip", {name: png(), "y.png": png()})
     with pytest.raises(M3RetReadError, match=r"evil\.zip: found a zip with a path that leads out of it"):
-        read_upload([path], FRAMES)
+        read([path])
     assert [found.name for found in tmp_path.iterdir()] == ["evil.zip"]
 
 
@@ -82,14 +89,14 @@ def test_a_link_or_special_file_is_refused(kind: int, tmp_path: Path) -> None:
         info.create_system, info.external_attr = 3, (kind | 0o777) << 16
         archive.writestr(info, "/etc/passwd")
     with pytest.raises(M3RetReadError, match="a link or a special file"):
-        read_upload([path], FRAMES)
+        read([path])
 
 
 def test_a_bomb_is_refused_before_it_is_inflated(tmp_path: Path) -> None:
     path = zipped(tmp_path / "bomb.zip", {f"{number}.dcm": bytes(2**22) for number in range(40)})
     assert path.stat().st_size < 2**18
     with pytest.raises(M3RetReadError, match=r"bomb\.zip: found a zip that claims to hold 167,772,160 bytes"):
-        read_upload([path], FRAMES)
+        read([path])
 
 
 def test_a_bomb_that_lies_about_its_size_is_refused(tmp_path: Path) -> None:
@@ -101,16 +108,16 @@ def test_a_bomb_that_lies_about_its_size_is_refused(tmp_path: Path) -> None:
             content[start + offset : start + offset + 4] = struct.pack("<I", 100)
     path.write_bytes(content)
     with pytest.raises(M3RetReadError, match=r"lies\.zip"):
-        read_upload([path], FRAMES, ReadLimits(max_decoded_bytes=2**20))
+        read([path], ReadLimits(max_decoded_bytes=2**20))
 
 
 def test_too_many_files_and_a_zip_of_zips_are_refused(tmp_path: Path) -> None:
     many = zipped(tmp_path / "many.zip", {f"{number}.dcm": b"x" for number in range(11)})
     with pytest.raises(M3RetReadError, match="a zip of 11 files; expected 1 to 10"):
-        read_upload([many], FRAMES, ReadLimits(max_files=10))
+        read([many], ReadLimits(max_files=10))
     inner = zipped(tmp_path / "inner.zip", {"x.png": png()}).read_bytes()
     with pytest.raises(M3RetReadError, match=r"outer\.zip"):
-        read_upload([zipped(tmp_path / "outer.zip", {"inner.zip": inner})], FRAMES)
+        read([zipped(tmp_path / "outer.zip", {"inner.zip": inner})])
 
 
 @pytest.mark.parametrize("damage", ["cut", "changed", "empty"])
@@ -121,7 +128,7 @@ def test_a_damaged_zip_is_told_by_its_own_name(damage: str, tmp_path: Path) -> N
         content[60] ^= 255
     path.write_bytes(content[: len(content) // 2] if damage == "cut" else content)
     with pytest.raises(M3RetReadError, match=r"^hurt\.zip: found "):
-        read_upload([path], FRAMES)
+        read([path])
 
 
 class Pickled:
@@ -135,10 +142,10 @@ def test_nothing_is_unpickled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     Path("evil.pkl").write_bytes(pickle.dumps(Pickled()))
     for name in ("evil.npy", "evil.pkl"):
         with pytest.raises(M3RetReadError, match=name):
-            read_upload([tmp_path / name], FRAMES)
+            read([tmp_path / name])
     assert not Path("unpickled").exists()
 
 
 def test_no_file_is_told_so() -> None:
     with pytest.raises(M3RetReadError, match="no file"):
-        read_upload([], FRAMES)
+        read([])
