@@ -147,14 +147,15 @@ def test_two_ranks_of_two_workers_stream_each_scan_once_an_epoch_and_what_lies_h
 
 
 def train(
-    pushed: Pushed, data: str, folder: Path, *words: str
+    pushed: Pushed, data: str, folder: Path, *words: str, processes: int = 2
 ) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
-    """Two processes of train.py on `data`; the lines of metrics.jsonl and the weights."""
+    """train.py on `data`; the lines of metrics.jsonl and the weights."""
     from safetensors.torch import load_file
 
     folder.mkdir(exist_ok=True)
     options = [word for key, value in (TINY | {"data": data}).items() for word in (f"--{key}", str(value))]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    several = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    launch = [sys.executable, *(several if processes > 1 else [])]
     run([*launch, str(ROOT / "train.py"), *options, *words], pushed.environment, folder)
     lines = [json.loads(line) for line in (folder / "runs/tiny/metrics.jsonl").read_text().splitlines()]
     weights = folder / "m3ret-tiny" / "model.safetensors"
@@ -173,7 +174,7 @@ def test_training_streamed_by_two_processes_is_training_on_the_local_copy(pushed
 
 
 def test_checkpoints_are_evaluated_on_a_split_of_the_hub_s_data_set(pushed: Pushed, tmp_path: Path) -> None:
-    train(pushed, str(pushed.folder), tmp_path, "--steps", "2", "--num_workers", "0")
+    train(pushed, str(pushed.folder), tmp_path, "--steps", "2", "--num_workers", "0", processes=1)
     words = ["--model", "m3ret-tiny", "m3ret-tiny", "--data", pushed.name, "--split", "train", "--output", "table"]
     command = [sys.executable, str(ROOT / "eval_retrieval.py"), *words, "--protocols", "all"]
     printed = run(command, pushed.environment, tmp_path)
