@@ -96,8 +96,8 @@ def bfloat16_rounding(gallery: Tensor) -> float:
 def block_type() -> torch.dtype:
     """What blocks are multiplied in: bfloat16 where this processor has instructions for it, else float32.
 
-    Measured, once and in some milliseconds: nothing that PyTorch tells says it of every processor, and without them
-    bfloat16 takes five times as long (AVX2), with them half as long (AVX-512, AMX).
+    Measured, once and in some milliseconds: nothing that PyTorch tells says it of every processor. Without them (one
+    with AVX2) 100 queries took five times as long in bfloat16; with AMX large products take some half as long in it.
     """
     seconds = {}
     for dtype in (torch.bfloat16, torch.float32):
