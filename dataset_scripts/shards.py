@@ -12,7 +12,6 @@ import hashlib
 import json
 import multiprocessing
 import os
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass, field
@@ -27,6 +26,7 @@ from modeling_m3ret.data.parquet import INDEX, index_columns
 from modeling_m3ret.data.schema import MEDIA, SPLITS, features, media_of
 from modeling_m3ret.version import __version__
 from modeling_m3ret.whole_files import write_whole, writing_whole
+from modeling_m3ret.worker_process import end_with_parent
 
 from .builder import Built, Failure, ScanBuilder
 from .duplicates import Fingerprint
@@ -153,15 +153,7 @@ _process: dict[str, Any] = {}
 
 def _begin_process(counter: Any, builder: ScanBuilder, output: Path) -> None:
     _process.update(counter=counter, builder=builder, output=output)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """A pool's process outlives a parent that is killed, and would write on while the next build does."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
+    end_with_parent()
 
 
 def _write_in_process(shard: Shard) -> None:

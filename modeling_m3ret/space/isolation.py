@@ -7,7 +7,6 @@ keep one busy for ever would leave no reader to the others.
 from __future__ import annotations
 
 import multiprocessing
-import os
 import threading
 import time
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from pebble import ProcessExpired
 from pebble.concurrent import process
 
 from ..reading_m3ret import M3RetReadError
+from ..worker_process import end_with_parent
 
 
 READERS = 2  # at a time
@@ -81,16 +81,8 @@ class IsolatedReaders:
 
 
 def _read(function: Callable[..., Result], *arguments: object) -> Result:
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
     return function(*arguments)
-
-
-def _end_with_parent() -> None:
-    """A reader would outlive a page that is killed, and one that hangs for ever."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
 
 
 def _nothing() -> None:
