@@ -200,9 +200,11 @@ def expected_tokens(
         D, H, W = record.shape
         for kind in kinds:
             side = math.sqrt(sum(kind.ranges.area) / 2)
-            crop = (max(1, round(D * sum(kind.ranges.depth) / 2)), max(1, round(H * side)), max(1, round(W * side)))
-            shape = processor.target_shape(crop, record.spacing, size=kind.size)
-            counts[number] += kind.count * (prefix + math.prod(processor.grid_of((1, *shape))))
+            slices = max(1, round(D * sum(kind.ranges.depth) / 2))
+            for depth, part in ((1, kind.ranges.slice_part), (slices, 1 - kind.ranges.slice_part)):
+                crop = (depth, max(1, round(H * side)), max(1, round(W * side)))
+                shape = processor.target_shape(crop, record.spacing, size=kind.size)
+                counts[number] += part * kind.count * (prefix + math.prod(processor.grid_of((1, *shape))))
     return counts
 
 

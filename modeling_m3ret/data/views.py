@@ -24,11 +24,13 @@ class CropRanges:
     area: part of the slice's area that the crop covers, .2 to 1 as in MAE (arXiv 2111.06377, appendix A.1).
     aspect: width over height of the crop relative to the scan's, log-uniform, 3/4 to 4/3 as in Inception and MAE.
     depth: part of the slices; 3DINO crops .5 to 1 of the slices for its global views.
+    slice_part: of the crops, how many are a single slice, any of those there are, instead.
     """
 
     area: tuple[float, float] = (0.2, 1.0)
     aspect: tuple[float, float] = (3 / 4, 4 / 3)
     depth: tuple[float, float] = (0.5, 1.0)
+    slice_part: float = 0.0
 
 
 # areas of SimDINO's published 2D command (arXiv 2502.10385), depths of 3DINO's volumes
@@ -83,6 +85,8 @@ def random_crop(scan: Scan, ranges: CropRanges, generator: np.random.Generator) 
     height = min(H, max(1, round(H * math.sqrt(area / aspect))))
     width = min(W, max(1, round(W * math.sqrt(area * aspect))))
     depth = min(D, max(1, round(D * generator.uniform(*ranges.depth))))
+    if ranges.slice_part and generator.random() < ranges.slice_part:
+        depth = 1
     starts = [int(generator.integers(whole - part + 1)) for whole, part in ((D, depth), (H, height), (W, width))]
     box = tuple(slice(start, start + part) for start, part in zip(starts, (depth, height, width), strict=True))
     return replace(scan, array=scan.array[(slice(None), *box)])

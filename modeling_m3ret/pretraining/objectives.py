@@ -93,7 +93,7 @@ class SelfDistillation(nn.Module):
     def __init__(self, run: RunConfig, config: M3RetConfig):
         super().__init__()
         global_crops, local_crops = (
-            replace(ranges, area=(area[0], area[1]))
+            replace(ranges, area=(area[0], area[1]), slice_part=run.slice_part)
             for ranges, area in ((GLOBAL_CROPS, run.global_area), (LOCAL_CROPS, run.local_area))
         )
         self.views = [

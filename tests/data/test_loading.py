@@ -63,7 +63,8 @@ def test_training_batches_do_not_depend_on_the_workers(records: list[Record]) ->
 
 def test_expected_tokens_are_those_that_views_have_on_the_mean(tmp_path: Path) -> None:
     """Of an image, a clip whose spacing is not known, and a volume: within a tenth of what 400 views really have."""
-    kinds = [ViewKind(2, CropRanges((0.4, 1.0)), 64), ViewKind(3, CropRanges((0.05, 0.4), depth=(0.2, 0.5)), 32)]
+    deep, flat = CropRanges((0.4, 1.0)), CropRanges((0.05, 0.4), depth=(0.2, 0.5), slice_part=0.5)
+    kinds = [ViewKind(2, deep, 64), ViewKind(3, flat, 32)]
     generator = np.random.default_rng(0)
     scans = [
         ((1, 60, 80), (None, None, None)),

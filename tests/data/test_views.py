@@ -8,7 +8,7 @@ import torch
 from scipy.ndimage import gaussian_filter
 
 from modeling_m3ret import Scan
-from modeling_m3ret.data.views import Jitter, _blur, random_flip, random_intensity
+from modeling_m3ret.data.views import CropRanges, Jitter, _blur, random_crop, random_flip, random_intensity
 
 
 def of(**parts: float) -> Jitter:
@@ -70,3 +70,17 @@ def test_flips_are_off_unless_asked_for() -> None:
     mirrored = random_flip(scan, 1.0, np.random.default_rng(0))
     assert np.array_equal(mirrored.array, scan.array[:, :, :, ::-1])
     assert mirrored.spacing == scan.spacing
+
+
+def test_a_part_of_the_crops_is_a_single_slice_anywhere_in_the_scan() -> None:
+    volume = np.broadcast_to(np.arange(10, dtype=np.float32)[:, None, None], (1, 10, 8, 8))  # each slice its number
+    scan = Scan(volume, (2.0, 1.0, 1.0), {})
+    generator = np.random.default_rng(0)
+    crops = [random_crop(scan, CropRanges(slice_part=0.5), generator).array for _ in range(400)]
+    slices = [int(crop[0, 0, 0, 0]) for crop in crops if crop.shape[1] == 1]
+    # binomial(400, 1/2) has a standard deviation of 10; ten slices, each expected 20 times of 200
+    assert 160 <= len(slices) <= 240
+    assert set(slices) == set(range(10))
+    assert max(slices.count(number) for number in range(10)) <= 40
+    assert all(crop.shape[1] >= 5 for crop in crops if crop.shape[1] > 1)
+    assert all(random_crop(scan, CropRanges(), generator).array.shape[1] >= 5 for _ in range(50))
