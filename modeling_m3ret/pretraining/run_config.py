@@ -30,13 +30,8 @@ NOT_NEGATIVE = (
     *("mae_weight", "simdino_weight", "patch_weight", "compression_weight", "expansion_weight", "mixture_alpha"),
 )
 PARTS_OF_ONE = (
-    "holdout",
-    "flip_part",
-    "slice_part",
-    "warmup_fraction",
-    "teacher_momentum",
-    "layer_decay",
-    "adam_beta2",
+    *("holdout", "flip_part", "slice_part"),
+    *("warmup_fraction", "teacher_momentum", "layer_decay", "adam_beta2"),
 )
 # where things are and how they are shown, and what changes the speed but nothing that is learned
 MAY_CHANGE_ON_RESUME = (
@@ -79,8 +74,8 @@ class RunConfig:
     global_area, local_area: parts of a slice's area that SimDINO's global and local crops cover, .4 to 1 and .05 to .4
         as published. Smaller global crops hide what a device draws around a picture (a sector, a round field).
     slice_part: of SimDINO's crops of volumes and clips, how many are a single slice or frame. Without any, the student
-        tells scans apart by their depth, and stills no longer find clips of the same organ. Of 0, .3 and .5, the last
-        alone raised mAP in phantom ultrasound above the untrained encoder's (docs/pretraining.md).
+        tells scans apart by their depth, and stills no longer find clips of the same organ. With .5, phantom ultrasound
+        rose above the untrained encoder's mAP; with 0 it did not, with .3 not in 300 steps (docs/pretraining.md).
     local_views, local_size: SimDINO's local crops of each scan, and their size (the global ones have `size`); 10 of 96
         in its published command for ViT-B.
     patch_weight: of SimDINOv2's patch term, 1 as published there: blocks of the student's global views are masked and
