@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, wait
@@ -26,7 +25,7 @@ from modeling_m3ret.data.parquet import INDEX, index_columns
 from modeling_m3ret.data.schema import MEDIA, SPLITS, features, media_of
 from modeling_m3ret.version import __version__
 from modeling_m3ret.whole_files import write_whole, writing_whole
-from modeling_m3ret.worker_process import end_with_parent
+from modeling_m3ret.worker_process import begin_worker, worker_context
 
 from .builder import Built, Failure, ScanBuilder
 from .duplicates import Fingerprint
@@ -122,10 +121,8 @@ def build_shards(builder: ScanBuilder, output: Path, shards: Sequence[Shard], nu
 
 
 def _in_processes(builder: ScanBuilder, output: Path, missing: Sequence[Shard], num_proc: int, bar: Any) -> None:
-    context = multiprocessing.get_context("spawn")  # a fork would copy the threads of decoders half alive
+    context = worker_context([__name__])
     counter = context.Value("q", 0)
-    before = os.environ.get("OMP_NUM_THREADS")
-    os.environ["OMP_NUM_THREADS"] = "1"  # the processes are the parallelism
     try:
         with ProcessPoolExecutor(
             num_proc, mp_context=context, initializer=_begin_process, initargs=(counter, builder, output)
@@ -144,8 +141,6 @@ def _in_processes(builder: ScanBuilder, output: Path, missing: Sequence[Shard], 
         raise BuildError(
             "a process of the build died, of a lack of memory perhaps: start again with a smaller --num_proc"
         ) from error
-    finally:
-        os.environ.pop("OMP_NUM_THREADS") if before is None else os.environ.update(OMP_NUM_THREADS=before)
 
 
 _process: dict[str, Any] = {}
@@ -153,7 +148,7 @@ _process: dict[str, Any] = {}
 
 def _begin_process(counter: Any, builder: ScanBuilder, output: Path) -> None:
     _process.update(counter=counter, builder=builder, output=output)
-    end_with_parent()
+    begin_worker()
 
 
 def _write_in_process(shard: Shard) -> None:

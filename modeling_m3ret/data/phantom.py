@@ -11,7 +11,6 @@ from __future__ import annotations
 import csv
 import gzip
 import json
-import multiprocessing
 import os
 import shutil
 import tempfile
@@ -26,6 +25,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..worker_process import begin_worker, worker_context
 from .phantom_anatomy import Anatomy, random_stream, subject_anatomy
 from .phantom_rendering import RENDERERS, Rendering, format_turn
 from .schema import SYNTHETIC
@@ -220,7 +220,7 @@ def write_phantom(folder: Path, *, subjects: int = 200, seed: int = 0, workers: 
     already holds this very collection nothing happens; if it holds anything else, `FileExistsError`.
     The defaults: 200 subjects are 25 per class, enough for a ranking and about a minute on two cores; `workers=None`
     takes one process per core, or none for a handful of subjects, where starting processes takes longer than the work.
-    Processes are spawned: a script that calls this needs `if __name__ == "__main__":`.
+    They import the script that calls this again, which therefore needs `if __name__ == "__main__":`.
     """
     folder = Path(folder)
     if subjects < 1 or seed < 0:
@@ -269,13 +269,6 @@ def write_phantom(folder: Path, *, subjects: int = 200, seed: int = 0, workers: 
 
 
 def _in_processes(function: Callable[[int], Any], items: range, workers: int) -> list[Any]:
-    """Map in spawned processes (a fork would copy torch's threads half alive), one numerical thread each."""
-    threads = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
-    before = {name: os.environ.get(name) for name in threads}
-    os.environ.update(dict.fromkeys(threads, "1"))  # read when a process first imports numpy
-    try:
-        with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-            return list(pool.map(function, items, chunksize=4))
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
+    """Map in processes of one numerical thread each."""
+    with ProcessPoolExecutor(workers, mp_context=worker_context([__name__]), initializer=begin_worker) as pool:
+        return list(pool.map(function, items, chunksize=4))

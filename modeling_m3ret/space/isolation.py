@@ -6,7 +6,6 @@ keep one busy for ever would leave no reader to the others.
 
 from __future__ import annotations
 
-import multiprocessing
 import threading
 import time
 from collections.abc import Callable
@@ -17,7 +16,7 @@ from pebble import ProcessExpired
 from pebble.concurrent import process
 
 from ..reading_m3ret import M3RetReadError
-from ..worker_process import end_with_parent
+from ..worker_process import end_with_parent, worker_context
 
 
 READERS = 2  # at a time
@@ -40,11 +39,7 @@ class IsolatedReaders:
         self._free = threading.Semaphore(at_once)
         # A process for each scan, since those of a pool share pipes and locks, and with them their ends. It is a fork
         # of one that has the readers imported and does nothing else: there in a tenth of a second.
-        if "forkserver" in multiprocessing.get_all_start_methods():
-            context: Any = multiprocessing.get_context("forkserver")
-            context.set_forkserver_preload([__name__, *IMPORTED])
-        else:  # Windows
-            context = multiprocessing.get_context("spawn")
+        context: Any = worker_context([__name__, *IMPORTED])
         self._begin = process(context=context)(_read)  # type: ignore[call-overload]  # its types say `mp_context`
         # the imports take seconds: now, and not when the first visitor comes
         threading.Thread(target=self.read, args=("", _nothing), name="m3ret-reader", daemon=True).start()

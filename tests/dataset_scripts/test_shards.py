@@ -39,7 +39,7 @@ MIB = 2**20
 SMALL = 6 * 2**16  # six small scans a shard
 # build(...), killed as by the kernel when a file is written and not yet renamed; by itself, or a parent by its process
 KILLED_WHILE_WRITING = """
-import os, signal, sys, time
+import multiprocessing, os, signal, sys, time
 from pathlib import Path
 from dataset_scripts.build import build
 from dataset_scripts.sources.folder import Folder
@@ -47,7 +47,7 @@ root, output, salt, size, processes, name = sys.argv[1:]
 replace = Path.replace
 def kill(self, target):
     if self.name.startswith(name):
-        os.kill(os.getppid() if processes != "1" else os.getpid(), signal.SIGKILL)
+        os.kill(multiprocessing.parent_process().pid if processes != "1" else os.getpid(), signal.SIGKILL)
         time.sleep(100)
     return replace(self, target)
 Path.replace = kill
