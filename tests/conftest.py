@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
 import uuid
 from collections.abc import Iterator
@@ -133,6 +134,13 @@ class RealHub(Hub):
         for repo_id in self.made:
             for repo_type in ("model", "dataset", "space"):
                 self.api.delete_repo(repo_id, repo_type=repo_type, missing_ok=True)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_process_to_fork() -> None:
+    """There is one for all: before the library's own workers start it with less imported, where tests need more."""
+    if "processes" in sys.modules:
+        sys.modules["processes"].forks()
 
 
 @pytest.fixture(scope="module")

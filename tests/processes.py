@@ -18,6 +18,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -34,14 +35,18 @@ IMPORTED = [
     "modeling_m3ret.pretraining.saving",
     "modeling_m3ret.retrieval.report",
     "torch.distributed.fsdp",
+    # of the library's own workers; one that can't be imported is left out
+    *("dataset_scripts.shards", "modeling_m3ret.data.phantom"),
+    *("modeling_m3ret.space.isolation", "modeling_m3ret.space.uploads", "modeling_m3ret.space.gallery"),
 ]
 
 
 @functools.cache
 def forks() -> ForkServerContext:
-    """How a process is started as a fork of the one that has everything imported."""
+    """How a process is started as a fork of the one that has everything imported, which begins to do so now."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(IMPORTED)
+    forkserver.ensure_running()
     return context
 
 

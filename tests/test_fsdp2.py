@@ -14,13 +14,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_multi_gpu_env
+from processes import Script
 from safetensors.torch import load_file
 from training_runs import POISONED, ROOT, command, lines, write_scans
 from transformers import AutoModel
 
 
 FSDP2 = (
-    *("-m", "accelerate.commands.launch", "--config_file", str(ROOT / "configs/accelerate/8_gpus_fsdp2.yaml")),
+    *("--config_file", str(ROOT / "configs/accelerate/8_gpus_fsdp2.yaml")),
     *("--num_processes", "2", "--mixed_precision", "no", "--main_process_port", "0"),
 )
 
@@ -30,18 +33,22 @@ def scans(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_scans(tmp_path_factory.mktemp("scans"))
 
 
-def launch(words: list[str], folder: Path) -> tuple[int, str]:
-    """The script on two processes under FSDP2: its exit status, and what it printed."""
+def launch(words: list[str], folder: Path) -> str:
+    """The script on two processes under FSDP2, as a shell starts it: what it printed."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *FSDP2, *words]
+    command = [sys.executable, "-m", "accelerate.commands.launch", *FSDP2, *words]
     ran = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
-    return ran.returncode, ran.stdout + ran.stderr
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    return ran.stdout + ran.stderr
 
 
-def run(words: list[str], folder: Path) -> str:
-    code, printed = launch(words, folder)
-    assert code == 0, printed
-    return printed
+def fork(words: list[str], folder: Path) -> tuple[int, str]:
+    """The same in the launcher's environment, but as forks: its exit status, and what it printed."""
+    arguments, _, _ = _validate_launch_command(launch_command_parser().parse_args([*FSDP2, *words]))
+    told = {name: value for name, value in prepare_multi_gpu_env(arguments).items() if value != os.environ.get(name)}
+    assert told["ACCELERATE_USE_FSDP"] == "true"
+    script = Script(words, folder, 2, **told | {"ACCELERATE_USE_CPU": "true"})
+    return script.finish(), script.printed
 
 
 def test_a_run_is_published_and_goes_on_bit_for_bit_from_the_checkpoint_that_a_kill_left(
@@ -50,11 +57,13 @@ def test_a_run_is_published_and_goes_on_bit_for_bit_from_the_checkpoint_that_a_k
     """Twelve steps; and the last seven again from what lay there after the fifth, with other workers."""
     script = ROOT / "tests" / "fsdp_on_cpu.py"
     settings = {"objective": "simdino", "batch_size": 2, "steps": 12, "save_every": 5, "evaluate_every": 5}
-    printed = run(command(script, scans, "whole", **settings, keep_last=3), tmp_path)
+    printed = launch(command(script, scans, "whole", **settings, keep_last=3), tmp_path)
     assert "all modalities" in printed
     shutil.copytree(tmp_path / "run-whole/checkpoints/step-000005", tmp_path / "run-cut/checkpoints/step-000005")
     words = command(script, scans, "cut", **settings, resume=True, num_workers=0)
-    assert "step-000005" in run(words, tmp_path)
+    code, printed = fork(words, tmp_path)
+    assert code == 0, printed
+    assert "step-000005" in printed
 
     whole, cut = (tmp_path / f"run-{name}" / "checkpoints" / "step-000012" for name in ("whole", "cut"))
     files = sorted(path.relative_to(whole) for path in whole.rglob("*") if path.is_file())
@@ -83,7 +92,7 @@ def test_a_poisoned_scan_stops_all_processes_before_the_step(tmp_path: Path, sca
     on_cpu = f"import sys\nsys.path.insert(0, {str(ROOT / 'tests')!r})\nimport fsdp_on_cpu\n"
     script.write_text(on_cpu + POISONED.format(root=str(ROOT)))
     words = command(script, scans, "poisoned", batch_size=2, steps=12, holdout=0, evaluate_every=0)
-    code, printed = launch(words, tmp_path)
+    code, printed = fork(words, tmp_path)
     assert code != 0
     assert printed.count("FloatingPointError: step") >= 2  # each process says so by itself
     assert "values that are not finite come with scan-10;" in printed

@@ -156,7 +156,7 @@ class RunSaver:
             return
         embedders = {
             "pixels": pixel_embedder(self.processor),
-            "untrained": encoder_embedder(untrained),
+            "untrained, whitened": encoder_embedder(untrained),
             "trained": encoder_embedder(trained),
         }
         workers = self.config.num_workers
