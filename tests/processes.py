@@ -2,7 +2,7 @@
 
 An import of torch and transformers takes longer than most of what these tests run. Whatever a process has to itself it
 has here too, but for its hash seed and what modules read when they are imported (`HF_HOME`, say), which forks share;
-`test_fsdp2.py` and `test_dataset_on_hub.py` start scripts as a shell does.
+`test_scripts.py`, `test_fsdp2.py` and `test_dataset_on_hub.py` start some as a shell does.
 """
 
 from __future__ import annotations
