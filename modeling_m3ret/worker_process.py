@@ -26,7 +26,7 @@ def worker_context(imported: Sequence[str]) -> BaseContext:
 
 
 def begin_worker() -> None:
-    """One thread to this worker, since the workers are the parallelism, and none of it left when its parent ends."""
+    """One thread of torch, since the workers are the parallelism, and an end as soon as the parent ends."""
     torch.set_num_threads(1)
     end_with_parent()
 

@@ -269,6 +269,6 @@ def write_phantom(folder: Path, *, subjects: int = 200, seed: int = 0, workers: 
 
 
 def _in_processes(function: Callable[[int], Any], items: range, workers: int) -> list[Any]:
-    """Map in processes of one numerical thread each."""
+    """Map in processes of their own."""
     with ProcessPoolExecutor(workers, mp_context=worker_context([__name__]), initializer=begin_worker) as pool:
         return list(pool.map(function, items, chunksize=4))
