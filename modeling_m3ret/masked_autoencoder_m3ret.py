@@ -167,4 +167,9 @@ def masked_patch_loss(
     return torch.stack([scan.mean() for scan in errors.split(list(masked_counts)) if len(scan)]).mean()
 
 
+def loss_weight(masked_counts: Sequence[int], weighting: str = "scan") -> int:
+    """Of how many scans, or patches, `masked_patch_loss` is the mean: its weight beside that of another pack."""
+    return sum(masked_counts) if weighting == "patch" else sum(count > 0 for count in masked_counts)
+
+
 __all__ = ["M3RetForPreTraining"]

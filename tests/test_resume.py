@@ -109,7 +109,8 @@ def test_sigterm_saves_and_leaves_and_nothing_unfinished_is_replaced(tmp_path: P
 def test_a_poisoned_scan_stops_the_run_before_the_step_and_is_named(tmp_path: Path, scans: Path) -> None:
     script = tmp_path / "poisoned.py"
     script.write_text(POISONED.format(root=str(ROOT)))
-    code, printed = finish(command(script, scans, "poisoned", steps=12, holdout=0), tmp_path)
+    words = command(script, scans, "poisoned", objective="mae+simdino", steps=12, holdout=0)
+    code, printed = finish(words, tmp_path)
     assert code != 0
     assert "nothing was updated" in printed
     assert "values that are not finite come with scan-10;" in printed

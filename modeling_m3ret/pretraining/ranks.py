@@ -41,6 +41,6 @@ def total_over_ranks(count: int, device: torch.device) -> int:
 
 def part_of_rank(count: int, device: torch.device) -> float:
     """This rank's count over the mean of all ranks'. Gradients are averaged over ranks: a mean over this rank's scans
-    times its part makes that the mean over all scans, where ranks hold different numbers of them."""
+    times its part makes that the mean over all scans, where ranks hold different numbers of them. 0 if none has any."""
     ranks = dist.get_world_size() if dist.is_initialized() else 1
-    return count * ranks / total_over_ranks(count, device)
+    return count * ranks / max(1, total_over_ranks(count, device))

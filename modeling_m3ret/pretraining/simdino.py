@@ -17,7 +17,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor, nn
 
-from ..masked_autoencoder_m3ret import M3RetDecoder, choose_visible, masked_patch_loss
+from ..masked_autoencoder_m3ret import M3RetDecoder, choose_visible, loss_weight, masked_patch_loss
 from ..modeling_m3ret import M3RetModel
 from ..packing_m3ret import patch_places
 from .ranks import part_of_rank, sum_over_ranks, total_over_ranks
@@ -103,8 +103,9 @@ def coding_rate(views: Tensor, eps: float) -> tuple[Tensor, float, float]:
     R = total_over_ranks(B, views.device)
     covariance = sum_over_ranks(views.transpose(1, 2) @ views)  # (G, p, p)
     identity = torch.eye(p, dtype=views.dtype, device=views.device)
-    factor = torch.linalg.cholesky(identity + p / (R * eps) * covariance)
+    factor, failed = torch.linalg.cholesky_ex(identity + p / (R * eps) * covariance)
     half_logdet = factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)  # (G,)
+    half_logdet = half_logdet.masked_fill(failed > 0, math.nan)  # features not finite: the loss says so, for all ranks
     gamma = (p + R) / (p * R)
     most, least = (gamma / 2 * rank * math.log1p(p / (rank * eps)) for rank in (min(R, p), 1))
     return gamma * half_logdet.mean(), most, least
@@ -226,8 +227,10 @@ class SimDINO(nn.Module):
             of_views = cosines.split([count for count in views_masked if count])
             zero = cosines.sum() * 0  # a gradient for other ranks to add to, where no view was masked
             agreement = torch.stack([view.mean() for view in of_views]).mean() if len(of_views) else zero
-            share = len(of_views) / len(views_masked)  # a view that was not masked adds nothing, as published
+            # a view that was not masked adds nothing, as published; parts of the rank as in the loss's compression
+            share = len(of_views) / len(views_masked) * part_of_rank(len(views_masked), cosines.device)
             terms = replace(terms, loss=terms.loss - self.patch_weight * share * agreement)
+            agreement = agreement * part_of_rank(len(of_views), cosines.device)
         return replace(terms, reconstruction=reconstruction, patch_agreement=agreement)
 
     def _masked_student(
@@ -267,7 +270,8 @@ class SimDINO(nn.Module):
         masked_counts = [count - left for count, left in zip(global_counts, global_visible, strict=True)]
         target = self.student.embeddings.repeat_slices(rows[masked])
         loss = masked_patch_loss(predicted, target, masked_counts, config.norm_pixel_eps, config.loss_weighting)
-        return self.student.pool(tokens, layout), loss
+        weighed = loss_weight(masked_counts, config.loss_weighting)
+        return self.student.pool(tokens, layout), loss * part_of_rank(weighed, rows.device)
 
     @torch.no_grad()
     def update_teacher(self, momentum: float) -> None:

@@ -89,6 +89,16 @@ def test_collapsed_features_have_almost_no_expansion_and_the_loss_knows() -> Non
     assert better.loss < terms.loss
 
 
+def test_a_feature_that_is_not_finite_makes_the_loss_not_finite_and_nothing_else() -> None:
+    """The loop stops at such a loss and names the scans; an error of the factorisation would name none."""
+    student = unit(4, 6, 16)
+    student[0, 2, 3] = math.nan
+    terms = SimDINOLoss()(student.requires_grad_(), unit(2, 6, 16, seed=1))
+    terms.loss.backward()
+    assert terms.loss.isnan()
+    assert terms.expansion_share.isnan()
+
+
 def test_the_balance_means_the_same_for_any_batch() -> None:
     """With the share weighed, the best possible loss is -(coeff + weight), whatever the batch."""
     for B in (8, 32, 200):
