@@ -87,16 +87,19 @@ class M3RetAttention(nn.Module):
         self.qkv = nn.Linear(hidden_size, 3 * hidden_size, bias=config.qkv_bias)
         self.out_proj = nn.Linear(hidden_size, hidden_size)
 
+    def heads(self, tokens: Tensor, cosines: Tensor, sines: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """`(N, d)` -> query, key and value of each, `(N, heads, head_dim)`, the first two turned by their places."""
+        qkv = self.qkv(tokens).view(-1, 3, self.num_heads, self.head_dim)
+        tables = (table.to(qkv.dtype)[:, None, None] for table in (cosines, sines))
+        query, key = rotate(qkv[:, :2], *tables).unbind(1)
+        return query, key, qkv[:, 2]
+
     def forward(
         self, tokens: Tensor, layout: PackLayout, rotary: tuple[Tensor, Tensor], **kwargs: Any
     ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
         """`(N, d)` -> `(N, d)` and, where the implementation gives them, groups' weights `(scans, heads, L, L)`."""
         N, d = tokens.shape
-        qkv = self.qkv(tokens).view(N, 3, self.num_heads, self.head_dim)
-        cosines, sines = (table.to(qkv.dtype)[:, None, None] for table in rotary)
-        query, key = rotate(qkv[:, :2], cosines, sines).unbind(1)  # (N, heads, head_dim)
-        value = qkv[:, 2]
-
+        query, key, value = self.heads(tokens, *rotary)
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
@@ -196,9 +199,9 @@ class M3RetLayer(GradientCheckpointingLayer):
             tokens = self._add(tokens, rows, attended, self.attention_scale, len(layout.order) / len(kept))
         kept = self._draw(layout)
         if kept is None:
-            return self.mlp_scale(tokens, self.mlp(self.mlp_norm(tokens)))
+            return self.mlp_scale(tokens, self.feed_forward(tokens))
         rows = layout.token_rows(kept, tokens.device)
-        branch = self.mlp(self.mlp_norm(tokens.index_select(0, rows)))
+        branch = self.feed_forward(tokens.index_select(0, rows))
         return self._add(tokens, rows, branch, self.mlp_scale, len(layout.order) / len(kept))
 
     def forward_cls(self, tokens: Tensor, layout: PackLayout, rotary: tuple[Tensor, Tensor]) -> Tensor:
@@ -225,7 +228,19 @@ class M3RetLayer(GradientCheckpointingLayer):
         branch = attention.out_proj(torch.cat(attended))
         cls = torch.cat([group[:, 0] for group in layout.views(tokens)])
         cls = self.attention_scale(cls, self._drop_rows(branch, layout))
-        return self.mlp_scale(cls, self._drop_rows(self.mlp(self.mlp_norm(cls)), layout))
+        return self.mlp_scale(cls, self._drop_rows(self.feed_forward(cls), layout))
+
+    def feed_forward(self, tokens: Tensor) -> Tensor:
+        """The second branch, before its gain: `(N, d)` -> `(N, d)`."""
+        return self.mlp(self.mlp_norm(tokens))
+
+    def compile_parts(self) -> None:
+        """`torch.compile` of what treats each token alone, for packs of any layout.
+
+        A compiled layer would depend on how many lengths a pack has, and be given up after eight different packs.
+        """
+        self.attention.heads = torch.compile(self.attention.heads, dynamic=True)  # type: ignore[method-assign]
+        self.feed_forward = torch.compile(self.feed_forward, dynamic=True)  # type: ignore[method-assign]
 
     def _drop_rows(self, branch: Tensor, layout: PackLayout) -> Tensor:
         """Of a branch with one row a scan `(B, d)`, those that were drawn times their weight, the others nothing."""

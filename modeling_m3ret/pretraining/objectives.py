@@ -20,7 +20,7 @@ from transformers.dynamic_module_utils import custom_object_save
 from ..configuration_m3ret import M3RetConfig
 from ..data.views import GLOBAL_CROPS, LOCAL_CROPS, Jitter, ViewKind
 from ..masked_autoencoder_m3ret import M3RetDecoder, M3RetForPreTraining, loss_weight
-from ..modeling_m3ret import M3RetModel
+from ..modeling_m3ret import M3RetLayer, M3RetModel
 from .ranks import part_of_rank
 from .run_config import RunConfig
 from .simdino import SimDINO, SimDINOLoss, teacher_momentum
@@ -159,8 +159,9 @@ def build_objective(run: RunConfig) -> tuple[MaskedAutoencoding | SelfDistillati
     if run.gradient_checkpointing:
         objective.learned.activation_checkpointing_enable()
     if run.compile_layers:
-        for layer in (module for module in objective.modules() if type(module).__name__ == "M3RetLayer"):
-            layer.compile(dynamic=True)
+        for module in objective.modules():
+            if isinstance(module, M3RetLayer):
+                module.compile_parts()
     return objective, config
 
 
