@@ -72,6 +72,7 @@ def _be_script(words: Sequence[str], folder: Path, environment: Mapping[str, str
         os.dup2(nothing.fileno(), 0)
         os.dup2(stream.fileno(), 1)
         os.dup2(stream.fileno(), 2)
+    os.setsid()
     os.chdir(folder)
     os.environ.clear()  # those of the process that was forked are from when it began
     os.environ.update(environment)
@@ -124,9 +125,9 @@ class Script:
         return any(process.is_alive() for process in self.processes)
 
     def stop(self) -> None:
-        """As a batch system does: with SIGTERM to all."""
-        for process in self.processes:
-            os.kill(process.pid or 0, signal.SIGTERM)
+        """With SIGTERM to all, their workers too, as batch systems do, and once more, as launchers then do."""
+        for process in self.processes * 2:
+            os.killpg(process.pid or 0, signal.SIGTERM)
 
     def finish(self, timeout: float = 600) -> int:
         """Its exit status, that of the first rank that failed; the others end with it, as under a launcher."""

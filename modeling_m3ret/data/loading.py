@@ -6,6 +6,7 @@ A file that cannot be read never stops a run: its place in the batch holds the e
 from __future__ import annotations
 
 import math
+import signal
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -215,7 +216,7 @@ def training_loader(dataset: RandomViews, batches: SeededBatches, num_workers: i
         batch_sampler=batches,
         num_workers=num_workers,
         collate_fn=collate,
-        worker_init_fn=_one_thread,
+        worker_init_fn=_begin_worker,
         persistent_workers=num_workers > 0,
         generator=torch.Generator(),  # its own: a loader draws a number when it starts, and a resumed run starts twice
     )
@@ -228,13 +229,15 @@ def embedding_loader(dataset: WholeScans, batch_size: int, num_workers: int) -> 
         batch_size=batch_size,
         num_workers=num_workers,
         collate_fn=collate,
-        worker_init_fn=_one_thread,
+        worker_init_fn=_begin_worker,
         generator=torch.Generator(),  # its own: to measure draws no number of the training that it interrupts
     )
 
 
-def _one_thread(worker: int) -> None:
+def _begin_worker(worker: int) -> None:
     """Workers beside a training process share its cores: a pool of threads in each would only make them wait. Scans are
-    large blocks, one after the other: a worker keeps what it frees for the next."""
+    large blocks, one after the other: a worker keeps what it frees for the next. A SIGTERM to the whole group is for
+    the training process, which still needs its workers until it has saved; they end with it."""
     torch.set_num_threads(1)
     keep_freed_memory()
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

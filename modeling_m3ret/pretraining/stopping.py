@@ -22,7 +22,7 @@ from ..whole_files import write_whole
 class StopSignal:
     """SIGTERM, which schedulers send before they kill, is noted; the loop asks after each step.
 
-    A second SIGTERM ends the process at once.
+    It often comes twice, from the scheduler and from the launcher, so a second one ends nothing: SIGKILL does.
     """
 
     def __init__(self, accelerator: Accelerator):
@@ -33,7 +33,6 @@ class StopSignal:
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
         self._heard = True
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def requested(self) -> bool:
         """Whether any rank was asked: all ranks get one answer, and leave after the same step."""
