@@ -137,20 +137,12 @@ def test_a_run_that_is_made_to_collapse_says_so(tmp_path: Path, scans: Path) -> 
 
 
 def test_training_goes_on_from_a_published_model(tmp_path: Path, scans: Path) -> None:
-    """With the student, teacher and heads of the same objective; with the encoder alone for another."""
-    train, short = ROOT / "train.py", {"steps": 2, "evaluate_every": 0}
-    run(command(train, scans, "first", objective="mae+simdino", **short), tmp_path)
+    train, short = ROOT / "train.py", {"steps": 2, "evaluate_every": 0, "objective": "mae+simdino"}
+    run(command(train, scans, "first", **short), tmp_path)
     published = load_file(tmp_path / "m3ret-first" / "pretraining" / "simdino.safetensors")
     still = {"learning_rate": 0, "teacher_momentum": 1} | short
-    run(command(train, scans, "second", objective="mae+simdino", initial="m3ret-first", **still), tmp_path)
+    run(command(train, scans, "second", initial="m3ret-first", **still), tmp_path)
     second = load_file(tmp_path / "m3ret-second" / "pretraining" / "simdino.safetensors")
     assert published.keys() == second.keys()
     assert {name.split(".")[0] for name in second} == {"student", "teacher", "student_head", "teacher_head", "decoder"}
     assert all(torch.equal(published[name], second[name]) for name in published)
-    run(command(train, scans, "third", objective="mae", initial="m3ret-first", **still), tmp_path)
-    encoder = load_file(tmp_path / "m3ret-third" / "model.safetensors")
-    learned = [name for name in encoder if not name.startswith("whitening.")]  # that is fitted at each save
-    assert all(torch.equal(encoder[name], published[f"teacher.{name}"]) for name in learned)
-    code, printed = finish(command(train, scans, "fourth", initial="m3ret-first", preset="vits", model="{}"), tmp_path)
-    assert code != 0
-    assert "does not fit this run's encoder" in printed

@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from huggingface_hub import snapshot_download
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.dynamic_module_utils import custom_object_save
 
@@ -21,6 +20,7 @@ from ..configuration_m3ret import M3RetConfig
 from ..data.views import GLOBAL_CROPS, LOCAL_CROPS, Jitter, ViewKind
 from ..masked_autoencoder_m3ret import M3RetDecoder, M3RetForPreTraining, loss_weight
 from ..modeling_m3ret import M3RetLayer, M3RetModel
+from .initial import load_initial
 from .ranks import part_of_rank
 from .run_config import RunConfig
 from .simdino import SimDINO, SimDINOLoss, teacher_momentum
@@ -145,17 +145,17 @@ def build_objective(run: RunConfig) -> tuple[MaskedAutoencoding | SelfDistillati
     """The objective that the run asks for, and the encoder's config, which says how it pools.
 
     MAE gives the CLS token no target and pools patches; SimDINO trains the CLS token, with stochastic depth of .1 as
-    published. `model` in the run's YAML overrides either. With `initial`, weights and config are an earlier run's.
+    published. `model` in the run's YAML overrides either. With `initial` the weights are an earlier run's.
 
     Raises:
-        ValueError: if `initial` was made for another shape of encoder.
+        ValueError: if `initial` has another encoder.
     """
     preset = getattr(M3RetConfig, run.preset)
     defaults = {} if run.objective == "mae" else {"pooling": "cls", "drop_path_rate": 0.1}
     config = preset(**(defaults | run.model))
     objective = (MaskedAutoencoding if run.objective == "mae" else SelfDistillation)(run, config)
     if run.initial and not run.resume:  # a checkpoint of the run itself comes later, and knows more
-        _load_initial(objective, run.initial)
+        load_initial(objective.model, config, objective.weights_file, run.initial)
     if run.gradient_checkpointing:
         objective.learned.activation_checkpointing_enable()
     if run.compile_layers:
@@ -163,26 +163,6 @@ def build_objective(run: RunConfig) -> tuple[MaskedAutoencoding | SelfDistillati
             if isinstance(module, M3RetLayer):
                 module.compile_parts()
     return objective, config
-
-
-def _load_initial(objective: MaskedAutoencoding | SelfDistillation, initial: str) -> None:
-    """All weights of an earlier run of the same objective, or else its encoder's, for student and teacher alike."""
-    folder = Path(initial)
-    if not folder.is_dir():
-        folder = Path(snapshot_download(initial, allow_patterns=["*.safetensors", "*.json"]))
-    everything = folder / objective.weights_file
-    try:
-        if everything.is_file():
-            objective.model.load_state_dict(load_file(everything), strict=True)
-            return
-        weights = load_file(folder / "model.safetensors")
-        for encoder in dict.fromkeys([objective.encoder, objective.learned]):
-            encoder.load_state_dict(weights, strict=True)
-    except (RuntimeError, FileNotFoundError) as error:
-        raise ValueError(
-            f"initial: {initial} does not fit this run's encoder, expected a checkpoint of the same preset and model: "
-            f"{error}"
-        ) from error
 
 
 def model_weights(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
