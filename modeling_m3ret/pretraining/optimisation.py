@@ -20,7 +20,7 @@ def build_optimiser(model: nn.Module, config: RunConfig) -> torch.optim.AdamW:
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:  # a teacher learns from its student alone
-            is_matrix = parameter.ndim >= 2 and not name.endswith("_token") and not name.endswith("_tokens")
+            is_matrix = parameter.ndim >= 2 and not name.endswith(("_token", "_tokens", "mask_patch"))
             scale = learning_rate_scale(name, depth, config.layer_decay)
             groups.setdefault((scale, is_matrix), []).append(parameter)
     return torch.optim.AdamW(

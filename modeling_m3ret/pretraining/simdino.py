@@ -112,7 +112,8 @@ def coding_rate(views: Tensor, eps: float) -> tuple[Tensor, float, float]:
 
 
 class SimDINOHead(nn.Module):
-    """MLP in -> hidden -> hidden -> out with GELU, output L2-normalised. 2048 and 256 as published, no prototypes."""
+    """MLP in -> hidden -> hidden -> out with GELU, output L2-normalised in float32. 2048 and 256 as published, no
+    prototypes."""
 
     def __init__(self, in_size: int, hidden_size: int = 2048, out_size: int = 256):
         super().__init__()
@@ -129,7 +130,7 @@ class SimDINOHead(nn.Module):
                 nn.init.zeros_(layer.bias)
 
     def forward(self, features: Tensor) -> Tensor:
-        return nn.functional.normalize(self.layers(features), dim=-1)
+        return nn.functional.normalize(self.layers(features).float(), dim=-1)  # in bfloat16 a length would be .997
 
 
 class SimDINO(nn.Module):
@@ -223,7 +224,7 @@ class SimDINO(nn.Module):
         )
         terms = self.loss(*(projections.transpose(0, 1) for projections in by_view))
         if self.patch_weight > 0:
-            cosines = (self.student_head(patches[hidden]).float() * target.float()).sum(-1)  # (masked patches,)
+            cosines = (self.student_head(patches[hidden]) * target).sum(-1)  # (masked patches,)
             of_views = cosines.split([count for count in views_masked if count])
             zero = cosines.sum() * 0  # a gradient for other ranks to add to, where no view was masked
             agreement = torch.stack([view.mean() for view in of_views]).mean() if len(of_views) else zero

@@ -16,7 +16,14 @@ from torch import Tensor
 from modeling_m3ret import M3RetForPreTraining, M3RetModel
 from modeling_m3ret.masked_autoencoder_m3ret import choose_visible
 from modeling_m3ret.packing_m3ret import patch_places
-from modeling_m3ret.pretraining.simdino import SimDINO, SimDINOLoss, block_masks, coding_rate, teacher_momentum
+from modeling_m3ret.pretraining.simdino import (
+    SimDINO,
+    SimDINOHead,
+    SimDINOLoss,
+    block_masks,
+    coding_rate,
+    teacher_momentum,
+)
 
 
 def unit(*shape: int, seed: int = 0) -> Tensor:
@@ -113,6 +120,9 @@ def test_half_precision_under_autocast_is_computed_in_float32() -> None:
         inside = SimDINOLoss()(student, teacher).loss
     assert inside.dtype == torch.float32
     assert torch.equal(inside, SimDINOLoss()(student, teacher).loss)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        lengths = SimDINOHead(32)(unit(64, 32)).norm(dim=-1)
+    assert lengths.sub(1).abs().max() < 1e-6, "a cosine would be above 1"
 
 
 def _rank(rank: int, folder: str, split: int) -> None:
