@@ -30,6 +30,7 @@ from transformers import ViTMAEConfig, ViTMAEForPreTraining
 from modeling_m3ret import M3RetConfig, M3RetForPreTraining, M3RetModel
 from modeling_m3ret.cpu import prepare_cpu
 from modeling_m3ret.packing_m3ret import patchify
+from modeling_m3ret.pretraining.objectives import compile_layers
 from modeling_m3ret.pretraining.optimisation import build_optimiser
 from modeling_m3ret.pretraining.run_config import RunConfig
 from modeling_m3ret.pretraining.simdino import SimDINO, SimDINOLoss
@@ -124,7 +125,9 @@ def crops(batch: int) -> list[Tensor]:
     return [torch.randn(batch, 3, size, size) for size in [224] * 2 + [96] * 8]
 
 
-def our_simdino(preset: str, batch: int, dtype: torch.dtype | None, checkpointing: bool = False) -> Step:
+def our_simdino(
+    preset: str, batch: int, dtype: torch.dtype | None, checkpointing: bool = False, compiled: bool = False
+) -> Step:
     """Packed scan by scan, as the loader gives them."""
     config = getattr(M3RetConfig, preset)(pooling="cls", drop_path_rate=0.1)
     images = crops(batch)
@@ -132,6 +135,8 @@ def our_simdino(preset: str, batch: int, dtype: torch.dtype | None, checkpointin
     model = SimDINO(M3RetModel(config), SimDINOLoss(), len(images))
     if checkpointing:
         model.student.activation_checkpointing_enable()
+    if compiled:
+        compile_layers(model)
     return our_step(model, inputs, dtype, lambda out: out.loss)
 
 
@@ -175,15 +180,20 @@ def compare_simdino(clone: Path, preset: str, batch: int, rounds: int) -> None:
     makers: dict[str, Maker] = {}
     for name, dtype in PRECISIONS.items():
         makers[f"ours {name}"] = partial(our_simdino, preset, batch, dtype)
+        makers[f"ours compiled {name}"] = partial(our_simdino, preset, batch, dtype, compiled=True)
         makers[f"public {name}"] = partial(public_simdino, clone, preset, batch, dtype)
-    pairs = [("ours fp32", "public fp32"), ("ours bf16", "public bf16"), ("ours bf16", "public fp32")]
+    against = [("fp32", "fp32"), ("bf16", "bf16"), ("bf16", "fp32")]
+    pairs = [(f"ours{form} {own}", f"public {theirs}") for own, theirs in against for form in ("", " compiled")]
     report(timed(makers, rounds), pairs)
 
 
-def our_mae(preset: str, batch: int, dtype: torch.dtype | None, packed: bool) -> Step:
+def our_mae(preset: str, batch: int, dtype: torch.dtype | None, packed: bool, compiled: bool = False) -> Step:
     images = torch.randn(batch, 3, 224, 224)
     inputs = pack([image[:, None] for image in images]) if packed else {"pixel_values": images}
-    return our_step(M3RetForPreTraining(getattr(M3RetConfig, preset)()), inputs, dtype, lambda out: out.loss)
+    model = M3RetForPreTraining(getattr(M3RetConfig, preset)())
+    if compiled:
+        compile_layers(model)
+    return our_step(model, inputs, dtype, lambda out: out.loss)
 
 
 def vit_mae(preset: str, batch: int, dtype: torch.dtype | None) -> Step:
@@ -212,8 +222,9 @@ def compare_mae(preset: str, batch: int, rounds: int) -> None:
     for name, dtype in PRECISIONS.items():
         makers[f"ours {name}"] = partial(our_mae, preset, batch, dtype, False)
         makers[f"ours packed {name}"] = partial(our_mae, preset, batch, dtype, True)
+        makers[f"ours compiled {name}"] = partial(our_mae, preset, batch, dtype, False, compiled=True)
         makers[f"ViTMAE {name}"] = partial(vit_mae, preset, batch, dtype)
-    pairs = [(f"ours{form} {name}", f"ViTMAE {name}") for name in PRECISIONS for form in ("", " packed")]
+    pairs = [(f"ours{form} {name}", f"ViTMAE {name}") for name in PRECISIONS for form in ("", " packed", " compiled")]
     report(timed(makers, rounds), pairs)
 
 

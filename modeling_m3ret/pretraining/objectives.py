@@ -159,10 +159,15 @@ def build_objective(run: RunConfig) -> tuple[MaskedAutoencoding | SelfDistillati
     if run.gradient_checkpointing:
         objective.learned.activation_checkpointing_enable()
     if run.compile_layers:
-        for module in objective.modules():
-            if isinstance(module, M3RetLayer):
-                module.compile_parts()
+        compile_layers(objective)
     return objective, config
+
+
+def compile_layers(model: nn.Module) -> None:
+    """All transformer layers within, encoder's and decoder's, by `M3RetLayer.compile_parts`."""
+    for module in model.modules():
+        if isinstance(module, M3RetLayer):
+            module.compile_parts()
 
 
 def model_weights(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
