@@ -20,12 +20,12 @@ from ..retrieval.metrics import feature_std, knn_accuracy, rank_me
 from ..retrieval.untrained import whitening_sample
 
 
-# resized scans that are kept between measurements: at 96 px some tens of thousands of images
+# resized scans that each rank keeps of a collection between measurements: at 96 px some tens of thousands of images
 MOST_KEPT_BYTES = 2**30
 
 
 class RepeatedEmbedding:
-    """Embeds the same scans again and again, each rank its part; decoded once where they fit into memory."""
+    """Embeds the same scans again and again, each rank its part; decoded once where its part fits into memory."""
 
     def __init__(
         self,
@@ -41,18 +41,25 @@ class RepeatedEmbedding:
         self.own = list(range(accelerator.process_index, len(records), accelerator.num_processes))
         dataset = WholeScans([records[index] for index in self.own], processor)
         self.packs: DataLoader[Pack] | list[Pack] = embedding_loader(dataset, batch_size, num_workers)
+        self.fits = True  # until a measurement has shown that it does not
 
     @torch.inference_mode()
     def embed(self, embedder: Embedder) -> Embedded:
         """Embeddings of all that can be read, in order, on every rank; to be called by all of them at once."""
         kept: list[Pack] = []
+        room = MOST_KEPT_BYTES
         embedded: list[tuple[int, torch.Tensor]] = []
         for pack in self.packs:
-            kept.append(pack)
+            room -= pack.values.nbytes
+            self.fits = self.fits and room >= 0
+            if self.fits:
+                kept.append(pack)
+            else:
+                kept.clear()
             if pack.scans:
                 features = embedder(pack.inputs(self.processor)).float().cpu()
                 embedded += zip([self.own[index] for index in pack.scans], features, strict=True)
-        if not isinstance(self.packs, list) and sum(pack.values.nbytes for pack in kept) <= MOST_KEPT_BYTES:
+        if self.fits:
             self.packs = kept
         everything = sorted(gather_object(embedded), key=lambda pair: pair[0])
         embeddings = torch.stack([features for _, features in everything]) if everything else torch.empty(0, 0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,9 @@ from conftest import tiny_config
 
 from modeling_m3ret import M3RetImageProcessor, M3RetModel
 from modeling_m3ret.data.collection import Record
-from modeling_m3ret.pretraining.quality import OnlineQuality, collapse_alarm, quality_of
+from modeling_m3ret.data.loading import Pack
+from modeling_m3ret.pretraining import quality as quality_module
+from modeling_m3ret.pretraining.quality import OnlineQuality, RepeatedEmbedding, collapse_alarm, quality_of
 from modeling_m3ret.retrieval.embed import Embedded, embed_records, encoder_embedder, pooled_embedder
 
 
@@ -46,6 +50,36 @@ def test_measured_as_by_the_evaluation_and_decoded_once(records: list[Record]) -
         record.place.unlink()
     quality.fit_whitening(encoder)
     assert quality.measure(encoder) == numbers
+
+
+class Counted:
+    """Packs on their way, and how many of one pass were alive at once, at most."""
+
+    def __init__(self, packs: Iterable[Pack]):
+        self.packs = packs
+
+    def __iter__(self) -> Iterator[Pack]:
+        met: list[weakref.ref[Pack]] = []
+        self.most = 0
+        for pack in self.packs:
+            met.append(weakref.ref(pack))
+            self.most = max(self.most, sum(reference() is not None for reference in met))
+            yield pack
+
+
+@pytest.mark.parametrize(("room_for", "most_alive"), [(0, 2), (3, 4)])
+def test_scans_that_do_not_fit_are_dropped_at_once_and_not_kept_again(
+    records: list[Record], monkeypatch: pytest.MonkeyPatch, room_for: int, most_alive: int
+) -> None:
+    images = records[::2]  # of one size
+    monkeypatch.setattr(quality_module, "MOST_KEPT_BYTES", room_for * 32 * 32 * 4)
+    embedding = RepeatedEmbedding(images, PROCESSOR, Accelerator(cpu=True), batch_size=1)
+    embedding.packs = counted = Counted(embedding.packs)
+    embedder = pooled_embedder(M3RetModel(tiny_config()).eval())
+    first = embedding.embed(embedder)
+    assert counted.most <= most_alive  # what is kept, or the one at work, and the next
+    assert torch.equal(embedding.embed(embedder).embeddings, first.embeddings)
+    assert counted.most <= 2
 
 
 def test_nobody_held_out_and_nobody_readable_measure_nothing(tmp_path: Path) -> None:
