@@ -28,7 +28,7 @@ class HubUpload:
 
     Args:
         repository: ORG/NAME. waiting: a folder beside the checkpoints, where those to be uploaded wait, as hard links,
-            so that they may be pruned meanwhile.
+            so that they may be pruned meanwhile. Links go when their upload has ended or gave way: they hold the disk.
     """
 
     def __init__(self, repository: str, waiting: Path):
@@ -37,25 +37,28 @@ class HubUpload:
         self.failed = 0
         self._api = HfApi()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="hub-upload")
-        self._jobs: list[Future[None]] = []
+        self._submitted = 0
+        self._newest: tuple[Future[None], Path] | None = None
         shutil.rmtree(waiting, ignore_errors=True)
 
     def submit(self, checkpoint: Path, message: str) -> None:
-        """Upload this whole checkpoint soon; those still waiting give way to it, since it is newer."""
-        for job in self._jobs:
-            job.cancel()
-        links = self.waiting / f"{len(self._jobs):06d}"
+        """Upload this whole checkpoint soon; one that still waits gives way to it, since it is newer."""
+        if self._newest and self._newest[0].cancel():  # a running one is not cancelled, and needs its links
+            shutil.rmtree(self._newest[1], ignore_errors=True)
+        links = self.waiting / f"{self._submitted:06d}"
+        self._submitted += 1
         try:
             self.waiting.mkdir(parents=True, exist_ok=True)
             shutil.copytree(checkpoint, links, copy_function=_link, ignore=shutil.ignore_patterns(STATE_FOLDER))
         except (OSError, shutil.Error) as error:
             logger.warning("%s is not uploaded: %s", message, error)
             self.failed += 1
+            shutil.rmtree(links, ignore_errors=True)
             return
-        self._jobs.append(self._thread.submit(self._upload, links, message))
+        self._newest = self._thread.submit(self._upload, links, message), links
 
     def close(self) -> None:
-        """Wait for what is under way, and remove what waited."""
+        """Wait for what is under way or waits."""
         self._thread.shutdown(wait=True)
         shutil.rmtree(self.waiting, ignore_errors=True)
         if self.failed:
@@ -71,12 +74,14 @@ class HubUpload:
                     commit_message=message,
                     delete_patterns=WEIGHTS,  # another objective's decoder or heads would seem to be this one's
                 )
-                return
+                break
             except Exception as error:  # whatever it is, a run of weeks does not end for an upload
                 logger.warning("upload to %s failed (attempt %d): %s", self.repository, attempt + 1, error)
                 if attempt + 1 < ATTEMPTS:
                     time.sleep(FIRST_WAIT_SECONDS * 2**attempt)
-        self.failed += 1
+        else:
+            self.failed += 1
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _link(source: str, target: str) -> None:

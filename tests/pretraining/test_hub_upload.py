@@ -18,7 +18,8 @@ class FakeHub:
         self.failures = failures
         self.commits: list[tuple[str, set[str]]] = []
         self.private: list[bool] = []
-        self.go = threading.Event()
+        self.folders: list[list[str]] = []  # what waited when an upload began
+        self.began, self.go = threading.Event(), threading.Event()
         self.go.set()
 
     def create_repo(self, repository: str, *, private: bool, exist_ok: bool) -> None:
@@ -29,6 +30,8 @@ class FakeHub:
     def upload_folder(
         self, *, repo_id: str, folder_path: Path, commit_message: str, delete_patterns: list[str]
     ) -> None:
+        self.folders.append(sorted(path.name for path in folder_path.parent.iterdir()))
+        self.began.set()
         self.go.wait(10)
         if self.failures:
             self.failures -= 1
@@ -91,3 +94,41 @@ def test_newer_checkpoints_overtake_waiting_ones_and_pruning_takes_nothing_away(
     upload.close()
     assert hub.commits[-1] == ("step 7", {"model.safetensors", "pretraining/simdino.safetensors"})
     assert len(hub.commits) <= 2  # step 5 may have been under way; 6 gave way
+
+
+@pytest.mark.parametrize("failures", [0, ATTEMPTS])
+def test_links_hold_the_disk_no_longer_than_they_are_needed(
+    hub: FakeHub, checkpoint: Path, tmp_path: Path, failures: int
+) -> None:
+    hub.failures = failures
+    hub.go.clear()
+    waiting = tmp_path / "waiting"
+    upload = HubUpload("org/model", waiting)
+    upload.submit(checkpoint, "step 5")
+    assert hub.began.wait(10)
+    for step in (6, 7):
+        upload.submit(checkpoint, f"step {step}")
+    # 6 gave way; 5 could not be cancelled, and has all it needs
+    assert sorted(path.name for path in waiting.iterdir()) == ["000000", "000002"]
+    assert (waiting / "000000" / "model.safetensors").is_file()
+    hub.go.set()
+    upload.close()
+    assert hub.folders[-1] == ["000002"]
+    assert [message for message, _ in hub.commits] == (["step 7"] if failures else ["step 5", "step 7"])
+
+
+def test_what_could_not_be_linked_leaves_nothing_and_stands_in_no_ones_way(
+    hub: FakeHub, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def disk_is_full(source: str, target: str) -> None:
+        raise OSError("no space left on device")
+
+    upload = HubUpload("org/model", tmp_path / "waiting")
+    with monkeypatch.context() as full:
+        full.setattr(hub_upload, "_link", disk_is_full)
+        upload.submit(checkpoint, "step 5")
+    assert not list((tmp_path / "waiting").iterdir())
+    upload.submit(checkpoint, "step 6")
+    upload.close()
+    assert [message for message, _ in hub.commits] == ["step 6"]
+    assert upload.failed == 1
