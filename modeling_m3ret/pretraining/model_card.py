@@ -34,10 +34,12 @@ def write_card(
         pipeline_tag="image-feature-extraction",
         tags=["m3ret", "medical-imaging", "image-retrieval", "self-supervised"],
     )
+    name = Path(run.output_dir).name
     card = ModelCard.from_template(
         card_data,
         template_path=str(template),
-        name=Path(run.output_dir).name,
+        name=name,
+        place=run.push_to_hub or name,  # copied from the Hub, the snippet must load what lies there
         objective_words=OBJECTIVES[run.objective],
         hidden_size=model.hidden_size,
         preset=run.preset,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -100,6 +101,10 @@ def test_the_card_is_filled_in_and_names_no_path(tmp_path: Path) -> None:
     mae = write_card(template, RunConfig(), tiny_config(), 1, FACTS | {"objective": "mae"}, rows)
     assert "AutoModelForPreTraining" in mae
     assert "Zero-shot" not in write_card(template, RunConfig(), tiny_config(), 1, FACTS, [])
+    assert 'name = "m3ret-x"' in card
+    pushed = write_card(template, replace(run, push_to_hub="clinic/encoder"), tiny_config(), 1, FACTS, rows)
+    assert 'name = "clinic/encoder"' in pushed
+    assert "# m3ret-x" in pushed
 
 
 def test_nothing_but_an_older_checkpoint_is_ever_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
