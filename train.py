@@ -77,9 +77,10 @@ def main() -> None:
         patch_depth=model_config.patch_depth,
         num_channels=model_config.num_channels,
     )
-    accelerator.print(f"{len(training)} scans to train on, {len(held_out)} held out, of {config.data}")
-    accelerator.print(f"never seen in training: {', '.join(unseen) or 'no modality'}")
     quality = OnlineQuality(training, held_out, processor, accelerator, config.num_workers)
+    measured = f"{len(quality.held_out.records)} of them measured"
+    accelerator.print(f"{len(training)} scans to train on, {len(held_out)} held out ({measured}), of {config.data}")
+    accelerator.print(f"never seen in training: {', '.join(unseen) or 'no modality'}")
 
     # ---- optimiser, and where an interrupted run stood --------------------------------------------------------------
     optimiser = build_optimiser(objective, config)

@@ -37,7 +37,8 @@ class RunSaver:
 
     Args:
         model, optimiser: as prepared by Accelerate; objective: the module inside. training: the scans; quality: knows
-        those that are held out; unseen: modalities that only they have. card_template: the project's `model_card.md`.
+        those that are held out and measured; unseen: modalities that only those held out have. card_template: the
+        project's `model_card.md`.
     """
 
     def __init__(
@@ -57,7 +58,6 @@ class RunSaver:
         self.config, self.accelerator = config, accelerator
         self.model, self.optimiser, self.objective = model, getattr(optimiser, "optimizer", optimiser), objective
         self.processor, self.training, self.quality, self.unseen = processor, training, quality, unseen
-        self.held_out = quality.held_out.records
         self.card_template, self.model_config = card_template, model_config
         self.progress = Progress()
         self.is_new_best = False
@@ -160,15 +160,17 @@ class RunSaver:
             "trained": encoder_embedder(trained),
         }
         workers = self.config.num_workers
-        embedded = embed_records(list(embedders.values()), self.processor, self.held_out, num_workers=workers)
+        measured = self.quality.held_out.records
+        embedded = embed_records(list(embedders.values()), self.processor, measured, num_workers=workers)
         rows = evaluate(dict(zip(embedders, embedded, strict=True)))
         facts |= {
-            "held_out_scans": len(embedded[0].records),
+            "measured_scans": len(embedded[0].records),
             "unreadable_scans": len(unreadable) + len(embedded[0].failures),
         }
         write_whole(place / "README.md", self._card(facts, rows))
         write_whole(place / "training.json", json.dumps(facts, indent=2) + "\n")
         write_whole(Path(self.config.run_dir) / "retrieval.json", to_json(rows, **facts) + "\n")
+        print(f"on {facts['measured_scans']} of {facts['held_out_scans']} held-out scans:")
         print(format_table(rows))
         for message in [*unreadable.values(), *embedded[0].failures]:
             print(f"not read: {message}")
@@ -193,7 +195,8 @@ class RunSaver:
             "modalities": sorted({record.modality for record in self.training}),
             "unseen_modalities": list(self.unseen),
             "holdout": config.holdout,
-            "held_out_scans": len(self.held_out),
+            "held_out_scans": self.quality.held_out_scans,
+            "measured_scans": len(self.quality.held_out.records),
             "unreadable_scans": len(self.progress.unreadable),
             "synthetic": any(record.source == SYNTHETIC for record in self.training),
             "seed": config.seed,

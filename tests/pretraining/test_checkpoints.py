@@ -27,6 +27,7 @@ from modeling_m3ret.retrieval.evaluation import Row
 FACTS = {
     "training_scans": 3,
     "held_out_scans": 2,
+    "measured_scans": 2,
     "unreadable_scans": 1,
     "step": 4,
     "steps": 4,
@@ -101,6 +102,9 @@ def test_the_card_is_filled_in_and_names_no_path(tmp_path: Path) -> None:
     mae = write_card(template, RunConfig(), tiny_config(), 1, FACTS | {"objective": "mae"}, rows)
     assert "AutoModelForPreTraining" in mae
     assert "Zero-shot" not in write_card(template, RunConfig(), tiny_config(), 1, FACTS, [])
+    assert "On the 2 held-out scans" in card
+    sampled = write_card(template, run, tiny_config(), 1, FACTS | {"held_out_scans": 5000}, rows)
+    assert "On 2 of the 5000 held-out scans" in sampled
     assert 'name = "m3ret-x"' in card
     pushed = write_card(template, replace(run, push_to_hub="clinic/encoder"), tiny_config(), 1, FACTS, rows)
     assert 'name = "clinic/encoder"' in pushed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -16,7 +17,14 @@ from modeling_m3ret import M3RetImageProcessor, M3RetModel
 from modeling_m3ret.data.collection import Record
 from modeling_m3ret.data.loading import Pack
 from modeling_m3ret.pretraining import quality as quality_module
-from modeling_m3ret.pretraining.quality import OnlineQuality, RepeatedEmbedding, collapse_alarm, quality_of
+from modeling_m3ret.pretraining.quality import (
+    MEASURED_SCANS,
+    OnlineQuality,
+    RepeatedEmbedding,
+    collapse_alarm,
+    measured_sample,
+    quality_of,
+)
 from modeling_m3ret.retrieval.embed import Embedded, embed_records, encoder_embedder, pooled_embedder
 
 
@@ -50,6 +58,53 @@ def test_measured_as_by_the_evaluation_and_decoded_once(records: list[Record]) -
         record.place.unlink()
     quality.fit_whitening(encoder)
     assert quality.measure(encoder) == numbers
+
+
+def patients(count: int, name: str, *modalities: str) -> list[Record]:
+    """Scans of so many patients, one of each modality."""
+    return [
+        Record(f"{name}{patient}{number}", Path("x"), modality, "a", "l", f"{name}{patient}")
+        for patient in range(count)
+        for number, modality in enumerate(modalities)
+    ]
+
+
+def test_few_held_out_scans_are_all_measured_in_their_order() -> None:
+    few = patients(500, "a", "ct", "ct", "xray") + patients(MEASURED_SCANS - 1500, "b", "mri")
+    assert measured_sample(few) == few
+    assert measured_sample([]) == []
+
+
+def test_of_many_whole_patients_are_measured_and_modalities_in_equal_parts_as_far_as_they_go() -> None:
+    many = patients(3000, "a", "ct", "ct", "xray") + patients(2000, "b", "endoscopy") + patients(9, "c", "mri", "mri")
+    sample = measured_sample(many)
+    assert MEASURED_SCANS - 2 <= len(sample) <= MEASURED_SCANS
+    chosen = {record.group for record in sample}
+    assert sample == [record for record in many if record.group in chosen]
+    counts = Counter(record.modality for record in sample)
+    assert counts["mri"] == 18
+    assert abs(counts["xray"] - counts["endoscopy"]) <= 3
+    assert counts["ct"] == 2 * counts["xray"]  # as its patients have
+    # no other order, and few others where there are more
+    assert {record.group for record in measured_sample(many[::-1])} == chosen
+    more = {record.group for record in measured_sample(many + patients(300, "d", "ct", "ct", "xray"))}
+    assert len(more & chosen) > 0.9 * len(chosen)
+
+
+def test_a_patient_of_more_scans_than_are_measured_leaves_room_for_others() -> None:
+    video = [Record(str(frame), Path("x"), "endoscopy", "a", "l", "video") for frame in range(MEASURED_SCANS + 1)]
+    others = patients(5, "a", "endoscopy")
+    assert measured_sample(video + others) == others
+
+
+def test_the_sample_is_what_is_embedded(records: list[Record], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quality_module, "measured_sample", lambda held_out: held_out[:6])
+    quality = OnlineQuality(records[:2], records, PROCESSOR, Accelerator(cpu=True))
+    encoder = M3RetModel(tiny_config()).eval()
+    numbers = quality.measure(encoder)
+    alone, pooled = embed_records([encoder_embedder(encoder), pooled_embedder(encoder)], PROCESSOR, records[:6])
+    assert numbers == pytest.approx(quality_of(alone, pooled.embeddings), abs=1e-5)
+    assert quality.held_out_scans == len(records)
 
 
 class Counted:
