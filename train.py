@@ -161,9 +161,9 @@ def main() -> None:
                 "seconds": progress.seconds,
             }
         measures, saves = config.due(progress.step)
-        if measures or saves:
+        if measures or saves or progress.step == last_step:
             encoder = whole_encoder(objective.encoder)
-            quality.fit_whitening(encoder)
+            saver.fit_whitening(encoder)
             if measures:
                 numbers |= quality.measure(encoder)
                 saver.note_quality(numbers)

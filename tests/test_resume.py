@@ -55,6 +55,7 @@ def test_a_run_killed_while_saving_and_resumed_twice_is_the_uninterrupted_one(
     printed = run(command(train, scans, "cut", **batch, num_workers=2, resume=True, stop_after=13), tmp_path, ranks)
     assert "step-000003" in printed
     assert "stopped after step 13 of 20" in printed
+    assert json.loads((checkpoints / "step-000013" / "training.json").read_text())["whitened_at_step"] == 13
     assert not (tmp_path / "m3ret-cut").exists()
     run(command(train, scans, "cut", **batch, num_workers=1, resume=True), tmp_path, ranks)
 
@@ -90,6 +91,7 @@ def test_sigterm_saves_and_leaves_and_nothing_unfinished_is_replaced(tmp_path: P
     (checkpoint,) = (tmp_path / "run-stopped" / "checkpoints").iterdir()
     step = int(checkpoint.name.removeprefix("step-"))
     assert f"stopped after step {step} of 100000" in script.printed
+    assert json.loads((checkpoint / "training.json").read_text())["whitened_at_step"] is None  # no time for that
     assert lines(tmp_path / "run-stopped")[-1]["step"] == step
     summary = json.loads((tmp_path / "run-stopped" / "summary.json").read_text())
     assert (summary["finished"], summary["step"]) == (False, step)

@@ -117,12 +117,15 @@ class OnlineQuality:
         self.held_out = RepeatedEmbedding(measured, processor, accelerator, num_workers=num_workers)
         self.held_out_scans = len(held_out)
 
-    def fit_whitening(self, encoder: M3RetModel) -> None:
-        """Fit the encoder's whitening to what it makes of training scans; as it was where they are no numbers."""
+    def fit_whitening(self, encoder: M3RetModel) -> bool:
+        """Fit the encoder's whitening to what it makes of training scans; False, and as it was, where they are no
+        numbers."""
         with _evaluating(encoder):
             pooled = self.training.embed(pooled_embedder(encoder)).embeddings
-        if len(pooled) and pooled.isfinite().all():
+        fits = len(pooled) > 0 and bool(pooled.isfinite().all())
+        if fits:
             encoder.whitening.fit(pooled.to(encoder.device))
+        return fits
 
     def measure(self, encoder: M3RetModel) -> dict[str, float]:
         """Numbers named `held_out/...`, the same on each rank, or none of nobody.

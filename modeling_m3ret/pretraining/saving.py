@@ -60,6 +60,7 @@ class RunSaver:
         self.processor, self.training, self.quality, self.unseen = processor, training, quality, unseen
         self.card_template, self.model_config = card_template, model_config
         self.progress = Progress()
+        self.whitened_at_step: int | None = None
         self.is_new_best = False
         self.saved_step = 0
         self.checkpoints = CheckpointFolder(Path(config.run_dir) / "checkpoints")
@@ -85,6 +86,8 @@ class RunSaver:
             }
             restore_state(newest, weights, self.accelerator, self.model, self.optimiser)
             self.saved_step = self.progress.step
+            told = json.loads((newest / "training.json").read_text(encoding="utf-8"))
+            self.whitened_at_step = told.get("whitened_at_step")
             self.accelerator.print(f"resumed from {newest}")
             return self.progress
         if newest is not None and not self.config.restart and not self._finished():
@@ -104,6 +107,11 @@ class RunSaver:
             )
         except (OSError, ValueError, KeyError):
             return False
+
+    def fit_whitening(self, encoder: M3RetModel) -> None:
+        """Fit the whitening of what is saved next, and remember of which step it is: a stopped run is saved later."""
+        if self.quality.fit_whitening(encoder):
+            self.whitened_at_step = self.progress.step
 
     def note_quality(self, numbers: Mapping[str, float]) -> None:
         """Remember the best mAP over all modalities so far."""
@@ -191,12 +199,12 @@ class RunSaver:
             "step": self.progress.step,
             "steps": config.steps,
             "views": self.progress.views,
+            "whitened_at_step": self.whitened_at_step,
             "training_scans": len(self.training),
             "modalities": sorted({record.modality for record in self.training}),
             "unseen_modalities": list(self.unseen),
             "holdout": config.holdout,
             "held_out_scans": self.quality.held_out_scans,
-            "measured_scans": len(self.quality.held_out.records),
             "unreadable_scans": len(self.progress.unreadable),
             "synthetic": any(record.source == SYNTHETIC for record in self.training),
             "seed": config.seed,

@@ -32,6 +32,7 @@ FACTS = {
     "step": 4,
     "steps": 4,
     "views": 5,
+    "whitened_at_step": 4,
     "modalities": ["ct"],
     "unseen_modalities": ["mri"],
 }
@@ -105,6 +106,12 @@ def test_the_card_is_filled_in_and_names_no_path(tmp_path: Path) -> None:
     assert "On the 2 held-out scans" in card
     sampled = write_card(template, run, tiny_config(), 1, FACTS | {"held_out_scans": 5000}, rows)
     assert "On 2 of the 5000 held-out scans" in sampled
+    assert "The embedding is centred and whitened by statistics of training scans, no labels." in card
+    for step, words in ((3, "by what training scans gave at step 3 of these 4,"), (None, "had not yet fitted")):
+        stopped = write_card(template, run, tiny_config(), 1, FACTS | {"whitened_at_step": step}, [])
+        assert words in stopped
+        assert "by statistics of training scans" not in stopped
+        assert "\n`model.whitening.fit(" in stopped
     assert 'name = "m3ret-x"' in card
     pushed = write_card(template, replace(run, push_to_hub="clinic/encoder"), tiny_config(), 1, FACTS, rows)
     assert 'name = "clinic/encoder"' in pushed
