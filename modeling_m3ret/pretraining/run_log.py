@@ -53,6 +53,7 @@ class RunLog:
 
     def alarm(self, step: int, message: str) -> None:
         """A warning that is seen, and stays in `metrics.jsonl` and the summary."""
+        self.accelerator.log({"alarm": 1}, step=step)  # trackers take numbers
         if self.accelerator.is_main_process:
             logger.warning("step %d: %s", step, message)
             append_json_line(self.metrics_file, {"step": step, "alarm": message})
