@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,7 @@ class RunSaver:
         self.card_template, self.model_config = card_template, model_config
         self.progress = Progress()
         self.whitened_at_step: int | None = None
+        self.online: dict[str, Any] | None = None  # {"step": 400, "mAP": {"ct": .5, "all": .4, "across": .3}}
         self.is_new_best = False
         self.saved_step = 0
         self.checkpoints = CheckpointFolder(Path(config.run_dir) / "checkpoints")
@@ -87,7 +89,7 @@ class RunSaver:
             restore_state(newest, weights, self.accelerator, self.model, self.optimiser)
             self.saved_step = self.progress.step
             told = json.loads((newest / "training.json").read_text(encoding="utf-8"))
-            self.whitened_at_step = told.get("whitened_at_step")
+            self.whitened_at_step, self.online = told.get("whitened_at_step"), told.get("online")
             self.accelerator.print(f"resumed from {newest}")
             return self.progress
         if newest is not None and not self.config.restart and not self._finished():
@@ -114,8 +116,11 @@ class RunSaver:
             self.whitened_at_step = self.progress.step
 
     def note_quality(self, numbers: Mapping[str, float]) -> None:
-        """Remember the best mAP over all modalities so far."""
-        score = numbers.get("held_out/mAP/all")
+        """Remember the latest mAP, and the best over all modalities so far."""
+        start = "held_out/mAP/"
+        if latest := {name.removeprefix(start): value for name, value in numbers.items() if name.startswith(start)}:
+            self.online = {"step": self.progress.step, "mAP": latest}
+        score = latest.get("all")
         if score is not None and (self.progress.best_score is None or score > self.progress.best_score):
             self.progress.best_score, self.progress.best_step = score, self.progress.step
             self.is_new_best = True
@@ -193,6 +198,7 @@ class RunSaver:
     def facts(self) -> dict[str, Any]:
         """What the run was, in numbers and words that may leave this machine."""
         config = self.config
+        scans_of = Counter(record.modality for record in self.training)
         return {
             "objective": config.objective,
             "preset": config.preset,
@@ -200,8 +206,11 @@ class RunSaver:
             "steps": config.steps,
             "views": self.progress.views,
             "whitened_at_step": self.whitened_at_step,
+            "online": self.online,
             "training_scans": len(self.training),
-            "modalities": sorted({record.modality for record in self.training}),
+            "modalities": sorted(scans_of),
+            "scans_of_modality": dict(sorted(scans_of.items())),
+            "mixture_alpha": config.mixture_alpha,
             "unseen_modalities": list(self.unseen),
             "holdout": config.holdout,
             "held_out_scans": self.quality.held_out_scans,

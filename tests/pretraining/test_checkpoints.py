@@ -33,7 +33,8 @@ FACTS = {
     "steps": 4,
     "views": 5,
     "whitened_at_step": 4,
-    "modalities": ["ct"],
+    "scans_of_modality": {"ct": 1, "xray": 2},
+    "mixture_alpha": 1.0,
     "unseen_modalities": ["mri"],
 }
 
@@ -112,6 +113,13 @@ def test_the_card_is_filled_in_and_names_no_path(tmp_path: Path) -> None:
         assert words in stopped
         assert "by statistics of training scans" not in stopped
         assert "\n`model.whitening.fit(" in stopped
+    assert "| scans | 3 (ct 1, xray 2); unseen: mri |" in card
+    mixed = write_card(template, run, tiny_config(), 1, FACTS | {"mixture_alpha": 0.5}, rows)
+    assert "| scans | 3 (ct 1, xray 2; a modality of n drawn in proportion to n^0.5); unseen: mri |" in mixed
+    online = FACTS | {"online": {"step": 2, "mAP": {"ct": 0.25, "all": 0.125}}}
+    on_the_way = write_card(template, run, tiny_config(), 1, online, [])
+    assert "measured online at step 2: ct 0.250, all 0.125." in on_the_way
+    assert "measured online" not in write_card(template, run, tiny_config(), 1, online, rows)
     assert 'name = "m3ret-x"' in card
     pushed = write_card(template, replace(run, push_to_hub="clinic/encoder"), tiny_config(), 1, FACTS, rows)
     assert 'name = "clinic/encoder"' in pushed

@@ -81,6 +81,23 @@ def test_a_checkpoint_says_of_which_step_its_whitening_is(config: RunConfig, rec
     assert "at step 2 of these 4" in card
 
 
+def test_a_checkpoint_on_the_way_has_the_latest_numbers(config: RunConfig, records: list[Record]) -> None:
+    saver = saver_of(config, records, training=3)
+    assert save(saver, 1)[0]["online"] is None
+    saver.progress.step = 2
+    numbers = saver.quality.measure(saver.objective.encoder)
+    saver.note_quality(numbers | {"loss": 1.0})
+    saver.progress.step = 3
+    saver.note_quality({"loss": 0.5})
+    save(saver, 3)
+    facts, card = save(saver_of(replace(config, resume=True), records, training=3), 4)
+    latest = {name: numbers[f"held_out/mAP/{name}"] for name in ("ct", "xray", "all", "across")}
+    assert facts["online"] == {"step": 2, "mAP": latest}
+    assert f"measured online at step 2: ct {latest['ct']:.3f}, xray {latest['xray']:.3f}," in card
+    assert facts["scans_of_modality"] == {"ct": 1, "xray": 2}
+    assert facts["best_step"] == 2
+
+
 def test_a_whitening_that_could_not_be_fitted_is_none(config: RunConfig, records: list[Record]) -> None:
     for record in records[:6]:
         record.place.unlink()
