@@ -37,7 +37,8 @@ class Record:
 
     place: its file or folder, or where its row lies. label: several are joined by `|`. split: train, validation or test
     where the collection says so, else empty. source: of which published collection it is, where that is known. shape,
-    spacing: slices, rows and columns, and mm along each, of a data set that says so.
+    spacing: slices, rows and columns, and mm along each, of a data set that says so. is_clip: its slices are frames, of
+    which reading takes `num_frames`.
     """
 
     id: str
@@ -50,6 +51,7 @@ class Record:
     source: str = ""
     shape: tuple[int, int, int] | None = None
     spacing: tuple[float | None, float | None, float | None] = (None, None, None)
+    is_clip: bool = False
 
     def open(self) -> Path | dict[str, Any]:
         """What `read_scan` takes. A row is fetched, which may raise M3RetReadError."""
@@ -105,6 +107,8 @@ def read_parquet(shards: Shards) -> list[Record]:
                 source=row.get("source") or "",
                 shape=_three(row.get("shape")),
                 spacing=_three(row.get("spacing")) or (None, None, None),
+                # as `read_scan` has it
+                is_clip=(row.get("spacing") or [None])[0] is None and row.get("intensity") != "hounsfield",
             )
             for place, split, row in read_places(shards)
         ]

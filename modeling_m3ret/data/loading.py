@@ -199,6 +199,7 @@ def expected_tokens(
                 "data set of the collection by dataset_scripts/build.py"
             )
         D, H, W = record.shape
+        D = min(D, processor.num_frames) if record.is_clip else D
         for kind in kinds:
             side = math.sqrt(sum(kind.ranges.area) / 2)
             slices = max(1, round(D * sum(kind.ranges.depth) / 2))

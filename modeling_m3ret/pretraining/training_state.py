@@ -87,7 +87,7 @@ def write_state(
     folder.mkdir(parents=True)
     save_file(state.optimiser, folder / "optimiser.safetensors")
     save_file(state.random, folder / "random.safetensors")
-    told = {"config": asdict(config), "processes": processes, "training_scans": fingerprint(records)}
+    told = {"config": asdict(config), "processes": processes, "training_scans": fingerprint(records, config)}
     text = json.dumps({"progress": asdict(progress), **told}, indent=2)
     (folder / "state.json").write_text(text + "\n", encoding="utf-8")
 
@@ -102,7 +102,7 @@ def read_progress(checkpoint: Path, config: RunConfig, records: Sequence[Record]
     differences = config.differences(told["config"])
     if told["processes"] != processes:
         differences.append(f"processes: {told['processes']} in the checkpoint, {processes} now")
-    if told["training_scans"] != fingerprint(records):
+    if told["training_scans"] != fingerprint(records, config):
         differences.append("data: the checkpoint's run was trained on other scans, or in another order")
     if differences:
         raise ResumeError(
@@ -136,7 +136,12 @@ def restore_state(
         torch.cuda.set_rng_state(stream)
 
 
-def fingerprint(records: Sequence[Record]) -> str:
-    """A hash of the scans' ids in their order: the folder may have moved, the scans may not."""
-    ids = "\n".join(f"{record.id}\t{record.modality}" for record in records)
-    return hashlib.sha256(ids.encode()).hexdigest()
+def fingerprint(records: Sequence[Record], config: RunConfig) -> str:
+    """A hash of what the order of training follows from: the scans' ids in their order, and their sizes where those
+    fill batches. The folder may have moved, the scans may not."""
+    by_size = config.tokens_per_batch is not None
+    told = (
+        f"{record.id}\t{record.modality}" + (f"\t{record.shape} {record.spacing} {record.is_clip}" if by_size else "")
+        for record in records
+    )
+    return hashlib.sha256("\n".join(told).encode()).hexdigest()

@@ -6,11 +6,13 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
 from modeling_m3ret import M3RetImageProcessor, M3RetReadError, Scan
-from modeling_m3ret.data.collection import CollectionError, Record
+from modeling_m3ret.data.collection import CollectionError, Record, open_collection
 from modeling_m3ret.data.loading import (
     MOST_FAILURES_IN_A_ROW,
     Pack,
@@ -21,6 +23,8 @@ from modeling_m3ret.data.loading import (
     training_loader,
 )
 from modeling_m3ret.data.order import SeededBatches
+from modeling_m3ret.data.schema import features
+from modeling_m3ret.data.storing import nifti_bytes
 from modeling_m3ret.data.views import CropRanges, ViewKind, random_crop
 from modeling_m3ret.retrieval.embed import embed_records, pixel_embedder
 from modeling_m3ret.retrieval.evaluation import evaluate
@@ -62,30 +66,38 @@ def test_training_batches_do_not_depend_on_the_workers(records: list[Record]) ->
 
 
 def test_expected_tokens_are_those_that_views_have_on_the_mean(tmp_path: Path) -> None:
-    """Of an image, a clip whose spacing is not known, and a volume: within a tenth of what 400 views really have."""
+    """Of an image, a clip of many frames, a volume, and one in HU of unknown spacing, which reading leaves whole.
+
+    Within a tenth of what 80 draws really have.
+    """
+    processor = M3RetImageProcessor(size=48, num_frames=16)
     deep, flat = CropRanges((0.4, 1.0)), CropRanges((0.05, 0.4), depth=(0.2, 0.5), slice_part=0.5)
     kinds = [ViewKind(2, deep, 64), ViewKind(3, flat, 32)]
     generator = np.random.default_rng(0)
-    scans = [
-        ((1, 60, 80), (None, None, None)),
-        ((20, 60, 60), (None, None, None)),
-        ((24, 50, 50), (2.0, 1.0, 1.0)),
-    ]
-    for shape, spacing in scans:
-        scan = Scan(generator.random((1, *shape), dtype=np.float32), spacing, {})
-        record = Record("a", tmp_path / "a", "ct", "", "", "p", shape=shape, spacing=spacing)
-        (expected,) = expected_tokens([record], PROCESSOR, kinds, prefix=5)
-        drawn = [
-            sum(
-                5 + np.prod(PROCESSOR.grid(PROCESSOR.resize(random_crop(scan, kind.ranges, generator), size=kind.size)))
-                for kind in kinds
-                for _ in range(kind.count)
-            )
-            for _ in range(80)
-        ]
-        assert expected == pytest.approx(np.mean(drawn), rel=0.1)
+    unknown = (None, None, None)
+    rows = []
+    for shape, spacing, intensity in [
+        ((1, 60, 80), unknown, "8-bit"),
+        ((100, 60, 60), unknown, "8-bit"),
+        ((24, 50, 50), (2.0, 1.0, 1.0), "8-bit"),
+        ((60, 50, 50), unknown, "hounsfield"),
+    ]:
+        voxels = generator.integers(0, 255, (1, *shape)).astype(np.int16 if intensity == "hounsfield" else np.uint8)
+        volume = {"bytes": nifti_bytes(voxels, spacing), "path": None}
+        told = {"id": str(len(rows)), "modality": 0, "patient": "p", "shape": shape, "spacing": spacing}
+        rows.append({"volume": volume, "intensity": intensity} | told)
+    (tmp_path / "data").mkdir()
+    shard = tmp_path / "data" / "train-00000-of-00001.parquet"
+    pq.write_table(pa.Table.from_pylist(rows, features().arrow_schema), shard)
+
+    records = open_collection(tmp_path)
+    views = RandomViews(records, processor, views=kinds, cache_bytes=2**30)
+    expected = expected_tokens(records, processor, kinds, prefix=5)
+    for index in range(len(records)):
+        drawn = [sum(5 + np.prod(processor.grid(view.volume)) for view in views[turn, index]) for turn in range(80)]
+        assert expected[index] == pytest.approx(np.mean(drawn), rel=0.1), records[index].id
     with pytest.raises(CollectionError, match="'b' has no shape"):
-        expected_tokens([Record("b", tmp_path / "b", "ct", "", "", "p")], PROCESSOR, kinds, prefix=5)
+        expected_tokens([Record("b", tmp_path / "b", "ct", "", "", "p")], processor, kinds, prefix=5)
 
 
 def test_one_bad_file_is_counted_and_stops_nothing(records: list[Record]) -> None:
