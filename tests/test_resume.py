@@ -99,9 +99,10 @@ def test_sigterm_saves_and_leaves_and_nothing_unfinished_is_replaced(tmp_path: P
     code, printed = finish(words, tmp_path)
     assert code != 0
     assert "--resume goes on from there, --restart begins anew" in printed
-    changed = command(train, scans, "stopped", objective="simdino", steps=50, seed=3, resume=True)
+    changed = command(train, scans, "stopped", objective="simdino", steps=50, seed=3, precision="bf16", resume=True)
     code, printed = finish(changed, tmp_path)
     assert code != 0
+    assert "precision: no in the checkpoint, bf16 now" in printed  # null at the start, as the launcher said
     assert "seed: 0 in the checkpoint, 3 now" in printed
     assert "steps: 100000 in the checkpoint, 50 now" in printed
     assert "num_workers" not in printed.split("gone on with")[1]

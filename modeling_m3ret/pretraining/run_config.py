@@ -6,7 +6,7 @@ import argparse
 import contextlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -91,9 +91,9 @@ class RunConfig:
         for pretraining by both.
     warmup_fraction: part of the steps with a linear warm-up; 40 of MAE's 800 epochs.
     gradient_clip: largest norm of the gradient. MAE clips nothing; at 3 (SimDINO's) only an outlier batch is cut.
-    precision: bf16 or no; null as `accelerate launch` says. gradient_checkpointing: layers forget their
-        activations and compute them again, for less memory and a third more work. compile_layers: `torch.compile` of
-        each layer, for GPUs.
+    precision: bf16 or no; null as `accelerate launch` says, which must stay on `--resume`. Not fp16, whose scale is not
+        kept in checkpoints. gradient_checkpointing: layers forget their activations and compute them again, for less
+        memory and a third more work. compile_layers: `torch.compile` of each layer, for GPUs.
     num_workers: processes that decode, beside each training process. cache_gib: memory, in GiB over all workers of a
         process, that keeps decoded scans for the next epoch. Each worker has its own part and meets any scan, so with
         one worker a collection that fits is decoded once, with more it takes some epochs.
@@ -202,6 +202,19 @@ class RunConfig:
                 f"run_dir lies in output_dir ({run} in {output}), which the checkpoint replaces as a whole"
             )
 
+    def at_precision(self, launched: str) -> RunConfig:
+        """The config of the run that was launched: with the precision that null left open, as Accelerate names it.
+
+        Raises:
+            ValueError: for one that a run can't be trained at.
+        """
+        if launched not in CHOICES["precision"]:
+            raise ValueError(
+                f"precision: found {launched}, as `accelerate launch` says, expected bf16 or no: its scale is not kept "
+                "in checkpoints"
+            )
+        return replace(self, precision=launched)
+
     def peak_learning_rate(self, processes: int) -> float:
         """The learning rate after warm-up: as set, or linear in the views of a step (MAE) or its scans (SimDINO)."""
         if self.learning_rate is not None:
@@ -220,6 +233,7 @@ class RunConfig:
         """What another run was told differently, a line each, of all that decides what is learned."""
         mine = {key: value for key, value in asdict(self).items() if key not in MAY_CHANGE_ON_RESUME}
         theirs = {key: value for key, value in other.items() if key not in MAY_CHANGE_ON_RESUME}
+        theirs["precision"] = theirs.get("precision") or mine["precision"]  # earlier checkpoints may not know theirs
         return [
             f"{key}: {theirs.get(key, 'absent')} in the checkpoint, {mine.get(key, 'absent')} now"
             for key in sorted(mine.keys() | theirs.keys())

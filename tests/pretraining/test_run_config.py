@@ -100,3 +100,15 @@ def test_another_run_differs_by_what_decides_the_result_alone() -> None:
         "seed: absent in the checkpoint, 0 now",
         "steps: 5 in the checkpoint, 100000 now",
     ]
+
+
+def test_a_run_goes_on_at_the_precision_that_it_was_launched_at() -> None:
+    """Null is what the launcher said; of a checkpoint that holds null no one knows."""
+    launched = RunConfig().at_precision("bf16")
+    assert RunConfig().at_precision("bf16").differences(asdict(launched)) == []
+    assert RunConfig(precision="bf16").differences(asdict(launched)) == []
+    told = RunConfig().at_precision("no").differences(asdict(launched))
+    assert told == ["precision: bf16 in the checkpoint, no now"]
+    assert launched.differences(asdict(RunConfig())) == []
+    with pytest.raises(ValueError, match="precision: found fp16, as `accelerate launch` says, expected bf16 or no"):
+        RunConfig().at_precision("fp16")
