@@ -9,7 +9,6 @@ Every key of the YAML file can be given as `--key value`; what each means stands
 `modeling_m3ret/pretraining/run_config.py`, what the numbers mean in `docs/pretraining.md`.
 """
 
-import contextlib
 import time
 from dataclasses import asdict
 from datetime import timedelta
@@ -27,11 +26,11 @@ from modeling_m3ret.data.collection import open_collection, training_and_held_ou
 from modeling_m3ret.data.loading import RandomViews, expected_tokens, training_loader
 from modeling_m3ret.data.order import SeededBatches, TokenBatches
 from modeling_m3ret.data.parquet import blocks_of
+from modeling_m3ret.pretraining.accumulation import accumulate_gradients
 from modeling_m3ret.pretraining.checkpoints import checkpoint_place
 from modeling_m3ret.pretraining.objectives import build_objective
 from modeling_m3ret.pretraining.optimisation import build_optimiser, set_schedule
 from modeling_m3ret.pretraining.quality import OnlineQuality, collapse_alarm
-from modeling_m3ret.pretraining.ranks import total_over_ranks
 from modeling_m3ret.pretraining.run_config import parse_run_config
 from modeling_m3ret.pretraining.run_log import RunLog
 from modeling_m3ret.pretraining.saving import RunSaver
@@ -131,27 +130,22 @@ def main() -> None:
     while progress.step < last_step and not stop.requested():
         learning_rate = set_schedule(optimiser, config, progress.step, accelerator.num_processes)
         step_packs = list(islice(packs, config.accumulate))
-        for number, pack in enumerate(step_packs, start=1):
+        for pack in step_packs:
             progress.unreadable |= dict(pack.failures)
-            in_between = accelerator.no_sync(model) if number < len(step_packs) else contextlib.nullcontext()
-            with in_between:
-                with accelerator.autocast():
-                    loss, terms = model(**pack.inputs(processor, accelerator.device, slices_once=True))
-                accelerator.backward(loss / config.accumulate)
+        means, views_of_step = accumulate_gradients(accelerator, model, step_packs, processor)
         gradient_norm = clip_gradient(accelerator, model, config.gradient_clip)
-        stop_if_not_finite(accelerator, loss, gradient_norm, progress.step, step_packs, training, run_dir)
+        stop_if_not_finite(accelerator, means["loss"], gradient_norm, progress.step, step_packs, training, run_dir)
         optimiser.step()
         optimiser.zero_grad()
         objective.after_step(progress.step, config.steps)
 
         progress.step += 1
-        progress.views += total_over_ranks(sum(len(pack.scans) for pack in step_packs), accelerator.device)
+        progress.views += views_of_step
         progress.seconds = seconds_before + time.perf_counter() - started
         bar.update()
         numbers: dict[str, float] = {}
         if progress.step % config.log_every == 0 or progress.step == config.steps:
-            logged = {"loss": loss, **terms}
-            numbers = {name: accelerator.reduce(term.detach(), "mean").item() for name, term in logged.items()}
+            numbers = {name: accelerator.reduce(mean, "mean").item() for name, mean in means.items()}
             rate = (progress.views - views_before) / (time.perf_counter() - started)
             bar.set_postfix(loss=f"{numbers['loss']:.4f}", views_per_s=f"{rate:.0f}")
             numbers |= {

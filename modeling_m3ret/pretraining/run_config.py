@@ -63,12 +63,12 @@ class RunConfig:
     size, num_frames, max_patches: the processor's size policy, for the views in training and for the checkpoint.
     steps: optimiser steps. batch_size: scans decoded for a pack by each process; views_per_decode: random crops of
         each for MAE, so that a pack holds batch_size x views_per_decode views. accumulate: packs whose gradients are
-        averaged for one step. MAE's gradient is then that of one large pack (of equally many scans); SimDINO's
+        averaged for one step, each scan weighing the same. MAE's gradient is then that of one large pack; SimDINO's
         expansion is each pack's own, since a coding rate is not a mean over scans.
     tokens_per_batch: instead of `batch_size`, as many scans as have this many tokens in all their views: equal work and
         memory in every step, whatever the mix. Needs a data set that says how large its scans are (Parquet), and a
-        `learning_rate`, since the rule for it counts scans. Ranks may hold different numbers of scans; each scan weighs
-        the same.
+        `learning_rate`, since the rule for it counts scans. Ranks and packs may hold different numbers of scans; each
+        scan weighs the same.
     flip_part: of the views, how many are mirrored left to right; 0, since a body's sides differ, .5 for more variety
         where they don't matter.
     global_area, local_area: parts of a slice's area that SimDINO's global and local crops cover, .4 to 1 and .05 to .4
@@ -192,6 +192,10 @@ class RunConfig:
                 raise ValueError(f"tokens_per_batch is at least 1, not {self.tokens_per_batch}")
             if self.learning_rate is None:
                 raise ValueError("tokens_per_batch needs a learning_rate: the rule for null counts scans of a batch")
+            if self.accumulate > 1 and self.model.get("loss_weighting") == "patch":
+                raise ValueError(
+                    "accumulate weighs packs of tokens_per_batch by their scans: not with loss_weighting patch"
+                )
         if self.resume and self.restart:
             raise ValueError("resume goes on from a checkpoint and restart begins anew: one of them")
         if unknown := set(self.model) - {entry.name for entry in fields(M3RetConfig)}:

@@ -66,6 +66,19 @@ def test_accelerate_reads_its_configs(file: Path) -> None:
         (["--accumulate", "0"], "accumulate is at least 1"),
         (["--layer_decay", "1.5"], "layer_decay is a part from 0 to 1"),
         (["--holdout", "1.5"], "holdout is a part"),
+        (
+            [
+                "--tokens_per_batch",
+                "9",
+                "--learning_rate",
+                "1",
+                "--accumulate",
+                "2",
+                "--model",
+                "{loss_weighting: patch}",
+            ],
+            "not with loss_weighting patch",
+        ),
     ],
 )
 def test_a_wrong_value_is_named(arguments: list[str], message: str) -> None:
