@@ -102,12 +102,12 @@ def main() -> None:
         "blocks": None if blocks is None else blocks.of_row,
         "lanes": config.stream_lanes,
     }
-    modalities = [record.modality for record in training]
+    deck_names = [(record.modality, record.source) for record in training]
     if config.tokens_per_batch is None:
-        batches = SeededBatches(modalities, config.batch_size, **order)
+        batches = SeededBatches(deck_names, config.batch_size, **order)
     else:
         tokens = expected_tokens(training, processor, objective.views, model_config.num_prefix_tokens)
-        batches = TokenBatches(modalities, tokens, config.tokens_per_batch, **order)
+        batches = TokenBatches(deck_names, tokens, config.tokens_per_batch, **order)
     cache_bytes = int(config.cache_gib * 2**30 / max(1, config.num_workers))
     views = RandomViews(
         training, processor, views=objective.views, seed=config.seed, cache_bytes=cache_bytes, blocks=blocks

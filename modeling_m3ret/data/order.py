@@ -10,13 +10,17 @@ from typing import Any
 import numpy as np
 
 
+DeckName = str | tuple[str, str]  # a modality, or with its source
+
+
 class SeededBatches:
     """Batches of `(turn, index)` without end, each a function of its number: a run goes on from any of them.
 
-    An epoch is as many scans as there are records, in a random order by (seed, epoch). Of these a modality of n records
-    gets a part in proportion to n^alpha (`mixture_alpha` of `RunConfig`). It deals its records out like a deck of
-    cards, shuffled anew when used up, so that all of them are seen equally often; `turn` counts how often a record was
-    dealt before. Epochs follow each other without a gap, in the middle of a batch if need be: none is left out.
+    An epoch is as many scans as there are records, in a random order by (seed, epoch). Of these a deck of n records, of
+    one modality from one source, gets a part in proportion to n^alpha (`mixture_alpha` of `RunConfig`). It is dealt out
+    like cards, shuffled anew when used up, so that all of its records are seen equally often; `turn` counts how often a
+    record was dealt before. Epochs follow each other without a gap, in the middle of a batch if need be: none is left
+    out.
 
     Each of `processes` ranks takes every `processes`-th batch, so that ranks never overlap.
 
@@ -26,14 +30,15 @@ class SeededBatches:
     another does. The order depends on lanes and ranks, not on workers.
 
     Args:
-        modalities: of each record. start: number of the first batch. blocks: `(n,)`, of each record, or None.
+        deck_names: of each record; decks are numbered in the order of their names. start: number of the first batch.
+        blocks: `(n,)`, of each record, or None.
     """
 
     WINDOW = 4  # blocks that are shuffled together: of 8 MiB each some hundreds of images
 
     def __init__(
         self,
-        modalities: Sequence[str],
+        deck_names: Sequence[DeckName],
         batch_size: int,
         *,
         seed: int,
@@ -44,12 +49,14 @@ class SeededBatches:
         blocks: np.ndarray | None = None,
         lanes: int = 1,
     ):
-        records = len(modalities)
+        records = len(deck_names)
         if records < batch_size * processes:
             raise ValueError(
                 f"{records} training scans do not fill one batch of {batch_size} on each of {processes} processes"
             )
-        self.decks = [np.flatnonzero(np.asarray(modalities) == name) for name in sorted(set(modalities))]
+        number_of = {name: number for number, name in enumerate(sorted(set(deck_names)))}
+        numbers = np.array([number_of[name] for name in deck_names])
+        self.decks = [np.flatnonzero(numbers == number) for number in range(len(number_of))]
         weights = np.array([len(deck) ** alpha for deck in self.decks])
         shares = records * weights / weights.sum()
         self.dealt = np.floor(shares).astype(int)  # of each deck in an epoch
@@ -137,11 +144,11 @@ class TokenBatches(SeededBatches):
             `SeededBatches`.
     """
 
-    def __init__(self, modalities: Sequence[str], tokens: np.ndarray, budget: int, **order: Any):
-        super().__init__(modalities, 1, **order)
-        if len(modalities) < self.lanes * self.processes:
+    def __init__(self, deck_names: Sequence[DeckName], tokens: np.ndarray, budget: int, **order: Any):
+        super().__init__(deck_names, 1, **order)
+        if len(deck_names) < self.lanes * self.processes:
             raise ValueError(
-                f"{len(modalities)} training scans are less than {self.lanes} lanes x {self.processes} processes"
+                f"{len(deck_names)} training scans are less than {self.lanes} lanes x {self.processes} processes"
             )
         self.tokens = tokens
         self.budget = budget

@@ -55,8 +55,9 @@ class RunConfig:
     exclude_modalities: never seen in pretraining; MRI, as in the paper, to have an unseen modality to test on.
     holdout: part of the patients kept out of pretraining, of a collection without a validation split; the closing table
         is theirs.
-    mixture_alpha: of each epoch's scans a modality of n gets a part in proportion to n^alpha: 1 as the data is, 0 all
-        the same, between them as multilingual models mix languages (XLM, arXiv 1901.07291, takes .5).
+    mixture_alpha: of each epoch's scans a modality of n, or each of its sources where records name them, gets a part in
+        proportion to n^alpha: 1 as the data is, 0 all the same, between them as multilingual models mix languages (XLM,
+        arXiv 1901.07291, takes .5).
     objective: what is learned: `mae` (masked autoencoding), `simdino` (self-distillation) or `mae+simdino` (both from
         one pass of the student). mae_weight, simdino_weight: of the sum's two parts.
     preset: vitt, vits, vitb or vitl. model: overrides of `M3RetConfig`.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -137,11 +138,15 @@ def restore_state(
 
 
 def fingerprint(records: Sequence[Record], config: RunConfig) -> str:
-    """A hash of what the order of training follows from: the scans' ids in their order, and their sizes where those
-    fill batches. The folder may have moved, the scans may not."""
-    by_size = config.tokens_per_batch is not None
-    told = (
-        f"{record.id}\t{record.modality}" + (f"\t{record.shape} {record.spacing} {record.is_clip}" if by_size else "")
-        for record in records
-    )
-    return hashlib.sha256("\n".join(told).encode()).hexdigest()
+    """A hash of what the order of training follows from: the scans' ids in their order, their modality, its sources
+    where it has several, and their sizes where those fill batches. The folder may have moved, the scans may not."""
+    sources = Counter(modality for modality, _ in {(record.modality, record.source) for record in records})
+    lines = []
+    for record in records:
+        told = [record.id, record.modality]
+        if sources[record.modality] > 1:
+            told.append(record.source)
+        if config.tokens_per_batch is not None:
+            told.append(f"{record.shape} {record.spacing} {record.is_clip}")
+        lines.append("\t".join(told))
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()

@@ -103,6 +103,26 @@ def test_a_mixture_gives_each_modality_its_power_and_no_record_more_than_another
             assert max(times) - min(times) <= 1
 
 
+def test_a_mixture_gives_each_source_of_a_modality_its_power() -> None:
+    """64 CTs of one source, 4 of another, 16 X-rays: parts of 8:2:4 for alpha 1/2, of epochs of 84."""
+    decks = [("ct", "large")] * 64 + [("ct", "small")] * 4 + [("xray", "large")] * 16
+    dealt = SeededBatches(decks, 1, seed=0, alpha=0.5).epoch(3)[:, 1]
+    assert [((first <= dealt) & (dealt < end)).sum() for first, end in ((0, 64), (64, 68), (68, 84))] == [48, 12, 24]
+
+
+@pytest.mark.parametrize(
+    ("alpha", "recorded"),
+    [(0.5, [0, 0, 5, 4, 1, 6, 7, 2]), (1.0, [4, 1, 6, 7, 0, 2, 3, 5])],
+)
+def test_one_source_a_modality_changes_nothing(alpha: float, recorded: list[int]) -> None:
+    """Whatever its name: the order is the one recorded before sources counted, so that runs from then go on."""
+    by_modality = SeededBatches(["xray"] * 2 + ["ct"] * 6, 1, seed=1, alpha=alpha)
+    by_source = SeededBatches([("xray", "a")] * 2 + [("ct", "b")] * 6, 1, seed=1, alpha=alpha)
+    for epoch in range(3):
+        assert np.array_equal(by_source.epoch(epoch), by_modality.epoch(epoch))
+    assert by_source.epoch(1)[:, 1].tolist() == recorded
+
+
 # 30 scans of which every third has ten times the tokens of the others, as a CT beside X-rays
 TOKENS = np.array([100.0, 10.0, 10.0] * 10)
 

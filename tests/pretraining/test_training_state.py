@@ -48,3 +48,17 @@ def test_scans_are_told_by_their_names_and_where_sizes_fill_batches_by_their_siz
     assert refusal(checkpoint, by_size, [ONE, replace(OTHER, is_clip=True)]) == ""
     assert refusal(checkpoint, by_size, [ONE, OTHER]) == OTHER_SCANS
     assert "tokens_per_batch: None in the checkpoint, 100 now" in refusal(tmp_path, by_size, [ONE, OTHER])
+
+
+def test_sources_count_where_a_modality_has_several(tmp_path: Path) -> None:
+    """Then they decide the order; a checkpoint from when they didn't isn't gone on with."""
+    config, xray = RunConfig(), replace(OTHER, id="third", modality="xray", source="c")
+    checkpoint = checkpoint_of(tmp_path, config, "one\tct\nother\tct\nthird\txray")
+    of_one_source = [replace(ONE, source="a"), replace(OTHER, source="a"), xray]
+    assert refusal(checkpoint, config, of_one_source) == ""
+    of_two = [replace(ONE, source="a"), replace(OTHER, source="b"), xray]
+    assert refusal(checkpoint, config, of_two) == OTHER_SCANS
+    (tmp_path / "two").mkdir()
+    checkpoint = checkpoint_of(tmp_path / "two", config, "one\tct\ta\nother\tct\tb\nthird\txray")
+    assert refusal(checkpoint, config, of_two) == ""
+    assert refusal(checkpoint, config, of_one_source) == OTHER_SCANS
