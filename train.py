@@ -22,7 +22,12 @@ from tqdm.auto import tqdm
 
 from modeling_m3ret import M3RetImageProcessor
 from modeling_m3ret.cpu import prepare_cpu
-from modeling_m3ret.data.collection import open_collection, training_and_held_out, without_modalities
+from modeling_m3ret.data.collection import (
+    check_modalities,
+    open_collection,
+    training_and_held_out,
+    without_modalities,
+)
 from modeling_m3ret.data.loading import RandomViews, expected_tokens, training_loader
 from modeling_m3ret.data.order import SeededBatches, TokenBatches
 from modeling_m3ret.data.parquet import blocks_of
@@ -67,6 +72,7 @@ def main() -> None:
     with accelerator.local_main_process_first():  # the phantom is made once
         records = open_collection(config.data, stream=config.stream)
     training, held_out = training_and_held_out(records, config.holdout)
+    check_modalities(config.exclude_modalities, records)
     training = without_modalities(training, config.exclude_modalities)
     unseen = sorted({record.modality for record in records} - {record.modality for record in training})
     processor = M3RetImageProcessor(

@@ -22,6 +22,7 @@ from huggingface_hub.constants import HF_HOME
 from huggingface_hub.errors import HfHubHTTPError
 
 from .parquet import ParquetError, ParquetRow, Shards, hub_shards, local_shards, read_places
+from .schema import MODALITIES
 
 
 COLUMNS = ("id", "file", "modality", "anatomy", "label", "group")
@@ -192,6 +193,17 @@ def split_by_group(records: Sequence[Record], holdout: float) -> tuple[list[Reco
         in_holdout = int.from_bytes(digest[:8], "big") < holdout * 2**64
         (held_out if in_holdout else training).append(record)
     return training, held_out
+
+
+def check_modalities(names: Sequence[str], records: Iterable[Record]) -> None:
+    """Are these modalities, of the schema or of a record?
+
+    Raises:
+        CollectionError: for a name that is none.
+    """
+    known = {*MODALITIES, *(record.modality for record in records)}
+    if unknown := sorted({name.casefold() for name in names} - {name.casefold() for name in known}):
+        raise CollectionError(f"found no modality {', '.join(unknown)}, expected some of {', '.join(sorted(known))}")
 
 
 def without_modalities(records: Iterable[Record], excluded: Sequence[str]) -> list[Record]:

@@ -9,6 +9,7 @@ import pytest
 from modeling_m3ret.data.collection import (
     CollectionError,
     Record,
+    check_modalities,
     open_collection,
     read_manifest,
     split_by_group,
@@ -86,3 +87,10 @@ def test_a_patient_is_on_one_side_and_stays_there() -> None:
 
 def test_excluded_modalities_leave() -> None:
     assert {r.modality for r in without_modalities(records_of(4), ["MRI"])} == {"ct", "xray"}
+
+
+def test_a_modality_that_does_not_exist_is_refused() -> None:
+    """The schema's are known without a record of them, and a manifest's own are."""
+    check_modalities(["MRI", "ultrasound", "oct"], [Record("a", Path("x"), "OCT", "", "", "p")])
+    with pytest.raises(CollectionError, match="found no modality mrr, expected some of ct, endoscopy, mri, ultrasound"):
+        check_modalities(["ct", "MRR"], records_of(4))
