@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -25,7 +26,7 @@ AT_LEAST_ONE = (
     *("size", "num_frames", "max_patches", "local_size", "stream_lanes"),
 )
 NOT_NEGATIVE = (
-    *("num_workers", "local_views", "cache_gib", "evaluate_every", "stop_after"),
+    *("num_workers", "local_views", "cache_gib", "seed", "evaluate_every", "stop_after"),
     *("learning_rate", "final_learning_rate", "weight_decay", "final_weight_decay"),
     *("mae_weight", "simdino_weight", "patch_weight", "compression_weight", "expansion_weight", "mixture_alpha"),
 )
@@ -33,6 +34,13 @@ PARTS_OF_ONE = (
     *("holdout", "flip_part", "slice_part"),
     *("warmup_fraction", "teacher_momentum", "layer_decay", "adam_beta2"),
 )
+# objectives that a setting of what they learn belongs to; how many views they take and how large may stand in one file
+OBJECTIVES_OF = {
+    **dict.fromkeys(("mae_weight", "simdino_weight"), ("mae+simdino",)),
+    **dict.fromkeys(("global_area", "local_area", "slice_part"), ("simdino", "mae+simdino")),
+    **dict.fromkeys(("compression_weight", "expansion_weight", "teacher_momentum"), ("simdino", "mae+simdino")),
+    "patch_weight": ("simdino",),
+}
 # where things are and how they are shown, and what changes the speed but nothing that is learned
 MAY_CHANGE_ON_RESUME = (
     *("output_dir", "run_dir", "data", "initial", "num_workers", "cache_gib", "log_every", "report_to"),
@@ -59,7 +67,8 @@ class RunConfig:
         proportion to n^alpha: 1 as the data is, 0 all the same, between them as multilingual models mix languages (XLM,
         arXiv 1901.07291, takes .5).
     objective: what is learned: `mae` (masked autoencoding), `simdino` (self-distillation) or `mae+simdino` (both from
-        one pass of the student). mae_weight, simdino_weight: of the sum's two parts.
+        one pass of the student). mae_weight, simdino_weight: of the sum's two parts. What weighs or crops for another
+        objective than this one is refused.
     preset: vitt, vits, vitb or vitl. model: overrides of `M3RetConfig`.
     size, num_frames, max_patches: the processor's size policy, for the views in training and for the checkpoint.
     steps: optimiser steps. batch_size: scans decoded for a pack by each process; views_per_decode: random crops of
@@ -173,8 +182,8 @@ class RunConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is at least 1, not {getattr(self, name)}")
         for name in NOT_NEGATIVE:
-            if (getattr(self, name) or 0) < 0:
-                raise ValueError(f"{name} is not negative, but {getattr(self, name)} is")
+            if not 0 <= (getattr(self, name) or 0) < math.inf:
+                raise ValueError(f"{name} is a number from 0 up, not {getattr(self, name)}")
         for name in PARTS_OF_ONE:
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is a part from 0 to 1, not {getattr(self, name)}")
@@ -184,10 +193,20 @@ class RunConfig:
                 raise ValueError(f"{name} is two parts of the area, [least, most] above 0 and up to 1, not {ends}")
         if self.holdout == 1:
             raise ValueError("holdout is below 1: something must be left to train on")
-        if self.gradient_clip <= 0:
+        if self.layer_decay == 0:
+            raise ValueError("layer_decay is above 0 (1 is none): at 0 no layer would learn")
+        if not self.gradient_clip > 0:
             raise ValueError(f"gradient_clip is a norm above 0 (large to clip nothing), not {self.gradient_clip}")
-        if self.patch_weight > 0 and self.objective != "simdino":
-            raise ValueError(f"patch_weight is a part of objective simdino, and {self.objective} has none")
+        for entry in fields(self):
+            objectives = OBJECTIVES_OF.get(entry.name, (self.objective,))
+            default = entry.default_factory() if callable(entry.default_factory) else entry.default
+            is_told = (
+                getattr(self, entry.name) != default and not self.resume
+            )  # an older run may have been, and goes on
+            if is_told and self.objective not in objectives:
+                raise ValueError(
+                    f"{entry.name} is a part of objective {' and '.join(objectives)}, and {self.objective} has none"
+                )
         if self.tokens_per_batch is not None:
             if self.tokens_per_batch < 1:
                 raise ValueError(f"tokens_per_batch is at least 1, not {self.tokens_per_batch}")
@@ -221,12 +240,20 @@ class RunConfig:
         return replace(self, precision=launched)
 
     def peak_learning_rate(self, processes: int) -> float:
-        """The learning rate after warm-up: as set, or linear in the views of a step (MAE) or its scans (SimDINO)."""
+        """The learning rate after warm-up: as set, or linear in the views of a step (MAE) or its scans (SimDINO).
+
+        Raises:
+            ValueError: if it is to end higher than that.
+        """
         if self.learning_rate is not None:
-            return self.learning_rate
-        if self.objective != "mae":
-            return 5e-4 * self.batch_size * self.accumulate * processes / 256
-        return 1.5e-4 * self.batch_size * self.views_per_decode * self.accumulate * processes / 256
+            peak = self.learning_rate
+        elif self.objective != "mae":
+            peak = 5e-4 * self.batch_size * self.accumulate * processes / 256
+        else:
+            peak = 1.5e-4 * self.batch_size * self.views_per_decode * self.accumulate * processes / 256
+        if peak < self.final_learning_rate:
+            raise ValueError(f"final_learning_rate is at most the peak of {peak:.3g}, not {self.final_learning_rate}")
+        return peak
 
     def due(self, step: int) -> tuple[bool, bool]:
         """Whether this step ends with a measurement, and whether with a checkpoint; the last one does, if any does."""

@@ -50,7 +50,7 @@ def test_accelerate_reads_its_configs(file: Path) -> None:
         (["--steps", "0"], "at least 1"),
         (["--gradient_clip", "0"], "gradient_clip is a norm above 0"),
         (["--warmup_fraction", "3"], "warmup_fraction"),
-        (["--num_workers", "-1"], "num_workers is not negative"),
+        (["--num_workers", "-1"], "num_workers is a number from 0 up, not -1"),
         (["--model", "{num_hidden_layer: 1}"], "model has no num_hidden_layer"),
         (["--run_dir", "m3ret-vitb/run"], "run_dir lies in output_dir"),
         (["--steps", "2024-01-01"], "steps is int"),
@@ -65,6 +65,15 @@ def test_accelerate_reads_its_configs(file: Path) -> None:
         (["--local_area", "[0.5]"], "local_area is two parts of the area"),
         (["--accumulate", "0"], "accumulate is at least 1"),
         (["--layer_decay", "1.5"], "layer_decay is a part from 0 to 1"),
+        (["--layer_decay", "0"], "layer_decay is above 0"),
+        (["--seed", "-1"], "seed is a number from 0 up, not -1"),
+        (["--learning_rate", "nan"], "learning_rate is a number from 0 up, not nan"),
+        (["--cache_gib", ".inf"], "cache_gib is a number from 0 up, not inf"),
+        (["--gradient_clip", "nan"], "gradient_clip is a norm above 0"),
+        (["--mae_weight", "2"], "mae_weight is a part of objective mae\\+simdino, and mae has none"),
+        (["--slice_part", "0"], "slice_part is a part of objective simdino and mae\\+simdino, and mae has none"),
+        (["--global_area", "[0.5, 1]"], "global_area is a part of objective simdino and"),
+        (["--objective", "mae+simdino", "--patch_weight", "1"], "patch_weight is a part of objective simdino, and mae"),
         (["--holdout", "1.5"], "holdout is a part"),
         (
             [
@@ -86,6 +95,10 @@ def test_a_wrong_value_is_named(arguments: list[str], message: str) -> None:
         parse_run_config(arguments)
 
 
+def test_an_older_run_goes_on_that_was_told_what_its_objective_has_not() -> None:
+    assert parse_run_config(["--teacher_momentum", "0.9", "--resume"]).teacher_momentum == 0.9
+
+
 def test_an_unknown_key_is_named(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text("stepps: 7\n")
@@ -100,6 +113,9 @@ def test_learning_rate_follows_the_views_of_a_step() -> None:
     assert RunConfig(learning_rate=1e-3).peak_learning_rate(8) == 1e-3
     assert RunConfig(batch_size=16, views_per_decode=4, accumulate=4).peak_learning_rate(1) == pytest.approx(1.5e-4)
     assert RunConfig(objective="simdino", batch_size=32, accumulate=2).peak_learning_rate(4) == pytest.approx(5e-4)
+    for peak in (1.5e-4, None):
+        with pytest.raises(ValueError, match=r"final_learning_rate is at most the peak of 0\.00015, not 0\.001"):
+            RunConfig(learning_rate=peak, final_learning_rate=1e-3).peak_learning_rate(1)
 
 
 def test_another_run_differs_by_what_decides_the_result_alone() -> None:

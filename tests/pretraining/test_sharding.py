@@ -49,7 +49,8 @@ STEPS = 3
 
 def run_config(**settings: Any) -> RunConfig:
     defaults = {"preset": "vitt", "model": SIZES, "steps": 10, "local_views": 2, "learning_rate": 1e-2}
-    return RunConfig(**defaults | {"teacher_momentum": 0.9, "gradient_clip": 1e3} | settings)
+    momentum = {"teacher_momentum": 0.9} if "simdino" in settings["objective"] else {}
+    return RunConfig(**defaults | momentum | {"gradient_clip": 1e3} | settings)
 
 
 def accelerator_of(sharded: bool, precision: str | None) -> Accelerator:
