@@ -70,10 +70,10 @@ def open_collection(data: str | Path, *, stream: bool = False) -> list[Record]:
         stream: fetch the rows of a data set on the Hub when they are needed, instead of downloading it first.
 
     Raises:
-        CollectionError: if there is no such collection, or it is not one.
+        CollectionError: if there is no such collection, or it is not one, or none that can be streamed.
     """
     if not Path(data).exists():
-        if str(data).split(":")[0] == "phantom":
+        if str(data).split(":")[0] == "phantom" and not stream:
             return read_manifest(phantom_folder(str(data)))
         if HUB_NAME.fullmatch(str(data)):
             try:
@@ -86,6 +86,11 @@ def open_collection(data: str | Path, *, stream: bool = False) -> list[Record]:
                 ) from error
     elif (Path(data) / "data").is_dir() and not (Path(data) / "manifest.csv").is_file():
         return read_parquet(local_shards(Path(data)))
+    if stream:
+        raise CollectionError(
+            f"{data}: found no Parquet data set, expected one to stream: ORG/NAME on the Hub or a folder with "
+            "data/*.parquet, which dataset_scripts/build.py makes of others"
+        )
     return read_manifest(Path(data))
 
 

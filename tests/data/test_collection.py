@@ -94,3 +94,14 @@ def test_a_modality_that_does_not_exist_is_refused() -> None:
     check_modalities(["MRI", "ultrasound", "oct"], [Record("a", Path("x"), "OCT", "", "", "p")])
     with pytest.raises(CollectionError, match="found no modality mrr, expected some of ct, endoscopy, mri, ultrasound"):
         check_modalities(["ct", "MRR"], records_of(4))
+
+
+@pytest.mark.parametrize("data", ["folder", "phantom:1"])
+def test_what_is_no_parquet_data_set_is_not_streamed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    write(tmp_path / "folder", HEADER + "a,1.png,xray,chest,l,p,,,\n")
+    with pytest.raises(CollectionError, match=f"{data}: found no Parquet data set, expected one to stream"):
+        open_collection(data, stream=True)
