@@ -16,7 +16,11 @@ def prepare_cpu(processes: int = 1) -> None:
     """Share the cores among the training processes of this machine, and keep freed memory for the next step.
 
     Launchers set one thread a process, which suits GPUs; a lone CPU process would leave the other cores idle.
+
+    Args:
+        processes: of the run; a launcher that starts them on several machines tells each how many it has.
     """
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     torch.set_num_threads(max(1, cores // processes))
     keep_freed_memory()

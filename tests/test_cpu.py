@@ -52,11 +52,15 @@ def test_freed_memory_is_not_faulted_in_again() -> None:
 
 
 def test_processes_share_the_cores() -> None:
-    """Whatever number of threads a launcher has set."""
+    """Whatever number of threads a launcher has set; of a run on several machines those of this one do."""
     shares = """
+import os
 for processes in (1, 2, 1000):
     cpu.prepare_cpu(processes)
     print(torch.get_num_threads())
+os.environ["LOCAL_WORLD_SIZE"] = "1"
+cpu.prepare_cpu(1000)
+print(torch.get_num_threads())
 """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    assert [int(line) for line in run(shares).split()] == [max(1, cores // processes) for processes in (1, 2, 1000)]
+    assert [int(line) for line in run(shares).split()] == [max(1, cores // processes) for processes in (1, 2, 1000, 1)]

@@ -197,13 +197,10 @@ class RunConfig:
             raise ValueError("layer_decay is above 0 (1 is none): at 0 no layer would learn")
         if not self.gradient_clip > 0:
             raise ValueError(f"gradient_clip is a norm above 0 (large to clip nothing), not {self.gradient_clip}")
-        for entry in fields(self):
+        for entry in () if self.resume else fields(self):  # a run of older code may have been told more, and goes on
             objectives = OBJECTIVES_OF.get(entry.name, (self.objective,))
             default = entry.default_factory() if callable(entry.default_factory) else entry.default
-            is_told = (
-                getattr(self, entry.name) != default and not self.resume
-            )  # an older run may have been, and goes on
-            if is_told and self.objective not in objectives:
+            if getattr(self, entry.name) != default and self.objective not in objectives:
                 raise ValueError(
                     f"{entry.name} is a part of objective {' and '.join(objectives)}, and {self.objective} has none"
                 )
