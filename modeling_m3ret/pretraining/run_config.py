@@ -103,7 +103,8 @@ class RunConfig:
     gradient_clip: largest norm of the gradient. MAE clips nothing; at 3 (SimDINO's) only an outlier batch is cut.
     precision: bf16 or no; null as `accelerate launch` says, which must stay on `--resume`. Not fp16, whose scale is not
         kept in checkpoints. gradient_checkpointing: layers forget their activations and compute them again, for less
-        memory and a third more work. compile_layers: `torch.compile` of each layer, for GPUs.
+        memory and a third more work. compile_layers: `torch.compile` of what layers do to each token alone, all but
+        attention, for GPUs.
     num_workers: processes that decode, beside each training process. cache_gib: memory, in GiB over all workers of a
         process, that keeps decoded scans for the next epoch. Each worker has its own part and meets any scan, so with
         one worker a collection that fits is decoded once, with more it takes some epochs.
