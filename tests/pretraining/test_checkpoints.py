@@ -115,7 +115,7 @@ def test_the_card_is_filled_in_and_names_no_path(tmp_path: Path) -> None:
         assert "\n`model.whitening.fit(" in stopped
     assert "| scans | 3 (ct 1, xray 2); unseen: mri |" in card
     mixed = write_card(template, run, tiny_config(), 1, FACTS | {"mixture_alpha": 0.5}, rows)
-    assert "| scans | 3 (ct 1, xray 2; a modality of n drawn in proportion to n^0.5); unseen: mri |" in mixed
+    assert "| scans | 3 (ct 1, xray 2; n of a modality and source drawn in proportion to n^0.5); unseen: mri |" in mixed
     online = FACTS | {"online": {"step": 2, "mAP": {"ct": 0.25, "all": 0.125}}}
     on_the_way = write_card(template, run, tiny_config(), 1, online, [])
     assert "measured online at step 2: ct 0.250, all 0.125." in on_the_way
