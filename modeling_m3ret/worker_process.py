@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Sequence
 from multiprocessing.context import BaseContext
@@ -37,6 +38,23 @@ def end_with_parent() -> None:
     Nobody else ends it: a worker of a pool would write on beside the next run, one that hangs would stay for ever.
     """
     threading.Thread(target=_wait_and_end, daemon=True).start()
+
+
+def end_for_parent_alone() -> None:
+    """From now on a SIGTERM ends this process if its parent sent it, and from anyone else is the parent's business.
+
+    A scheduler sends it to all processes of a run, and the parent needs its workers until it has saved. To be called
+    before there are other threads; where signals don't tell their sender (macOS, Windows) nothing changes.
+    """
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_wait_for_parents_signal, daemon=True).start()
+
+
+def _wait_for_parents_signal() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 def _wait_and_end() -> None:

@@ -6,7 +6,6 @@ A file that cannot be read never stops a run: its place in the batch holds the e
 from __future__ import annotations
 
 import math
-import signal
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -18,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from ..cpu import keep_freed_memory
 from ..image_processing_m3ret import M3RetImageProcessor
 from ..reading_m3ret import M3RetReadError, Scan
+from ..worker_process import end_for_parent_alone
 from .collection import CollectionError, Record
 from .order import SeededBatches
 from .parquet import Blocks, reader
@@ -237,8 +237,7 @@ def embedding_loader(dataset: WholeScans, batch_size: int, num_workers: int) -> 
 
 def _begin_worker(worker: int) -> None:
     """Workers beside a training process share its cores: a pool of threads in each would only make them wait. Scans are
-    large blocks, one after the other: a worker keeps what it frees for the next. A SIGTERM to the whole group is for
-    the training process, which still needs its workers until it has saved; they end with it."""
+    large blocks, one after the other: a worker keeps what it frees for the next."""
     torch.set_num_threads(1)
     keep_freed_memory()
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    end_for_parent_alone()

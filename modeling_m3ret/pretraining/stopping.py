@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
@@ -19,26 +21,34 @@ from ..data.loading import Pack
 from ..whole_files import write_whole
 
 
+# a scheduler's signal and the launcher's, which passes it on, come at once; a person's second one comes later
+ONE_REQUEST_SECONDS = 5.0
+
+
 class StopSignal:
     """SIGTERM, which schedulers send before they kill, is noted; the loop asks after each step.
 
-    It often comes twice, from the scheduler and from the launcher, so a second one ends nothing: SIGKILL does.
+    One that comes more than `ONE_REQUEST_SECONDS` after the first ends the process at once.
     """
 
     def __init__(self, accelerator: Accelerator):
         self._accelerator = accelerator
-        self._heard = False
+        self._heard_at: float | None = None
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, self._hear)
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
-        self._heard = True
+        now = time.monotonic()
+        self._heard_at = self._heard_at or now
+        if now - self._heard_at > ONE_REQUEST_SECONDS:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGTERM)
 
     def requested(self) -> bool:
         """Whether any rank was asked: all ranks get one answer, and leave after the same step."""
         if self._accelerator.num_processes == 1:
-            return self._heard
-        heard = torch.tensor(float(self._heard), device=self._accelerator.device)
+            return self._heard_at is not None
+        heard = torch.tensor(float(self._heard_at is not None), device=self._accelerator.device)
         return bool(self._accelerator.reduce(heard, "sum") > 0)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
 from itertools import islice
 from pathlib import Path
 
@@ -49,6 +51,22 @@ def equal(one: Pack, other: Pack) -> bool:
     return (
         one.scans == other.scans and mine.keys() == theirs.keys() and all(torch.equal(mine[k], theirs[k]) for k in mine)
     )
+
+
+@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="here a signal does not tell who sent it")
+def test_a_worker_ends_by_a_sigterm_of_its_parent_and_of_no_one_else(records: list[Record]) -> None:
+    """A scheduler sends it to all of a run, which still saves; a run that fails sends it at its end, and waits."""
+    views = RandomViews(records, PROCESSOR, views=[ViewKind(1)])
+    packs = iter(training_loader(views, SeededBatches(["ct"] * len(records), 2, seed=0), 1))
+    next(packs)
+    (worker,) = packs._workers
+    subprocess.run(["kill", "-TERM", str(worker.pid)], check=True)
+    for _ in range(20):
+        next(packs)
+    assert worker.is_alive()
+    worker.terminate()
+    worker.join(timeout=10)
+    assert not worker.is_alive()
 
 
 def test_training_batches_do_not_depend_on_the_workers(records: list[Record]) -> None:
