@@ -57,7 +57,7 @@ def main() -> None:
         project_dir=run_dir,
         kwargs_handlers=[patience],
     )
-    config = config.at_precision(accelerator.mixed_precision)
+    config = config.as_launched(accelerator.mixed_precision, accelerator.num_processes)
     told = {key: str(value) for key, value in asdict(config).items() if not is_place(key)}
     accelerator.init_trackers("m3ret", config=told)  # a tracker may be elsewhere: no path
     set_seed(config.seed)

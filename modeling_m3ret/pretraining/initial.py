@@ -27,7 +27,7 @@ def load_initial(model: nn.Module, config: M3RetConfig, weights_file: str, initi
 
     A checkpoint of the same family (`weights_file` is there) has student, teacher and heads, or encoder and decoder;
     of another the published encoder is taken, for student and teacher alike. Pooling may be another than it was, and
-    parts that are not found, or have another shape, begin anew, in a warning's words. The whitening, which is fitted to
+    parts that are not found, or have another form, begin anew, in a warning's words. The whitening, which is fitted to
     scans and not learned, is taken where it fits.
 
     Raises:
@@ -57,11 +57,15 @@ def load_initial(model: nn.Module, config: M3RetConfig, weights_file: str, initi
     own = model.state_dict()
     fitting = {name: value for name, value in found.items() if name in own and own[name].shape == value.shape}
     learned = {name for name in own if ".whitening." not in name}
-    anew = {_part(name) for name in learned - fitting.keys()}
+    parts = {_part(name) for name in learned}
+    other_form = {_part(name) for name in found.keys() - own.keys()} & parts
+    if theirs.decoder_num_attention_heads != config.decoder_num_attention_heads:
+        other_form |= {"decoder"} & parts
+    anew = other_form | {_part(name) for name in learned - fitting.keys()}
     if strangers := sorted(anew & set(encoders)):
         raise ValueError(f"initial: {initial} has not all weights of this run's {' and '.join(strangers)}")
     if anew:
-        logger.warning("not in %s, or of another shape, so begun anew: %s", initial, ", ".join(sorted(anew)))
+        logger.warning("not in %s, or of another form, so begun anew: %s", initial, ", ".join(sorted(anew)))
     model.load_state_dict({name: value for name, value in fitting.items() if _part(name) not in anew}, strict=False)
 
 

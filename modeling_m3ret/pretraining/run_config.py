@@ -53,8 +53,8 @@ class RunConfig:
     """
     output_dir: the checkpoint folder that the run ends with, a name that `from_pretrained` takes.
     run_dir: what the run writes on its way (`metrics.jsonl`, `summary.json`, `checkpoints/`, trackers).
-    initial: checkpoint folder or Hub id of an earlier run to start from, with its decoder, student and heads where the
-        objective is the same; null starts from random weights.
+    initial: checkpoint folder or Hub id of an earlier run to start from, with all that both runs have in the same form;
+        null starts from random weights.
     data: folder with a `manifest.csv` or `data/*.parquet`, `ORG/NAME[@REVISION]` on the Hub, or
         `phantom[:SUBJECTS[:SEED]]`. Splits that a data set has are kept; a test split is never read.
     stream: fetch the rows of a Parquet data set when they are needed, in blocks of neighbours, instead of downloading
@@ -210,7 +210,7 @@ class RunConfig:
                 raise ValueError(f"tokens_per_batch is at least 1, not {self.tokens_per_batch}")
             if self.learning_rate is None:
                 raise ValueError("tokens_per_batch needs a learning_rate: the rule for null counts scans of a batch")
-            if self.accumulate > 1 and self.model.get("loss_weighting") == "patch":
+            if self.accumulate > 1 and "mae" in self.objective and self.model.get("loss_weighting") == "patch":
                 raise ValueError(
                     "accumulate weighs packs of tokens_per_batch by their scans: not with loss_weighting patch"
                 )
@@ -224,34 +224,29 @@ class RunConfig:
                 f"run_dir lies in output_dir ({run} in {output}), which the checkpoint replaces as a whole"
             )
 
-    def at_precision(self, launched: str) -> RunConfig:
+    def as_launched(self, precision: str, processes: int) -> RunConfig:
         """The config of the run that was launched: with the precision that null left open, as Accelerate names it.
 
         Raises:
-            ValueError: for one that a run can't be trained at.
+            ValueError: for a precision that a run cannot be trained at, or a learning rate that ends above its peak.
         """
-        if launched not in CHOICES["precision"]:
+        if precision not in CHOICES["precision"]:
             raise ValueError(
-                f"precision: found {launched}, as `accelerate launch` says, expected bf16 or no: its scale is not kept "
-                "in checkpoints"
+                f"precision: found {precision}, as `accelerate launch` says, expected bf16 or no: its scale is not "
+                "kept in checkpoints"
             )
-        return replace(self, precision=launched)
+        peak = self.peak_learning_rate(processes)
+        if peak < self.final_learning_rate and not self.resume:
+            raise ValueError(f"final_learning_rate is at most the peak of {peak:.3g}, not {self.final_learning_rate}")
+        return replace(self, precision=precision)
 
     def peak_learning_rate(self, processes: int) -> float:
-        """The learning rate after warm-up: as set, or linear in the views of a step (MAE) or its scans (SimDINO).
-
-        Raises:
-            ValueError: if it is to end higher than that.
-        """
+        """The learning rate after warm-up: as set, or linear in the views of a step (MAE) or its scans (SimDINO)."""
         if self.learning_rate is not None:
-            peak = self.learning_rate
-        elif self.objective != "mae":
-            peak = 5e-4 * self.batch_size * self.accumulate * processes / 256
-        else:
-            peak = 1.5e-4 * self.batch_size * self.views_per_decode * self.accumulate * processes / 256
-        if peak < self.final_learning_rate:
-            raise ValueError(f"final_learning_rate is at most the peak of {peak:.3g}, not {self.final_learning_rate}")
-        return peak
+            return self.learning_rate
+        if self.objective != "mae":
+            return 5e-4 * self.batch_size * self.accumulate * processes / 256
+        return 1.5e-4 * self.batch_size * self.views_per_decode * self.accumulate * processes / 256
 
     def due(self, step: int) -> tuple[bool, bool]:
         """Whether this step ends with a measurement, and whether with a checkpoint; the last one does, if any does."""

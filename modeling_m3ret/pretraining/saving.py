@@ -89,7 +89,7 @@ class RunSaver:
             restore_state(newest, weights, self.accelerator, self.model, self.optimiser)
             self.saved_step = self.progress.step
             told = json.loads((newest / "training.json").read_text(encoding="utf-8"))
-            self.whitened_at_step, self.online = told.get("whitened_at_step"), told.get("online")
+            self.whitened_at_step, self.online = told.get("whitened_at_step", told["step"]), told.get("online")
             self.accelerator.print(f"resumed from {newest}")
             return self.progress
         if newest is not None and not self.config.restart and not self._finished():
@@ -214,6 +214,7 @@ class RunSaver:
             "unseen_modalities": list(self.unseen),
             "holdout": config.holdout,
             "held_out_scans": self.quality.held_out_scans,
+            "measured_scans": len(self.quality.held_out.records),
             "unreadable_scans": len(self.progress.unreadable),
             "synthetic": any(record.source == SYNTHETIC for record in self.training),
             "seed": config.seed,

@@ -59,6 +59,8 @@ def equal(one: nn.Module, other: nn.Module) -> bool:
         (SIMDINO, STATISTICS, HEADS),
         (MAE, STATISTICS, HEADS),
         (BOTH, MAE, {"decoder"}),
+        (MAE | {"model": {"decoder_num_hidden_layers": 2}}, MAE, {"decoder"}),
+        (MAE | {"model": {"decoder_num_attention_heads": 6}}, MAE, {"decoder"}),
     ],
 )
 def test_all_that_both_runs_have_is_taken_over(

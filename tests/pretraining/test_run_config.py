@@ -115,7 +115,7 @@ def test_learning_rate_follows_the_views_of_a_step() -> None:
     assert RunConfig(objective="simdino", batch_size=32, accumulate=2).peak_learning_rate(4) == pytest.approx(5e-4)
     for peak in (1.5e-4, None):
         with pytest.raises(ValueError, match=r"final_learning_rate is at most the peak of 0\.00015, not 0\.001"):
-            RunConfig(learning_rate=peak, final_learning_rate=1e-3).peak_learning_rate(1)
+            RunConfig(learning_rate=peak, final_learning_rate=1e-3).as_launched("no", 1)
 
 
 def test_another_run_differs_by_what_decides_the_result_alone() -> None:
@@ -133,11 +133,11 @@ def test_another_run_differs_by_what_decides_the_result_alone() -> None:
 
 def test_a_run_goes_on_at_the_precision_that_it_was_launched_at() -> None:
     """Null is what the launcher said; of a checkpoint that holds null no one knows."""
-    launched = RunConfig().at_precision("bf16")
-    assert RunConfig().at_precision("bf16").differences(asdict(launched)) == []
+    launched = RunConfig().as_launched("bf16", 1)
+    assert RunConfig().as_launched("bf16", 1).differences(asdict(launched)) == []
     assert RunConfig(precision="bf16").differences(asdict(launched)) == []
-    told = RunConfig().at_precision("no").differences(asdict(launched))
+    told = RunConfig().as_launched("no", 1).differences(asdict(launched))
     assert told == ["precision: bf16 in the checkpoint, no now"]
     assert launched.differences(asdict(RunConfig())) == []
     with pytest.raises(ValueError, match="precision: found fp16, as `accelerate launch` says, expected bf16 or no"):
-        RunConfig().at_precision("fp16")
+        RunConfig().as_launched("fp16", 1)
