@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from multiprocessing.context import BaseContext
 
 import torch
+
+
+TELLS_SENDER = hasattr(signal, "sigwaitinfo")
 
 
 def worker_context(imported: Sequence[str]) -> BaseContext:
@@ -40,14 +44,29 @@ def end_with_parent() -> None:
     threading.Thread(target=_wait_and_end, daemon=True).start()
 
 
-def end_for_parent_alone() -> None:
-    """From now on a SIGTERM ends this process if its parent sent it, and from anyone else is the parent's business.
+@contextlib.contextmanager
+def sigterm_left_to_parent() -> Iterator[None]:
+    """Processes that are forked within have SIGTERM blocked in all their threads, whichever library starts those.
 
-    A scheduler sends it to all processes of a run, and the parent needs its workers until it has saved. To be called
-    before there are other threads; where signals don't tell their sender (macOS, Windows) nothing changes.
+    To each belongs an `end_for_parent_alone`. Where signals don't tell their sender (macOS, Windows) nothing changes.
     """
-    if hasattr(signal, "sigwaitinfo"):
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    if not TELLS_SENDER:
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def end_for_parent_alone() -> None:
+    """From now on a SIGTERM ends this process, forked by `sigterm_left_to_parent`, if its parent sent it.
+
+    From anyone else it is the parent's business: a scheduler sends it to all processes of a run, and the parent needs
+    its workers until it has saved.
+    """
+    if TELLS_SENDER:
         threading.Thread(target=_wait_for_parents_signal, daemon=True).start()
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from ..cpu import keep_freed_memory
 from ..image_processing_m3ret import M3RetImageProcessor
 from ..reading_m3ret import M3RetReadError, Scan
-from ..worker_process import end_for_parent_alone
+from ..worker_process import end_for_parent_alone, sigterm_left_to_parent
 from .collection import CollectionError, Record
 from .order import SeededBatches
 from .parquet import Blocks, reader
@@ -210,9 +211,17 @@ def expected_tokens(
     return counts
 
 
+class PackLoader(DataLoader[Pack]):
+    """Workers that a SIGTERM to the whole run leaves at work until the run has saved."""
+
+    def __iter__(self) -> Any:
+        with sigterm_left_to_parent():
+            return super().__iter__()
+
+
 def training_loader(dataset: RandomViews, batches: SeededBatches, num_workers: int) -> DataLoader[Pack]:
     """Endless packs of random views."""
-    return DataLoader(
+    return PackLoader(
         dataset,  # type: ignore[arg-type]  # torch types a loader by its items; collate makes them packs
         batch_sampler=batches,
         num_workers=num_workers,
@@ -225,7 +234,7 @@ def training_loader(dataset: RandomViews, batches: SeededBatches, num_workers: i
 
 def embedding_loader(dataset: WholeScans, batch_size: int, num_workers: int) -> DataLoader[Pack]:
     """Packs of whole scans, in the order of the records."""
-    return DataLoader(
+    return PackLoader(
         dataset,  # type: ignore[arg-type]  # as above
         batch_size=batch_size,
         num_workers=num_workers,
