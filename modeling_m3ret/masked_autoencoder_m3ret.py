@@ -76,11 +76,13 @@ class M3RetForPreTrainingOutput(ModelOutput):
     loss: scalar; mean squared error over normalised pixels of masked patches, weighed as `loss_weighting` says.
     logits: predicted pixels of the masked patches, `(M, C*t*p*p)`.
     masked: their rows in the pack, int64 `(M,)`.
+    weight: of how many scans, or patches, the loss is the mean; see `loss_weight`.
     """
 
     loss: Tensor | None = None
     logits: Tensor | None = None
     masked: Tensor | None = None
+    weight: int | None = None
 
 
 class M3RetForPreTraining(M3RetPreTrainedModel):
@@ -119,7 +121,8 @@ class M3RetForPreTraining(M3RetPreTrainedModel):
         masked_counts = [count - seen for count, seen in zip(counts, visible_counts, strict=True)]
         config = self.config
         loss = masked_patch_loss(predicted, target, masked_counts, config.norm_pixel_eps, config.loss_weighting)
-        return M3RetForPreTrainingOutput(loss=loss, logits=predicted, masked=masked)
+        weight = loss_weight(masked_counts, config.loss_weighting)
+        return M3RetForPreTrainingOutput(loss=loss, logits=predicted, masked=masked, weight=weight)
 
 
 def choose_visible(

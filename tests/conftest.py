@@ -9,12 +9,14 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hub_server import HubServer, Request
 from huggingface_hub import HfApi
 
 from modeling_m3ret import M3RetConfig
+from modeling_m3ret.data.collection import Record
 
 
 # tiny models gain nothing from threads, and on a busy machine lose a hundredfold waiting for each other
@@ -154,3 +156,15 @@ def hub() -> Iterator[Hub]:
         return
     with HubServer() as server:
         yield Hub(server)
+
+
+@pytest.fixture
+def records(tmp_path: Path) -> list[Record]:
+    """Twelve patients, an image or a small volume of each in turn."""
+    generator = np.random.default_rng(0)
+    made = []
+    for number in range(12):
+        path = tmp_path / f"{number}.npy"
+        np.save(path, generator.random((1 + 7 * (number % 2), 40, 40), dtype=np.float32))
+        made.append(Record(str(number), path, ("xray", "ct")[number % 2], "a", f"l{number % 3}", f"p{number}"))
+    return made

@@ -11,14 +11,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.dynamic_module_utils import custom_object_save
 
 from ..configuration_m3ret import M3RetConfig
 from ..data.views import GLOBAL_CROPS, LOCAL_CROPS, Jitter, ViewKind
-from ..masked_autoencoder_m3ret import M3RetDecoder, M3RetForPreTraining, loss_weight
+from ..masked_autoencoder_m3ret import M3RetDecoder, M3RetForPreTraining
 from ..modeling_m3ret import M3RetLayer, M3RetModel
 from .initial import load_initial
 from .ranks import part_of_rank
@@ -69,11 +68,7 @@ class MaskedAutoencoding(nn.Module):
 
     def forward(self, pixel_values: Tensor, grid_thw: Tensor, noise: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         output = self.model(pixel_values, grid_thw, noise=noise)
-        counts = grid_thw.prod(-1)
-        view = torch.arange(len(counts), device=counts.device).repeat_interleave(counts)
-        masked_counts = view[output.masked].bincount(minlength=len(counts)).tolist()
-        weighed = loss_weight(masked_counts, self.model.config.loss_weighting)
-        return output.loss * part_of_rank(weighed, pixel_values.device), {}
+        return output.loss * part_of_rank(output.weight, pixel_values.device), {}
 
     def after_step(self, step: int, steps: int) -> None:
         pass

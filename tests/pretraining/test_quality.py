@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -29,17 +28,6 @@ from modeling_m3ret.retrieval.embed import Embedded, embed_records, encoder_embe
 
 
 PROCESSOR = M3RetImageProcessor(size=32, num_frames=8)
-
-
-@pytest.fixture
-def records(tmp_path: Path) -> list[Record]:
-    generator = np.random.default_rng(0)
-    made = []
-    for number in range(12):
-        path = tmp_path / f"{number}.npy"
-        np.save(path, generator.random((1 + 7 * (number % 2), 40, 40), dtype=np.float32))
-        made.append(Record(str(number), path, ("xray", "ct")[number % 2], "a", f"l{number % 3}", f"p{number}"))
-    return made
 
 
 def test_measured_as_by_the_evaluation_and_decoded_once(records: list[Record]) -> None:

@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -23,17 +22,6 @@ from modeling_m3ret.pretraining.saving import RunSaver
 
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture
-def records(tmp_path: Path) -> list[Record]:
-    generator = np.random.default_rng(0)
-    made = []
-    for number in range(12):
-        path = tmp_path / f"{number}.npy"
-        np.save(path, generator.random((40, 40), dtype=np.float32))
-        made.append(Record(str(number), path, ("xray", "ct")[number % 3 == 0], "a", f"l{number % 2}", f"p{number}"))
-    return made
 
 
 @pytest.fixture
