@@ -23,7 +23,7 @@ from transformers import AutoImageProcessor, AutoModel
 
 import modeling_m3ret  # noqa: F401  # registers the model
 from modeling_m3ret.data.collection import CollectionError
-from modeling_m3ret.retrieval.index import IndexFormatError
+from modeling_m3ret.search.index import IndexFormatError
 from modeling_m3ret.space.gallery import open_gallery
 from modeling_m3ret.space.isolation import IsolatedReaders
 from modeling_m3ret.space.quickstart import newest_checkpoint, train_small

@@ -20,13 +20,15 @@ from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoImageProcessor, AutoModel
 
 from modeling_m3ret import __version__
+from modeling_m3ret.atomic_io import atomic_write_text
 from modeling_m3ret.cpu import prepare_cpu
 from modeling_m3ret.data.collection import open_collection
 from modeling_m3ret.data.schema import SPLITS
-from modeling_m3ret.retrieval.baselines import baseline_name, embed_with_baseline
-from modeling_m3ret.retrieval.embed import MAX_TOKENS, Embedded, embed_records, pixel_embedder
-from modeling_m3ret.retrieval.embedding_store import embed_collection, facts_of
-from modeling_m3ret.retrieval.evaluation import (
+from modeling_m3ret.evaluation.baselines import baseline_name, embed_with_baseline
+from modeling_m3ret.evaluation.leakage import evaluated_part, leak_in_words, training_facts, training_part
+from modeling_m3ret.evaluation.protocols import ALL, DEFAULT
+from modeling_m3ret.evaluation.report.pictures import report_pictures, write_pictures
+from modeling_m3ret.evaluation.table import (
     ALL_MODALITIES,
     evaluate,
     format_differences,
@@ -34,12 +36,10 @@ from modeling_m3ret.retrieval.evaluation import (
     paired_difference,
     to_json,
 )
-from modeling_m3ret.retrieval.matching import TOKEN_WHITENING_SCANS, Reranked, fit_token_whitening, scan_tokens
-from modeling_m3ret.retrieval.protocols import ALL, DEFAULT
-from modeling_m3ret.retrieval.report import report_pictures, write_pictures
-from modeling_m3ret.retrieval.training_part import evaluated_part, leak_in_words, training_facts, training_part
-from modeling_m3ret.retrieval.untrained import untrained_encoder, whitening_sample
-from modeling_m3ret.whole_files import write_whole
+from modeling_m3ret.evaluation.untrained_baseline import untrained_encoder, whitening_sample
+from modeling_m3ret.search.embedding import MAX_TOKENS, Embedded, embed_records, pixel_embedder
+from modeling_m3ret.search.embedding_store import embed_collection, facts_of
+from modeling_m3ret.search.matching import TOKEN_WHITENING_SCANS, Reranked, fit_token_whitening, scan_tokens
 
 
 def main() -> None:
@@ -174,13 +174,13 @@ def main() -> None:
             "models": {title: vars(told) for title, told in models.items()},
             "differences_of_mean_map": {other: told._asdict() for other, told in differences.items()},
         }
-        write_whole(arguments.output / "metrics.json", to_json(rows, **facts) + "\n")
+        atomic_write_text(arguments.output / "metrics.json", to_json(rows, **facts) + "\n")
         words = [table, *([format_differences(main_model, differences)] if differences else []), *notes]
         shown_by = processors[main_model] if arguments.examples else None
         at_first = [row for row in rows if row.method not in reranked]  # a curve is of what training changes
         pictures = report_pictures(compared, main_model, at_first, checkpoints, shown_by)
         words.append(write_pictures(arguments.output, pictures))
-        write_whole(arguments.output / "report.md", "\n\n".join(words) + "\n")
+        atomic_write_text(arguments.output / "report.md", "\n\n".join(words) + "\n")
 
 
 def titles_of(models: list[str], baselines: list[str]) -> list[str]:

@@ -6,7 +6,7 @@
     accelerate launch train.py --config configs/vitb.yaml --resume             # go on from the newest checkpoint
 
 Every key of the YAML file can be given as `--key value`; what each means stands in
-`modeling_m3ret/pretraining/run_config.py`, what the numbers mean in `docs/pretraining.md`.
+`modeling_m3ret/pretraining/run_config.py`, what the numbers mean in `docs/training.md`.
 """
 
 import time
@@ -29,8 +29,8 @@ from modeling_m3ret.data.collection import (
     without_modalities,
 )
 from modeling_m3ret.data.loading import RandomViews, expected_tokens, training_loader
-from modeling_m3ret.data.order import SeededBatches, TokenBatches
 from modeling_m3ret.data.parquet import blocks_of
+from modeling_m3ret.data.sampler import SeededBatches, TokenBatches
 from modeling_m3ret.pretraining.accumulation import accumulate_gradients
 from modeling_m3ret.pretraining.checkpoints import checkpoint_place
 from modeling_m3ret.pretraining.objectives import build_objective

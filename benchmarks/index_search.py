@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 from modeling_m3ret.cpu import prepare_cpu
-from modeling_m3ret.retrieval.approximate import ApproximateSearch
-from modeling_m3ret.retrieval.index import ModelFacts, RetrievalIndex, Where
+from modeling_m3ret.search.approximate import ApproximateSearch
+from modeling_m3ret.search.index import ModelFacts, RetrievalIndex, Where
 
 
 def draw(rows: int, dimension: int, centres: Tensor | None, seed: int) -> Tensor:

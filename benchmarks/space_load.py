@@ -34,7 +34,7 @@ from PIL import Image
 
 from modeling_m3ret import M3RetConfig, M3RetImageProcessor, M3RetModel
 from modeling_m3ret.data.collection import read_manifest
-from modeling_m3ret.data.phantom import write_phantom
+from modeling_m3ret.phantom.dataset import write_phantom
 
 
 PROJECT = Path(__file__).parents[1]

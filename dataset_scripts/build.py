@@ -26,8 +26,8 @@ from dataset_scripts.report import fingerprints, summary, write_report
 from dataset_scripts.shards import BuildError, build_shards, drop_rows, plan, write_index, written_shards
 from dataset_scripts.sources import SOURCES
 from dataset_scripts.sources.folder import Folder
+from modeling_m3ret.atomic_io import atomic_write_text
 from modeling_m3ret.data.schema import MODALITIES
-from modeling_m3ret.whole_files import write_whole
 
 
 def build(
@@ -60,10 +60,10 @@ def build(
     index = write_index(output, shards)
     report = write_report(builder, reports, index, sum(path.stat().st_size for path in written_shards(output, shards)))
     told = json.dumps(report, indent=2, ensure_ascii=False).encode(errors="backslashreplace").decode()  # names of files
-    write_whole(output / "report.json", told + "\n")
+    atomic_write_text(output / "report.json", told + "\n")
     if index is None:
         raise BuildError(f"none of the scans could be read: {output / 'report.json'} says why of each")
-    write_whole(output / "README.md", write_card(builder, report, index, repository or output.resolve().name))
+    atomic_write_text(output / "README.md", write_card(builder, report, index, repository or output.resolve().name))
     return report
 
 

@@ -7,21 +7,20 @@ used like any other builder of `datasets`.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import hmac
 import os
-import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from datasets import DatasetInfo, GeneratorBasedBuilder, Split, SplitGenerator
-from huggingface_hub.constants import HF_HOME
 
+from dataset_scripts.row_encoding import Row, store_scan
+from modeling_m3ret.atomic_io import read_or_create_secret
 from modeling_m3ret.data.schema import MODALITIES, SPLITS, features, media_of
-from modeling_m3ret.data.storing import Row, store_scan
+from modeling_m3ret.hub import CACHE_FOLDER
 from modeling_m3ret.reading_m3ret import M3RetReadError
 
 from .duplicates import perceptual_hash
@@ -94,13 +93,8 @@ def read_salt(path: Path | None) -> bytes:
     Raises:
         ValueError: if the file holds too little to be a secret.
     """
-    path = path or Path(HF_HOME) / "m3ret" / "salt"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with contextlib.suppress(FileExistsError):
-        stream = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
-        with os.fdopen(stream, "w") as salt_file:
-            salt_file.write(secrets.token_hex(32))
-    salt = path.read_bytes().strip()
+    path = path or CACHE_FOLDER / "salt"
+    salt = read_or_create_secret(path)
     if len(salt) < SHORTEST_SALT:
         raise ValueError(f"{path}: found {len(salt)} bytes, expected a secret of at least {SHORTEST_SALT}")
     return salt

@@ -11,7 +11,8 @@ from datasets.info import DatasetInfosDict
 from datasets.splits import SplitDict, SplitInfo
 from huggingface_hub import DatasetCard, DatasetCardData
 
-from modeling_m3ret.data.schema import SPLITS, SYNTHETIC, features
+from modeling_m3ret.data.schema import SPLITS, features
+from modeling_m3ret.phantom import SYNTHETIC_SOURCE
 
 from .builder import ScanBuilder
 
@@ -57,7 +58,7 @@ def write_card(builder: ScanBuilder, report: dict[str, Any], index: pa.Table, re
             homepage=source.homepage,
             citation=source.citation,
             licences=sorted(set(index.column("licence").to_pylist())),
-            synthetic=source.title == SYNTHETIC,
+            synthetic=source.title == SYNTHETIC_SOURCE,
             repository=repository,
             scans=report["scans"]["built"],
             patients=report["patients"],

@@ -4,7 +4,7 @@ import argparse
 import time
 from pathlib import Path
 
-from modeling_m3ret.data.phantom import write_phantom
+from modeling_m3ret.phantom.dataset import write_phantom
 
 
 def main() -> None:

@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-import logging
-import time
 from pathlib import Path
 
 from huggingface_hub import HfApi
 
 from modeling_m3ret.data.parquet import INDEX
+from modeling_m3ret.hub import hub_retries
 
-
-logger = logging.getLogger(__name__)
 
 PUBLISHED = ("README.md", INDEX, "data/*.parquet")
-ATTEMPTS = 5
-FIRST_WAIT_SECONDS = 2.0  # doubled after each attempt
 
 
 def push(folder: Path, repository: str) -> None:
     """Upload, to a private repository if it is new. What was uploaded before an interruption is not sent again; shards
     of an older build that the new one has not go with the same commit."""
     api = HfApi()
-    for attempt in range(ATTEMPTS):
-        try:
+    for attempt in hub_retries(f"upload to {repository}"):
+        with attempt:
             api.create_repo(repository, repo_type="dataset", private=True, exist_ok=True)
             api.upload_folder(
                 repo_id=repository,
@@ -33,9 +28,3 @@ def push(folder: Path, repository: str) -> None:
                 delete_patterns=list(PUBLISHED[1:]),
                 commit_message="Build",
             )
-            return
-        except Exception as error:
-            if attempt + 1 == ATTEMPTS:
-                raise
-            logger.warning("upload to %s failed (attempt %d): %s", repository, attempt + 1, error)
-            time.sleep(FIRST_WAIT_SECONDS * 2**attempt)

@@ -21,10 +21,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm.auto import tqdm
 
+from modeling_m3ret.atomic_io import atomic_write, atomic_write_text
 from modeling_m3ret.data.parquet import INDEX, index_columns
 from modeling_m3ret.data.schema import MEDIA, SPLITS, features, media_of
 from modeling_m3ret.version import __version__
-from modeling_m3ret.whole_files import write_whole, writing_whole
 from modeling_m3ret.worker_process import begin_worker, worker_context
 
 from .builder import Built, Failure, ScanBuilder
@@ -180,7 +180,7 @@ def write_shard(builder: ScanBuilder, output: Path, shard: Shard, progress: Call
 
     path = shard_path(output, shard)
     report.rows = write_parquet(path, rows())
-    write_whole(_report_path(output, shard), json.dumps(asdict(report)) + "\n")
+    atomic_write_text(_report_path(output, shard), json.dumps(asdict(report)) + "\n")
 
 
 def _fingerprint(built: Built, split: str) -> Fingerprint:
@@ -195,7 +195,7 @@ def write_parquet(path: Path, rows: Iterator[dict[str, Any]]) -> int:
     waiting: list[dict[str, Any]] = []
     count = size = 0
     with (
-        writing_whole(path) as stream,
+        atomic_write(path) as stream,
         pq.ParquetWriter(
             stream,
             schema,
@@ -285,7 +285,7 @@ def _agree_on_plan(builder: ScanBuilder, output: Path, shards: Sequence[Shard]) 
     if output.exists() and any(path.name != STATE for path in output.iterdir()):
         raise BuildError(f"{output} holds something that is no build: choose another folder")
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, json.dumps(plan_now, indent=2) + "\n")
+    atomic_write_text(path, json.dumps(plan_now, indent=2) + "\n")
 
 
 # ------------------------------------------------------------------------------------------------- when all are written
@@ -322,6 +322,6 @@ def write_index(output: Path, shards: Sequence[Shard]) -> pa.Table | None:
     if not parts:
         return None
     table = pa.concat_tables(parts)
-    with writing_whole(output / INDEX) as stream:
+    with atomic_write(output / INDEX) as stream:
         pq.write_table(table, stream, compression="zstd")
     return table

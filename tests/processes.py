@@ -33,10 +33,10 @@ IMPORTED = [
     "matplotlib.pyplot",
     "modeling_m3ret.data.loading",
     "modeling_m3ret.pretraining.saving",
-    "modeling_m3ret.retrieval.report",
+    "modeling_m3ret.evaluation.report.pictures",
     "torch.distributed.fsdp",
     # of the library's own workers; one that can't be imported is left out
-    *("dataset_scripts.shards", "modeling_m3ret.data.phantom"),
+    *("dataset_scripts.shards", "modeling_m3ret.phantom.dataset"),
     *("modeling_m3ret.space.isolation", "modeling_m3ret.space.uploads", "modeling_m3ret.space.gallery"),
 ]
 

@@ -28,7 +28,7 @@ from modeling_m3ret import M3RetImageProcessor
 from modeling_m3ret.data import parquet
 from modeling_m3ret.data.collection import open_collection, without_modalities
 from modeling_m3ret.data.loading import RandomViews, training_loader
-from modeling_m3ret.data.order import SeededBatches
+from modeling_m3ret.data.sampler import SeededBatches
 from modeling_m3ret.data.views import ViewKind
 parquet.BLOCK_BYTES = 2**19
 def load(data, rank, ranks, workers, batches):

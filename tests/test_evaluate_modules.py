@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from modeling_m3ret.retrieval.metrics import METRICS, score_queries
+from modeling_m3ret.evaluation.metrics import METRICS, score_queries
 
 
 ROOT = Path(__file__).parents[1]

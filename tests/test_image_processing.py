@@ -13,7 +13,7 @@ from PIL import Image
 
 from modeling_m3ret import M3RetImageProcessor, M3RetReadError, Scan
 from modeling_m3ret.data.collection import read_manifest
-from modeling_m3ret.retrieval.embed import unpatchify
+from modeling_m3ret.search.embedding import unpatchify
 
 
 def scan_of(shape: tuple[int, ...], spacing: tuple[float | None, ...] = (None, None, None)) -> Scan:

@@ -14,7 +14,7 @@ from processes import Script
 from transformers import AutoImageProcessor, AutoModel
 
 from modeling_m3ret.data.collection import read_manifest
-from modeling_m3ret.data.phantom import write_phantom
+from modeling_m3ret.phantom.dataset import write_phantom
 
 
 ROOT = Path(__file__).parents[1]

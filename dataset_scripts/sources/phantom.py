@@ -9,14 +9,14 @@ from pathlib import Path
 from dataset_scripts.entries import Entry, Source, expecting
 from dataset_scripts.sources.folder import Folder
 from modeling_m3ret.data.collection import phantom_folder
-from modeling_m3ret.data.schema import SYNTHETIC
+from modeling_m3ret.phantom import SYNTHETIC_SOURCE
 
 
 class Phantom(Source):
     """A folder that `make_phantom.py` wrote, or `phantom[:SUBJECTS[:SEED]]`, made on first use. No patient is in it."""
 
     name = "phantom"
-    title = SYNTHETIC
+    title = SYNTHETIC_SOURCE
     homepage = ""
     licence = "Apache-2.0"
     citation = ""

@@ -17,8 +17,8 @@ import evaluate
 import torch
 
 # `evaluate` finds what a module needs by reading it line by line, so no import may go over several lines
-from modeling_m3ret.retrieval.metrics import DEFINITIONS, METRICS, macro_mean, score_queries
-from modeling_m3ret.retrieval.protocols import labels_of
+from modeling_m3ret.evaluation.metrics import DEFINITIONS, METRICS, macro_mean, score_queries
+from modeling_m3ret.evaluation.protocols import labels_of
 
 
 _DESCRIPTION = (

@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub.constants import HF_HOME
 from huggingface_hub.errors import HfHubHTTPError
 
+from ..hub import CACHE_FOLDER
 from .parquet import ParquetError, ParquetRow, Shards, hub_shards, local_shards, read_places
 from .schema import MODALITIES
 
@@ -132,14 +132,14 @@ def phantom_folder(data: str) -> Path:
     Raises:
         CollectionError: if these are no numbers.
     """
-    from .phantom import write_phantom  # loads SciPy and codecs, which no other collection needs
+    from ..phantom.dataset import write_phantom  # loads SciPy and codecs, which no other collection needs
 
     numbers = data.split(":")[1:]
     if len(numbers) > 2 or not all(number.isdecimal() for number in numbers):
         raise CollectionError(f"{data!r}: expected phantom, phantom:SUBJECTS or phantom:SUBJECTS:SEED")
     # 200 subjects x 5 modalities: made in about a minute on two cores, and enough for 25 subjects a class
     subjects, seed = (*map(int, numbers), *(200, 0)[len(numbers) :])
-    return write_phantom(Path(HF_HOME) / "m3ret" / f"phantom-{subjects}-{seed}", subjects=subjects, seed=seed)
+    return write_phantom(CACHE_FOLDER / f"phantom-{subjects}-{seed}", subjects=subjects, seed=seed)
 
 
 def read_manifest(folder: Path) -> list[Record]:

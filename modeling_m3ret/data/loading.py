@@ -20,8 +20,8 @@ from ..image_processing_m3ret import M3RetImageProcessor
 from ..reading_m3ret import M3RetReadError, Scan
 from ..worker_process import end_for_parent_alone, sigterm_left_to_parent
 from .collection import CollectionError, Record
-from .order import SeededBatches
 from .parquet import Blocks, reader
+from .sampler import SeededBatches
 from .views import ViewKind, random_crop, random_flip, random_intensity
 
 

@@ -11,10 +11,10 @@ import json
 import logging
 import os
 import re
-import time
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ..hub import hub_retries
 from ..scan_m3ret import M3RetReadError
 from .schema import MEDIA, MODALITIES, SPLITS
 
@@ -33,8 +34,6 @@ SHARD_NAME = re.compile(rf"(?P<split>{'|'.join(SPLITS)})-\d{{5}}-of-\d{{5}}\.par
 READ_WITH_MEDIA = ("id", "spacing", "intensity")
 # of neighbouring row groups that are fetched at once: at 100 ms a request, 80 MB/s a worker
 BLOCK_BYTES = 2**23
-ATTEMPTS = 6
-FIRST_WAIT_SECONDS = 1.0  # doubled after each attempt: a minute in all, longer than most outages of a gateway
 
 
 class ParquetError(ValueError):
@@ -234,23 +233,16 @@ class RowReader:
         missing = [group for group in range(first, end) if (shard, group) not in self._groups]
         if not missing:
             return
-        for attempt in range(ATTEMPTS):
-            try:
-                parquet = self._open(shard)
-                names = [name for name in (*MEDIA, *READ_WITH_MEDIA) if name in parquet.schema_arrow.names]
-                table = parquet.read_row_groups(missing, columns=names, use_threads=False)
-                break
-            except Exception as error:  # of any HTTP library below; what is no accident stays
-                if "://" not in shard or attempt + 1 == ATTEMPTS:
-                    raise M3RetReadError(
-                        _name(shard), f"rows that could not be fetched ({type(error).__name__})", "a whole Parquet file"
-                    ) from error
-                logger.warning("%s: %s, tried again", _name(shard), type(error).__name__)
-                self._files.pop(shard, None)
-                time.sleep(FIRST_WAIT_SECONDS * 2**attempt)
+        read = partial(self._read_row_groups, shard, missing)
+        try:
+            table = hub_retries(f"reading {_name(shard)}")(read) if "://" in shard else read()
+        except Exception as error:  # of any HTTP library below
+            raise M3RetReadError(
+                _name(shard), f"rows that could not be fetched ({type(error).__name__})", "a whole Parquet file"
+            ) from error
         start = 0
         for group in missing:
-            rows = parquet.metadata.row_group(group).num_rows
+            rows = self._open(shard).metadata.row_group(group).num_rows
             part = table.slice(start, rows)
             start += rows
             self._groups[shard, group] = part
@@ -258,6 +250,15 @@ class RowReader:
         while self._bytes > self.kept_bytes and len(self._groups) > len(missing):
             _, oldest = self._groups.popitem(last=False)
             self._bytes -= oldest.nbytes
+
+    def _read_row_groups(self, shard: str, groups: list[int]) -> pa.Table:
+        try:
+            parquet = self._open(shard)
+            names = [name for name in (*MEDIA, *READ_WITH_MEDIA) if name in parquet.schema_arrow.names]
+            return parquet.read_row_groups(groups, columns=names, use_threads=False)
+        except Exception:
+            self._files.pop(shard, None)  # a broken connection: the next attempt opens the shard again
+            raise
 
     def _open(self, shard: str) -> pq.ParquetFile:
         if shard not in self._files:

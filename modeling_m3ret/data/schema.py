@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 MODALITIES = ("xray", "ultrasound", "endoscopy", "ct", "mri")
 SPLITS = ("train", "validation", "test")
 MEDIA = ("image", "video", "volume")
-SYNTHETIC = "phantom (synthetic)"  # the source of what the project makes itself
 
 
 def features() -> Features:

@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
+from ..atomic_io import sync
 from ..image_processing_m3ret import M3RetImageProcessor
-from ..whole_files import sync
 from .objectives import Objective, model_weights
 from .training_state import STATE_FOLDER
 

@@ -8,7 +8,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from ..configuration_m3ret import M3RetConfig
-from ..retrieval.evaluation import Row, format_table
+from ..evaluation.table import Row, format_table
 from .run_config import RunConfig
 
 

@@ -19,10 +19,10 @@ from ..configuration_m3ret import M3RetConfig
 from ..data.views import GLOBAL_CROPS, LOCAL_CROPS, Jitter, ViewKind
 from ..masked_autoencoder_m3ret import M3RetDecoder, M3RetForPreTraining
 from ..modeling_m3ret import M3RetLayer, M3RetModel
-from .initial import load_initial
 from .ranks import part_of_rank
 from .run_config import RunConfig
 from .simdino import SimDINO, SimDINOLoss, teacher_momentum
+from .warm_start import load_initial
 
 
 class Objective(Protocol):

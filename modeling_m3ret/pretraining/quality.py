@@ -14,12 +14,12 @@ from torch.utils.data import DataLoader
 
 from ..data.collection import Record
 from ..data.loading import Pack, WholeScans, embedding_loader
+from ..evaluation.metrics import feature_std, knn_accuracy, rank_me
+from ..evaluation.table import ACROSS, ALL_MODALITIES, Row, evaluate
+from ..evaluation.untrained_baseline import whitening_sample
 from ..image_processing_m3ret import M3RetImageProcessor
 from ..modeling_m3ret import M3RetModel
-from ..retrieval.embed import Embedded, Embedder, pooled_embedder
-from ..retrieval.evaluation import ACROSS, ALL_MODALITIES, Row, evaluate
-from ..retrieval.metrics import feature_std, knn_accuracy, rank_me
-from ..retrieval.untrained import whitening_sample
+from ..search.embedding import Embedded, Embedder, pooled_embedder
 
 
 # resized scans that each rank keeps of a collection between measurements: at 96 px some tens of thousands of images
@@ -206,4 +206,4 @@ def collapse_alarm(numbers: Mapping[str, float]) -> str | None:
         signs.append(f"their effective rank is {rank:.2f}")
     if not signs:
         return None
-    return f"features are collapsing: {'; '.join(signs)}. What to do: docs/pretraining.md, 'Collapse'"
+    return f"features are collapsing: {'; '.join(signs)}. What to do: docs/training.md, 'Collapse'"

@@ -85,7 +85,7 @@ class RunConfig:
         as published. Smaller global crops hide what a device draws around a picture (a sector, a round field).
     slice_part: of SimDINO's crops of volumes and clips, how many are a single slice or frame. Without any, the student
         tells scans apart by their depth, and stills no longer find clips of the same organ. With .5, phantom ultrasound
-        rose above the untrained encoder's mAP; with 0 it did not, with .3 not in 300 steps (docs/pretraining.md).
+        rose above the untrained encoder's mAP; with 0 it did not, with .3 not in 300 steps (docs/training.md).
     local_views, local_size: SimDINO's local crops of each scan, and their size (the global ones have `size`); 10 of 96
         in its published command for ViT-B.
     patch_weight: of SimDINOv2's patch term, 1 as published there: blocks of the student's global views are masked and

@@ -10,7 +10,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from ..whole_files import append_json_line, write_whole
+from ..atomic_io import append_json_line, atomic_write_text
 
 
 logger = logging.getLogger(__name__)
@@ -30,7 +30,7 @@ class RunLog:
         if accelerator.is_main_process:
             run_dir.mkdir(parents=True, exist_ok=True)
             kept = [entry for entry in self.entries() if entry["step"] <= step]
-            write_whole(self.metrics_file, "".join(json.dumps(entry) + "\n" for entry in kept))
+            atomic_write_text(self.metrics_file, "".join(json.dumps(entry) + "\n" for entry in kept))
             (run_dir / "summary.json").unlink(missing_ok=True)
 
     def entries(self) -> list[dict[str, Any]]:
@@ -68,7 +68,7 @@ class RunLog:
             last |= {name: value for name, value in entry.items() if name != "alarm"}
         alarms = [{"step": entry["step"], "alarm": entry["alarm"]} for entry in entries if "alarm" in entry]
         text = json.dumps({"finished": finished, **facts, "last": last, "alarms": alarms}, indent=2)
-        write_whole(self.run_dir / "summary.json", text + "\n")
+        atomic_write_text(self.run_dir / "summary.json", text + "\n")
         plot_curves(entries, self.run_dir / "curves.png")
 
 

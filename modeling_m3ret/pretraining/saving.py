@@ -14,15 +14,15 @@ from accelerate.utils import set_seed
 from safetensors.torch import load_file
 from torch import nn
 
+from ..atomic_io import atomic_write_text
 from ..configuration_m3ret import M3RetConfig
 from ..data.collection import Record
-from ..data.schema import SYNTHETIC
+from ..evaluation.table import Row, evaluate, format_table, to_json
 from ..image_processing_m3ret import M3RetImageProcessor
 from ..modeling_m3ret import M3RetModel
-from ..retrieval.embed import embed_records, encoder_embedder, pixel_embedder
-from ..retrieval.evaluation import Row, evaluate, format_table, to_json
+from ..phantom import SYNTHETIC_SOURCE
+from ..search.embedding import embed_records, encoder_embedder, pixel_embedder
 from ..version import __version__
-from ..whole_files import write_whole
 from .checkpoints import CheckpointFolder, CheckpointPlaceError, save_checkpoint
 from .hub_upload import HubUpload
 from .model_card import write_card
@@ -180,9 +180,9 @@ class RunSaver:
             "measured_scans": len(embedded[0].records),
             "unreadable_scans": len(unreadable) + len(embedded[0].failures),
         }
-        write_whole(place / "README.md", self._card(facts, rows))
-        write_whole(place / "training.json", json.dumps(facts, indent=2) + "\n")
-        write_whole(Path(self.config.run_dir) / "retrieval.json", to_json(rows, **facts) + "\n")
+        atomic_write_text(place / "README.md", self._card(facts, rows))
+        atomic_write_text(place / "training.json", json.dumps(facts, indent=2) + "\n")
+        atomic_write_text(Path(self.config.run_dir) / "retrieval.json", to_json(rows, **facts) + "\n")
         print(f"on {facts['measured_scans']} of {facts['held_out_scans']} held-out scans:")
         print(format_table(rows))
         for message in [*unreadable.values(), *embedded[0].failures]:
@@ -216,7 +216,7 @@ class RunSaver:
             "held_out_scans": self.quality.held_out_scans,
             "measured_scans": len(self.quality.held_out.records),
             "unreadable_scans": len(self.progress.unreadable),
-            "synthetic": any(record.source == SYNTHETIC for record in self.training),
+            "synthetic": any(record.source == SYNTHETIC_SOURCE for record in self.training),
             "seed": config.seed,
             "best_step": self.progress.best_step,
             "best_map": self.progress.best_score,

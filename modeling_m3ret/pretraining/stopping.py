@@ -16,9 +16,9 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
+from ..atomic_io import atomic_write_text
 from ..data.collection import Record
 from ..data.loading import Pack
-from ..whole_files import write_whole
 
 
 # a scheduler's signal and the launcher's, which passes it on, come at once; a person's second one comes later
@@ -77,7 +77,7 @@ def stop_if_not_finite(
     ranks = gather_object([own])
     if accelerator.is_main_process:
         told = {"step": step + 1, "gradient_norm": repr(float(gradient_norm)), "ranks": ranks}
-        write_whole(report, json.dumps(told, indent=2) + "\n")
+        atomic_write_text(report, json.dumps(told, indent=2) + "\n")
     named = sorted({scan for rank in ranks for scan in rank["not_finite"]})
     cause = (
         f"values that are not finite come with {', '.join(named)}" if named else "all values that came in are finite"

@@ -22,19 +22,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from filelock import FileLock
-from huggingface_hub.constants import HF_HOME
 from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..atomic_io import atomic_write
 from ..data.collection import CollectionError, Record, open_collection
+from ..hub import CACHE_FOLDER
 from ..image_processing_m3ret import M3RetImageProcessor
 from ..modeling_m3ret import M3RetModel
-from ..retrieval.embed import Embedded, Embedder, embed_records, encoder_embedder, unpatchify
-from ..retrieval.embedding_store import facts_of, fingerprint, read_shard, shard_place, write_shard
-from ..retrieval.exact_search import Hits
-from ..retrieval.index import IndexFormatError, ModelFacts, RetrievalIndex, Where
-from ..whole_files import writing_whole
+from ..search.embedding import Embedded, Embedder, embed_records, encoder_embedder, unpatchify
+from ..search.embedding_store import facts_of, fingerprint, read_shard, shard_place, write_shard
+from ..search.exact import Hits
+from ..search.index import IndexFormatError, ModelFacts, RetrievalIndex, Where
 
 
 DEMO = "phantom:48:1"  # six subjects a class; another seed than the phantom of training, so that no scan is known
@@ -130,9 +130,9 @@ class Gallery:
     def save(self, folder: Path) -> None:
         self.index.save(folder)
         if self.thumbnails is not None:
-            with writing_whole(folder / THUMBNAILS) as stream:
+            with atomic_write(folder / THUMBNAILS) as stream:
                 pq.write_table(pa.table({"webp": self.thumbnails}), stream, compression="none")
-        with writing_whole(folder / ABOUT) as stream:
+        with atomic_write(folder / ABOUT) as stream:
             stream.write(json.dumps({"collection": self.collection}).encode())
 
 
@@ -176,7 +176,7 @@ def embed_gallery(
     """
     facts = facts_of(model, processor, name)
     told = json.dumps([facts.revision, facts.processor, fingerprint(records), THUMBNAIL, SHARD_SCANS])
-    folder = (folder or Path(HF_HOME) / "m3ret" / "galleries") / hashlib.sha256(told.encode()).hexdigest()[:24]
+    folder = (folder or CACHE_FOLDER / "galleries") / hashlib.sha256(told.encode()).hexdigest()[:24]
     if (folder / ABOUT).is_file():  # needs no lock, which a folder that is only read does not allow
         return _embed_or_load(folder, facts, records, model, processor, collection)
     folder.parent.mkdir(parents=True, exist_ok=True)

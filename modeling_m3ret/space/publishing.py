@@ -18,10 +18,10 @@ from huggingface_hub import HfApi
 from jinja2 import Template
 
 from ..data.collection import open_collection
-from ..data.schema import SYNTHETIC
 from ..image_processing_m3ret import M3RetImageProcessor
 from ..modeling_m3ret import M3RetModel
-from ..retrieval.index import RetrievalIndex
+from ..phantom import SYNTHETIC_SOURCE
+from ..search.index import RetrievalIndex
 from .about import card_of
 from .gallery import PUBLISHED, Gallery
 
@@ -118,7 +118,7 @@ def publishable(gallery: Gallery) -> Gallery:
     index = gallery.index.remove(beyond)
     thumbnails = None
     if gallery.thumbnails is not None and all(
-        s == SYNTHETIC for s, id in zip(sources, ids, strict=True) if id not in beyond
+        s == SYNTHETIC_SOURCE for s, id in zip(sources, ids, strict=True) if id not in beyond
     ):
         kept = [place for place, id in enumerate(ids) if id not in beyond]
         thumbnails = gallery.thumbnails.take(pa.array(kept))

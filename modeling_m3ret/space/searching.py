@@ -24,8 +24,8 @@ from torch import Tensor
 from ..image_processing_m3ret import M3RetImageProcessor
 from ..modeling_m3ret import M3RetModel
 from ..reading_m3ret import M3RetReadError, Scan
-from ..retrieval.exact_search import Hits
-from ..retrieval.matching import ScanTokens, locate, rerank, scan_tokens
+from ..search.exact import Hits
+from ..search.matching import ScanTokens, locate, rerank, scan_tokens
 from .gallery import Facts, Filters, Gallery
 from .isolation import IsolatedReaders
 from .shelf import Shelf

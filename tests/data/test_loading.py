@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from dataset_scripts.row_encoding import nifti_bytes
 from modeling_m3ret import M3RetImageProcessor, M3RetReadError, Scan
 from modeling_m3ret.data.collection import CollectionError, Record, open_collection
 from modeling_m3ret.data.loading import (
@@ -24,12 +25,11 @@ from modeling_m3ret.data.loading import (
     expected_tokens,
     training_loader,
 )
-from modeling_m3ret.data.order import SeededBatches
+from modeling_m3ret.data.sampler import SeededBatches
 from modeling_m3ret.data.schema import features
-from modeling_m3ret.data.storing import nifti_bytes
 from modeling_m3ret.data.views import CropRanges, ViewKind, random_crop
-from modeling_m3ret.retrieval.embed import embed_records, pixel_embedder
-from modeling_m3ret.retrieval.evaluation import evaluate
+from modeling_m3ret.evaluation.table import evaluate
+from modeling_m3ret.search.embedding import embed_records, pixel_embedder
 
 
 PROCESSOR = M3RetImageProcessor(size=48, num_frames=8)

@@ -45,7 +45,8 @@ from dataset_scripts.build import main
 from dataset_scripts.builder import Names
 from dataset_scripts.sources import SOURCES
 from modeling_m3ret.data.collection import open_collection
-from modeling_m3ret.data.schema import MODALITIES, SYNTHETIC, features
+from modeling_m3ret.data.schema import MODALITIES, features
+from modeling_m3ret.phantom import SYNTHETIC_SOURCE
 
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:pydicom")  # of values that no header should have
@@ -446,7 +447,7 @@ def test_the_phantom_is_built_as_what_it_is(tmp_path: Path) -> None:
     )
     run(root, output, source="phantom")
     (row,) = rows_of(output)
-    assert (row["source"], row["licence"]) == (SYNTHETIC, "Apache-2.0")
+    assert (row["source"], row["licence"]) == (SYNTHETIC_SOURCE, "Apache-2.0")
     assert "**All of them are synthetic: no patient is in it**" in (output / "README.md").read_text()
 
 

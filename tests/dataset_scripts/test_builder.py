@@ -150,7 +150,7 @@ def test_a_split_is_in_the_order_of_its_hashes(tmp_path: Path) -> None:
 def test_the_salt_is_made_once_for_its_owner_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, default: bool
 ) -> None:
-    monkeypatch.setattr(builder, "HF_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(builder, "CACHE_FOLDER", tmp_path / "home" / "m3ret")
     path = tmp_path / "home" / "m3ret" / "salt" if default else tmp_path / "deep" / "er" / "salt"
     before = os.umask(0)
     try:

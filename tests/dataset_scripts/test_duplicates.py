@@ -19,8 +19,8 @@ from scan_folders import SALT, picture_bytes, put, texture, volume_bytes
 from dataset_scripts.builder import Built, ScanBuilder
 from dataset_scripts.duplicates import NEAR, Fingerprint, exact_groups, near_pairs, perceptual_hash, to_drop
 from dataset_scripts.entries import Entry
+from dataset_scripts.row_encoding import store_scan
 from dataset_scripts.sources.folder import Folder
-from modeling_m3ret.data.storing import store_scan
 
 
 SPLITS = ("train", "validation", "test")

@@ -12,6 +12,7 @@ from conftest import tiny_config
 from transformers import AutoImageProcessor, AutoModel, AutoModelForPreTraining
 
 from modeling_m3ret import M3RetImageProcessor
+from modeling_m3ret.evaluation.table import Row
 from modeling_m3ret.pretraining.checkpoints import (
     CheckpointFolder,
     CheckpointPlaceError,
@@ -21,7 +22,6 @@ from modeling_m3ret.pretraining.checkpoints import (
 from modeling_m3ret.pretraining.model_card import write_card
 from modeling_m3ret.pretraining.objectives import MaskedAutoencoding
 from modeling_m3ret.pretraining.run_config import RunConfig
-from modeling_m3ret.retrieval.evaluation import Row
 
 
 FACTS = {

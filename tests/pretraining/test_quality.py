@@ -24,7 +24,7 @@ from modeling_m3ret.pretraining.quality import (
     measured_sample,
     quality_of,
 )
-from modeling_m3ret.retrieval.embed import Embedded, embed_records, encoder_embedder, pooled_embedder
+from modeling_m3ret.search.embedding import Embedded, embed_records, encoder_embedder, pooled_embedder
 
 
 PROCESSOR = M3RetImageProcessor(size=32, num_frames=8)

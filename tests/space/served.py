@@ -20,7 +20,7 @@ pytest.importorskip("pebble", reason="the Space needs pebble: pip install m3ret[
 
 from modeling_m3ret import M3RetImageProcessor, M3RetModel
 from modeling_m3ret.data.collection import COLUMNS, Record, read_manifest
-from modeling_m3ret.data.phantom import write_phantom
+from modeling_m3ret.phantom.dataset import write_phantom
 from modeling_m3ret.space.gallery import Gallery, embed_gallery
 from modeling_m3ret.space.searching import Searching
 

@@ -20,8 +20,8 @@ from served import small_gallery, small_phantom
 
 from modeling_m3ret import M3RetImageProcessor, M3RetModel, M3RetReadError
 from modeling_m3ret.data.collection import Record
-from modeling_m3ret.retrieval.index import IndexFormatError, RetrievalIndex
-from modeling_m3ret.retrieval.matching import late_interaction, locate, scan_tokens
+from modeling_m3ret.search.index import IndexFormatError, RetrievalIndex
+from modeling_m3ret.search.matching import late_interaction, locate, scan_tokens
 from modeling_m3ret.space import gallery as gallery_module
 from modeling_m3ret.space.explore import SIDE, GalleryMap
 from modeling_m3ret.space.gallery import THUMBNAIL, Filters, Gallery, embed_gallery, open_gallery

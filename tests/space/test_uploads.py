@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from modeling_m3ret import M3RetReadError
-from modeling_m3ret.data.phantom import write_phantom
+from modeling_m3ret.phantom.dataset import write_phantom
 from modeling_m3ret.reading_m3ret import ReadLimits, Scan, read_scan
 from modeling_m3ret.space.uploads import LIMITS, read_upload
 

@@ -1,0 +1,40 @@
+"""What every use of the Hugging Face Hub shares: the cache folder and the retry policy."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from huggingface_hub.constants import HF_HOME
+from tenacity import RetryCallState, Retrying, stop_after_attempt, wait_exponential
+
+
+logger = logging.getLogger(__name__)
+
+CACHE_FOLDER = Path(HF_HOME) / "m3ret"  # phantoms, embeddings, galleries, and this machine's secrets
+ATTEMPTS = 5
+FIRST_WAIT_SECONDS = 2.0  # doubled after each attempt: 30 s in all, longer than most gateway outages
+
+
+def hub_retries(action: str) -> Retrying:
+    """Return a retry policy for a network action: call it with a function, or iterate over its attempts.
+
+    It makes `ATTEMPTS` attempts with exponential backoff, logs each failure, and re-raises the last exception.
+
+    Args:
+        action: what is attempted, for the log: "upload to ORG/NAME". Must not contain a path of this machine.
+
+    Example:
+        hub_retries("upload to org/name")(api.upload_folder, repo_id="org/name", folder_path=folder)
+    """
+
+    def log_failure(state: RetryCallState) -> None:
+        error = state.outcome.exception() if state.outcome else None
+        logger.warning("%s failed (attempt %d of %d): %s", action, state.attempt_number, ATTEMPTS, error)
+
+    return Retrying(
+        stop=stop_after_attempt(ATTEMPTS),
+        wait=wait_exponential(multiplier=FIRST_WAIT_SECONDS),
+        before_sleep=log_failure,
+        reraise=True,
+    )

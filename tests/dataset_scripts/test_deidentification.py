@@ -1,0 +1,853 @@
+"""Does nothing that a file says of a person come out with its pixels, wherever it stood?"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import copy
+import gzip
+import io
+import struct
+import warnings
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import nibabel as nib
+import numpy as np
+import pydicom
+import pytest
+from PIL import Image, PngImagePlugin
+from pydicom.data import get_testdata_file
+from pydicom.dataset import Dataset
+from pydicom.encaps import encapsulate
+from pydicom.uid import JPEGBaseline8Bit
+from scan_files import CINE, CT, PLANTED, dicom, dicom_bytes, series
+
+from dataset_scripts.deidentification import (
+    DICOM_ELEMENTS_USED,
+    PNG_SIGNATURE,
+    bare_jpeg,
+    bare_png,
+    bare_video,
+    blank_outside_regions,
+    lossless_video,
+    unpacked_png,
+)
+from dataset_scripts.row_encoding import Row, store_scan
+from modeling_m3ret.reading_m3ret import M3RetReadError, ReadLimits, read_scan
+
+
+RNG = np.random.default_rng(29)
+SMOOTH = np.stack([np.add.outer(np.arange(40), np.arange(56)) * k for k in (1, 2, 3)], axis=2).astype(np.uint8)
+GREY = RNG.integers(0, 256, (31, 45), dtype=np.uint8)
+VOLUME = RNG.integers(0, 2500, (14, 12, 10)).astype(np.int16)
+AFFINE = np.diag([0.8, 0.9, 1.2, 1.0])
+TEXT = PLANTED.encode()
+
+
+def variants(text: str = PLANTED) -> list[bytes]:
+    """How a text may stand in bytes: ASCII, UTF-16, base64 at each of its three beginnings."""
+    plain = text.encode()
+    starts = [base64.b64encode(b"\0" * pad + plain)[4 if pad else 0 : -4] for pad in range(3)]
+    return [plain, text.encode("utf-16-le"), text.encode("utf-16-be"), *(start for start in starts if len(start) > 7)]
+
+
+def inflated(data: bytes) -> Iterator[bytes]:
+    """What any zlib or gzip stream in the data holds."""
+    for start in range(len(data) - 1):
+        if (data[start] == 0x78 and (data[start] << 8 | data[start + 1]) % 31 == 0) or data[
+            start : start + 2
+        ] == b"\x1f\x8b":
+            try:
+                yield zlib.decompressobj(47).decompress(data[start:], 2**22)
+            except zlib.error:
+                continue
+
+
+def holds(data: bytes, text: str = PLANTED) -> bool:
+    return any(word in part for part in (data, *inflated(data)) for word in variants(text))
+
+
+def all_bytes(value: Any) -> Iterator[bytes]:
+    if isinstance(value, dict):
+        for part in (*value.keys(), *value.values()):
+            yield from all_bytes(part)
+    elif isinstance(value, (list, tuple)):
+        for part in value:
+            yield from all_bytes(part)
+    elif isinstance(value, bytes):
+        yield value
+    else:
+        yield str(value).encode()
+
+
+def media(row: Row) -> bytes:
+    return next(row.columns[key]["bytes"] for key in ("image", "video", "volume") if key in row.columns)
+
+
+def assert_clean(source: Any, text: str = PLANTED) -> Row:
+    """The row of a source that holds the text (checked, for files) holds none, and the pixels are the same."""
+    if isinstance(source, bytes):
+        assert holds(source, text)
+    row = store_scan(source)
+    assert not any(holds(data, text) for data in all_bytes(row.columns))
+    assert text not in f"{row.digest} {row.burned_in}"
+    expected, got = read_scan(source), read_scan(row.columns)
+    tolerance = 1 / 65535 if row.columns["intensity"] == "full range" else 0
+    np.testing.assert_allclose(got.array, expected.array, rtol=0, atol=tolerance)
+    assert got.spacing == expected.spacing
+    return row
+
+
+def encode(image: Image.Image, kind: str, **options: Any) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, kind, **options)
+    return stream.getvalue()
+
+
+# ----------------------------------------------------------------------------------------------------------------- JPEG
+
+
+def segment(marker: int, body: bytes) -> bytes:
+    return b"\xff" + bytes([marker]) + struct.pack(">H", len(body) + 2) + body
+
+
+def exif(orientation: int | None = None) -> bytes:
+    """EXIF with a description, a comment in UTF-16, a maker's note and a thumbnail that is a JPEG with a comment."""
+    tags = Image.Exif()
+    tags[0x010E], tags[0x9C9C], tags[0x013B] = PLANTED, PLANTED.encode("utf-16-le"), PLANTED
+    if orientation:
+        tags[0x0112] = orientation
+    tags.get_ifd(0x8769)[0x927C] = TEXT
+    return tags.tobytes() + encode(Image.new("L", (8, 8)), "JPEG", comment=TEXT)
+
+
+PLAIN_JPEG = encode(Image.fromarray(SMOOTH), "JPEG", quality=90)
+PROGRESSIVE = encode(Image.fromarray(SMOOTH), "JPEG", quality=90, progressive=True)
+SEGMENTS: dict[str, bytes] = {
+    **{f"APP{n}": segment(0xE0 + n, TEXT) for n in range(16)},
+    "COM": segment(0xFE, TEXT),
+    "COM in UTF-16": segment(0xFE, PLANTED.encode("utf-16-le")),
+    "JFXX thumbnail": segment(0xE0, b"JFXX\0\x10" + TEXT),
+    "second JFIF with a thumbnail": segment(0xE0, b"JFIF\0\1\1\0\0\1\0\1\6\1" + TEXT),
+    "EXIF": segment(0xE1, exif()),
+    "XMP": segment(0xE1, b"http://ns.adobe.com/xap/1.0/\0<x:xmpmeta>" + TEXT + b"</x:xmpmeta>"),
+    "ICC": segment(0xE2, b"ICC_PROFILE\0\1\1" + TEXT),
+    "Photoshop": segment(0xED, b"Photoshop 3.0\0" + b"8BIM\x04\x04\0\0\0\0\0\x12" + TEXT),
+    "APP1 in base64": segment(0xE1, base64.b64encode(TEXT)),
+    "Adobe with more": segment(0xEE, b"Adobe\0\x64\0\0\0\0\1" + TEXT),
+    "fill before a marker": b"\xff\xff" + segment(0xFE, TEXT),
+}
+
+
+@pytest.mark.parametrize("name", SEGMENTS)
+@pytest.mark.parametrize("before", [b"\xff\xdb", b"\xff\xc4", b"\xff\xda"], ids=["tables", "Huffman", "scan"])
+def test_jpeg_segments_stay_behind(name: str, before: bytes) -> None:
+    at = PLAIN_JPEG.index(before)
+    row = assert_clean(PLAIN_JPEG[:at] + SEGMENTS[name] + PLAIN_JPEG[at:])
+    if name not in ("Adobe with more", "second JFIF with a thumbnail"):  # of these their kind stays
+        assert media(row) == bare_jpeg(PLAIN_JPEG)
+
+
+def test_jpeg_between_its_scans_and_after_its_end_is_bare_too() -> None:
+    at = PROGRESSIVE.index(b"\xff\xda", PROGRESSIVE.index(b"\xff\xda") + 2)
+    assert media(assert_clean(PROGRESSIVE[:at] + SEGMENTS["COM"] + PROGRESSIVE[at:])) == bare_jpeg(PROGRESSIVE)
+    assert media(assert_clean(PLAIN_JPEG + TEXT)) == bare_jpeg(PLAIN_JPEG)
+    assert media(assert_clean(PLAIN_JPEG + encode(Image.new("L", (8, 8)), "JPEG", comment=TEXT))) == bare_jpeg(
+        PLAIN_JPEG
+    )
+
+
+@pytest.mark.parametrize("orientation", [None, 1, 3, 6])
+def test_jpeg_as_cameras_and_editors_write_it(orientation: int | None) -> None:
+    options = {"exif": exif(orientation), "icc_profile": TEXT, "comment": TEXT, "xmp": TEXT, "dpi": (300, 300)}
+    for mode in ("L", "RGB", "CMYK"):
+        assert_clean(encode(Image.fromarray(SMOOTH).convert(mode), "JPEG", **options))
+    second = Image.fromarray(SMOOTH[::-1].copy())
+    assert_clean(encode(Image.fromarray(SMOOTH), "MPO", save_all=True, append_images=[second], **options))
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "CMYK"])
+def test_bare_jpeg_keeps_tables_and_compressed_pixels(mode: str) -> None:
+    image = Image.fromarray(SMOOTH).convert(mode)
+    plain, planted = encode(image, "JPEG"), encode(image, "JPEG", comment=TEXT, exif=exif(), icc_profile=TEXT)
+    bare = bare_jpeg(planted)
+    assert bare == bare_jpeg(plain) == bare_jpeg(bare)
+    assert bare[bare.index(b"\xff\xda") :] == plain[plain.index(b"\xff\xda") :]  # the scan
+    for marker in (b"\xff\xdb", b"\xff\xc0", b"\xff\xc4"):
+        at = plain.index(marker)
+        (length,) = struct.unpack_from(">H", plain, at + 2)
+        assert plain[at : at + 2 + length] in bare
+    with Image.open(io.BytesIO(bare)) as after, Image.open(io.BytesIO(plain)) as before:
+        assert after.mode == mode
+        np.testing.assert_array_equal(np.asarray(after), np.asarray(before))
+        assert not {"exif", "icc_profile", "comment", "xmp"} & set(after.info)
+
+
+# ------------------------------------------------------------------------------------------------------------------ PNG
+
+
+def chunk(kind: bytes, body: bytes) -> bytes:
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+
+def chunks(data: bytes) -> list[tuple[bytes, bytes]]:
+    at, out = 8, []
+    while at < len(data):
+        length, kind = struct.unpack_from(">I4s", data, at)
+        out.append((kind, data[at + 8 : at + 8 + length]))
+        at += 12 + length
+    return out
+
+
+PLAIN_PNG = encode(Image.fromarray(GREY), "PNG")
+PACKED = zlib.compress(TEXT)
+CHUNKS: dict[str, bytes] = {
+    "tEXt": chunk(b"tEXt", b"Author\0" + TEXT),
+    "tEXt of another keyword": chunk(b"tEXt", TEXT + b"\0Bob"),
+    "zTXt": chunk(b"zTXt", b"Comment\0\0" + PACKED),
+    "iTXt": chunk(b"iTXt", b"Title\0\0\0en\0\0" + TEXT),
+    "iTXt compressed": chunk(b"iTXt", b"Title\0\1\0en\0\0" + PACKED),
+    "XMP": chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0<x>" + TEXT + b"</x>"),
+    "eXIf": chunk(b"eXIf", exif()[6:]),
+    "iCCP": chunk(b"iCCP", b"profile\0\0" + PACKED),
+    "sPLT": chunk(b"sPLT", TEXT + b"\0\x08"),
+    "tIME": chunk(b"tIME", struct.pack(">HBBBBB", 1970, 1, 1, 0, 0, 0) + TEXT),
+    "private": chunk(b"prVt", TEXT),
+    "private, critical by its name": chunk(b"pRVt", TEXT),
+    "private in base64": chunk(b"prVt", base64.b64encode(TEXT)),
+    "hIST": chunk(b"hIST", TEXT),
+}
+
+
+@pytest.mark.parametrize("name", CHUNKS)
+@pytest.mark.parametrize("before", [b"IDAT", b"IEND"])
+def test_png_chunks_stay_behind(name: str, before: bytes) -> None:
+    at = PLAIN_PNG.index(before) - 4
+    row = assert_clean(PLAIN_PNG[:at] + CHUNKS[name] + PLAIN_PNG[at:])
+    assert media(row) == unpacked_png(PLAIN_PNG)
+
+
+@pytest.mark.parametrize("tail", [TEXT, CHUNKS["tEXt"], PACKED, PLAIN_JPEG + TEXT])
+def test_what_follows_a_png_stays_behind(tail: bytes) -> None:
+    assert media(assert_clean(PLAIN_PNG + tail)) == unpacked_png(PLAIN_PNG)
+
+
+@pytest.mark.parametrize("kind", [b"IHDR", b"IEND"])
+def test_chunks_that_are_kept_hold_no_more_than_they_should(kind: bytes) -> None:
+    at = PLAIN_PNG.index(kind) - 4
+    (length,) = struct.unpack_from(">I", PLAIN_PNG, at)
+    longer = chunk(kind, PLAIN_PNG[at + 8 : at + 8 + length] + TEXT)
+    data = PLAIN_PNG[:at] + longer + PLAIN_PNG[at + 12 + length :]
+    with pytest.raises(ValueError, match="too long"):
+        bare_png(data)
+    try:
+        read_scan(data)
+    except M3RetReadError:
+        with pytest.raises(M3RetReadError):
+            store_scan(data)
+    else:
+        assert_clean(data)
+
+
+def test_png_of_every_mode_and_of_frames_is_bare() -> None:
+    text = PngImagePlugin.PngInfo()
+    text.add_text("Name", PLANTED)
+    text.add_text("Packed", PLANTED, zip=True)
+    text.add_itxt("Itxt", PLANTED, zip=True)
+    options: dict[str, Any] = {"pnginfo": text, "exif": exif(), "icc_profile": TEXT, "dpi": (72, 72)}
+    base = Image.fromarray(SMOOTH)
+    for mode in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16"):
+        image = base.convert("L").convert("I").convert(mode) if mode == "I;16" else base.convert(mode)
+        row = assert_clean(encode(image, "PNG", **options))
+        assert {kind for kind, _ in chunks(media(row))} <= {b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"}
+    frame = chunk(b"fdAT", struct.pack(">I", 0) + TEXT)  # of no animation: Pillow refuses it
+    assert bare_png(PLAIN_PNG[:-12] + frame + PLAIN_PNG[-12:]) == PLAIN_PNG
+    options["exif"] = exif(6)
+    assert_clean(encode(base, "PNG", **options))
+    frames = [Image.fromarray(np.roll(SMOOTH, k, axis=1)) for k in range(4)]
+    assert_clean(encode(frames[0], "PNG", save_all=True, append_images=frames[1:], **options))
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA"])
+def test_bare_png_keeps_pixels_and_palette(mode: str) -> None:
+    planted = encode(Image.fromarray(SMOOTH).convert(mode), "PNG", exif=exif(), icc_profile=TEXT)
+    bare = bare_png(planted)
+    kept = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
+    assert chunks(bare) == [(kind, body) for kind, body in chunks(planted) if kind in kept]
+    assert bare_png(bare) == bare
+
+
+# ----------------------------------------------------------------------------------------------------- damaged pictures
+
+
+@pytest.mark.parametrize(
+    ("bare", "data"),
+    [(bare_jpeg, PLAIN_JPEG), (bare_jpeg, PROGRESSIVE), (bare_png, PLAIN_PNG)],
+    ids=["jpeg", "prog", "png"],
+)
+def test_cut_or_foreign_files_are_refused(bare: Callable[[bytes], bytes], data: bytes) -> None:
+    for length in (0, 1, 2, 3, 8, 20, 60, len(data) // 2, len(data) - 20, len(data) - 13, len(data) - 1):
+        with pytest.raises(ValueError, match="file"):
+            bare(data[:length])
+    for foreign in (b"\0\0" + data[2:], b"GIF89a" + data, b"\0" * 100, TEXT * 9):
+        with pytest.raises(ValueError, match="file"):
+            bare(foreign)
+    for length in (20, 60, len(data) // 2, len(data) - 60):
+        with pytest.raises(M3RetReadError):
+            store_scan(data[:length])
+
+
+@pytest.mark.parametrize(
+    ("bare", "data"),
+    [(bare_jpeg, PLAIN_JPEG), (bare_jpeg, PROGRESSIVE), (bare_png, PLAIN_PNG)],
+    ids=["jpeg", "prog", "png"],
+)
+def test_damage_is_refused_or_read_but_never_breaks(bare: Callable[[bytes], bytes], data: bytes) -> None:
+    random = np.random.default_rng(5)
+    limits = ReadLimits(max_pixels_per_image=100_000)
+    refused = 0
+    for _ in range(300):
+        damaged = bytearray(data[: random.integers(len(data))] if random.random() < 0.3 else data)
+        for _ in range(random.integers(1, 4)):
+            if damaged:
+                damaged[random.integers(len(damaged))] = random.integers(256)
+        with contextlib.suppress(ValueError):
+            bare(bytes(damaged))
+        try:
+            row = store_scan(bytes(damaged), limits=limits)
+        except M3RetReadError:
+            refused += 1
+            with pytest.raises(M3RetReadError):
+                read_scan(bytes(damaged), limits=limits)
+        else:
+            np.testing.assert_array_equal(read_scan(row.columns).array, read_scan(bytes(damaged), limits=limits).array)
+    assert refused > 60
+
+
+# ---------------------------------------------------------------------------------------------------------------- video
+
+
+def clip(kind: str, codec: str, metadata: bool = False, frames: int = 12, **options: str) -> bytes:
+    """A clip; with metadata, everything around its frames that a container can hold says who it is."""
+    stream = io.BytesIO()
+    with av.open(stream, "w", format=kind) as container:
+        video = container.add_stream(codec, rate=10, options={"threads": "1", **options})
+        video.height, video.width = 48, 64
+        video.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
+        if metadata:
+            for key in ("title", "comment", "artist", "copyright", "description", "creation_time", PLANTED):
+                container.metadata[key] = "1970-01-01T00:00:00Z" if key == "creation_time" else PLANTED
+            video.metadata.update({"title": PLANTED, "handler_name": PLANTED, "language": "eng"})
+        if metadata and kind in ("mp4", "matroska", "avi", "mpegts"):
+            sound = container.add_stream("aac" if kind == "mp4" else "libmp3lame", rate=44100)
+            sound.metadata.update({"title": PLANTED, "handler_name": PLANTED})
+        if metadata and kind in ("mp4", "matroska"):
+            edge = {"id": 1, "start": 0, "end": 500, "time_base": Fraction(1, 1000), "metadata": {"title": PLANTED}}
+            container.set_chapters([edge])
+        if metadata and kind == "matroska":
+            container.add_attachment(PLANTED + ".txt", "text/plain", TEXT)
+        for index in range(frames):
+            picture = np.roll(SMOOTH[:48, :, :].repeat(2, 1)[:, :64], 3 * index, axis=1)
+            picture = np.pad(picture, ((0, 48 - picture.shape[0]), (0, 0), (0, 0)))
+            container.mux(video.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")))
+        container.mux(video.encode())
+        if metadata and kind in ("mp4", "matroska", "avi", "mpegts"):
+            tone = av.AudioFrame(format="fltp", layout="stereo", samples=1152)
+            tone.sample_rate, tone.pts = 44100, 0
+            for plane in tone.planes:
+                plane.update(bytes(plane.buffer_size))
+            container.mux(sound.encode(tone))
+            container.mux(sound.encode())
+    return stream.getvalue()
+
+
+def remuxed(data: bytes, kind: str, change: Callable[[bytes], bytes], header: bytes | None = None) -> bytes:
+    """The stream in a new container, its packets changed, and its header replaced where one is given."""
+    stream = io.BytesIO()
+    with av.open(io.BytesIO(data)) as source, av.open(stream, "w", format=kind) as target:
+        video = source.streams.video[0]
+        copy = target.add_stream_from_template(video)
+        if header is not None:
+            copy.codec_context.extradata = header
+        for packet in source.demux(video):
+            if packet.size:
+                other = av.Packet(change(bytes(packet)))
+                other.pts, other.dts, other.duration = packet.pts, packet.dts, packet.duration
+                other.is_keyframe, other.time_base, other.stream = packet.is_keyframe, packet.time_base, copy
+                target.mux(other)
+    return stream.getvalue()
+
+
+def header_of(data: bytes) -> bytes:
+    with av.open(io.BytesIO(data)) as container:
+        return container.streams.video[0].codec_context.extradata or b""
+
+
+MESSAGE = b"\x05" + bytes([16 + len(TEXT)]) + b"\x01" * 16 + TEXT + b"\x80"  # user data, unregistered
+BOX = struct.pack(">I", 8 + len(TEXT))
+
+
+@pytest.mark.parametrize(
+    ("kind", "codec"),
+    [
+        ("mp4", "libx264"),
+        ("mp4", "mpeg4"),
+        ("mov", "mjpeg"),
+        ("matroska", "libx264"),
+        ("matroska", "libvpx-vp9"),
+        ("webm", "libvpx"),
+        ("avi", "mpeg4"),
+        ("avi", "mjpeg"),
+        ("mpegts", "mpeg2video"),
+        ("asf", "wmv2"),
+        ("flv", "flv1"),
+    ],
+)
+def test_what_containers_say_stays_behind(kind: str, codec: str) -> None:
+    source = clip(kind, codec, metadata=True)
+    data = media(assert_clean(source))
+    for trace in (b"x264 - core", b"Lavc", b"1970"):
+        assert trace not in data
+    with av.open(io.BytesIO(data)) as container:
+        assert [stream.type for stream in container.streams] == ["video"]
+        assert not container.chapters()
+        assert not {"title", "comment", "artist", "creation_time"} & {
+            *container.metadata,
+            *container.streams[0].metadata,
+        }
+
+
+@pytest.mark.parametrize("name", [b"free", b"skip", b"uuid", b"udta", b"meta"])
+def test_boxes_beside_the_film_stay_behind(name: bytes) -> None:
+    source = clip("mp4", "libx264")
+    assert_clean(source + BOX + name + TEXT)
+    assert_clean(clip("matroska", "libx264") + TEXT)
+    assert_clean(clip("avi", "mpeg4") + b"JUNK" + struct.pack("<I", len(TEXT)) + TEXT)
+
+
+@pytest.mark.parametrize(
+    ("codec", "trace"),
+    [("libx264", b"x264 - core"), ("libx265", b"x265 (build"), ("mpeg4", b"Lavc"), ("mjpeg", b"Lavc")],
+)
+def test_encoders_settings_stay_behind(codec: str, trace: bytes) -> None:
+    options = {"x265-params": "log-level=0:pools=1"} if codec == "libx265" else {}
+    kinds = ("mov", "matroska") if codec == "libx265" else ("mov", "matroska", "avi")
+    sources = [clip(kind, codec, **options) for kind in kinds]
+    assert any(trace in source for source in sources)
+    for source in sources:
+        assert trace not in media(store_scan(source))
+
+
+def test_messages_in_h264_stay_behind() -> None:
+    unit = b"\x06" + MESSAGE
+    clear = clip("mp4", "libx264")
+    assert_clean(remuxed(clear, "mp4", lambda packet: struct.pack(">I", len(unit)) + unit + packet))
+    raw = clip("mpegts", "libx264", bf="0")
+    assert_clean(remuxed(raw, "mpegts", lambda packet: b"\0\0\0\1" + unit + packet, header=b""))
+    private = bytes([24]) + TEXT  # of a type that the standard leaves to others
+    assert_clean(remuxed(clear, "mp4", lambda packet: packet + struct.pack(">I", len(private)) + private))
+
+
+def test_messages_in_h265_stay_behind() -> None:
+    source = clip("mp4", "libx265", **{"x265-params": "log-level=0:pools=1"})
+    unit = b"\x4e\x01" + MESSAGE
+    assert_clean(remuxed(source, "mp4", lambda packet: struct.pack(">I", len(unit)) + unit + packet))
+    header = header_of(source)
+    more = header[:22] + bytes([header[22] + 1]) + header[23:] + b"\x27" + struct.pack(">HH", 1, len(unit)) + unit
+    assert_clean(remuxed(source, "mp4", bytes, header=more))
+
+
+@pytest.mark.parametrize("codec", ["mpeg4", "mpeg2video"])
+def test_user_data_of_mpeg_stays_behind(codec: str) -> None:
+    note = b"\0\0\1\xb2" + TEXT
+    source = clip("avi", codec)
+    start = b"\0\0\1\xb6" if codec == "mpeg4" else b"\0\0\1\x01"
+    assert_clean(remuxed(source, "avi", lambda packet: packet.replace(start, note + start, 1)))
+    boxed = clip("mp4", codec)
+    assert_clean(remuxed(boxed, "mp4", bytes, header=header_of(boxed) + note))
+
+
+def test_comments_in_motion_jpeg_stay_behind() -> None:
+    source = clip("avi", "mjpeg")
+    assert_clean(
+        remuxed(source, "avi", lambda packet: packet[:2] + SEGMENTS["COM"] + SEGMENTS["EXIF"] + packet[2:] + TEXT)
+    )
+
+
+def test_headers_of_other_codecs_stay_behind() -> None:
+    for codec in ("libvpx", "libvpx-vp9"):
+        assert_clean(remuxed(clip("matroska", codec), "matroska", bytes, header=TEXT))
+
+
+@pytest.mark.parametrize(
+    ("kind", "codec"), [("mp4", "libx264"), ("avi", "mpeg4"), ("avi", "mjpeg"), ("webm", "libvpx")]
+)
+def test_bare_video_decodes_to_the_same_frames(kind: str, codec: str) -> None:
+    frames = []
+    for data in (source := clip(kind, codec), bare_video(source)):
+        with av.open(io.BytesIO(data)) as container:
+            frames.append(np.stack([frame.to_ndarray() for frame in container.decode(video=0)]))
+    np.testing.assert_array_equal(*frames)
+
+
+def test_bare_video_shows_a_last_frame_whose_duration_is_unknown() -> None:
+    source = remuxed(clip("matroska", "libvpx-vp9"), "matroska", bytes)
+    with av.open(io.BytesIO(bare_video(source))) as container:
+        assert sum(1 for _ in container.decode(video=0)) == 12
+
+
+def test_unknown_codec_is_not_copied_and_lossless_video_loses_nothing() -> None:
+    with pytest.raises(ValueError, match="codec"):
+        bare_video(clip("asf", "wmv2"))
+    frames = RNG.integers(0, 256, (7, 33, 47, 3), dtype=np.uint8)
+    data = lossless_video(frames, 12.5)
+    np.testing.assert_array_equal(read_scan(data).array.transpose(1, 2, 3, 0), frames)
+    assert b"x264" not in data
+
+
+# ---------------------------------------------------------------------------------------- NIfTI, arrays, other pictures
+
+
+def planted_nifti() -> bytes:
+    image = nib.Nifti1Image(VOLUME, AFFINE)
+    image.header["descrip"], image.header["aux_file"] = TEXT, TEXT
+    image.header["db_name"], image.header["intent_name"], image.header["data_type"] = TEXT, TEXT[:16], TEXT[:10]
+    image.header.extensions.append(nib.nifti1.Nifti1Extension("comment", TEXT))
+    image.header.extensions.append(nib.nifti1.Nifti1Extension("dicom", dicom_bytes(dicom(GREY))[132:]))
+    return image.to_bytes() + TEXT
+
+
+def named_gzip(data: bytes) -> bytes:
+    stream = io.BytesIO()
+    with gzip.GzipFile(PLANTED + ".nii", "wb", fileobj=stream) as file:
+        file.write(data)
+    return stream.getvalue()
+
+
+def planted_npz() -> bytes:
+    stream = io.BytesIO()
+    member = io.BytesIO()
+    np.save(member, VOLUME)
+    with zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.comment = TEXT
+        info = zipfile.ZipInfo(PLANTED + ".npy")
+        info.comment = TEXT
+        archive.writestr(info, member.getvalue())
+    return stream.getvalue()
+
+
+def planted_tiff() -> bytes:
+    tags = {270: PLANTED, 305: PLANTED, 315: PLANTED, 306: PLANTED, 33432: PLANTED, 65000: PLANTED}
+    pages = [Image.fromarray(GREY), Image.fromarray(GREY[::-1].copy())]
+    return encode(pages[0], "TIFF", save_all=True, append_images=pages[1:], tiffinfo=tags, exif=None) + TEXT
+
+
+OTHERS: dict[str, Callable[[], bytes]] = {
+    "nifti": planted_nifti,
+    "nifti gzipped": lambda: named_gzip(planted_nifti()),
+    "npz": planted_npz,
+    "npy": lambda: (lambda s: (np.save(s, VOLUME), s.getvalue() + TEXT)[1])(io.BytesIO()),
+    "tiff": planted_tiff,
+    "gif": lambda: encode(
+        Image.fromarray(GREY), "GIF", comment=TEXT, save_all=True, append_images=[Image.fromarray(255 - GREY)]
+    ),
+    "gif of one frame": lambda: encode(Image.fromarray(GREY), "GIF", comment=TEXT) + TEXT,
+    "webp": lambda: encode(Image.fromarray(SMOOTH), "WEBP", exif=exif(), xmp=TEXT, icc_profile=TEXT),
+    "bmp": lambda: encode(Image.fromarray(SMOOTH), "BMP") + TEXT,
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_texts_of_other_formats_stay_behind(name: str) -> None:
+    assert_clean(OTHERS[name]())
+
+
+def test_names_of_files_and_keys_of_rows_stay_behind(tmp_path: Path) -> None:
+    path = tmp_path / f"{PLANTED}.png"
+    path.write_bytes(PLAIN_PNG)
+    for source in (path, {"image": {"bytes": PLAIN_PNG, "path": PLANTED}, "id": PLANTED, "patient": PLANTED}):
+        assert not any(holds(data) for data in all_bytes(store_scan(source).columns))
+
+
+# ---------------------------------------------------------------------------------------------------------------- DICOM
+
+TEXTS = {
+    "AE": "StationAETitle",
+    "CS": "BodyPartExamined",
+    "DA": "StudyDate",
+    "LO": "PatientID",
+    "LT": "AdditionalPatientHistory",
+    "PN": "PatientName",
+    "SH": "AccessionNumber",
+    "ST": "InstitutionAddress",
+    "TM": "StudyTime",
+    "UC": "LongCodeValue",
+    "UI": "FrameOfReferenceUID",
+    "UR": "RetrieveURL",
+    "UT": "TextValue",
+}
+
+
+def planted_dicom(pixels: np.ndarray, **elements: Any) -> Dataset:
+    """A data set that says who it is in every kind of element, at every depth, and around its elements."""
+    ds = dicom(pixels, **elements)
+    item = Dataset()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # pydicom's, of texts that are no dates
+        for target in (ds, item):
+            for keyword in TEXTS.values():
+                setattr(target, keyword, PLANTED)
+            block = target.private_block(0x0099, PLANTED, create=True)
+            for offset, vr in enumerate(("LO", "UT", "PN", "ST", "LT", "SH", "CS", "UN", "OB")):
+                block.add_new(offset, vr, TEXT + b"  " if vr in ("UN", "OB") else PLANTED)
+            target.ICCProfile = TEXT + b"  "
+    inner = Dataset()
+    inner.RequestAttributesSequence = [item]
+    ds.RequestAttributesSequence, ds.ReferencedStudySequence = [item], [inner]
+    ds.IconImageSequence = [dicom(GREY[:8, :8], PatientName=PLANTED)]
+    ds.ImageComments, ds.WindowCenterWidthExplanation, ds.RescaleType = PLANTED, PLANTED, elements.get("RescaleType")
+    ds.add_new(0x60000010, "US", 18)  # an overlay: rows, columns, description, and bits that spell the text
+    ds.add_new(0x60000011, "US", 8)
+    ds.add_new(0x60000022, "LO", PLANTED)
+    ds.add_new(0x60003000, "OW", TEXT)
+    ds.DataSetTrailingPadding = TEXT + b"  "
+    ds.PixelData += TEXT + b"  "  # more than the pixels need
+    ds.file_meta.SourceApplicationEntityTitle = PLANTED[:16]
+    ds.file_meta.ImplementationVersionName = PLANTED[:16]
+    ds.file_meta.PrivateInformationCreatorUID, ds.file_meta.PrivateInformation = "1.2.826.0.1", TEXT + b"  "
+    ds.preamble = (TEXT * 8)[:128]
+    if elements.get("RescaleType") is None:
+        del ds.RescaleType
+    return ds
+
+
+def jpeg_dicom() -> Dataset:
+    ds = planted_dicom(np.asarray(Image.open(io.BytesIO(PLAIN_JPEG)).convert("L")))
+    frame = encode(Image.fromarray(SMOOTH).convert("L"), "JPEG", comment=TEXT, exif=exif())
+    ds.PixelData = encapsulate([frame])
+    ds["PixelData"].is_undefined_length = True
+    ds.file_meta.TransferSyntaxUID = JPEGBaseline8Bit
+    return ds
+
+
+def palette_dicom(segmented: bool) -> Dataset:
+    """Colours by three tables, plain or as one entry of 0 and then 255 in a line."""
+    ds = planted_dicom(GREY, PhotometricInterpretation="PALETTE COLOR")
+    for name, top in (("Red", 80), ("Green", 160), ("Blue", 240)):
+        table = np.array([0, 1, 0, 1, 255, top << 8] if segmented else np.linspace(0, top << 8, 256), "<u2")
+        setattr(ds, f"{name}PaletteColorLookupTableDescriptor", [256, 0, 16])
+        setattr(ds, f"{'Segmented' * segmented}{name}PaletteColorLookupTableData", table.tobytes())
+    return ds
+
+
+TABLE = Dataset()
+TABLE.LUTDescriptor, TABLE.LUTExplanation = [256, 0, 12], PLANTED
+TABLE.add_new(0x00283006, "OW", (np.arange(256) ** 2 // 16).astype("<u2").tobytes())  # LUTData
+TABLE_16 = copy.deepcopy(TABLE)
+TABLE_16.LUTDescriptor = [256, 0, 16]
+REGION = Dataset()
+REGION.RegionLocationMinX0, REGION.RegionLocationMinY0 = 2, 3
+REGION.RegionLocationMaxX1, REGION.RegionLocationMaxY1, REGION.RegionDataType = 30, 20, 1
+HOUNSFIELD: dict[str, Any] = {"sop": CT, "RescaleSlope": 1, "RescaleIntercept": -1024, "RescaleType": "HU"}
+PLANE = RNG.integers(0, 4096, (31, 45), dtype=np.uint16)
+DICOMS: dict[str, Callable[[], Dataset]] = {
+    "plain": lambda: planted_dicom(GREY, BurnedInAnnotation="YES"),
+    "rgb": lambda: planted_dicom(SMOOTH, PlanarConfiguration=0, PixelSpacing=[0.2, 0.2]),
+    "12-bit": lambda: planted_dicom(PLANE, BitsStored=12, HighBit=11, ImagerPixelSpacing=[0.1, 0.1]),
+    "windowed": lambda: planted_dicom(PLANE, WindowCenter=[900, 40], WindowWidth=[800, 80], VOILUTFunction="SIGMOID"),
+    "table": lambda: planted_dicom(PLANE // 20, VOILUTSequence=[TABLE]),
+    "modality table": lambda: planted_dicom(PLANE // 20, ModalityLUTSequence=[TABLE_16]),
+    "hounsfield": lambda: planted_dicom(PLANE, **HOUNSFIELD),
+    "padded": lambda: planted_dicom(PLANE, PixelPaddingValue=7, PixelPaddingRangeLimit=90),
+    "cine": lambda: planted_dicom(
+        np.stack([GREY, GREY[::-1]]), sop=CINE, SequenceOfUltrasoundRegions=[REGION], CineRate=30
+    ),
+    "jpeg": jpeg_dicom,
+    "palette": lambda: palette_dicom(segmented=False),
+    "segmented palette": lambda: palette_dicom(segmented=True),
+    "slice": lambda: planted_dicom(
+        PLANE, ImagePositionPatient=[1, 2, 3], ImageOrientationPatient=[1, 0, 0, 0, 1, 0], PixelSpacing=[1, 2]
+    ),
+}
+
+
+def written(ds: Dataset) -> bytes:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # pydicom's, of texts that are no dates
+        return dicom_bytes(ds)
+
+
+def reduced(ds: Dataset) -> Dataset:
+    """The same data set with no other element than those that are declared as used, at any depth."""
+    kept = Dataset()
+    for element in ds:
+        if element.keyword in DICOM_ELEMENTS_USED:
+            if element.VR == "SQ":
+                setattr(kept, element.keyword, [reduced(item) for item in element.value])
+            else:
+                kept.add(element)
+    return kept
+
+
+def file_of_used(data: bytes) -> bytes:
+    stream = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # pydicom's, of texts that are no dates
+        ds = pydicom.dcmread(io.BytesIO(data), force=True)
+        small = reduced(ds)
+        small.file_meta = pydicom.dataset.FileMetaDataset()
+        small.file_meta.TransferSyntaxUID = ds.file_meta.TransferSyntaxUID
+        small.save_as(stream, enforce_file_format=False)
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize("name", DICOMS)
+@pytest.mark.parametrize("blank_outside", [False, True])
+def test_no_text_of_a_dicom_file_comes_out_and_only_declared_elements_count(name: str, blank_outside: bool) -> None:
+    data = written(DICOMS[name]())
+    assert_clean(data)
+    small = file_of_used(data)
+    full, bare = (store_scan(source, blank_outside=blank_outside) for source in (data, small))
+    assert full.columns == bare.columns
+    assert (full.digest, full.burned_in) == (bare.digest, bare.burned_in)
+    np.testing.assert_array_equal(full.picture, bare.picture)
+
+
+def test_no_text_of_a_series_comes_out_and_only_declared_elements_count() -> None:
+    slices = [planted_dicom(np.ascontiguousarray(ds.pixel_array)) for ds in series(VOLUME, AFFINE)]
+    for ds, placed in zip(slices, series(VOLUME, AFFINE), strict=True):
+        for key in ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "InstanceNumber"):
+            setattr(ds, key, placed[key].value)
+    files = [written(ds) for ds in slices]
+    row = store_scan(files)
+    assert not any(holds(data) for data in all_bytes(row.columns))
+    assert (
+        row.columns
+        == store_scan([file_of_used(data) for data in files]).columns
+        == store_scan(series(VOLUME, AFFINE)).columns
+    )
+
+
+PACKAGED = ["CT_small.dcm", "MR_small.dcm", "MR_small_RLE.dcm", "MR_small_bigendian.dcm", "MR_small_implicit.dcm"]
+PACKAGED += ["MR_small_jp2klossless.dcm", "MR_small_jpeg_ls_lossless.dcm", "SC_rgb_rle.dcm", "SC_rgb_jpeg_gdcm.dcm"]
+PACKAGED += ["SC_rgb_jpeg_dcmtk.dcm", "SC_rgb_gdcm_KY.dcm", "examples_palette.dcm", "examples_ybr_color.dcm"]
+PACKAGED += ["693_J2KI.dcm", "J2K_pixelrep_mismatch.dcm", "image_dfl.dcm", "JPGExtended.dcm", "rtdose.dcm"]
+PACKAGED += ["liver_1frame.dcm", "examples_overlay.dcm", "SC_ybr_full_422_uncompressed.dcm"]
+
+
+@pytest.mark.parametrize("name", PACKAGED)
+def test_only_declared_elements_count_in_files_of_many_makers(name: str) -> None:
+    path = get_testdata_file(name, download=False)
+    assert isinstance(path, str), "doesn't ship with this pydicom"
+    data = Path(path).read_bytes()
+    try:
+        full = store_scan(data)
+    except M3RetReadError:
+        with pytest.raises(M3RetReadError):
+            store_scan(file_of_used(data))
+        return
+    bare = store_scan(file_of_used(data))
+    assert full.columns == bare.columns
+    assert (full.digest, full.burned_in) == (bare.digest, bare.burned_in)
+
+
+# --------------------------------------------------------------------------------------------------- outside of regions
+
+
+def with_regions(*edges: tuple[Any, Any, Any, Any]) -> Dataset:
+    ds, items = Dataset(), []
+    for left, top, right, bottom in edges:
+        item = Dataset()
+        item.RegionLocationMinX0, item.RegionLocationMinY0 = left, top
+        item.RegionLocationMaxX1, item.RegionLocationMaxY1 = right, bottom
+        items.append(item)
+    ds.SequenceOfUltrasoundRegions = items
+    return ds
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_all_but_two_regions_becomes_the_least_value(channels: int) -> None:
+    array = RNG.integers(3, 200, (channels, 4, 20, 30), dtype=np.uint8)
+    before = array.copy()
+    blanked = blank_outside_regions(array, with_regions((2, 1, 9, 5), (20, 10, 29, 19)))
+    expected = np.full_like(array, array.min())
+    expected[:, :, 1:6, 2:10] = array[:, :, 1:6, 2:10]
+    expected[:, :, 10:20, 20:30] = array[:, :, 10:20, 20:30]
+    np.testing.assert_array_equal(blanked, expected)
+    assert blanked.dtype == array.dtype
+    np.testing.assert_array_equal(array, before)
+
+
+@pytest.mark.parametrize(
+    ("edges", "kept"),
+    [
+        ((0, 0, 4_000_000, 4_000_000), (0, 0, 30, 20)),  # reaches past the picture: as far as it goes
+        ((25, 15, 100, 100), (25, 15, 30, 20)),
+        ((5, 5, 5, 5), (5, 5, 6, 6)),  # one pixel: both ends count
+    ],
+)
+def test_regions_end_where_the_picture_ends(edges: tuple[int, int, int, int], kept: tuple[int, int, int, int]) -> None:
+    array = RNG.integers(3, 200, (1, 1, 20, 30), dtype=np.uint8)
+    expected = np.full_like(array, array.min())
+    left, top, right, bottom = kept
+    expected[..., top:bottom, left:right] = array[..., top:bottom, left:right]
+    np.testing.assert_array_equal(blank_outside_regions(array, with_regions(edges)), expected)
+
+
+@pytest.mark.parametrize(
+    "edges", [(9, 5, 2, 1), (2, 9, 5, 1), (None, 0, 5, 5), (100, 100, 120, 120), ([1, 2], 0, 5, 5)]
+)
+def test_regions_that_make_no_sense_do_not_count(edges: tuple[Any, Any, Any, Any]) -> None:
+    array = RNG.integers(3, 200, (1, 2, 20, 30), dtype=np.uint8)
+    np.testing.assert_array_equal(blank_outside_regions(array, with_regions(edges)), array)
+    sound = (2, 1, 9, 5)
+    both, one = (blank_outside_regions(array, with_regions(*several)) for several in ((edges, sound), (sound,)))
+    np.testing.assert_array_equal(both, one)
+
+
+def test_regions_of_several_headers_are_kept_where_they_agree() -> None:
+    array = RNG.integers(3, 200, (1, 2, 20, 30), dtype=np.uint8)
+    left, right, elsewhere = ((0, 0, 14, 19), (10, 0, 29, 19), (20, 0, 29, 19))
+    expected = np.full_like(array, array.min())
+    expected[..., 10:15] = array[..., 10:15]
+    headers = [with_regions(left), Dataset(), with_regions(right), with_regions((100, 100, 120, 120))]
+    np.testing.assert_array_equal(blank_outside_regions(array, *headers), expected)
+    assert np.unique(blank_outside_regions(array, with_regions(left), with_regions(elsewhere))).size == 1
+
+
+def test_a_header_without_regions_blanks_nothing() -> None:
+    array = RNG.integers(3, 200, (1, 2, 20, 30), dtype=np.uint8)
+    for datasets in ((), (Dataset(),), (with_regions(),)):
+        assert blank_outside_regions(array, *datasets) is array
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "I;16"])
+def test_an_unpacked_png_is_the_same_picture(mode: str) -> None:
+    values = np.random.default_rng(3).integers(0, 255, (37, 53, 4), dtype=np.uint8)
+    picture = Image.fromarray(values) if mode != "I;16" else Image.fromarray(values[..., 0].astype(np.uint16) * 257)
+    picture = picture if mode in ("RGBA", "I;16") else picture.convert(mode)
+    stream = io.BytesIO()
+    picture.save(stream, "PNG", bits=8)
+    packed = bare_png(stream.getvalue())
+    unpacked = unpacked_png(packed)
+    assert unpacked != packed
+    with Image.open(io.BytesIO(unpacked)) as one, Image.open(io.BytesIO(packed)) as other:
+        one.load()  # Pillow verifies the checksums
+        assert one.mode == other.mode
+        assert one.tobytes() == other.tobytes()
+    assert unpacked_png(unpacked) == unpacked
+
+
+def test_a_png_that_inflates_to_more_than_its_picture_stays_packed() -> None:
+    """A bomb of zeros behind a header of 8 x 8 pixels; memory for it is never taken."""
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 8, 8, 8, 0, 0, 0, 0))
+    bomb = PNG_SIGNATURE + header + chunk(b"IDAT", zlib.compress(bytes(10_000_000))) + chunk(b"IEND", b"")
+    assert unpacked_png(bomb) == bomb
+    damaged = PNG_SIGNATURE + header + chunk(b"IDAT", b"no deflate") + chunk(b"IEND", b"")
+    assert unpacked_png(damaged) == damaged

@@ -1,0 +1,660 @@
+"""Does a row give the scan that its source gives, whatever the source was, and can others open what stands in it?"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import struct
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import av
+import nibabel as nib
+import numpy as np
+import pytest
+from PIL import Image
+from pydicom.config import IGNORE
+from pydicom.dataelem import DataElement
+from pydicom.dataset import Dataset
+from pydicom.uid import RLELossless
+from scan_files import CINE, CT, dicom, dicom_bytes, nifti_bytes, reorient, series
+from test_reading_limits import BAD, png_claiming
+
+from dataset_scripts.row_encoding import Row, store_scan
+from modeling_m3ret.reading_m3ret import M3RetReadError, ReadLimits, read_scan
+
+
+RNG = np.random.default_rng(23)
+GREY = RNG.integers(0, 256, (31, 45), dtype=np.uint8)
+RGB = RNG.integers(0, 256, (31, 45, 3), dtype=np.uint8)
+DEEP = RNG.integers(0, 60_000, (31, 45), dtype=np.uint16)
+SMOOTH = np.stack([np.add.outer(np.arange(31), np.arange(45)) * k for k in (1, 2, 3)], axis=2).astype(np.uint8)
+FRAMES = RNG.integers(0, 256, (11, 16, 13), dtype=np.uint8)
+VOLUME = RNG.integers(0, 2500, (14, 12, 10)).astype(np.int16)
+HU = RNG.integers(-1000, 1500, (14, 12, 10)).astype(np.int16)
+AFFINE = np.diag([0.8, 0.9, 1.2, 1.0])
+AFFINE[:3, 3] = [-40, 25, -300]
+TURN = np.eye(4)
+TURN[:3, :3] = nib.quaternions.quat2mat([0.97, 0.15, 0.12, 0.1])
+STEP = 1 / 65535  # of stored floats
+HALF_HU = 0.5 / 2000 + 1e-6
+
+
+# --------------------------------------------------------------------------------------------------- files of all kinds
+
+
+def encode(image: Image.Image, kind: str, **options: Any) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, kind, **options)
+    return stream.getvalue()
+
+
+def jpeg(mode: str = "RGB", **options: Any) -> bytes:
+    return encode(Image.fromarray(SMOOTH).convert(mode), "JPEG", quality=90, **options)
+
+
+def jpeg_with_bytes_astray() -> bytes:
+    """Bytes between two segments: libjpeg warns and goes on."""
+    data = jpeg()
+    at = data.index(b"\xff\xdb")
+    return data[:at] + b"\0\0\0" + data[at:]
+
+
+def turned() -> Image.Exif:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return exif
+
+
+def png(array: np.ndarray, **options: Any) -> bytes:
+    return encode(Image.fromarray(array), "PNG", **options)
+
+
+def chunk(kind: bytes, body: bytes) -> bytes:
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+
+def png_by_hand(pixels: np.ndarray, colour: int, interlaced: bool = False) -> bytes:
+    """What Pillow can't write: Adam7, and colour of 16 bits."""
+    passes = [(0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2), (1, 0, 2, 1)]
+    rows = b""
+    for top, left, down, across in passes if interlaced else [(0, 0, 1, 1)]:
+        part = pixels[top::down, left::across]
+        rows += b"".join(b"\0" + row.astype(row.dtype.newbyteorder(">")).tobytes() for row in part if part.shape[1])
+    height, width = pixels.shape[:2]
+    header = struct.pack(">IIBBBBB", width, height, 8 * pixels.itemsize, colour, 0, 0, int(interlaced))
+    body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + body
+
+
+def pages(arrays: np.ndarray, kind: str, **options: Any) -> bytes:
+    images = [Image.fromarray(array) for array in arrays]
+    return encode(images[0], kind, save_all=True, append_images=images[1:], **options)
+
+
+def npy(array: np.ndarray) -> bytes:
+    stream = io.BytesIO()
+    np.save(stream, array)
+    return stream.getvalue()
+
+
+def npz(**arrays: np.ndarray) -> bytes:
+    stream = io.BytesIO()
+    np.savez_compressed(stream, **arrays)  # type: ignore[arg-type]
+    return stream.getvalue()
+
+
+def clip(kind: str, codec: str, height: int = 48, width: int = 64, frames: int = 20, **options: str) -> bytes:
+    """A texture that drifts, below a grey level that says which frame it is."""
+    stream, texture = io.BytesIO(), np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    with av.open(stream, "w", format=kind) as container:
+        video = container.add_stream(codec, rate=10, options={"threads": "1", **options})
+        video.height, video.width, video.bit_rate = height, width, 4_000_000
+        video.pix_fmt = {"mjpeg": "yuvj420p", "rawvideo": "bgr24"}.get(codec, "yuv420p")
+        for index in range(frames):
+            picture = np.roll(texture, index, axis=1)
+            picture[: height // 2] = 10 * index
+            container.mux(video.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(video.encode())
+    return stream.getvalue()
+
+
+def palette_dicom(segmented: bool = False) -> Dataset:
+    ds = dicom(GREY, PhotometricInterpretation="PALETTE COLOR")
+    for name, factor in (("Red", 1), ("Green", 2), ("Blue", 3)):
+        plain = (np.arange(256) * factor % 256).astype("<u2") << 8
+        segments = np.array([0, 1, 0, 1, 255, 80 * factor << 8], "<u2")  # one entry of 0, then 255 in a line up to 80 k
+        setattr(ds, f"{name}PaletteColorLookupTableDescriptor", [256, 0, 16])
+        key = f"{'Segmented' if segmented else ''}{name}PaletteColorLookupTableData"
+        setattr(ds, key, (segments if segmented else plain).tobytes())
+    return ds
+
+
+def rle_cine() -> bytes:
+    ds = dicom(RNG.integers(0, 256, (9, 16, 12, 3), dtype=np.uint8), sop=CINE)
+    ds.compress(RLELossless)
+    return dicom_bytes(ds)
+
+
+def padded_constant() -> Dataset:
+    pixels = np.full((12, 10), 1064, np.uint16)
+    pixels[:3] = 0
+    return dicom(pixels, sop=CT, RescaleSlope=1, RescaleIntercept=-1024, PixelPaddingValue=0)
+
+
+def hounsfield_series(**elements: Any) -> list[Dataset]:
+    stored = (HU + 1024).astype(np.uint16)
+    return series(stored, AFFINE, sop=CT, **({"RescaleSlope": 1, "RescaleIntercept": -1024} | elements))
+
+
+def unplaced(slices: list[Dataset]) -> list[Dataset]:
+    for ds in slices:
+        del ds.ImagePositionPatient
+    return slices
+
+
+def patched(data: bytes, at: int, values: bytes) -> bytes:
+    return data[:at] + values + data[at + len(values) :]
+
+
+def rgb_nifti() -> bytes:
+    voxels = np.zeros((6, 5, 4), [("R", "u1"), ("G", "u1"), ("B", "u1")])
+    for name in "RGB":
+        voxels[name] = RNG.integers(0, 256, (6, 5, 4))
+    return nifti_bytes(voxels, AFFINE)
+
+
+def qform_nifti() -> bytes:
+    image = nib.Nifti1Image(VOLUME, None)
+    image.set_qform(TURN @ AFFINE, 1)
+    image.set_sform(None, 0)
+    return image.to_bytes()
+
+
+def nifti_without_affine(volume: np.ndarray) -> bytes:
+    """An sform that says nothing: a singular matrix."""
+    return patched(nifti_bytes(volume, np.eye(4), sform_code=1), 280, b"\0" * 48)
+
+
+TWELVE: dict[str, Any] = {"BitsStored": 12, "HighBit": 11}
+PLANE = RNG.integers(0, 4096, (31, 45), dtype=np.uint16)
+WINDOW = TWELVE | {"WindowCenter": 1200, "WindowWidth": 900}
+# what reads them -> (source, tolerance: 0 where the same to the bit)
+KINDS: dict[str, tuple[Callable[[], Any], float]] = {
+    "jpeg grey": (lambda: jpeg("L"), 0),
+    "jpeg rgb": (jpeg, 0),
+    "jpeg cmyk": (lambda: jpeg("CMYK"), 0),
+    "jpeg progressive": (lambda: jpeg(progressive=True), 0),
+    "jpeg optimised 4:4:4": (lambda: jpeg(optimize=True, subsampling=0), 0),
+    "jpeg restarts": (lambda: jpeg(restart_marker_blocks=1), 0),
+    "jpeg kept as rgb": (lambda: jpeg(keep_rgb=True), 0),
+    "jpeg turned by exif": (lambda: jpeg(exif=turned()), 0),
+    "jpeg with bytes astray": (jpeg_with_bytes_astray, 0),
+    "mpo": (lambda: pages(np.stack([SMOOTH, SMOOTH[::-1]]), "MPO"), 0),
+    "png grey": (lambda: png(GREY), 0),
+    "png rgb": (lambda: png(RGB), 0),
+    "png grey as rgb": (lambda: png(np.repeat(GREY[..., None], 3, axis=2)), 0),
+    "png 16-bit": (lambda: png(DEEP), 0),
+    "png 16-bit rgb": (lambda: png_by_hand(RNG.integers(0, 65536, (9, 7, 3), dtype=np.uint16), 2), 0),
+    "png palette": (lambda: encode(Image.fromarray(RGB).quantize(64), "PNG"), 0),
+    "png transparent palette": (lambda: encode(Image.fromarray(RGB).quantize(64), "PNG", transparency=3), 0),
+    "png rgba": (lambda: png(np.dstack([RGB, GREY])), 0),
+    "png la": (lambda: encode(Image.fromarray(np.dstack([RGB, GREY])).convert("LA"), "PNG"), 0),
+    "png 1-bit": (lambda: encode(Image.fromarray(GREY).convert("1"), "PNG"), 0),
+    "png turned by exif": (lambda: png(GREY, exif=turned()), 0),
+    "png interlaced": (lambda: png_by_hand(GREY, 0, interlaced=True), 0),
+    "png without its end": (lambda: png(GREY)[:-12], 0),
+    "png of one value": (lambda: png(np.full_like(GREY, 77)), 0),
+    "apng": (lambda: pages(FRAMES, "PNG"), 0),
+    "tiff": (lambda: encode(Image.fromarray(RGB), "TIFF"), 0),
+    "tiff of 16-bit pages": (lambda: pages(RNG.integers(0, 60_000, (7, 16, 13), dtype=np.uint16), "TIFF"), 0),
+    "tiff of int32": (lambda: encode(Image.fromarray(GREY.astype(np.int32) - 50), "TIFF"), 0),
+    "tiff of hu": (lambda: encode(Image.fromarray(HU[:, :, 0].astype(np.int32)), "TIFF"), 0),
+    "tiff of float": (lambda: encode(Image.fromarray(GREY.astype(np.float32) / 7), "TIFF"), STEP),
+    "bmp": (lambda: encode(Image.fromarray(RGB), "BMP"), 0),
+    "webp": (lambda: encode(Image.fromarray(SMOOTH), "WEBP"), 0),
+    "webp of frames": (lambda: pages(np.repeat(FRAMES[..., None], 3, axis=3), "WEBP", lossless=True), 0),
+    "gif": (lambda: pages(FRAMES, "GIF"), 0),
+    "gif in colour": (lambda: pages(RNG.integers(0, 256, (5, 9, 7, 3), dtype=np.uint8), "GIF"), 0),
+    "npy clip": (lambda: npy(FRAMES), 0),
+    "npy rgb clip": (lambda: npy(np.stack([RGB, RGB[::-1], RGB[:, ::-1]])), 0),
+    "npy clip longer than NIfTI-1 counts": (lambda: npy(RNG.integers(0, 256, (33_000, 2, 5), dtype=np.uint8)), 0),
+    "npy mask": (lambda: npy(GREY > 100), 0),
+    "npy in [0, 1]": (lambda: npy(RNG.random((5, 9, 7), dtype=np.float32)), STEP),
+    "npy of float": (lambda: npy(RNG.normal(size=(5, 9, 7)) * 300), STEP),
+    "npy of whole float": (lambda: npy(VOLUME.astype(np.float64)), 0),
+    "npy wider than 16 bits": (lambda: npy(VOLUME.astype(np.int32) * 1000), STEP),
+    "npz hu": (lambda: npz(hu=HU[:6].clip(-100, 300)), 0),
+    "npz hu of 8 bits": (lambda: npz(hu=FRAMES), 0),
+    "npz hu plane": (lambda: npz(hu=HU[0]), 0),
+    "npz imgs": (lambda: npz(imgs=VOLUME, spacing=np.ones(3)), 0),
+    "array of one value": (lambda: np.full((3, 8, 8), 77, np.int16), 0),
+    "bool array": (lambda: GREY > 50, 0),
+    "pil image": (lambda: Image.fromarray(RGB), 0),
+    "dicom 8-bit": (lambda: dicom_bytes(dicom(GREY)), 0),
+    "dicom 8-bit rgb": (lambda: dicom_bytes(dicom(RGB, PixelSpacing=[0.3, 0.7])), 0),
+    "dicom 8-bit inverted": (lambda: dicom_bytes(dicom(GREY, PhotometricInterpretation="MONOCHROME1")), 0),
+    "dicom 8-bit padded": (lambda: dicom_bytes(dicom(GREY, PixelPaddingValue=200, PixelPaddingRangeLimit=255)), 0),
+    "dicom 8-bit windowed": (lambda: dicom_bytes(dicom(GREY, WindowCenter=99, WindowWidth=55)), STEP),
+    "dicom 7-bit": (lambda: dicom_bytes(dicom(GREY // 2, BitsStored=7, HighBit=6)), 0),
+    "dicom 12-bit": (lambda: dicom_bytes(dicom(PLANE, ImagerPixelSpacing=[0.1, 0.2], **TWELVE)), 0),
+    "dicom 12-bit windowed": (lambda: dicom_bytes(dicom(PLANE, **WINDOW)), STEP),
+    "dicom 12-bit inverted": (lambda: dicom(PLANE, PhotometricInterpretation="MONOCHROME1", **TWELVE), STEP),
+    "dicom inverted, windowed": (lambda: dicom(PLANE, PhotometricInterpretation="MONOCHROME1", **WINDOW), STEP),
+    "dicom signed": (lambda: dicom_bytes(dicom(VOLUME[:, :, 0] - np.int16(900))), 0),
+    "dicom 16-bit rgb": (lambda: dicom(RNG.integers(0, 65536, (8, 9, 3), dtype=np.uint16)), 1 / 255),
+    "dicom hu": (lambda: hounsfield_series()[3], 0),
+    "dicom hu, in tenths": (lambda: hounsfield_series(RescaleSlope=0.9, RescaleIntercept=-999.7)[3], HALF_HU),
+    "dicom hu padded": (lambda: hounsfield_series(PixelPaddingValue=24, PixelPaddingRangeLimit=60)[3], 0),
+    "dicom hu of one value, padded": (padded_constant, 0),
+    "dicom padded": (lambda: dicom(VOLUME[:, :, 0], PixelPaddingValue=0, PixelPaddingRangeLimit=300), STEP),
+    "dicom rescaled": (lambda: dicom(PLANE, RescaleSlope=0.37, RescaleIntercept=5, **TWELVE), STEP),
+    "dicom palette": (lambda: dicom_bytes(palette_dicom()), 0),
+    "dicom segmented palette": (lambda: dicom_bytes(palette_dicom(segmented=True)), 0),
+    "cine": (lambda: dicom_bytes(dicom(FRAMES, sop=CINE, PixelSpacing=[0.2, 0.3])), 0),
+    "cine rgb": (lambda: dicom_bytes(dicom(RNG.integers(0, 256, (9, 16, 12, 3), dtype=np.uint8), sop=CINE)), 0),
+    "cine rle": (rle_cine, 0),
+    "cine windowed": (lambda: dicom(np.stack([PLANE] * 3 + [PLANE // 2] * 4), sop=CINE, **WINDOW), STEP),
+    "cine 16-bit": (lambda: dicom(RNG.integers(0, 3000, (7, 9, 8)).astype(np.int16), sop=CINE), 0),
+    "series axial": (lambda: series(*reorient(VOLUME, AFFINE, "LPS")), 0),
+    "series read along another axis": (lambda: series(*reorient(VOLUME, AFFINE, "PIR")), 0),
+    "series sagittal": (lambda: series(*reorient(VOLUME, np.diag([5.0, 0.9, 0.8, 1.0]), "PIR")), 0),
+    "series coronal": (lambda: series(*reorient(VOLUME, np.diag([0.9, 4.5, 0.8, 1.0]), "LIP")), 0),
+    "series oblique": (lambda: series(*reorient(VOLUME, TURN @ AFFINE, "LPS")), 0),
+    "series oblique sagittal": (lambda: series(*reorient(VOLUME, TURN @ np.diag([6.0, 0.9, 0.8, 1.0]), "PIR")), 0),
+    "series oblique coronal": (lambda: series(*reorient(VOLUME, TURN @ np.diag([0.9, 6, 0.8, 1.0]), "LIP")), 0),
+    "series of ratio 1.5": (lambda: series(*reorient(VOLUME, np.diag([1.05, 0.7, 0.7, 1.0]), "PIR")), 0),
+    "series of ratio 1.5, coronal": (lambda: series(*reorient(VOLUME, np.diag([0.6, 0.9, 0.6, 1.0]), "LIP")), 0),
+    "series just above 1.5": (lambda: series(*reorient(VOLUME, np.diag([1.051, 0.7, 0.7, 1.0]), "PIR")), 0),
+    "series of one slice": (lambda: series(VOLUME, AFFINE)[:1], 0),
+    "series 8-bit": (lambda: series(VOLUME.astype(np.uint8), AFFINE), 0),
+    "series hu": (hounsfield_series, 0),
+    "series mr rescaled": (lambda: series(VOLUME, AFFINE, RescaleSlope=1.7183, RescaleIntercept=0.5), STEP),
+    "series mr padded": (lambda: series(VOLUME, AFFINE, PixelPaddingValue=0, PixelPaddingRangeLimit=200), STEP),
+    "series without places": (lambda: unplaced(series(VOLUME, AFFINE)), 0),
+    "series hu without places": (lambda: unplaced(hounsfield_series()), 0),
+    "nifti int16": (lambda: nifti_bytes(VOLUME, AFFINE), 0),
+    "nifti hu, gzipped": (lambda: nifti_bytes(HU, AFFINE, zipped=True), 0),
+    "nifti uint8": (lambda: nifti_bytes(VOLUME.astype(np.uint8), AFFINE), 0),
+    "nifti uint16": (lambda: nifti_bytes((VOLUME.astype(np.int32) * 25).astype(np.uint16), AFFINE), 0),
+    "nifti int32": (lambda: nifti_bytes(VOLUME.astype(np.int32), AFFINE), 0),
+    "nifti float32": (lambda: nifti_bytes(VOLUME.astype(np.float32) / 7, AFFINE), STEP),
+    "nifti float64": (lambda: nifti_bytes(VOLUME / 7, AFFINE), STEP),
+    "nifti float in [0, 1]": (lambda: nifti_bytes(VOLUME / 2500, AFFINE), STEP),
+    "nifti rgb": (rgb_nifti, 0),
+    "nifti scaled": (lambda: patched(nifti_bytes(VOLUME, AFFINE), 112, struct.pack("<ff", 0.37, 12)), STEP),
+    "nifti scaled by 2": (lambda: patched(nifti_bytes(VOLUME, AFFINE), 112, struct.pack("<ff", 2, -7)), 0),
+    "nifti scaled to hu": (
+        lambda: patched(nifti_bytes((HU + 1024).astype(np.uint16), AFFINE), 112, struct.pack("<ff", 1, -1024)),
+        0,
+    ),
+    "nifti 4d": (lambda: nifti_bytes(np.stack([VOLUME, VOLUME // 2], axis=3), AFFINE), 0),
+    "nifti plane": (lambda: nifti_bytes(VOLUME[:, :, :1], AFFINE), 0),
+    "nifti sagittal plane": (lambda: nifti_bytes(VOLUME[:1], AFFINE), 0),
+    "nifti row": (lambda: nifti_bytes(VOLUME[:, :1, :1], AFFINE), 0),
+    "nifti sagittal": (lambda: nifti_bytes(*reorient(VOLUME, np.diag([5.0, 1, 1, 1]), "LSP")), 0),
+    "nifti coronal": (lambda: nifti_bytes(*reorient(HU, np.diag([1.0, 4, 1, 1]), "RSA")), 0),
+    "nifti qform only": (qform_nifti, 0),
+    "nifti pixdim only": (lambda: nib.Nifti1Image(VOLUME, None).to_bytes(), 0),
+    "nifti without affine": (lambda: nifti_without_affine(VOLUME), 0),
+    "nifti hu without affine": (lambda: nifti_without_affine(HU), 0),
+    "nifti scaled to hu, without affine": (
+        lambda: patched(nifti_without_affine((HU + 1024).astype(np.uint16)), 112, struct.pack("<ff", 1, -1024)),
+        0,
+    ),
+    "nifti in micrometres": (lambda: nifti_bytes(VOLUME, AFFINE, xyzt_units=3), 0),
+    "nifti 2": (lambda: nib.Nifti2Image(VOLUME, AFFINE).to_bytes(), 0),
+    "nifti big-endian": (lambda: nib.Nifti1Image(VOLUME, AFFINE, nib.Nifti1Header(endianness=">")).to_bytes(), 0),
+    "mp4 h264 with b-frames": (lambda: clip("mp4", "libx264", bf="3", g="6"), 0),
+    "mp4 h265": (lambda: clip("mp4", "libx265", **{"x265-params": "log-level=0:pools=1"}), 0),
+    "mp4 mpeg4 with b-frames": (lambda: clip("mp4", "mpeg4", bf="2"), 0),
+    "mp4 of one frame": (lambda: clip("mp4", "libx264", frames=1), 0),
+    "avi mpeg4": (lambda: clip("avi", "mpeg4"), 0),
+    "avi mpeg4 with b-frames": (lambda: clip("avi", "mpeg4", bf="2", g="6"), 0),
+    "avi mpeg4 of odd size": (lambda: clip("avi", "mpeg4", 47, 63), 0),
+    "avi h264": (lambda: clip("avi", "libx264"), 0),
+    "avi mjpeg": (lambda: clip("avi", "mjpeg", 47, 63), 0),
+    "avi raw": (lambda: clip("avi", "rawvideo"), 0),
+    "wmv": (lambda: clip("asf", "wmv2"), 0),
+    "mpeg 2": (lambda: clip("mpeg", "mpeg2video"), 0),
+    "transport stream": (lambda: clip("mpegts", "libx264", bf="2"), 0),
+    "mkv vp9": (lambda: clip("matroska", "libvpx-vp9", 47, 63, cpu_used="8"), 0),
+    "mkv ffv1": (lambda: clip("matroska", "ffv1"), 0),
+    "webm vp8": (lambda: clip("webm", "libvpx"), 0),
+}
+# floats, wider integers and what is inverted or padded come scaled by percentiles of all frames, not of those asked for
+SCALED_AS_A_WHOLE = ("npy of float", "npy wider than 16 bits")
+VIDEOS = [*KINDS][[*KINDS].index("mp4 h264 with b-frames") :]
+
+
+def media(row: Row) -> bytes:
+    (given,) = (row.columns[key] for key in ("image", "video", "volume") if row.columns.get(key) is not None)
+    assert given["path"] is None
+    return given["bytes"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_row_gives_the_scan_of_its_source(kind: str) -> None:
+    make, tolerance = KINDS[kind]
+    source = make()
+    row = store_scan(source)
+    for num_frames in (None,) if kind in SCALED_AS_A_WHOLE else (None, 1, 3):
+        expected, got = (read_scan(given, num_frames=num_frames) for given in (source, row.columns))
+        assert got.array.shape == expected.array.shape
+        assert got.spacing == expected.spacing
+        assert got.array.dtype == (np.uint8 if tolerance == 1 / 255 else expected.array.dtype)
+        if tolerance == 0:
+            np.testing.assert_array_equal(got.array, expected.array)
+        else:
+            values = got.array / 255 if got.array.dtype == np.uint8 else got.array
+            np.testing.assert_allclose(values, expected.array, rtol=0, atol=tolerance)
+        if "plane" in expected.found and got.array.shape[1] > 1:
+            assert got.found["plane"] == expected.found["plane"]
+        assert got.found.get("constant") == expected.found.get("constant")
+    assert row.columns["shape"] == [*read_scan(source).array.shape[1:]]
+    assert row.columns["spacing"] == [*read_scan(source).spacing]
+    assert row.picture.shape == (*row.columns["shape"][1:],)
+    assert set(row.columns) == {"shape", "spacing", "intensity", *({"image", "video", "volume"} & set(row.columns))}
+    again = store_scan(source)
+    assert (again.digest, media(again)) == (row.digest, media(row))
+
+
+def test_a_row_can_be_stored_again() -> None:
+    for make in (lambda: jpeg(), lambda: dicom_bytes(dicom(PLANE, **WINDOW)), hounsfield_series):
+        row = store_scan(make())
+        again = store_scan(row.columns)
+        np.testing.assert_array_equal(read_scan(again.columns).array, read_scan(row.columns).array)
+        assert again.columns["spacing"] == row.columns["spacing"]
+
+
+def test_a_path_and_its_bytes_give_one_row(tmp_path: Path) -> None:
+    for name, data in (("a.jpg", jpeg()), ("b.dcm", dicom_bytes(dicom(GREY))), ("c.mp4", clip("mp4", "libx264"))):
+        (tmp_path / name).write_bytes(data)
+        by_path, by_name, by_bytes = (store_scan(source) for source in (tmp_path / name, str(tmp_path / name), data))
+        assert by_path.columns == by_name.columns == by_bytes.columns
+        assert by_path.digest == by_bytes.digest
+
+
+def test_a_folder_is_one_series(tmp_path: Path) -> None:
+    slices = series(VOLUME, AFFINE)
+    for index, ds in enumerate(slices):
+        (tmp_path / f"{index}.dcm").write_bytes(dicom_bytes(ds))
+    assert store_scan(tmp_path).columns == store_scan(slices).columns
+
+
+# ------------------------------------------------------------------------------------------ what kind of row it becomes
+
+
+@pytest.mark.parametrize(
+    ("kind", "column", "intensity"),
+    [
+        ("jpeg rgb", "image", "8-bit"),
+        ("png 16-bit", "image", "percentiles"),
+        ("apng", "volume", "8-bit"),
+        ("dicom 8-bit rgb", "image", "8-bit"),
+        ("dicom 12-bit", "image", "percentiles"),
+        ("dicom 12-bit windowed", "image", "full range"),
+        ("dicom hu", "volume", "hounsfield"),
+        ("cine rgb", "volume", "8-bit"),
+        ("series hu", "volume", "hounsfield"),
+        ("series mr rescaled", "volume", "full range"),
+        ("nifti int16", "volume", "percentiles"),
+        ("avi mjpeg", "video", "8-bit"),
+        ("wmv", "video", "8-bit"),
+    ],
+)
+def test_a_source_becomes_one_kind_of_media(kind: str, column: str, intensity: str) -> None:
+    row = store_scan(KINDS[kind][0]())
+    assert column in row.columns
+    assert row.columns["intensity"] == intensity
+
+
+@pytest.mark.parametrize("kind", ["avi mpeg4", "avi mjpeg", "mp4 h264 with b-frames", "transport stream", "mkv vp9"])
+def test_a_stream_keeps_its_compressed_size(kind: str) -> None:
+    source = KINDS[kind][0]()
+    assert len(media(store_scan(source))) < 1.1 * len(source)
+
+
+def test_digest_is_equal_for_equal_voxels_and_for_no_others() -> None:
+    lossless = [png(GREY), dicom_bytes(dicom(GREY)), dicom_bytes(dicom(GREY, PixelSpacing=[2, 3])), npy(GREY)]
+    lossless += [encode(Image.fromarray(GREY), "TIFF"), png(np.repeat(GREY[..., None], 3, axis=2))]
+    assert len({store_scan(source).digest for source in lossless}) == 1
+    deep = [png(PLANE), dicom_bytes(dicom(PLANE, **TWELVE)), npy(PLANE)]
+    assert len({store_scan(source).digest for source in deep}) == 1
+    volumes = [nifti_bytes(*reorient(VOLUME, AFFINE, codes)) for codes in ("RAS", "PIR", "LPS")]
+    assert len({store_scan(source).digest for source in (*volumes, series(VOLUME, AFFINE))}) == 1
+    other = GREY.copy()
+    other[3, 4] ^= 1
+    different = [png(GREY), png(other), png(GREY.T), npy(GREY[None].repeat(2, 0)), deep[0], volumes[0], HU, VOLUME]
+    assert len({store_scan(source).digest for source in different}) == len(different)
+
+
+def test_burned_in_is_what_dicom_says() -> None:
+    for said, expected in (("YES", "yes"), ("NO", "no"), ("Dr. Who", "unknown"), (None, "unknown")):
+        ds = dicom(GREY)
+        if said:
+            ds.add(DataElement(0x00280301, "CS", said, validation_mode=IGNORE))
+        assert store_scan(ds).burned_in == expected
+    assert store_scan(png(GREY)).burned_in is None
+
+
+# --------------------------------------------------------------------------------------------------- others can open it
+
+
+@pytest.mark.parametrize(
+    ("affine", "codes", "expected"),
+    [
+        (AFFINE, "RAS", "LPS"),
+        (AFFINE, "PIR", "LPS"),
+        (TURN @ AFFINE, "LPS", "LPS"),
+        (np.diag([5.0, 0.9, 0.8, 1.0]), "RAS", "PIL"),
+        (np.diag([0.9, 5.0, 0.8, 1.0]), "IRP", "LIP"),
+    ],
+)
+@pytest.mark.parametrize("values", [VOLUME, HU, VOLUME.astype(np.uint8)], ids=["int16", "hu", "uint8"])
+def test_nibabel_opens_the_same_anatomy(affine: np.ndarray, codes: str, expected: str, values: np.ndarray) -> None:
+    source = nib.Nifti1Image(*reorient(values, affine, codes))
+    row = store_scan(source.to_bytes())
+    image = nib.Nifti1Image.from_bytes(media(row))
+    assert "".join(nib.aff2axcodes(image.affine)) == expected
+    assert image.get_data_dtype() == values.dtype
+    ours, theirs = nib.as_closest_canonical(image), nib.as_closest_canonical(source)
+    np.testing.assert_array_equal(np.asarray(ours.dataobj), np.asarray(theirs.dataobj))
+    np.testing.assert_allclose(ours.header.get_zooms(), theirs.header.get_zooms(), rtol=1e-6)
+    np.testing.assert_allclose(image.header.get_zooms()[::-1], row.columns["spacing"], rtol=1e-6)
+    assert image.header.get_xyzt_units()[0] == "mm"
+    texts = ("descrip", "aux_file", "intent_name", "db_name", "data_type")
+    assert [image.header[key].item() for key in texts] == [b""] * 5
+    assert not image.header.extensions
+    # the millimetres are those of the volume, which lies about the origin
+    centre = image.affine @ [*(np.array(image.shape) - 1) / 2, 1]
+    np.testing.assert_allclose(centre[:3], 0, atol=1e-4)
+
+
+def test_nibabel_opens_colour_and_long_clips() -> None:
+    image = nib.Nifti1Image.from_bytes(media(store_scan(dicom(RGB[None].repeat(3, 0), sop=CINE))))
+    voxels = np.asarray(image.dataobj)[..., 1].T
+    np.testing.assert_array_equal(np.stack([voxels[name] for name in "RGB"], axis=2), RGB)
+    long = RNG.integers(0, 256, (33_000, 2, 5), dtype=np.uint8)
+    np.testing.assert_array_equal(np.asarray(nib.Nifti2Image.from_bytes(media(store_scan(long))).dataobj).T, long)
+
+
+@pytest.mark.parametrize(
+    ("source", "pixels"), [(dicom(GREY), GREY), (dicom(RGB), RGB), (dicom(PLANE, **TWELVE), PLANE), (npy(RGB), RGB)]
+)
+def test_pillow_opens_the_same_pixels(source: Any, pixels: np.ndarray) -> None:
+    with Image.open(io.BytesIO(media(store_scan(source)))) as image:
+        assert image.format == "PNG"
+        assert not image.info
+        np.testing.assert_array_equal(np.asarray(image), pixels)
+
+
+@pytest.mark.parametrize("kind", ["mp4 h264 with b-frames", "avi mjpeg", "webm vp8", "mkv ffv1", "mpeg 2"])
+def test_av_opens_the_same_frames(kind: str) -> None:
+    source = KINDS[kind][0]()
+    frames = []
+    for data in (source, media(store_scan(source))):
+        with av.open(io.BytesIO(data)) as container:
+            assert len(container.streams) == 1
+            rate = float(container.streams.video[0].average_rate)
+            frames.append([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+        assert rate == pytest.approx(10, rel=0.02)
+    np.testing.assert_array_equal(*frames)
+
+
+@pytest.mark.parametrize("kind", VIDEOS)
+def test_frames_asked_for_are_the_centres_of_equal_parts(kind: str) -> None:
+    source = KINDS[kind][0]()
+    total = store_scan(source).columns["shape"][0]
+    assert total == (1 if kind == "mp4 of one frame" else 20)
+    for count in (1, 2, 3, 7, 12):
+        kept = [(2 * i + 1) * total // (2 * min(count, total)) for i in range(min(count, total))]
+        for given in (source, store_scan(source).columns):
+            levels = read_scan(given, num_frames=count).array[:, :, :16].mean((0, 2, 3))
+            np.testing.assert_allclose(levels, 10 * np.array(kept), atol=4)
+
+
+# --------------------------------------------------------------------------------------------------------- made smaller
+
+
+@pytest.mark.parametrize("shape", [(100, 80), (31, 222), (400, 50)])
+@pytest.mark.parametrize("max_size", [16, 40, 70])
+def test_max_size_bounds_the_area_and_keeps_the_aspect(shape: tuple[int, int], max_size: int) -> None:
+    source = dicom(RNG.integers(0, 4096, shape, dtype=np.uint16), PixelSpacing=[0.5, 0.25], **TWELVE)
+    row = store_scan(source, max_size=max_size)
+    _, height, width = row.columns["shape"]
+    shrink = max_size / np.sqrt(shape[0] * shape[1])
+    assert abs(height - shape[0] * shrink) <= 0.5
+    assert abs(width - shape[1] * shrink) <= 0.5
+    depth, down, across = row.columns["spacing"]
+    assert depth is None
+    assert (down * height, across * width) == pytest.approx((0.5 * shape[0], 0.25 * shape[1]))  # as large in mm
+    assert read_scan(row.columns).array.shape == (1, 1, height, width)
+
+
+def test_max_size_averages() -> None:
+    blocks = RNG.integers(-900, 900, (4, 5, 6)).astype(np.int16)
+    row = store_scan(nifti_bytes(blocks.repeat(8, 0).repeat(8, 1), np.diag([-1.0, -1, 3, 1])), max_size=20)
+    assert row.columns["shape"][0] == 6
+    mean = float(np.asarray(nib.Nifti1Image.from_bytes(media(row)).dataobj).mean())
+    assert mean == pytest.approx(blocks.mean(), abs=40)
+    whole = store_scan(np.full((64, 64), 90, np.uint8) + np.tri(64, dtype=np.uint8), max_size=16)
+    with Image.open(io.BytesIO(media(whole))) as image:
+        assert set(np.unique(np.asarray(image))) <= {90, 91}
+
+
+@pytest.mark.parametrize("kind", ["jpeg rgb", "png 16-bit", "mp4 h264 with b-frames", "series hu", "cine rgb"])
+def test_max_size_leaves_what_is_no_larger_as_it_is(kind: str) -> None:
+    source = KINDS[kind][0]()
+    height, width = store_scan(source).columns["shape"][1:]
+    fits = int(np.ceil(np.sqrt(height * width)))
+    assert store_scan(source, max_size=fits).columns == store_scan(source).columns
+    assert store_scan(source, max_size=10_000).columns == store_scan(source).columns
+
+
+@pytest.mark.parametrize("kind", ["jpeg rgb", "jpeg turned by exif", "png palette", "mp4 h264 with b-frames", "gif"])
+def test_max_size_applies_to_compressed_files_too(kind: str) -> None:
+    source = KINDS[kind][0]()
+    small, whole = read_scan(store_scan(source, max_size=8).columns), read_scan(source)
+    assert small.array.shape[:2] == whole.array.shape[:2]
+    assert small.array.shape[2] * small.array.shape[3] <= 72
+    np.testing.assert_allclose(small.array.mean(), whole.array.mean(), atol=4)
+
+
+# --------------------------------------------------------------------------------------------------- outside of regions
+
+
+def region(left: int, top: int, right: int, bottom: int) -> Dataset:
+    item = Dataset()
+    item.RegionLocationMinX0, item.RegionLocationMinY0 = left, top
+    item.RegionLocationMaxX1, item.RegionLocationMaxY1 = right, bottom
+    return item
+
+
+def test_what_lies_outside_the_regions_is_blanked_through_every_door(tmp_path: Path) -> None:
+    frames = RNG.integers(1, 256, (5, 16, 12), dtype=np.uint8)
+    ds = dicom(frames, sop=CINE, SequenceOfUltrasoundRegions=[region(2, 3, 7, 10)])
+    data = dicom_bytes(ds)
+    (tmp_path / "alone").mkdir()
+    (tmp_path / "alone" / "IM1").write_bytes(data)
+    path = tmp_path / "alone" / "IM1"
+    expected = np.full_like(frames, frames.min())
+    expected[:, 3:11, 2:8] = frames[:, 3:11, 2:8]
+    row = {"image": {"bytes": data, "path": None}}
+    for source in (ds, data, path, str(path), [path], [data], path.parent, {"bytes": data}, {"path": path}, row):
+        blanked = read_scan(store_scan(source, blank_outside=True).columns)
+        np.testing.assert_array_equal(blanked.array[0], expected)
+        np.testing.assert_array_equal(read_scan(store_scan(source).columns).array[0], frames)
+
+
+def test_slices_with_regions_of_their_own_keep_what_all_of_them_declare() -> None:
+    frames = RNG.integers(1, 256, (3, 16, 12), dtype=np.uint8)
+    slices = [dicom(frame, InstanceNumber=index) for index, frame in enumerate(frames)]
+    slices[0].SequenceOfUltrasoundRegions = [region(2, 3, 7, 10)]
+    slices[2].SequenceOfUltrasoundRegions = [region(0, 5, 6, 15)]
+    got = read_scan(store_scan(slices, blank_outside=True).columns).array[0]
+    np.testing.assert_array_equal(got[:, 5:11, 2:7], frames[:, 5:11, 2:7])
+    assert (got != frames.min()).sum() <= 3 * 6 * 5
+
+
+def test_blanking_leaves_what_declares_no_region_as_it_is() -> None:
+    for source in (png(GREY), dicom(GREY), series(VOLUME, AFFINE), npy(FRAMES)):
+        assert store_scan(source, blank_outside=True).columns == store_scan(source).columns
+
+
+# ---------------------------------------------------------------------------------------------------------- bad sources
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_file_is_refused_by_name(name: str, tmp_path: Path) -> None:
+    data = BAD[name]
+    path = tmp_path / name
+    path.write_bytes(data() if callable(data) else data)
+    for options in ({}, {"max_size": 16, "blank_outside": True}):
+        with pytest.raises(M3RetReadError, match=name):
+            store_scan(path, **options)  # type: ignore[arg-type]
+    with pytest.raises(M3RetReadError):
+        store_scan(path.read_bytes())
+
+
+@pytest.mark.parametrize("source", ["absent.dcm", "a\0b.png", [], None, 3.5, {"image": None}, np.zeros(5)])
+def test_bad_source_is_refused(source: Any) -> None:
+    with pytest.raises(M3RetReadError):
+        store_scan(source, blank_outside=True)
+
+
+@pytest.mark.parametrize("part", [0.3, 0.6, 0.9, 0.99])
+@pytest.mark.parametrize("kind", ["jpeg rgb", "jpeg progressive", "png rgb", "dicom 12-bit", "gif", "nifti rgb"])
+def test_file_cut_short_is_refused_where_reading_refuses_it(kind: str, part: float) -> None:
+    source = KINDS[kind][0]()
+    cut = source[: int(len(source) * part)]
+    try:
+        expected = read_scan(cut)
+    except M3RetReadError:
+        with pytest.raises(M3RetReadError):
+            store_scan(cut)
+    else:
+        np.testing.assert_array_equal(read_scan(store_scan(cut).columns).array, expected.array)
+        assert kind == "gif" or part > 0.9
+
+
+def test_size_is_judged_before_pixels_are_decoded() -> None:
+    with pytest.raises(M3RetReadError) as caught:
+        store_scan(png_claiming(10_000, 10_000))
+    assert "10000 x 10000 pixels" in caught.value.found  # decoding it would find it cut short
+    for limits in (ReadLimits(max_pixels_per_image=1000), ReadLimits(max_decoded_bytes=1000)):
+        for source in (png(GREY), jpeg(), dicom(GREY), clip("mp4", "mpeg4")):
+            store_scan(source)
+            with pytest.raises(M3RetReadError):
+                store_scan(source, limits=limits)
+
+
+def test_odd_regions_and_odd_headers_are_no_error() -> None:
+    empty = Dataset()
+    empty.RegionLocationMinX0 = None
+    ds = dicom(GREY, sop=CINE, SequenceOfUltrasoundRegions=[empty, Dataset()])
+    assert store_scan(dicom_bytes(ds), blank_outside=True).columns == store_scan(dicom(GREY)).columns
+    packed = gzip.compress(nifti_bytes(VOLUME, AFFINE))
+    assert store_scan(packed, blank_outside=True).columns == store_scan(packed).columns
