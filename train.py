@@ -98,7 +98,7 @@ def main() -> None:
     )
     progress = saver.resume_or_begin()
     log = RunLog(run_dir, accelerator, progress.step)
-    blocks = blocks_of([record.place for record in training]) if config.stream else None
+    blocks = blocks_of([record.location for record in training]) if config.stream else None
     order = {
         "seed": config.seed,
         "alpha": config.mixture_alpha,
@@ -108,12 +108,12 @@ def main() -> None:
         "blocks": None if blocks is None else blocks.of_row,
         "lanes": config.stream_lanes,
     }
-    deck_names = [(record.modality, record.source) for record in training]
+    strata = [(record.modality, record.source) for record in training]
     if config.tokens_per_batch is None:
-        batches = SeededBatches(deck_names, config.batch_size, **order)
+        batches = SeededBatches(strata, config.batch_size, **order)
     else:
         tokens = expected_tokens(training, processor, objective.views, model_config.num_prefix_tokens)
-        batches = TokenBatches(deck_names, tokens, config.tokens_per_batch, **order)
+        batches = TokenBatches(strata, tokens, config.tokens_per_batch, **order)
     cache_bytes = int(config.cache_gib * 2**30 / max(1, config.num_workers))
     views = RandomViews(
         training, processor, views=objective.views, seed=config.seed, cache_bytes=cache_bytes, blocks=blocks

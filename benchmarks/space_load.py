@@ -185,7 +185,7 @@ def main() -> None:
         if arguments.model is None:
             small_checkpoint(folder / "m3ret-small")
         write_phantom(folder / "uploads", subjects=4, workers=0)
-        uploads = [record.place for record in read_manifest(folder / "uploads") if Path(record.place).is_file()]
+        uploads = [record.location for record in read_manifest(folder / "uploads") if Path(record.location).is_file()]
         for start in ("with a gallery to embed", "with a gallery embedded before"):
             began = time.perf_counter()
             with app(model, arguments.gallery, folder / "home", folder / "log") as (address, process, until_page):

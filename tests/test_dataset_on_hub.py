@@ -34,7 +34,7 @@ parquet.BLOCK_BYTES = 2**19
 def load(data, rank, ranks, workers, batches):
     records = [r for r in open_collection(data, stream=True) if r.split == "train"]
     records = without_modalities(records, ["mri"])
-    blocks = parquet.blocks_of([r.place for r in records])
+    blocks = parquet.blocks_of([r.location for r in records])
     order = SeededBatches([r.modality for r in records], {batch}, seed=5, process=rank, processes=ranks,
                           blocks=blocks.of_row, lanes=4)
     processor = M3RetImageProcessor(size=32, num_frames=8)

@@ -153,9 +153,10 @@ def test_a_bad_file_is_named(tmp_path: Path) -> None:
 def test_real_scans_of_every_kind_in_one_call(devset: Path) -> None:
     records = read_manifest(devset)
     kinds = {
-        suffix: next(r.place for r in records if r.place.suffix == suffix) for suffix in (".jpg", ".mp4", ".gz", ".npz")
+        suffix: next(r.location for r in records if r.location.suffix == suffix)
+        for suffix in (".jpg", ".mp4", ".gz", ".npz")
     }
-    series = next(record.place for record in records if record.place.is_dir() and record.modality == "ct")
+    series = next(record.location for record in records if record.location.is_dir() and record.modality == "ct")
     inputs = M3RetImageProcessor()([series, *kinds.values()], return_tensors="pt")
     assert inputs["grid_thw"].tolist()[0] == [8, 14, 14]  # 98 slices of a chest, to 32
     assert len(inputs["grid_thw"]) == 5

@@ -76,7 +76,7 @@ def test_train_ends_with_a_checkpoint_and_a_table(
 
     monkeypatch.chdir(tmp_path)
     model, processor = AutoModel.from_pretrained("m3ret-tiny"), AutoImageProcessor.from_pretrained("m3ret-tiny")
-    sources = [next(r.place for r in read_manifest(phantom) if r.modality == m) for m in ("ct", "xray", "endoscopy")]
+    sources = [next(r.location for r in read_manifest(phantom) if r.modality == m) for m in ("ct", "xray", "endoscopy")]
     with torch.no_grad():
         features = model.get_image_features(**processor(sources, return_tensors="pt"))
     assert features.shape == (3, 192)

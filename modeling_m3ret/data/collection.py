@@ -21,7 +21,7 @@ from typing import Any
 from huggingface_hub.errors import HfHubHTTPError
 
 from ..hub import CACHE_FOLDER
-from .parquet import ParquetError, ParquetRow, Shards, hub_shards, local_shards, read_places
+from .parquet import ParquetError, ParquetRow, Shards, hub_shards, local_shards, read_locations
 from .schema import MODALITIES
 
 
@@ -36,14 +36,14 @@ class CollectionError(ValueError):
 class Record:
     """One scan of a collection. `modality`, `anatomy` and `label` serve sampling and evaluation; no model sees them.
 
-    place: its file or folder, or where its row lies. label: several are joined by `|`. split: train, validation or test
+    location: its file or folder, or where its row is. label: several are joined by `|`. split: train, validation, test
     where the collection says so, else empty. source: of which published collection it is, where that is known. shape,
     spacing: slices, rows and columns, and mm along each, of a data set that says so. is_clip: its slices are frames, of
     which reading takes `num_frames`.
     """
 
     id: str
-    place: Path | ParquetRow
+    location: Path | ParquetRow
     modality: str
     anatomy: str
     label: str
@@ -56,7 +56,7 @@ class Record:
 
     def open(self) -> Path | dict[str, Any]:
         """What `read_scan` takes. A row is fetched, which may raise M3RetReadError."""
-        return self.place.open() if isinstance(self.place, ParquetRow) else self.place
+        return self.location.open() if isinstance(self.location, ParquetRow) else self.location
 
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
@@ -104,7 +104,7 @@ def read_parquet(shards: Shards) -> list[Record]:
         return [
             Record(
                 id=row["id"],
-                place=place,
+                location=location,
                 modality=row["modality"],
                 anatomy=row.get("anatomy") or "",
                 label="|".join(sorted(row.get("labels") or ())),
@@ -116,7 +116,7 @@ def read_parquet(shards: Shards) -> list[Record]:
                 # as `read_scan` has it
                 is_clip=(row.get("spacing") or [None])[0] is None and row.get("intensity") != "hounsfield",
             )
-            for place, split, row in read_places(shards)
+            for location, split, row in read_locations(shards)
         ]
     except ParquetError as error:
         raise CollectionError(str(error)) from error

@@ -80,12 +80,12 @@ class Resized:
 
 
 @dataclass(frozen=True)
-class Failure:
+class ReadFailure:
     index: int
     message: str
 
 
-def collate(items: Sequence[Sequence[Resized | Failure]]) -> Pack:
+def collate(items: Sequence[Sequence[Resized | ReadFailure]]) -> Pack:
     """Items of a data set, each some views of one scan or its failure, to one pack."""
     resized = [entry for item in items for entry in item if isinstance(entry, Resized)]
     noises = [entry.noise for entry in resized if entry.noise is not None]
@@ -94,11 +94,11 @@ def collate(items: Sequence[Sequence[Resized | Failure]]) -> Pack:
         shapes=[(*entry.volume.shape,) for entry in resized],
         scans=[entry.index for entry in resized],
         noise=torch.cat(noises) if noises else None,
-        failures=[(entry.index, entry.message) for item in items for entry in item if isinstance(entry, Failure)],
+        failures=[(entry.index, entry.message) for item in items for entry in item if isinstance(entry, ReadFailure)],
     )
 
 
-class WholeScans(Dataset[list[Resized | Failure]]):
+class WholeScans(Dataset[list[Resized | ReadFailure]]):
     """Each record once, whole, by the processor: for embedding."""
 
     def __init__(self, records: Sequence[Record], processor: M3RetImageProcessor):
@@ -108,15 +108,15 @@ class WholeScans(Dataset[list[Resized | Failure]]):
     def __len__(self) -> int:
         return len(self.records)
 
-    def __getitem__(self, index: int) -> list[Resized | Failure]:
+    def __getitem__(self, index: int) -> list[Resized | ReadFailure]:
         try:
             volume = self.processor.resize(self.processor.read(self.records[index].open()))
         except M3RetReadError as error:
-            return [Failure(index, str(error))]
+            return [ReadFailure(index, str(error))]
         return [Resized(index, volume)]
 
 
-class RandomViews(Dataset[list[Resized | Failure]]):
+class RandomViews(Dataset[list[Resized | ReadFailure]]):
     """Random views of a record, kind after kind, all from one decode, with the noise of their masks: for pretraining.
 
     An item is asked for by `(turn, index)`, see `SeededBatches`. Crops and noise follow from (seed, turn, index) alone,
@@ -149,22 +149,22 @@ class RandomViews(Dataset[list[Resized | Failure]]):
     def __len__(self) -> int:
         return len(self.records)
 
-    def __getitem__(self, key: tuple[int, int]) -> list[Resized | Failure]:
+    def __getitem__(self, key: tuple[int, int]) -> list[Resized | ReadFailure]:
         turn, index = key
         generator = np.random.default_rng([self.seed, turn, index])  # of the asked one: a stand-in gets other views
-        failures: list[Resized | Failure] = []
+        failures: list[Resized | ReadFailure] = []
         while True:
             try:
                 scan = self._read(index)
                 break
             except M3RetReadError as error:
-                failures.append(Failure(index, str(error)))
+                failures.append(ReadFailure(index, str(error)))
                 if len(failures) == MOST_FAILURES_IN_A_ROW:
                     raise
                 index = (index + 1) % len(self.records)  # its neighbour stands in, so that the batch stays full
         views = failures
         for kind in self.kinds:
-            view = random_flip(random_crop(scan, kind.ranges, generator), kind.flip_part, generator)
+            view = random_flip(random_crop(scan, kind.ranges, generator), kind.flip_probability, generator)
             volume = self.processor.resize(view, size=kind.size)
             if kind.jitter:
                 volume = random_intensity(volume, kind.jitter, generator)
@@ -204,7 +204,10 @@ def expected_tokens(
         for kind in kinds:
             side = math.sqrt(sum(kind.ranges.area) / 2)
             slices = max(1, round(D * sum(kind.ranges.depth) / 2))
-            for depth, part in ((1, kind.ranges.slice_part), (slices, 1 - kind.ranges.slice_part)):
+            for depth, part in (
+                (1, kind.ranges.single_slice_probability),
+                (slices, 1 - kind.ranges.single_slice_probability),
+            ):
                 crop = (depth, max(1, round(H * side)), max(1, round(W * side)))
                 shape = processor.target_shape(crop, record.spacing, size=kind.size)
                 counts[number] += part * kind.count * (prefix + math.prod(processor.grid_of((1, *shape))))

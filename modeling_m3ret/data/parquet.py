@@ -100,7 +100,7 @@ def hub_shards(name: str, stream: bool) -> Shards:
     return Shards(name, [f"hf://datasets/{repository}@{info.sha}/{file}" for file in files], index)
 
 
-def read_places(shards: Shards) -> Iterator[tuple[ParquetRow, str, dict[str, Any]]]:
+def read_locations(shards: Shards) -> Iterator[tuple[ParquetRow, str, dict[str, Any]]]:
     """Of each row its place, its split and its small columns, in the order of shards and rows.
 
     Raises:

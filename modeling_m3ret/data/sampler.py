@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 
-DeckName = str | tuple[str, str]  # a modality, or with its source
+Stratum = str | tuple[str, str]  # a modality, or with its source
 
 
 class SeededBatches:
@@ -30,7 +30,7 @@ class SeededBatches:
     another does. The order depends on lanes and ranks, not on workers.
 
     Args:
-        deck_names: of each record; decks are numbered in the order of their names. start: number of the first batch.
+        strata: of each record; decks are numbered in the order of their names. start: number of the first batch.
         blocks: `(n,)`, of each record, or None.
     """
 
@@ -38,7 +38,7 @@ class SeededBatches:
 
     def __init__(
         self,
-        deck_names: Sequence[DeckName],
+        strata: Sequence[Stratum],
         batch_size: int,
         *,
         seed: int,
@@ -49,13 +49,13 @@ class SeededBatches:
         blocks: np.ndarray | None = None,
         lanes: int = 1,
     ):
-        records = len(deck_names)
+        records = len(strata)
         if records < batch_size * processes:
             raise ValueError(
                 f"{records} training scans do not fill one batch of {batch_size} on each of {processes} processes"
             )
-        number_of = {name: number for number, name in enumerate(sorted(set(deck_names)))}
-        numbers = np.array([number_of[name] for name in deck_names])
+        number_of = {name: number for number, name in enumerate(sorted(set(strata)))}
+        numbers = np.array([number_of[name] for name in strata])
         self.decks = [np.flatnonzero(numbers == number) for number in range(len(number_of))]
         weights = np.array([len(deck) ** alpha for deck in self.decks])
         shares = records * weights / weights.sum()
@@ -144,11 +144,11 @@ class TokenBatches(SeededBatches):
             `SeededBatches`.
     """
 
-    def __init__(self, deck_names: Sequence[DeckName], tokens: np.ndarray, budget: int, **order: Any):
-        super().__init__(deck_names, 1, **order)
-        if len(deck_names) < self.lanes * self.processes:
+    def __init__(self, strata: Sequence[Stratum], tokens: np.ndarray, budget: int, **order: Any):
+        super().__init__(strata, 1, **order)
+        if len(strata) < self.lanes * self.processes:
             raise ValueError(
-                f"{len(deck_names)} training scans are less than {self.lanes} lanes x {self.processes} processes"
+                f"{len(strata)} training scans are less than {self.lanes} lanes x {self.processes} processes"
             )
         self.tokens = tokens
         self.budget = budget

@@ -24,13 +24,13 @@ class CropRanges:
     area: part of the slice's area that the crop covers, .2 to 1 as in MAE (arXiv 2111.06377, appendix A.1).
     aspect: width over height of the crop relative to the scan's, log-uniform, 3/4 to 4/3 as in Inception and MAE.
     depth: part of the slices; 3DINO crops .5 to 1 of the slices for its global views.
-    slice_part: of the crops, how many are a single slice, any of those there are, instead.
+    single_slice_probability: of the crops, how many are a single slice, any of those there are, instead.
     """
 
     area: tuple[float, float] = (0.2, 1.0)
     aspect: tuple[float, float] = (3 / 4, 4 / 3)
     depth: tuple[float, float] = (0.5, 1.0)
-    slice_part: float = 0.0
+    single_slice_probability: float = 0.0
 
 
 # areas of SimDINO's published 2D command (arXiv 2502.10385), depths of 3DINO's volumes
@@ -45,7 +45,7 @@ class Jitter:
     contrast, brightness: factor and shift (in parts of the range), .4 and .8 of the views as in SimDINO's colour
     jitter, half of it for the shift, which clips. gamma: .7 to 1.5, nnU-Net's (Isensee et al. 2021), with them.
     white_balance, saturation: of arrays with colour alone, factor of each channel and distance from grey, with them;
-    SimDINO's saturation is .2 and its hue .1, and light sources differ by more. grey_part: SimDINO's.
+    SimDINO's saturation is .2 and its hue .1, and light sources differ by more. grey_probability: SimDINO's.
     noise: standard deviation, of the range; blur: standard deviation in pixels; low_resolution: factor of the size that
     the view is shrunk to and blown up from; parts and ranges nnU-Net's.
     """
@@ -55,26 +55,26 @@ class Jitter:
     gamma: tuple[float, float] = (0.7, 1.5)
     white_balance: tuple[float, float] = (0.7, 1.4)
     saturation: tuple[float, float] = (0.6, 1.4)
-    part: float = 0.8
-    grey_part: float = 0.2
+    probability: float = 0.8
+    grey_probability: float = 0.2
     noise: tuple[float, float] = (0.0, 0.1)
-    noise_part: float = 0.1
+    noise_probability: float = 0.1
     blur: tuple[float, float] = (0.5, 1.0)
-    blur_part: float = 0.2
+    blur_probability: float = 0.2
     low_resolution: tuple[float, float] = (0.5, 1.0)
-    low_resolution_part: float = 0.25
+    low_resolution_probability: float = 0.25
 
 
 @dataclass(frozen=True)
 class ViewKind:
     """How many views of a kind each decode gives, and what they are. size: as of the processor; None: its own.
-    flip_part: of the views, how many are mirrored left to right."""
+    flip_probability: of the views, how many are mirrored left to right."""
 
     count: int
     ranges: CropRanges = CropRanges()
     size: int | None = None
     jitter: Jitter | None = None
-    flip_part: float = 0.0
+    flip_probability: float = 0.0
 
 
 def random_crop(scan: Scan, ranges: CropRanges, generator: np.random.Generator) -> Scan:
@@ -85,16 +85,16 @@ def random_crop(scan: Scan, ranges: CropRanges, generator: np.random.Generator) 
     height = min(H, max(1, round(H * math.sqrt(area / aspect))))
     width = min(W, max(1, round(W * math.sqrt(area * aspect))))
     depth = min(D, max(1, round(D * generator.uniform(*ranges.depth))))
-    if ranges.slice_part and generator.random() < ranges.slice_part:
+    if ranges.single_slice_probability and generator.random() < ranges.single_slice_probability:
         depth = 1
     starts = [int(generator.integers(whole - part + 1)) for whole, part in ((D, depth), (H, height), (W, width))]
     box = tuple(slice(start, start + part) for start, part in zip(starts, (depth, height, width), strict=True))
     return replace(scan, array=scan.array[(slice(None), *box)])
 
 
-def random_flip(scan: Scan, part: float, generator: np.random.Generator) -> Scan:
+def random_flip(scan: Scan, probability: float, generator: np.random.Generator) -> Scan:
     """The scan, or for a part of the draws its mirror image."""
-    if generator.random() >= part:
+    if generator.random() >= probability:
         return scan
     return replace(scan, array=np.ascontiguousarray(scan.array[..., ::-1]))
 
@@ -105,12 +105,12 @@ def random_intensity(volume: Tensor, jitter: Jitter, generator: np.random.Genera
     In the order of an acquisition: what the optics lose, what light and display make of it, what the sensor adds.
     """
     unit = ((volume + 1) / 2).clamp_(0, 1)
-    if generator.random() < jitter.low_resolution_part:
+    if generator.random() < jitter.low_resolution_probability:
         unit = _low_resolution(unit, generator.uniform(*jitter.low_resolution))
-    if generator.random() < jitter.blur_part:
+    if generator.random() < jitter.blur_probability:
         unit = _blur(unit, generator.uniform(*jitter.blur))
     has_colour = len(unit) == 3
-    if generator.random() < jitter.part:
+    if generator.random() < jitter.probability:
         contrast, brightness, gamma = (
             generator.uniform(*ends) for ends in (jitter.contrast, jitter.brightness, jitter.gamma)
         )
@@ -122,9 +122,9 @@ def random_intensity(volume: Tensor, jitter: Jitter, generator: np.random.Genera
         unit = unit.pow(gamma)
         mean = float(unit.numpy().mean(dtype=np.float64))  # torch's sum would depend on its threads, so on the worker
         unit = ((unit - mean) * contrast + mean + brightness).clamp_(0, 1)
-    if has_colour and generator.random() < jitter.grey_part:
+    if has_colour and generator.random() < jitter.grey_probability:
         unit = unit.mean(0, keepdim=True).expand(3, -1, -1, -1)
-    if generator.random() < jitter.noise_part:
+    if generator.random() < jitter.noise_probability:
         noise = torch.from_numpy(generator.standard_normal(unit.shape, dtype=np.float32))
         unit = (unit + noise * generator.uniform(*jitter.noise)).clamp_(0, 1)
     return unit * 2 - 1

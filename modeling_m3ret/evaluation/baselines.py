@@ -35,7 +35,7 @@ from tqdm.auto import tqdm
 from transformers import MODEL_MAPPING, AutoConfig
 
 from ..data.collection import Record
-from ..data.loading import Failure, Resized, WholeScans, embedding_loader
+from ..data.loading import ReadFailure, Resized, WholeScans, embedding_loader
 from ..image_processing_m3ret import M3RetImageProcessor
 from ..reading_m3ret import M3RetReadError, Scan
 from ..search.embedding import Embedded
@@ -92,11 +92,11 @@ class SliceScans(WholeScans):
         super().__init__(records, M3RetImageProcessor(num_frames=slices))  # which reads, of a clip no more than these
         self.pictures = pictures
 
-    def __getitem__(self, index: int) -> list[Resized | Failure]:
+    def __getitem__(self, index: int) -> list[Resized | ReadFailure]:
         try:
             scan = self.processor.read(self.records[index].open())
         except M3RetReadError as error:
-            return [Failure(index, str(error))]
+            return [ReadFailure(index, str(error))]
         return [Resized(index, self.pictures.of(scan, self.processor.num_frames))]
 
 

@@ -55,7 +55,7 @@ class MaskedAutoencoding(nn.Module):
 
     def __init__(self, run: RunConfig, config: M3RetConfig):
         super().__init__()
-        self.views = [ViewKind(run.views_per_decode, flip_part=run.flip_part)]
+        self.views = [ViewKind(run.views_per_decode, flip_probability=run.flip_part)]
         self.model = M3RetForPreTraining(config)
 
     @property
@@ -91,7 +91,7 @@ class SelfDistillation(nn.Module):
     def __init__(self, run: RunConfig, config: M3RetConfig):
         super().__init__()
         global_crops, local_crops = (
-            replace(ranges, area=(area[0], area[1]), slice_part=run.slice_part)
+            replace(ranges, area=(area[0], area[1]), single_slice_probability=run.slice_part)
             for ranges, area in ((GLOBAL_CROPS, run.global_area), (LOCAL_CROPS, run.local_area))
         )
         self.views = [

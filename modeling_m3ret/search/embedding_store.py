@@ -48,13 +48,13 @@ def fingerprint(records: Sequence[Record]) -> str:
     digest = hashlib.sha256()
     shards: dict[str, str] = {}
     for record in records:
-        if isinstance(record.place, ParquetRow):
-            shard = record.place.shard
+        if isinstance(record.location, ParquetRow):
+            shard = record.location.shard
             if shard not in shards:
                 shards[shard] = shard if "://" in shard else _state_of(Path(shard))
-            where = f"{shards[shard]} {record.place.group} {record.place.row}"
+            where = f"{shards[shard]} {record.location.group} {record.location.row}"
         else:
-            where = _state_of(record.place)
+            where = _state_of(record.location)
         digest.update(f"{record.id}\0{where}\n".encode())
     return digest.hexdigest()
 

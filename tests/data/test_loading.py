@@ -89,7 +89,7 @@ def test_expected_tokens_are_those_that_views_have_on_the_mean(tmp_path: Path) -
     Within a tenth of what 80 draws really have.
     """
     processor = M3RetImageProcessor(size=48, num_frames=16)
-    deep, flat = CropRanges((0.4, 1.0)), CropRanges((0.05, 0.4), depth=(0.2, 0.5), slice_part=0.5)
+    deep, flat = CropRanges((0.4, 1.0)), CropRanges((0.05, 0.4), depth=(0.2, 0.5), single_slice_probability=0.5)
     kinds = [ViewKind(2, deep, 64), ViewKind(3, flat, 32)]
     generator = np.random.default_rng(0)
     unknown = (None, None, None)
@@ -119,7 +119,7 @@ def test_expected_tokens_are_those_that_views_have_on_the_mean(tmp_path: Path) -
 
 
 def test_one_bad_file_is_counted_and_stops_nothing(records: list[Record]) -> None:
-    records[2].place.write_bytes(b"not an array")
+    records[2].location.write_bytes(b"not an array")
     views = RandomViews(records, PROCESSOR, views=[ViewKind(2)])
     packs = list(islice(training_loader(views, SeededBatches(["ct"] * 8, 4, seed=0), 0), 2))
     assert [len(pack.scans) for pack in packs] == [8, 8]  # the neighbour stands in
@@ -135,7 +135,7 @@ def test_one_bad_file_is_counted_and_stops_nothing(records: list[Record]) -> Non
 
 def test_a_disk_that_is_gone_does_stop_the_run(records: list[Record]) -> None:
     for record in records:
-        record.place.unlink()
+        record.location.unlink()
     with pytest.raises(M3RetReadError):
         RandomViews(records * 4, PROCESSOR, views=[ViewKind(1)])[0, 0]
     assert len(records * 4) > MOST_FAILURES_IN_A_ROW
@@ -144,7 +144,7 @@ def test_a_disk_that_is_gone_does_stop_the_run(records: list[Record]) -> None:
 def test_whole_scans_come_in_order(records: list[Record]) -> None:
     packs = list(embedding_loader(WholeScans(records, PROCESSOR), 3, 2))
     assert [index for pack in packs for index in pack.scans] == list(range(8))
-    alone = PROCESSOR(records[4].place)
+    alone = PROCESSOR(records[4].location)
     together = packs[1].inputs(PROCESSOR)
     counts = together["grid_thw"].prod(-1).tolist()
     assert torch.equal(together["pixel_values"].split(counts)[1], alone["pixel_values"])

@@ -14,7 +14,7 @@ from PIL import Image
 from modeling_m3ret import M3RetReadError
 from modeling_m3ret.data import parquet
 from modeling_m3ret.data.collection import CollectionError, open_collection, training_and_held_out
-from modeling_m3ret.data.parquet import ParquetRow, RowReader, blocks_of, index_columns, local_shards, read_places
+from modeling_m3ret.data.parquet import ParquetRow, RowReader, blocks_of, index_columns, local_shards, read_locations
 from modeling_m3ret.data.schema import features
 from modeling_m3ret.reading_m3ret import read_scan
 
@@ -142,7 +142,7 @@ def test_a_block_is_one_read_and_the_latest_are_kept(dataset: Path, monkeypatch:
             return super().read_row_groups(groups, **options)
 
     monkeypatch.setattr(parquet, "open_parquet", Counted)
-    places = [place for place, _, _ in read_places(local_shards(dataset))]
+    places = [place for place, _, _ in read_locations(local_shards(dataset))]
     reader = RowReader()
     reader.fetch(places[0].shard, 0, 3)
     assert [reader.row(place)["id"] for place in places[:6]] == [f"id-{number}" for number in range(6)]

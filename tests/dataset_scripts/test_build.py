@@ -496,7 +496,7 @@ def test_duplicates_are_reported_and_dropped_when_asked(tmp_path: Path) -> None:
     assert "- 4 pairs of scans in different splits look the same, and 1 groups" in (kept / "README.md").read_text()
     assert "- 4 duplicates were left out. Before, 4 pairs" in (dropped / "README.md").read_text()
     assert without["bytes"]["parquet"] == sum(path.stat().st_size for path in (dropped / "data").iterdir())
-    assert {Path(record.place.shard).name for record in open_collection(dropped)} == {  # type: ignore[union-attr]
+    assert {Path(record.location.shard).name for record in open_collection(dropped)} == {  # type: ignore[union-attr]
         path.name for path in (dropped / "data").iterdir()
     }
     before = bytes_of(dropped)

@@ -33,8 +33,8 @@ def scans(folder: Path, count: int = 60) -> Embedded:
     embedded = collection(count, folder=folder)
     generator = np.random.default_rng(0)
     for record in embedded.records:
-        assert isinstance(record.place, Path)
-        Image.fromarray(generator.integers(0, 255, (40, 60), dtype=np.uint8)).save(record.place)
+        assert isinstance(record.location, Path)
+        Image.fromarray(generator.integers(0, 255, (40, 60), dtype=np.uint8)).save(record.location)
     return embedded
 
 

@@ -135,9 +135,9 @@ def test_views_are_what_the_run_asked_for() -> None:
     )
     built, config = build_objective(run)
     shared, local = built.views
-    assert (shared.count, shared.size, shared.ranges.area, shared.flip_part) == (2, None, (0.3, 0.6), 0.5)
+    assert (shared.count, shared.size, shared.ranges.area, shared.flip_probability) == (2, None, (0.3, 0.6), 0.5)
     assert (local.count, local.size, local.ranges.area) == (6, 48, (0.05, 0.4))
-    assert (shared.ranges.slice_part, local.ranges.slice_part) == (0.4, 0.4)
+    assert (shared.ranges.single_slice_probability, local.ranges.single_slice_probability) == (0.4, 0.4)
     assert (config.pooling, config.drop_path_rate) == ("cls", 0.1)
     (crops,) = build_objective(RunConfig(preset="vitt", model=TINY, views_per_decode=3))[0].views
-    assert (crops.count, crops.jitter, crops.ranges.slice_part) == (3, None, 0.0)
+    assert (crops.count, crops.jitter, crops.ranges.single_slice_probability) == (3, None, 0.0)

@@ -43,7 +43,7 @@ def test_measured_as_by_the_evaluation_and_decoded_once(records: list[Record]) -
     # what the whitening was fitted to has mean 0
     assert encoder.whitening(pooled.embeddings[:8]).mean(0).abs().max() <= 1e-4
     for record in records:
-        record.place.unlink()
+        record.location.unlink()
     quality.fit_whitening(encoder)
     assert quality.measure(encoder) == numbers
 

@@ -88,7 +88,7 @@ def test_a_checkpoint_on_the_way_has_the_latest_numbers(config: RunConfig, recor
 
 def test_a_whitening_that_could_not_be_fitted_is_none(config: RunConfig, records: list[Record]) -> None:
     for record in records[:6]:
-        record.place.unlink()
+        record.location.unlink()
     saver = saver_of(config, records)
     saver.fit_whitening(saver.objective.encoder)
     assert save(saver, 1)[0]["whitened_at_step"] is None
@@ -98,7 +98,7 @@ def test_the_closing_table_is_of_the_sample_that_is_measured_online(
     config: RunConfig, records: list[Record], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("modeling_m3ret.pretraining.quality.measured_sample", lambda held_out: held_out[1:])
-    records[-1].place.unlink()
+    records[-1].location.unlink()
     saver = saver_of(config, records)
     saver.fit_whitening(saver.objective.encoder)
     save(saver, 10)

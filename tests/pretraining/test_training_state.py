@@ -40,7 +40,7 @@ def test_scans_are_told_by_their_names_and_where_sizes_fill_batches_by_their_siz
     by_number, by_size = RunConfig(), RunConfig(tokens_per_batch=100, learning_rate=1e-3)
     checkpoint = checkpoint_of(tmp_path, by_number, "one\tct\nother\tct")
     assert refusal(checkpoint, by_number, [ONE, OTHER]) == ""
-    assert refusal(checkpoint, by_number, [replace(ONE, place=Path("moved"), is_clip=True), OTHER]) == ""
+    assert refusal(checkpoint, by_number, [replace(ONE, location=Path("moved"), is_clip=True), OTHER]) == ""
     assert refusal(checkpoint, by_number, [OTHER, ONE]) == OTHER_SCANS
     (tmp_path / "sizes").mkdir()
     size = "(20, 50, 60) (None, None, None)"

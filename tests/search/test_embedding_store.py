@@ -45,7 +45,7 @@ def records(tmp_path: Path) -> list[Record]:
         depth = 4 if number % 2 else 9
         np.save(path, np.random.default_rng(number).integers(0, 255, (depth, 40, 36), dtype=np.uint8))
         made.append(Record(f"id-{number}", path, "ct", "chest", "l", f"p{number}"))
-    made[5].place.write_bytes(b"cut")  # type: ignore[union-attr]
+    made[5].location.write_bytes(b"cut")  # type: ignore[union-attr]
     return made
 
 
@@ -109,7 +109,7 @@ def test_a_collection_of_which_nothing_can_be_read_has_no_embeddings(tmp_path: P
 def test_a_file_that_changed_is_embedded_anew(records: list[Record]) -> None:
     before = fingerprint(records)
     assert fingerprint(records) == before
-    np.save(records[3].place, np.zeros((4, 40, 36), np.uint8))  # type: ignore[arg-type]
+    np.save(records[3].location, np.zeros((4, 40, 36), np.uint8))  # type: ignore[arg-type]
     assert fingerprint(records) != before
 
 
@@ -166,7 +166,7 @@ if accelerator.is_main_process:
 def test_two_processes_and_a_run_that_was_killed_give_the_same(records: list[Record], tmp_path: Path) -> None:
     script = tmp_path / "process.py"
     script.write_text(PROCESS.format(root=str(ROOT)))
-    scans = str(records[0].place.parent)  # type: ignore[union-attr]
+    scans = str(records[0].location.parent)  # type: ignore[union-attr]
 
     def run(ranks: int, folder: str, what: str, result: str) -> int:
         words = [str(script), scans, str(tmp_path / folder), what, str(tmp_path / result)]

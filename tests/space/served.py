@@ -44,7 +44,7 @@ class Served:
     def of(self, modality: str, suffix: str | None = None) -> Path:
         """A scan's file or folder."""
         for record in self.records:
-            place = record.place
+            place = record.location
             if isinstance(place, Path) and record.modality == modality and suffix in (None, place.suffix):
                 return place
         raise LookupError(f"{modality} {suffix}")

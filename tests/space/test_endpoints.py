@@ -59,7 +59,7 @@ def test_three_endpoints_are_public(client: Any) -> None:
 
 
 def test_search_finds_the_scan_itself_and_filters(client: Any, served: Served) -> None:
-    own = next(row for row, record in enumerate(served.records) if record.place == served.of("xray", ".dcm"))
+    own = next(row for row, record in enumerate(served.records) if record.location == served.of("xray", ".dcm"))
     answer = client.predict([sent(served.of("xray", ".dcm"))], 3, [], [], False, api_name="/search")
     assert set(answer) == {"query", "hits"}
     assert (answer["hits"][0]["item"], answer["hits"][0]["similarity"]) == (own, pytest.approx(1, abs=2e-3))

@@ -275,7 +275,7 @@ def test_an_upload_that_was_put_away_is_told_and_a_scan_of_the_gallery_comes_bac
     parts: tuple[M3RetModel, M3RetImageProcessor, Gallery], records: list[Record], readers: IsolatedReaders
 ) -> None:
     searching = Searching(*parts, readers, shelf_bytes=1)
-    place = records[0].place
+    place = records[0].location
     assert isinstance(place, Path)
     query = searching.query_of_files([place])
     assert searching.scan(query.key) is searching.scan(query.key)
@@ -290,7 +290,7 @@ def test_a_scan_of_the_gallery_that_is_gone_is_told_without_its_name(
 ) -> None:
     model, processor, gallery = parts
     assert gallery.records is not None
-    gone = [replace(gallery.records[0], place=tmp_path / "patient-name.png"), *gallery.records[1:]]
+    gone = [replace(gallery.records[0], location=tmp_path / "patient-name.png"), *gallery.records[1:]]
     searching = Searching(model, processor, Gallery(gallery.index, gone), readers)
     with pytest.raises(M3RetReadError, match="item 0 of the gallery: found no such file") as told:
         searching.scan("row-0")
@@ -298,7 +298,7 @@ def test_a_scan_of_the_gallery_that_is_gone_is_told_without_its_name(
 
 
 def test_an_upload_that_nobody_looks_at_is_put_away(searching: Searching, records: list[Record]) -> None:
-    place = records[0].place
+    place = records[0].location
     assert isinstance(place, Path)
     query = searching.query_of_files([place])
     searching.heat(query, 1)
@@ -332,7 +332,7 @@ def test_zerogpu_lends_a_gpu_to_the_encoder_alone(
         "        return pickle.loads(pickle.dumps(result))\n"
         "    return lent\n"
     )
-    place = records[0].place
+    place = records[0].location
     assert isinstance(place, Path)
     without = Searching(*parts, readers)
     embedding, heat = without.query_of_files([place]).embedding, without.heat(without.query_of_row(0), 1)
