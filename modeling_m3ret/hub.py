@@ -1,4 +1,4 @@
-"""What every use of the Hugging Face Hub shares: the cache folder and the retry policy."""
+"""What every use of the Hugging Face Hub shares: the cache folder, the retry policy, and loading a checkpoint."""
 
 from __future__ import annotations
 
@@ -7,6 +7,12 @@ from pathlib import Path
 
 from huggingface_hub.constants import HF_HOME
 from tenacity import RetryCallState, Retrying, stop_after_attempt, wait_exponential
+from transformers import AutoConfig
+
+from .configuration_m3ret import M3RetConfig
+from .errors import InputError
+from .image_processing_m3ret import M3RetImageProcessor
+from .modeling_m3ret import M3RetModel
 
 
 logger = logging.getLogger(__name__)
@@ -38,3 +44,22 @@ def hub_retries(action: str) -> Retrying:
         before_sleep=log_failure,
         reraise=True,
     )
+
+
+def load_pretrained(name: str) -> tuple[M3RetModel, M3RetImageProcessor]:
+    """Load an encoder in evaluation mode, and its image processor.
+
+    Args:
+        name: checkpoint folder or Hub id.
+
+    Raises:
+        InputError: if there is no such checkpoint, or it holds another kind of model.
+    """
+    try:
+        model_type = AutoConfig.from_pretrained(name).model_type
+        if model_type == M3RetConfig.model_type:
+            return M3RetModel.from_pretrained(name).eval(), M3RetImageProcessor.from_pretrained(name)
+        reason = f"Its model type is {model_type!r}."
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+    raise InputError(f"cannot load a model: expected a folder or Hub id of an M3Ret checkpoint, got {name!r}. {reason}")

@@ -1,0 +1,62 @@
+"""Command lines of all scripts: options, YAML files, and mistakes that end in one line and exit code 2."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NoReturn
+
+import jsonargparse
+
+from .errors import InputError
+from .scan_m3ret import M3RetReadError
+
+
+jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+
+class CommandLine(jsonargparse.ArgumentParser):
+    """`argparse.ArgumentParser` with typed options, dataclasses and YAML files, whose errors are one line.
+
+    Options come from `add_argument`, as in argparse, or from `add_class_arguments(Dataclass)`, where the docstring
+    under each field is its help. `add_argument("--config", action="config")` reads options from a YAML file.
+
+    Args:
+        description: shown by `--help` as it is written.
+        prog: name of the command; by default that of the script.
+    """
+
+    def __init__(self, description: str | None, prog: str | None = None):
+        super().__init__(prog=prog, usage="%(prog)s [options]", description=description, formatter_class=_Help)
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        exit_with_error(self.prog, f"{message} (see --help)")
+
+
+class _Help(jsonargparse.DefaultHelpFormatter):
+    """Keep the line breaks of the description; add type and default to every option."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return "".join(indent + line for line in text.splitlines(keepends=True))
+
+
+@contextmanager
+def user_errors(prog: str) -> Iterator[None]:
+    """Turn an exception that the user can act on into one line on stderr and exit code 2.
+
+    These are `InputError`, `M3RetReadError`, and files or folders that are missing or not readable. Any other exception
+    is a fault of the program and keeps its traceback.
+    """
+    try:
+        yield
+    except (InputError, M3RetReadError, FileNotFoundError, NotADirectoryError, PermissionError) as error:
+        exit_with_error(prog, str(error))
+
+
+def exit_with_error(prog: str, message: str) -> NoReturn:
+    """Print `prog: error: message` as one line, once per machine of a distributed run, and exit with code 2."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"{prog}: error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(2)
