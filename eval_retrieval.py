@@ -37,8 +37,9 @@ from modeling_m3ret.evaluation.table import (
     to_json,
 )
 from modeling_m3ret.evaluation.untrained_baseline import untrained_encoder, whitening_sample
+from modeling_m3ret.model_facts import model_facts
 from modeling_m3ret.search.embedding import MAX_TOKENS, Embedded, embed_records, pixel_embedder
-from modeling_m3ret.search.embedding_store import embed_collection, facts_of
+from modeling_m3ret.search.embedding_store import embed_collection
 from modeling_m3ret.search.matching import TOKEN_WHITENING_SCANS, Reranked, fit_token_whitening, scan_tokens
 
 
@@ -94,7 +95,7 @@ def main() -> None:
     for title, name in zip(names, arguments.model, strict=True):
         processor = AutoImageProcessor.from_pretrained(name)
         model = AutoModel.from_pretrained(name).eval().to(accelerator.device)
-        models[title] = facts_of(model, processor, baseline_name(name))
+        models[title] = model_facts(model, processor, baseline_name(name))
         facts = training_facts(name)
         checkpoints[title] = facts | {"parameters": model.num_parameters()}
         notes += filter(None, [leak_in_words(title, collection, records, arguments.holdout, facts)])

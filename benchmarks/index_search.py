@@ -24,8 +24,9 @@ import torch
 from torch import Tensor
 
 from modeling_m3ret.cpu import prepare_cpu
+from modeling_m3ret.model_facts import ModelFacts
 from modeling_m3ret.search.approximate import ApproximateSearch
-from modeling_m3ret.search.index import ModelFacts, RetrievalIndex, Where
+from modeling_m3ret.search.index import MetadataFilter, RetrievalIndex
 
 
 def draw(rows: int, dimension: int, centres: Tensor | None, seed: int) -> Tensor:
@@ -85,10 +86,10 @@ def main() -> None:
     del gallery
     print(f"exact: built in {time.perf_counter() - start:.1f} s, {index.embeddings.nbytes / 2**20:,.0f} MiB")
     latencies("exact", lambda q: index.search(q, 10), queries)
-    index.search(queries[:1], 10, where=Where(anatomy=["99"]))  # which reads the column
+    index.search(queries[:1], 10, where=MetadataFilter(anatomy=["99"]))  # which reads the column
     for name, filters in (
-        ("new", [Where(anatomy=[str(number)]) for number in range(50)]),
-        ("asked before", [Where(anatomy=["99"])] * 50),
+        ("new", [MetadataFilter(anatomy=[str(number)]) for number in range(50)]),
+        ("asked before", [MetadataFilter(anatomy=["99"])] * 50),
     ):
         filtered = sorted(
             milliseconds(lambda q=query, where=where: index.search(q[None], 10, where=where))

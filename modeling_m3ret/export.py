@@ -26,10 +26,9 @@ from transformers import AutoImageProcessor, AutoModel
 
 from .atomic_io import atomic_write_text, sync
 from .image_processing_m3ret import M3RetImageProcessor
+from .model_facts import model_facts, sha256_of
 from .modeling_m3ret import M3RetModel
 from .packing_m3ret import PackLayout, grid_places, patchify
-from .search.embedding_store import facts_of
-from .search.index import sha256_of
 from .version import __version__
 
 
@@ -230,7 +229,7 @@ def manifest_of(model: M3RetModel, processor: M3RetImageProcessor, name: str, fo
         "format": format,
         "m3ret": __version__,
         "torch": torch.__version__,
-        "model": asdict(facts_of(model, processor, name)),
+        "model": asdict(model_facts(model, processor, name)),
         "input": {
             "name": "pixel_values",
             "dtype": "float32",

@@ -21,7 +21,7 @@ from conftest import tiny_config
 from modeling_m3ret import M3RetImageProcessor, M3RetModel
 from modeling_m3ret import export as export_module
 from modeling_m3ret.export import MANIFEST, differences, export, runner, trace
-from modeling_m3ret.search.embedding_store import facts_of
+from modeling_m3ret.model_facts import model_facts
 
 
 if TYPE_CHECKING:
@@ -134,7 +134,7 @@ def test_the_manifest_tells_whose_graph_it_is_and_what_it_takes(exported: tuple[
     format, model, folder = exported
     manifest = json.loads((folder / MANIFEST).read_text())
     assert manifest["format"] == format
-    assert manifest["model"] == vars(facts_of(model, make_processor(), "m3ret-tiny"))
+    assert manifest["model"] == vars(model_facts(model, make_processor(), "m3ret-tiny"))
     assert manifest["input"]["shape"] == ["batch", 3, "depth", "height", "width"]
     assert manifest["input"]["multiple_of"] == [1, 1, 1, 16, 16]
     assert manifest["output"]["shape"] == ["batch", 48]

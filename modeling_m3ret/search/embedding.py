@@ -71,7 +71,8 @@ def embed_records(
                 kept += pack.scans
                 inputs = pack.inputs(processor)
                 for part, embedder in zip(parts, embedders, strict=True):
-                    part.append(embedder(inputs).float().cpu())
+                    vectors = embedder(inputs).cpu()
+                    part.append(vectors.float() if vectors.is_floating_point() else vectors)
     if any(not torch.isfinite(embeddings).all() for part in parts for embeddings in part):
         raise ValueError("an encoder gave embeddings that are not finite: its weights have diverged")
     return [

@@ -24,23 +24,12 @@ from ..data.collection import Record
 from ..data.parquet import ParquetRow
 from ..hub import CACHE_FOLDER
 from ..image_processing_m3ret import M3RetImageProcessor
+from ..model_facts import model_facts
 from ..modeling_m3ret import M3RetModel
 from .embedding import MAX_TOKENS, Embedded, embed_records, encoder_embedder, pooled_embedder
-from .index import ModelFacts
 
 
 SHARD_SCANS = 512  # some minutes of CTs on a CPU are the most that is done twice after an interruption
-
-
-def facts_of(model: M3RetModel, processor: M3RetImageProcessor, name: str) -> ModelFacts:
-    """Whose embeddings they are: by the weights as they are loaded, wherever they came from."""
-    digest = hashlib.sha256()
-    for key, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{key} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    settings = {key: value for key, value in processor.to_dict().items() if not key.startswith("_")}
-    told = json.dumps(settings, sort_keys=True, default=str)
-    return ModelFacts(Path(name).name, digest.hexdigest(), hashlib.sha256(told.encode()).hexdigest())
 
 
 def fingerprint(records: Sequence[Record]) -> str:
@@ -88,7 +77,7 @@ def embed_collection(
         pooled: in place of embeddings the pooled features `(n, pooled)`, neither whitened nor normalised, which a
             whitening is fitted to.
     """
-    facts = facts_of(model, processor, name)
+    facts = model_facts(model, processor, name)
     told = {
         "weights": facts.revision,
         # two poolings, or two numbers of heads, have weights of the same shapes: of one seed, untrained, the same ones

@@ -9,7 +9,6 @@ An index never changes: `add` and `remove` give a new one, so that who searches 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -30,6 +29,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..atomic_io import atomic_write_text, sync
+from ..model_facts import ModelFacts, sha256_of
 from .approximate import AIM, ApproximateSearch, Measured, Method
 from .exact import FEW_QUERIES, Hits, bfloat16_rounding, block_type, search_exactly
 
@@ -50,30 +50,17 @@ class IndexFormatError(ValueError):
 
 
 @dataclass(frozen=True)
-class ModelFacts:
-    """Whose embeddings these are: queries of any other model would find nothing but noise.
-
-    model: id or name of the checkpoint; revision: the Hub's commit, or sha256 of the weights; processor: sha256 of its
-    settings.
-    """
-
-    model: str
-    revision: str
-    processor: str
-
-
-@dataclass(frozen=True)
-class Where:
+class MetadataFilter:
     """Which scans may be found: those of these modalities, anatomies and sources (None: of all), and not of these
     patients."""
 
     modality: Collection[str] | None = None
     anatomy: Collection[str] | None = None
     source: Collection[str] | None = None
-    without_patients: Collection[str] = ()
+    excluded_patients: Collection[str] = ()
 
     def __post_init__(self) -> None:
-        for column in ("modality", "anatomy", "source", "without_patients"):
+        for column in ("modality", "anatomy", "source", "excluded_patients"):
             names = getattr(self, column)
             object.__setattr__(self, column, names if names is None else frozenset(names))
 
@@ -92,8 +79,8 @@ class Where:
             allowed = column(fewest).rows_of(asked.pop(fewest))
         for name, names in asked.items():
             allowed = allowed[column(name).is_in(names, allowed)]
-        if self.without_patients:
-            allowed = allowed[~column("patient").is_in(self.without_patients, allowed)]
+        if self.excluded_patients:
+            allowed = allowed[~column("patient").is_in(self.excluded_patients, allowed)]
         return allowed
 
 
@@ -163,7 +150,7 @@ class RetrievalIndex:
     approximate: ApproximateSearch | None = None
     _rounding: float | None = field(default=None, repr=False)
     _coded: dict[str, Coded] = field(default_factory=dict, repr=False)
-    _filters: dict[Where, Part] = field(default_factory=dict, repr=False)
+    _filters: dict[MetadataFilter, Part] = field(default_factory=dict, repr=False)
 
     @classmethod
     def build(
@@ -201,13 +188,14 @@ class RetrievalIndex:
         queries: Tensor,
         k: int = 10,
         *,
-        where: Where | None = None,
-        patients: Sequence[str] | None = None,
+        where: MetadataFilter | None = None,
+        query_patients: Sequence[str] | None = None,
     ) -> Hits:
         """The k most similar scans of each query: with a filter always exactly, else as this index was built.
 
         Args:
-            queries: `(q, d)` of any norm. patients: of each query, whose own scans are not to be found; "" for nobody.
+            queries: `(q, d)` of any norm.
+            query_patients: patient of each query, whose other scans are left out; "" to leave out none.
 
         Raises:
             ValueError: if shapes do not fit, or k is not positive.
@@ -216,11 +204,13 @@ class RetrievalIndex:
             raise ValueError(
                 f"queries {tuple(queries.shape)} do not fit {self.embeddings.shape[1]} dimensions, or k is {k}"
             )
-        expect_of_each_query(patients, queries)
+        if where == MetadataFilter():
+            where = None
+        expect_of_each_query(query_patients, queries)
         queries = torch.nn.functional.normalize(queries.float(), dim=-1)
         if where is None and self.approximate is not None:
-            return self._approximately(queries, k, self._own_rows(patients))
-        own = self._own_rows(patients)
+            return self._approximately(queries, k, self._own_rows(query_patients))
+        own = self._own_rows(query_patients)
         part = None if where is None else self._part(where)
         if part is None or len(part.rows) == len(self):
             return search_exactly(self.embeddings, queries, k, own, self._bfloat16_rounding(queries))
@@ -257,7 +247,7 @@ class RetrievalIndex:
             self._rounding = bfloat16_rounding(self.embeddings)
         return self._rounding
 
-    def _part(self, where: Where) -> Part:
+    def _part(self, where: MetadataFilter) -> Part:
         """What a filter leaves; the latest are remembered, since who searches asks again."""
         part = self._filters.get(where)
         if part is None:
@@ -281,11 +271,11 @@ class RetrievalIndex:
             coded = self._coded[name] = Coded.of(self.metadata.column(name))
         return coded
 
-    def _own_rows(self, patients: Sequence[str] | None) -> list[Tensor] | None:
-        if patients is None:
+    def _own_rows(self, query_patients: Sequence[str] | None) -> list[Tensor] | None:
+        if query_patients is None:
             return None
         column = self._column("patient")
-        return [torch.from_numpy(column.rows_of([patient] if patient else [])) for patient in patients]
+        return [torch.from_numpy(column.rows_of([patient] if patient else [])) for patient in query_patients]
 
     # ------------------------------------------------------------------------------------------------------- changing
 
@@ -419,14 +409,9 @@ def _places(ascending: Tensor, wanted: Tensor) -> Tensor:
     return places[ascending[places] == wanted] if len(ascending) else wanted[:0]
 
 
-def sha256_of(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def expect_of_each_query(patients: Sequence[str] | None, queries: Tensor) -> None:
-    if patients is not None and len(patients) != len(queries):
-        raise ValueError(f"found {len(patients)} patients, expected one of each of {len(queries)} queries")
+def expect_of_each_query(query_patients: Sequence[str] | None, queries: Tensor) -> None:
+    if query_patients is not None and len(query_patients) != len(queries):
+        raise ValueError(f"found {len(query_patients)} patients, expected one of each of {len(queries)} queries")
 
 
 def directions(embeddings: Tensor) -> Tensor:

@@ -23,9 +23,10 @@ import torch
 from pymilvus import DataType, MilvusClient
 from torch import Tensor
 
+from ..model_facts import ModelFacts
 from .approximate import AIM, TRIED_QUERIES
 from .exact import Hits, bfloat16_rounding, search_exactly
-from .index import IndexFormatError, ModelFacts, Where, directions, expect_of_each_query, with_all_columns
+from .index import IndexFormatError, MetadataFilter, directions, expect_of_each_query, with_all_columns
 
 
 logger = logging.getLogger(__name__)
@@ -178,8 +179,8 @@ class MilvusIndex:
         queries: Tensor,
         k: int = 10,
         *,
-        where: Where | None = None,
-        patients: Sequence[str] | None = None,
+        where: MetadataFilter | None = None,
+        query_patients: Sequence[str] | None = None,
     ) -> Hits:
         """As `RetrievalIndex.search`; of scans as similar as the last hit, any may be missing. Queries of one patient
         go together, so many patients are many searches.
@@ -192,12 +193,12 @@ class MilvusIndex:
                 f"queries {tuple(queries.shape)} do not fit {self.manifest.dimension} dimensions, "
                 f"or k is {k}, not 1 to {MOST_HITS}"
             )
-        expect_of_each_query(patients, queries)
+        expect_of_each_query(query_patients, queries)
         queries = torch.nn.functional.normalize(queries.float(), dim=-1)
         scores = torch.full((len(queries), k), -torch.inf)
         rows = torch.full((len(queries), k), -1, dtype=torch.int64)
         asking: dict[str, list[int]] = {}
-        for place, patient in enumerate([""] * len(queries) if patients is None else patients):
+        for place, patient in enumerate([""] * len(queries) if query_patients is None else query_patients):
             asking.setdefault(patient, []).append(place)
         allowed = self._before_end() if where is None else f"{self._before_end()}{_expression(where)}"
         for patient, places in asking.items():
@@ -330,14 +331,14 @@ def _digests(words: Collection[str]) -> Iterator[str]:
         yield json.dumps(digests[start : start + DIGESTS_TOGETHER])
 
 
-def _expression(where: Where) -> str:
+def _expression(where: MetadataFilter) -> str:
     """What follows another condition; empty if all are allowed."""
     conditions = []
     for column in ("modality", "anatomy", "source"):
         if (names := getattr(where, column)) is not None:
             alternatives = " or ".join(f"{column}_digest in {digests}" for digests in _digests(names))
             conditions.append(f" and ({alternatives or 'row < 0'})")
-    conditions += [f" and patient_digest not in {digests}" for digests in _digests(where.without_patients)]
+    conditions += [f" and patient_digest not in {digests}" for digests in _digests(where.excluded_patients)]
     expression = "".join(conditions)
     if len(expression) > MESSAGE_BYTES:
         raise ValueError(f"found a filter of {len(expression):,} characters, expected at most {MESSAGE_BYTES:,}")

@@ -9,7 +9,7 @@ from typing import Any, TypedDict
 import gradio as gr
 
 from ..reading_m3ret import Scan
-from .gallery import Filters
+from ..search.index import MetadataFilter
 from .handling import HEAVY, in_words
 from .search_page import HITS
 from .searching import MOST_HITS, HitFacts, Query, Searching
@@ -56,9 +56,9 @@ def add_endpoints(searching: Searching) -> None:
     def search(
         files: list[str] | None, k: float, modalities: list[str] | None, anatomies: list[str] | None, rerank: bool
     ) -> SearchAnswer:
-        filters = Filters(tuple(modalities or ()), tuple(anatomies or ()))
+        where = MetadataFilter(modality=modalities or None, anatomy=anatomies or None)
         with uploaded(files) as (query, scan):
-            return SearchAnswer(query=scan, hits=searching.search(query, int(k), filters, bool(rerank)))
+            return SearchAnswer(query=scan, hits=searching.search(query, int(k), where, rerank=bool(rerank)))
 
     def embed(files: list[str] | None) -> EmbedAnswer:
         facts = searching.gallery.index.facts
@@ -74,8 +74,10 @@ def add_endpoints(searching: Searching) -> None:
     def similar(
         item: float, k: float, modalities: list[str] | None, anatomies: list[str] | None, other_subjects: bool
     ) -> SimilarAnswer:
-        filters = Filters(tuple(modalities or ()), tuple(anatomies or ()), bool(other_subjects))
-        return SimilarAnswer(hits=searching.search(searching.query_of_row(int(item)), int(k), filters))
+        where = MetadataFilter(modality=modalities or None, anatomy=anatomies or None)
+        query = searching.query_of_row(int(item))
+        hits = searching.search(query, int(k), where, exclude_same_patient=bool(other_subjects))
+        return SimilarAnswer(hits=hits)
 
     gallery = searching.gallery
     with gr.Column(visible=False):

@@ -13,8 +13,8 @@ import importlib.util
 import io
 import json
 import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict
 
@@ -30,18 +30,19 @@ from ..atomic_io import atomic_write
 from ..data.collection import CollectionError, Record, open_collection
 from ..hub import CACHE_FOLDER
 from ..image_processing_m3ret import M3RetImageProcessor
+from ..model_facts import ModelFacts, model_facts
 from ..modeling_m3ret import M3RetModel
-from ..search.embedding import Embedded, Embedder, embed_records, encoder_embedder, unpatchify
-from ..search.embedding_store import facts_of, fingerprint, read_shard, shard_place, write_shard
+from ..search.embedding import Embedded, embed_records, encoder_embedder
+from ..search.embedding_store import fingerprint, read_shard, shard_place, write_shard
 from ..search.exact import Hits
-from ..search.index import IndexFormatError, ModelFacts, RetrievalIndex, Where
+from ..search.index import IndexFormatError, MetadataFilter, RetrievalIndex
+from ..search.thumbnails import THUMBNAIL_SIZE, thumbnail_embedder, to_image
 
 
 DEMO = "phantom:48:1"  # six subjects a class; another seed than the phantom of training, so that no scan is known
 PUBLISHED = "gallery"  # the folder of a Space
 ABOUT = "gallery.json"
 THUMBNAILS = "thumbnails.parquet"
-THUMBNAIL = 128  # px
 SHARD_SCANS = 32  # half a minute of CTs on two cores is the most that is done twice after an interruption
 # real scans of the package pydicom-data whose pixels name nobody: modality and anatomy, as one sees them
 SAMPLES = {
@@ -54,21 +55,6 @@ SAMPLES = {
     "MR2_UNCR.dcm": ("mri", "shoulder"),
     "MR-SIEMENS-DICOM-WithOverlays.dcm": ("mri", "abdomen"),
 }
-
-
-@dataclass(frozen=True)
-class Filters:
-    """Which scans may be found: of these modalities and anatomies, empty for all of them; `other_subjects`: none of the
-    query's own, where it is known whose it is."""
-
-    modalities: tuple[str, ...] = ()
-    anatomies: tuple[str, ...] = ()
-    other_subjects: bool = False
-
-    def where(self) -> Where | None:
-        if not self.modalities and not self.anatomies:
-            return None
-        return Where(modality=self.modalities or None, anatomy=self.anatomies or None)
 
 
 class Facts(TypedDict):
@@ -112,20 +98,33 @@ class Gallery:
         """Those that a column of the metadata holds, in order, without the empty one."""
         return sorted(name for name in set(self.index.metadata.column(column).to_pylist()) if name)
 
-    def search(self, embedding: Tensor, k: int, filters: Filters = Filters(), own_row: int | None = None) -> Hits:
-        """The k most similar scans of one embedding `(d,)`, as `RetrievalIndex.search` gives them.
+    def search(
+        self,
+        embedding: Tensor,
+        k: int,
+        where: MetadataFilter | None = None,
+        *,
+        query_row: int | None = None,
+        exclude_same_patient: bool = False,
+    ) -> Hits:
+        """Return the k most similar scans of one embedding.
 
         Args:
-            own_row: of a query that is a scan of this gallery: it is not found itself.
+            embedding: `(d,)`.
+            k: number of hits.
+            where: only scans that match this filter are found.
+            query_row: row of the query, if it is a scan of this gallery. It is not a hit of itself.
+            exclude_same_patient: leave out other scans of the query's patient, which only `query_row` tells.
         """
         patients = None
-        if filters.other_subjects and own_row is not None:
-            patients = [self.index.metadata.column("patient")[own_row].as_py() or ""]
-        hits = self.index.search(embedding[None], k + (own_row is not None), where=filters.where(), patients=patients)
-        keep = hits.rows[0] >= 0
-        if own_row is not None:
-            keep &= hits.rows[0] != own_row
-        return Hits(hits.scores[:, keep][:, :k], hits.rows[:, keep][:, :k])
+        if exclude_same_patient and query_row is not None:
+            patients = [self.index.metadata.column("patient")[query_row].as_py() or ""]
+        count = k + (query_row is not None)
+        hits = self.index.search(embedding[None], count, where=where, query_patients=patients)
+        found = hits.rows[0] >= 0
+        if query_row is not None:
+            found &= hits.rows[0] != query_row
+        return Hits(hits.scores[:, found][:, :k], hits.rows[:, found][:, :k])
 
     def save(self, folder: Path) -> None:
         self.index.save(folder)
@@ -149,7 +148,7 @@ def open_gallery(what: str | None, model: M3RetModel, processor: M3RetImageProce
     if what is None and (Path(PUBLISHED) / ABOUT).is_file():
         what = PUBLISHED
     if what is not None and (Path(what) / "current.json").is_file():
-        return _load(Path(what), facts_of(model, processor, name))
+        return _load(Path(what), model_facts(model, processor, name))
     collection = what or DEMO
     records = open_collection(collection)
     if what is None:
@@ -174,8 +173,8 @@ def embed_gallery(
     Raises:
         CollectionError: if no scan can be read.
     """
-    facts = facts_of(model, processor, name)
-    told = json.dumps([facts.revision, facts.processor, fingerprint(records), THUMBNAIL, SHARD_SCANS])
+    facts = model_facts(model, processor, name)
+    told = json.dumps([facts.revision, facts.processor, fingerprint(records), THUMBNAIL_SIZE, SHARD_SCANS])
     folder = (folder or CACHE_FOLDER / "galleries") / hashlib.sha256(told.encode()).hexdigest()[:24]
     if (folder / ABOUT).is_file():  # needs no lock, which a folder that is only read does not allow
         return _embed_or_load(folder, facts, records, model, processor, collection)
@@ -224,7 +223,6 @@ def _embed_in_shards(
             shard = range(start, min(start + SHARD_SCANS, len(records)))
             if not all(shard_place(kept, shard).is_file() for kept in kinds.values()):
                 encoded, drawn = embed_records(embedders, processor, records[shard.start : shard.stop], progress=False)
-                drawn = replace(drawn, embeddings=drawn.embeddings.mul(255).round().byte())
                 for kept, part in zip(kinds.values(), (encoded, drawn), strict=True):
                     part.failures.clear()  # they hold names
                     write_shard(shard_place(kept, shard), shard, part, records)
@@ -289,34 +287,7 @@ def _metadata(records: Sequence[Record], places: Sequence[int]) -> pa.Table:
     )
 
 
-def thumbnail_embedder(processor: M3RetImageProcessor) -> Embedder:
-    """The middle slice or frame as the encoder sees it, on a black square: `(B, 3 * THUMBNAIL**2)` float32 in [0, 1].
-
-    An embedder, so that a scan is decoded once for its embedding and its picture.
-    """
-
-    def embed(inputs: Mapping[str, Tensor]) -> Tensor:
-        grids = inputs["grid_thw"]
-        squares = []
-        for rows, grid in zip(inputs["pixel_values"].split(grids.prod(-1).tolist()), grids.tolist(), strict=True):
-            volume = unpatchify(rows, grid, processor)  # (C, D, H, W)
-            middle = volume[:, volume.shape[1] // 2] * processor.image_std + processor.image_mean
-            scale = THUMBNAIL / max(middle.shape[1:])
-            height, width = (max(1, round(edge * scale)) for edge in middle.shape[1:])
-            resized = torch.nn.functional.interpolate(
-                middle[None], (height, width), mode="bilinear", antialias=True
-            ).clamp(0, 1)
-            above, left = (THUMBNAIL - height) // 2, (THUMBNAIL - width) // 2
-            square = torch.zeros(3, THUMBNAIL, THUMBNAIL)
-            square[:, above : above + height, left : left + width] = resized[0]
-            squares.append(square.flatten())
-        return torch.stack(squares)
-
-    return embed
-
-
 def _webp(pixels: Tensor) -> bytes:
-    square = pixels.view(3, THUMBNAIL, THUMBNAIL).permute(1, 2, 0)
     stream = io.BytesIO()
-    Image.fromarray(square.contiguous().numpy()).save(stream, "WEBP", quality=80)
+    to_image(pixels.view(3, THUMBNAIL_SIZE, THUMBNAIL_SIZE)).save(stream, "WEBP", quality=80)
     return stream.getvalue()

@@ -13,7 +13,7 @@ from typing import Any
 
 import gradio as gr
 
-from .gallery import Filters
+from ..search.index import MetadataFilter
 from .handling import HEAVY, PRIVATE, in_words
 from .searching import MOST_HITS, HitFacts, Query, Searching
 from .side_by_side import SideBySide, words_of
@@ -179,8 +179,8 @@ class SearchPage:
         if query is None:
             return {self.status: _waiting(len(self.searching.gallery))}
         progress(0.5, desc="comparing patches" if reranked else "searching")
-        filters = Filters(tuple(modalities), tuple(anatomies), other_subjects)
-        hits = self.searching.search(query, int(count), filters, reranked)
+        where = MetadataFilter(modality=modalities or None, anatomy=anatomies or None)
+        hits = self.searching.search(query, int(count), where, exclude_same_patient=other_subjects, rerank=reranked)
         folder = Path(self.grid.GRADIO_CACHE) / uuid.uuid4().hex  # where downloads are served from, for a while
         folder.mkdir(parents=True)
         (folder / "hits.csv").write_text(as_csv(hits), encoding="utf-8")

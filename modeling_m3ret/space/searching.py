@@ -25,8 +25,10 @@ from ..image_processing_m3ret import M3RetImageProcessor
 from ..modeling_m3ret import M3RetModel
 from ..reading_m3ret import M3RetReadError, Scan
 from ..search.exact import Hits
-from ..search.matching import ScanTokens, locate, rerank, scan_tokens
-from .gallery import Facts, Filters, Gallery
+from ..search.index import MetadataFilter
+from ..search.matching import ScanTokens, locate, scan_tokens
+from ..search.matching import rerank as rerank_hits
+from .gallery import Facts, Gallery
 from .isolation import IsolatedReaders
 from .shelf import Shelf
 from .uploads import read_record, read_upload
@@ -134,18 +136,35 @@ class Searching:
         self._heats.drop_unused(seconds)
         self._tokens.drop_unused(seconds)
 
-    def search(self, query: Query, k: int, filters: Filters = Filters(), reranked: bool = False) -> list[HitFacts]:
+    def search(
+        self,
+        query: Query,
+        k: int,
+        where: MetadataFilter | None = None,
+        *,
+        exclude_same_patient: bool = False,
+        rerank: bool = False,
+    ) -> list[HitFacts]:
         """The most similar scans, the best first.
 
         Args:
-            k: at most so many, up to `MOST_HITS`. reranked: in the order of late interaction, whose score is then the
-                similarity; hits that cannot be read are left out of it.
+            k: at most so many, up to `MOST_HITS`.
+            where: only scans that match this filter are found.
+            exclude_same_patient: leave out scans of the query's patient, if the query is a scan of the gallery.
+            rerank: order the hits by late interaction, whose score is then the similarity; hits that cannot be read
+                are left out.
 
         Raises:
-            M3RetReadError, PutAwayError: with `reranked`, if the query is not open any more.
+            M3RetReadError, PutAwayError: with `rerank`, if the query is not open any more.
         """
-        hits = self.gallery.search(query.embedding, min(max(1, k), MOST_HITS), filters, query.row)
-        if reranked and self.has_scans():
+        hits = self.gallery.search(
+            query.embedding,
+            min(max(1, k), MOST_HITS),
+            where,
+            query_row=query.row,
+            exclude_same_patient=exclude_same_patient,
+        )
+        if rerank and self.has_scans():
             hits = self._reranked(query, hits)
         pairs = zip(hits.scores[0].tolist(), hits.rows[0].tolist(), strict=True)
         return [
@@ -163,7 +182,7 @@ class Searching:
                 continue
         keep = torch.tensor([row in tokens for row in hits.rows[0].tolist()], dtype=torch.bool)
         readable = Hits(hits.scores[:, keep], hits.rows[:, keep])
-        return rerank([self._tokens_of(query.key)], readable, tokens)
+        return rerank_hits([self._tokens_of(query.key)], readable, tokens)
 
     # ------------------------------------------------------------------------------------------------- looking at scans
 

@@ -15,9 +15,10 @@ from processes import Script
 
 from modeling_m3ret import M3RetImageProcessor, M3RetModel
 from modeling_m3ret.data.collection import Record
+from modeling_m3ret.model_facts import model_facts
 from modeling_m3ret.search import embedding_store
 from modeling_m3ret.search.embedding import embed_records, encoder_embedder, pooled_embedder
-from modeling_m3ret.search.embedding_store import embed_collection, facts_of, fingerprint
+from modeling_m3ret.search.embedding_store import embed_collection, fingerprint
 
 
 ROOT = Path(__file__).parents[2]
@@ -117,12 +118,12 @@ def test_facts_are_those_of_the_weights_wherever_they_lie(tmp_path: Path) -> Non
     first = model()
     first.save_pretrained(tmp_path / "here" / "m3ret-tiny")
     loaded = M3RetModel.from_pretrained(tmp_path / "here" / "m3ret-tiny")
-    facts = facts_of(first, PROCESSOR, "m3ret-tiny")
-    assert facts_of(loaded, PROCESSOR, str(tmp_path / "here" / "m3ret-tiny")) == facts
+    facts = model_facts(first, PROCESSOR, "m3ret-tiny")
+    assert model_facts(loaded, PROCESSOR, str(tmp_path / "here" / "m3ret-tiny")) == facts
     assert str(tmp_path) not in json.dumps(facts.__dict__)
     with torch.no_grad():
         next(loaded.parameters()).view(-1)[0] += 1e-3
-    assert facts_of(loaded, PROCESSOR, "m3ret-tiny").revision != facts.revision
+    assert model_facts(loaded, PROCESSOR, "m3ret-tiny").revision != facts.revision
 
 
 def test_bfloat16_gives_nearly_the_same_directions(records: list[Record], tmp_path: Path) -> None:
@@ -144,6 +145,7 @@ import torch
 from accelerate import Accelerator
 from test_embedding_store import PROCESSOR, model
 from modeling_m3ret.data.collection import Record
+from modeling_m3ret.model_facts import model_facts
 from modeling_m3ret.search import embedding_store
 embedding_store.SHARD_SCANS = 5
 places = sorted(Path(sys.argv[1]).iterdir(), key=lambda path: int(path.stem))

@@ -16,9 +16,10 @@ from processes import Script
 from safetensors.torch import load_file
 from torch import Tensor
 
+from modeling_m3ret.model_facts import ModelFacts
 from modeling_m3ret.search import approximate
 from modeling_m3ret.search.approximate import ApproximateSearch
-from modeling_m3ret.search.index import FILTERS_KEPT, IndexFormatError, ModelFacts, RetrievalIndex, Where
+from modeling_m3ret.search.index import FILTERS_KEPT, IndexFormatError, MetadataFilter, RetrievalIndex
 
 
 ROOT = Path(__file__).parents[2]
@@ -78,36 +79,43 @@ def searched(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 @pytest.mark.parametrize(
     ("where", "allowed"),
     [
-        (Where(modality=["ct"]), lambda n: n % 3 == 0),
-        (Where(modality=["ct", "mri"], anatomy=["head"]), lambda n: n % 3 != 1 and n % 2 == 1),
+        (MetadataFilter(modality=["ct"]), lambda n: n % 3 == 0),
+        (MetadataFilter(modality=["ct", "mri"], anatomy=["head"]), lambda n: n % 3 != 1 and n % 2 == 1),
         (
-            Where(modality=["xray"], without_patients=["patient-0", "patient-7"]),
+            MetadataFilter(modality=["xray"], excluded_patients=["patient-0", "patient-7"]),
             lambda n: n % 3 == 1 and n not in (1, 22),
         ),
-        (Where(without_patients=["patient-0", "patient-7"]), lambda n: n // 3 not in (0, 7)),
-        (Where(source=["elsewhere"]), lambda n: False),
-        (Where(modality=[]), lambda n: False),
-        (Where(), lambda n: True),
+        (MetadataFilter(excluded_patients=["patient-0", "patient-7"]), lambda n: n // 3 not in (0, 7)),
+        (MetadataFilter(source=["elsewhere"]), lambda n: False),
+        (MetadataFilter(modality=[]), lambda n: False),
+        (MetadataFilter(), lambda n: True),
     ],
 )
 @pytest.mark.parametrize("gathered", [0.0, 1.0], ids=["by a mask", "side by side"])
 @pytest.mark.parametrize("queries", [[4, 90, 7], [4, 90, 7, 8, 9, 10]], ids=["few queries", "more queries"])
 def test_a_filter_gives_the_best_of_what_it_allows(
-    searched: Any, where: Where, allowed: Any, gathered: float, queries: list[int], monkeypatch: pytest.MonkeyPatch
+    searched: Any,
+    where: MetadataFilter,
+    allowed: Any,
+    gathered: float,
+    queries: list[int],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("modeling_m3ret.search.index.GATHERED", gathered)
     if isinstance(searched, RetrievalIndex):
         searched._filters.clear()
     vectors = embeddings()[queries]
     hits = searched.search(vectors, 7, where=where)
-    own = searched.search(vectors, 7, where=where, patients=["patient-1", "", "nobody", *[""] * (len(queries) - 3)])
+    own = searched.search(
+        vectors, 7, where=where, query_patients=["patient-1", "", "nobody", *[""] * (len(queries) - 3)]
+    )
     for place, query in enumerate(vectors):
         rows = [n for n in range(600) if allowed(n)]
         assert [row for row in hits.rows[place].tolist() if row >= 0] == expected(query, rows, 7)
         foreign = [n for n in rows if place or n // 3 != 1]
         assert [row for row in own.rows[place].tolist() if row >= 0] == expected(query, foreign, 7)
         assert (hits.rows[place] < 0).equal(hits.scores[place].isinf())
-    everything = searched.search(vectors[:1], 600, where=where, patients=["patient-1"]).rows[0]
+    everything = searched.search(vectors[:1], 600, where=where, query_patients=["patient-1"]).rows[0]
     assert set(everything.tolist()) - {-1} == {n for n in range(600) if allowed(n) and n // 3 != 1}
 
 
@@ -121,11 +129,11 @@ def test_words_of_any_kind_are_filtered_by_and_come_back(strange: Any) -> None:
     queries = embeddings(len(rows))[:2]
     for word in STRANGE[:-1]:
         for column in ("modality", "anatomy", "source"):
-            found = index.search(queries, len(rows), where=Where(**{column: [word]})).rows[1]
+            found = index.search(queries, len(rows), where=MetadataFilter(**{column: [word]})).rows[1]
             assert set(found.tolist()) - {-1} == {n for n, row in enumerate(rows) if row[column] == word}
-        found = index.search(queries, len(rows), where=Where(without_patients=[word])).rows[1]
+        found = index.search(queries, len(rows), where=MetadataFilter(excluded_patients=[word])).rows[1]
         assert set(found.tolist()) - {-1} == {n for n, row in enumerate(rows) if row["patient"] != word}
-        found = index.search(queries, len(rows), patients=["", word]).rows[1]
+        found = index.search(queries, len(rows), query_patients=["", word]).rows[1]
         assert set(found.tolist()) - {-1} == {n for n, row in enumerate(rows) if not word or row["patient"] != word}
     assert index.rows(torch.tensor([5, -1, 0, 5, 7])) == [rows[5], rows[0], rows[5], rows[7]]
 
@@ -155,7 +163,7 @@ def strange(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[An
 def test_the_query_s_own_patient_is_not_found(method: str) -> None:
     index = RetrievalIndex.build(embeddings(), metadata(), FACTS, method)  # type: ignore[arg-type]
     patients = [f"patient-{n // 3}" for n in range(20)]
-    hits = index.search(embeddings()[:20], 10, patients=patients)
+    hits = index.search(embeddings()[:20], 10, query_patients=patients)
     for own, rows in zip(patients, hits.rows, strict=True):
         found = [row["patient"] for row in index.rows(rows)]
         assert len(found) == 10
@@ -278,7 +286,7 @@ def test_words_of_any_type_are_added_to(words: pa.Array) -> None:
     table = metadata(3).set_column(5, "source", words)
     larger = RetrievalIndex.build(embeddings(3), table, FACTS).add(embeddings(5), metadata(5, first=3))
     assert larger.metadata.column("source").to_pylist() == [*words.to_pylist(), *["phantom"] * 5]
-    assert larger.search(embeddings(1), 8, where=Where(source=["phantom"])).rows.sort().values.tolist() == [
+    assert larger.search(embeddings(1), 8, where=MetadataFilter(source=["phantom"])).rows.sort().values.tolist() == [
         [-1, -1, -1, 3, 4, 5, 6, 7]
     ]
 
@@ -294,7 +302,7 @@ def test_queries_that_do_not_fit_are_refused_and_none_find_nothing(method: str) 
     index = RetrievalIndex.build(embeddings(60), metadata(60), FACTS, method)  # type: ignore[arg-type]
     queries = embeddings()[:2]
     for patients in (None, []):
-        hits = index.search(queries[:0], 3, patients=patients)
+        hits = index.search(queries[:0], 3, query_patients=patients)
         assert hits.rows.shape == hits.scores.shape == (0, 3)
     for wrong, k, patients, message in (
         (queries[:, :8], 3, None, "do not fit 32 dimensions"),
@@ -304,7 +312,7 @@ def test_queries_that_do_not_fit_are_refused_and_none_find_nothing(method: str) 
         (queries, 3, ["a", "b", "c"], "found 3 patients"),
     ):
         with pytest.raises(ValueError, match=message):
-            index.search(wrong, k, patients=patients)
+            index.search(wrong, k, query_patients=patients)
 
 
 @pytest.mark.parametrize("method", ["exact", "ivf", "rabitq", "hnsw"])
@@ -429,7 +437,7 @@ def test_the_file_holds_what_the_index_does(index: RetrievalIndex, tmp_path: Pat
 
 def test_the_latest_filters_are_remembered_and_many_threads_may_ask(index: RetrievalIndex) -> None:
     """More filters than are kept, by threads at once: each gets its own rows, and no more than eight stay."""
-    wanted = [Where(without_patients=[f"patient-{number}"]) for number in range(40)]
+    wanted = [MetadataFilter(excluded_patients=[f"patient-{number}"]) for number in range(40)]
 
     def ask(number: int) -> set[int]:
         return set(index.search(embeddings()[:1], k=600, where=wanted[number % 40]).rows[0].tolist())
@@ -450,12 +458,14 @@ def test_filters_are_remembered_within_a_bound_of_bytes(index: RetrievalIndex, m
     monkeypatch.setattr("modeling_m3ret.search.index.GATHERED", 1.0)
     for turn in range(2):
         for name, residue in (("ct", 0), ("xray", 1), ("mri", 2)):
-            rows = index.search(embeddings()[:1], 600, where=Where(modality=[name])).rows[0]
+            rows = index.search(embeddings()[:1], 600, where=MetadataFilter(modality=[name])).rows[0]
             assert set(rows.tolist()) - {-1} == {n for n in range(600) if n % 3 == residue}
             assert sum(part.nbytes for part in index._filters.values()) <= 30_000
         assert len(index._filters) == 2
-        assert (index.search(embeddings()[:1], 600, where=Where(anatomy=["chest", "head"])).rows >= 0).all(), turn
+        assert (index.search(embeddings()[:1], 600, where=MetadataFilter(anatomy=["chest", "head"])).rows >= 0).all(), (
+            turn
+        )
         assert len(index._filters) == 2  # and nothing left for it
-        large = index.search(embeddings()[:1], 600, where=Where(modality=["ct", "mri"])).rows[0]
+        large = index.search(embeddings()[:1], 600, where=MetadataFilter(modality=["ct", "mri"])).rows[0]
         assert set(large.tolist()) - {-1} == {n for n in range(600) if n % 3 != 1}
         assert sum(part.nbytes for part in index._filters.values()) <= 30_000

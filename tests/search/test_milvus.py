@@ -14,7 +14,8 @@ import pytest
 import torch
 from test_index import FACTS, NO_MILVUS, embeddings, metadata
 
-from modeling_m3ret.search.index import IndexFormatError, ModelFacts, RetrievalIndex, Where
+from modeling_m3ret.model_facts import ModelFacts
+from modeling_m3ret.search.index import IndexFormatError, MetadataFilter, RetrievalIndex
 
 
 milvus = pytest.importorskip("modeling_m3ret.search.milvus", reason=NO_MILVUS, exc_type=ImportError)
@@ -38,7 +39,11 @@ def test_it_finds_with_the_same_scores_what_the_index_on_disk_finds(index: Any) 
     on_disk = RetrievalIndex.build(embeddings(), metadata(), FACTS)
     queries = 3 * embeddings(seed=2)[:12]
     patients = [f"patient-{n % 3}" for n in range(12)]
-    for options in ({}, {"patients": patients}, {"where": Where(modality=["ct"]), "patients": patients}):
+    for options in (
+        {},
+        {"query_patients": patients},
+        {"where": MetadataFilter(modality=["ct"]), "query_patients": patients},
+    ):
         hits, expected = index.search(queries, 20, **options), on_disk.search(queries, 20, **options)
         assert torch.allclose(hits.scores, expected.scores, atol=1e-6)
         assert (hits.rows == expected.rows).float().mean() > 0.99  # scores that float32 can't tell apart change places
@@ -55,7 +60,9 @@ def test_many_queries_and_scans_travel_in_several_messages(index: Any, monkeypat
     together = index.search(queries, 5)
     monkeypatch.setattr(milvus, "MESSAGE_BYTES", 3000)  # 23 queries, one row of metadata
     monkeypatch.setattr(milvus, "DIGESTS_TOGETHER", 2)
-    apart = index.search(queries, 5, where=Where(modality=["ct", "xray", "mri"], without_patients=["a", "b", "c"]))
+    apart = index.search(
+        queries, 5, where=MetadataFilter(modality=["ct", "xray", "mri"], excluded_patients=["a", "b", "c"])
+    )
     assert torch.equal(together.rows, apart.rows)
     assert index.rows(apart.rows)[3] == metadata().to_pylist()[apart.rows[0, 3]]
     larger = index.add(embeddings(9, seed=5), metadata(9, first=600))
@@ -65,7 +72,7 @@ def test_many_queries_and_scans_travel_in_several_messages(index: Any, monkeypat
 def test_a_filter_that_no_message_holds_is_refused(index: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(milvus, "MESSAGE_BYTES", 3000)
     with pytest.raises(ValueError, match=r"found a filter of .* characters, expected at most 3,000"):
-        index.search(embeddings()[:1], 5, where=Where(without_patients=map(str, range(200))))
+        index.search(embeddings()[:1], 5, where=MetadataFilter(excluded_patients=map(str, range(200))))
 
 
 def test_metadata_of_a_row_that_was_removed_since_is_refused(index: Any) -> None:
@@ -156,7 +163,7 @@ def test_what_is_no_index_of_this_model_is_refused(index: Any, place: str, monke
         with pytest.raises(ValueError, match="do not fit"):
             index.search(queries, k)
     with pytest.raises(ValueError, match="found 1 patients, expected one of each of 2 queries"):
-        index.search(embeddings()[:2], 3, patients=["patient-1"])
+        index.search(embeddings()[:2], 3, query_patients=["patient-1"])
 
 
 def test_a_gallery_of_one_scan_is_built_and_one_of_none_is_refused(place: str) -> None:

@@ -20,11 +20,12 @@ from served import small_gallery, small_phantom
 
 from modeling_m3ret import M3RetImageProcessor, M3RetModel, M3RetReadError
 from modeling_m3ret.data.collection import Record
-from modeling_m3ret.search.index import IndexFormatError, RetrievalIndex
+from modeling_m3ret.search.index import IndexFormatError, MetadataFilter, RetrievalIndex
 from modeling_m3ret.search.matching import late_interaction, locate, scan_tokens
+from modeling_m3ret.search.thumbnails import THUMBNAIL_SIZE
 from modeling_m3ret.space import gallery as gallery_module
 from modeling_m3ret.space.explore import SIDE, GalleryMap
-from modeling_m3ret.space.gallery import THUMBNAIL, Filters, Gallery, embed_gallery, open_gallery
+from modeling_m3ret.space.gallery import Gallery, embed_gallery, open_gallery
 from modeling_m3ret.space.isolation import IsolatedReaders
 from modeling_m3ret.space.searching import PutAwayError, Searching
 
@@ -63,10 +64,10 @@ def test_search_is_brute_force_within_the_filters(searching: Searching, records:
     query = torch.nn.functional.normalize(torch.randn(embeddings.shape[1]), dim=0)
     similarities = embeddings @ query
     for filters, allowed in {
-        Filters(): lambda record: True,
-        Filters(modalities=("ct", "xray")): lambda record: record.modality in ("ct", "xray"),
-        Filters(anatomies=(records[7].anatomy,)): lambda record: record.anatomy == records[7].anatomy,
-        Filters(modalities=("none such",)): lambda record: False,
+        MetadataFilter(): lambda record: True,
+        MetadataFilter(modality=("ct", "xray")): lambda record: record.modality in ("ct", "xray"),
+        MetadataFilter(anatomy=(records[7].anatomy,)): lambda record: record.anatomy == records[7].anatomy,
+        MetadataFilter(modality=("none such",)): lambda record: False,
     }.items():
         expected = [row for row in similarities.argsort(descending=True).tolist() if allowed(records[row])][:5]
         assert searching.gallery.search(query, 5, filters).rows[0].tolist() == expected
@@ -202,7 +203,7 @@ def test_a_thumbnail_is_the_middle_of_the_scan_on_a_black_square(tmp_path: Path)
     thumbnail = gallery.thumbnail(0)
     assert thumbnail is not None
     shown = np.asarray(thumbnail)[..., 0]
-    quarter = THUMBNAIL // 4
+    quarter = THUMBNAIL_SIZE // 4
     assert shown[2 * quarter - 8 : 2 * quarter + 8, 8 : 2 * quarter - 8].min() > 200, "the white half"
     assert shown[2 * quarter - 8 : 2 * quarter + 8, 2 * quarter + 8 : -8].max() < 50, "the black half"
     assert shown[: quarter - 8].max() < 50, "nothing above a picture that is twice as wide as high"
@@ -266,7 +267,7 @@ def test_reranking_is_late_interaction_of_the_first_hits(searching: Searching, r
     (own,) = scan_tokens(searching.model, searching.processor, [records[2].open()])
     others = scan_tokens(searching.model, searching.processor, [records[row].open() for row in first])
     scores = dict(zip(first, late_interaction(own, others).tolist(), strict=True))
-    reranked = searching.search(query, 6, reranked=True)
+    reranked = searching.search(query, 6, rerank=True)
     assert [hit["item"] for hit in reranked] == sorted(first, key=lambda row: -scores[row])
     assert [hit["similarity"] for hit in reranked] == pytest.approx(sorted(scores.values(), reverse=True), abs=1e-4)
 
@@ -377,7 +378,7 @@ def test_an_index_without_scans_is_searched(
     table = pa.table({"id": ["a", "b"]})
     bare = Gallery(RetrievalIndex.build(gallery.index.embeddings[:2], table, gallery.index.facts))
     searching = Searching(model, processor, bare, readers)
-    (hit,) = searching.search(searching.query_of_row(0), 5, reranked=True)
+    (hit,) = searching.search(searching.query_of_row(0), 5, rerank=True)
     assert (hit["item"], hit["modality"], hit["labels"]) == (1, "", [])
     with pytest.raises(PutAwayError):
         searching.scan("row-0")

@@ -16,7 +16,8 @@ import yaml
 from conftest import Hub
 from served import small_gallery, small_phantom
 
-from modeling_m3ret.search.index import ModelFacts, RetrievalIndex
+from modeling_m3ret.model_facts import ModelFacts
+from modeling_m3ret.search.index import RetrievalIndex
 from modeling_m3ret.space import about, publishing
 from modeling_m3ret.space.gallery import Gallery, embed_gallery
 from modeling_m3ret.space.publishing import publishable, requirements, write_space

@@ -1,0 +1,54 @@
+"""The identity of a model: which weights and preprocessing made an embedding.
+
+Indices, exported graphs and cached embeddings store it, so that vectors of different models are never compared.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from .image_processing_m3ret import M3RetImageProcessor
+from .modeling_m3ret import M3RetModel
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """Identity of a model.
+
+    Attributes:
+        model: name of the checkpoint; the last part of a path or Hub id.
+        revision: SHA-256 of the weights, in hex.
+        processor: SHA-256 of the image processor's settings, in hex.
+    """
+
+    model: str
+    revision: str
+    processor: str
+
+
+def model_facts(model: M3RetModel, processor: M3RetImageProcessor, name: str) -> ModelFacts:
+    """Return the identity of a loaded model; it does not depend on where the checkpoint was loaded from.
+
+    Args:
+        model: the encoder.
+        processor: its image processor.
+        name: name, path or Hub id of the checkpoint; only the last part is stored.
+    """
+    digest = hashlib.sha256()
+    for key, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{key} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    settings = {key: value for key, value in processor.to_dict().items() if not key.startswith("_")}
+    serialized = json.dumps(settings, sort_keys=True, default=str)
+    return ModelFacts(Path(name).name, digest.hexdigest(), hashlib.sha256(serialized.encode()).hexdigest())
+
+
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a file in hex."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
