@@ -24,13 +24,13 @@ from modeling_m3ret import M3RetImageProcessor
 from modeling_m3ret.cpu import prepare_cpu
 from modeling_m3ret.data.collection import (
     check_modalities,
+    exclude_modalities,
     open_collection,
-    training_and_held_out,
-    without_modalities,
+    split_training_and_held_out,
 )
 from modeling_m3ret.data.loading import RandomViews, expected_tokens, training_loader
-from modeling_m3ret.data.parquet import blocks_of
-from modeling_m3ret.data.sampler import SeededBatches, TokenBatches
+from modeling_m3ret.data.parquet import group_into_blocks
+from modeling_m3ret.data.sampler import SeededBatchSampler, TokenBatchSampler
 from modeling_m3ret.pretraining.accumulation import accumulate_gradients
 from modeling_m3ret.pretraining.checkpoints import checkpoint_place
 from modeling_m3ret.pretraining.objectives import build_objective
@@ -71,9 +71,9 @@ def main() -> None:
     # ---- data: every patient is either trained on or held out -------------------------------------------------------
     with accelerator.local_main_process_first():  # the phantom is made once
         records = open_collection(config.data, stream=config.stream)
-    training, held_out = training_and_held_out(records, config.holdout)
+    training, held_out = split_training_and_held_out(records, config.holdout)
     check_modalities(config.exclude_modalities, records)
-    training = without_modalities(training, config.exclude_modalities)
+    training = exclude_modalities(training, config.exclude_modalities)
     unseen = sorted({record.modality for record in records} - {record.modality for record in training})
     processor = M3RetImageProcessor(
         size=config.size,
@@ -98,22 +98,22 @@ def main() -> None:
     )
     progress = saver.resume_or_begin()
     log = RunLog(run_dir, accelerator, progress.step)
-    blocks = blocks_of([record.location for record in training]) if config.stream else None
+    blocks = group_into_blocks([record.location for record in training]) if config.stream else None
     order = {
         "seed": config.seed,
         "alpha": config.mixture_alpha,
         "start": progress.step * config.accumulate,
-        "process": accelerator.process_index,
-        "processes": accelerator.num_processes,
-        "blocks": None if blocks is None else blocks.of_row,
+        "rank": accelerator.process_index,
+        "world_size": accelerator.num_processes,
+        "blocks": None if blocks is None else blocks.block_of_row,
         "lanes": config.stream_lanes,
     }
     strata = [(record.modality, record.source) for record in training]
     if config.tokens_per_batch is None:
-        batches = SeededBatches(strata, config.batch_size, **order)
+        batches = SeededBatchSampler(strata, config.batch_size, **order)
     else:
         tokens = expected_tokens(training, processor, objective.views, model_config.num_prefix_tokens)
-        batches = TokenBatches(strata, tokens, config.tokens_per_batch, **order)
+        batches = TokenBatchSampler(strata, tokens, config.tokens_per_batch, **order)
     cache_bytes = int(config.cache_gib * 2**30 / max(1, config.num_workers))
     views = RandomViews(
         training, processor, views=objective.views, seed=config.seed, cache_bytes=cache_bytes, blocks=blocks

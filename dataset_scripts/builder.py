@@ -19,7 +19,7 @@ from datasets import DatasetInfo, GeneratorBasedBuilder, Split, SplitGenerator
 
 from dataset_scripts.row_encoding import Row, store_scan
 from modeling_m3ret.atomic_io import read_or_create_secret
-from modeling_m3ret.data.schema import MODALITIES, SPLITS, features, media_of
+from modeling_m3ret.data.schema import MODALITIES, SPLITS, features, media_column
 from modeling_m3ret.hub import CACHE_FOLDER
 from modeling_m3ret.reading_m3ret import M3RetReadError
 
@@ -199,7 +199,7 @@ class ScanBuilder(GeneratorBasedBuilder):
             return self._failure(entry, f"found {error.found}; expected {error.expected}")
         except Exception as error:  # a decoder's own, or a file that went away
             return self._failure(entry, f"found damaged or unsupported data ({type(error).__name__})")
-        size = len(row.columns[media_of(row.columns)]["bytes"])
+        size = len(row.columns[media_column(row.columns)]["bytes"])
         if size > LARGEST_MEDIA:
             return self._failure(entry, f"found {size:,} bytes; expected at most {LARGEST_MEDIA:,}, see --max_size")
         return Built(

@@ -22,8 +22,8 @@ import pyarrow.parquet as pq
 from tqdm.auto import tqdm
 
 from modeling_m3ret.atomic_io import atomic_write, atomic_write_text
-from modeling_m3ret.data.parquet import INDEX, index_columns
-from modeling_m3ret.data.schema import MEDIA, SPLITS, features, media_of
+from modeling_m3ret.data.parquet import INDEX, add_location_columns
+from modeling_m3ret.data.schema import MEDIA, SPLITS, features, media_column
 from modeling_m3ret.version import __version__
 from modeling_m3ret.worker_process import begin_worker, worker_context
 
@@ -173,7 +173,7 @@ def write_shard(builder: ScanBuilder, output: Path, shard: Shard, progress: Call
             columns = built.columns
             report.files[columns["id"]] = os.path.relpath(entry.files[0], builder.root)
             report.fingerprints.append(asdict(_fingerprint(built, shard.split)))
-            report.media_bytes += len(columns[media_of(columns)]["bytes"])
+            report.media_bytes += len(columns[media_column(columns)]["bytes"])
             if built.burned_in is not None:
                 report.burned_in[built.burned_in] = report.burned_in.get(built.burned_in, 0) + 1
             yield columns
@@ -208,7 +208,7 @@ def write_parquet(path: Path, rows: Iterator[dict[str, Any]]) -> int:
         for row in rows:
             waiting.append(row)
             count += 1
-            size += len(row[media_of(row)]["bytes"])
+            size += len(row[media_column(row)]["bytes"])
             if size >= ROW_GROUP_BYTES:
                 writer.write_table(pa.Table.from_pylist(waiting, schema), row_group_size=len(waiting))
                 waiting, size = [], 0
@@ -318,7 +318,7 @@ def write_index(output: Path, shards: Sequence[Shard]) -> pa.Table | None:
     for path in sorted(written_shards(output, shards)):
         with pq.ParquetFile(path) as parquet:
             columns = [name for name in parquet.schema_arrow.names if name not in MEDIA]
-            parts.append(index_columns(path.name, parquet, parquet.read(columns=columns)))
+            parts.append(add_location_columns(path.name, parquet, parquet.read(columns=columns)))
     if not parts:
         return None
     table = pa.concat_tables(parts)

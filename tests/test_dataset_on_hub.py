@@ -26,17 +26,17 @@ from itertools import islice
 sys.path.insert(0, {root!r})
 from modeling_m3ret import M3RetImageProcessor
 from modeling_m3ret.data import parquet
-from modeling_m3ret.data.collection import open_collection, without_modalities
+from modeling_m3ret.data.collection import open_collection, exclude_modalities
 from modeling_m3ret.data.loading import RandomViews, training_loader
-from modeling_m3ret.data.sampler import SeededBatches
+from modeling_m3ret.data.sampler import SeededBatchSampler
 from modeling_m3ret.data.views import ViewKind
 parquet.BLOCK_BYTES = 2**19
 def load(data, rank, ranks, workers, batches):
     records = [r for r in open_collection(data, stream=True) if r.split == "train"]
-    records = without_modalities(records, ["mri"])
-    blocks = parquet.blocks_of([r.location for r in records])
-    order = SeededBatches([r.modality for r in records], {batch}, seed=5, process=rank, processes=ranks,
-                          blocks=blocks.of_row, lanes=4)
+    records = exclude_modalities(records, ["mri"])
+    blocks = parquet.group_into_blocks([r.location for r in records])
+    order = SeededBatchSampler([r.modality for r in records], {batch}, seed=5, rank=rank, world_size=ranks,
+                          blocks=blocks.block_of_row, lanes=4)
     processor = M3RetImageProcessor(size=32, num_frames=8)
     views = RandomViews(records, processor, views=[ViewKind(1)], seed=5, blocks=blocks)
     packs = islice(training_loader(views, order, workers), batches)

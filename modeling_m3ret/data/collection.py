@@ -180,7 +180,7 @@ def read_manifest(folder: Path) -> list[Record]:
     return records
 
 
-def training_and_held_out(records: Sequence[Record], holdout: float) -> tuple[list[Record], list[Record]]:
+def split_training_and_held_out(records: Sequence[Record], holdout: float) -> tuple[list[Record], list[Record]]:
     """What is trained on and what is held out: the collection's own train and validation split where it has them, else
     a part of the patients, of the training split where there is one. A test split is in neither."""
     usable = [record for record in records if record.split in ("", "train")]
@@ -211,7 +211,7 @@ def check_modalities(names: Sequence[str], records: Iterable[Record]) -> None:
         raise CollectionError(f"found no modality {', '.join(unknown)}, expected some of {', '.join(sorted(known))}")
 
 
-def without_modalities(records: Iterable[Record], excluded: Sequence[str]) -> list[Record]:
+def exclude_modalities(records: Iterable[Record], excluded: Sequence[str]) -> list[Record]:
     """The records of all other modalities: what is kept unseen in pretraining leaves here."""
     names = {name.casefold() for name in excluded}
     return [record for record in records if record.modality.casefold() not in names]

@@ -21,12 +21,12 @@ from ..reading_m3ret import M3RetReadError, Scan
 from ..worker_process import end_for_parent_alone, sigterm_left_to_parent
 from .collection import CollectionError, Record
 from .parquet import Blocks, reader
-from .sampler import SeededBatches
+from .sampler import SeededBatchSampler
 from .views import ViewKind, random_crop, random_flip, random_intensity
 
 
 # more unreadable neighbours than chance would bring say that the disk or the manifest is wrong, not a file
-MOST_FAILURES_IN_A_ROW = 16
+MAX_CONSECUTIVE_FAILURES = 16
 
 
 @dataclass
@@ -45,7 +45,7 @@ class Pack:
     failures: list[tuple[int, str]] = field(default_factory=list)
 
     @classmethod
-    def joined(cls, packs: Sequence[Pack]) -> Pack:
+    def concatenate(cls, packs: Sequence[Pack]) -> Pack:
         """Several packs as one, in their order."""
         noises = [pack.noise for pack in packs if pack.noise is not None]
         return cls(
@@ -119,7 +119,7 @@ class WholeScans(Dataset[list[Resized | ReadFailure]]):
 class RandomViews(Dataset[list[Resized | ReadFailure]]):
     """Random views of a record, kind after kind, all from one decode, with the noise of their masks: for pretraining.
 
-    An item is asked for by `(turn, index)`, see `SeededBatches`. Crops and noise follow from (seed, turn, index) alone,
+    The key of an item is `(visit, index)`, see `SeededBatchSampler`. Crops and noise follow from the seed and the key,
     so that they do not depend on the worker that cuts them or on when a run was resumed.
 
     Each worker keeps decoded scans for the next epoch, up to `cache_bytes`. blocks: rows that are fetched together.
@@ -159,7 +159,7 @@ class RandomViews(Dataset[list[Resized | ReadFailure]]):
                 break
             except M3RetReadError as error:
                 failures.append(ReadFailure(index, str(error)))
-                if len(failures) == MOST_FAILURES_IN_A_ROW:
+                if len(failures) == MAX_CONSECUTIVE_FAILURES:
                     raise
                 index = (index + 1) % len(self.records)  # its neighbour stands in, so that the batch stays full
         views = failures
@@ -176,7 +176,7 @@ class RandomViews(Dataset[list[Resized | ReadFailure]]):
         if index in self._cache:
             return self._cache[index]
         if self.blocks is not None:
-            reader().fetch(*self.blocks.ranges[self.blocks.of_row[index]])
+            reader().fetch(*self.blocks.ranges[self.blocks.block_of_row[index]])
         scan = self.processor.read(self.records[index].open())
         if scan.array.nbytes <= self.cache_bytes:
             self.cache_bytes -= scan.array.nbytes
@@ -222,7 +222,7 @@ class PackLoader(DataLoader[Pack]):
             return super().__iter__()
 
 
-def training_loader(dataset: RandomViews, batches: SeededBatches, num_workers: int) -> DataLoader[Pack]:
+def training_loader(dataset: RandomViews, batches: SeededBatchSampler, num_workers: int) -> DataLoader[Pack]:
     """Endless packs of random views."""
     return PackLoader(
         dataset,  # type: ignore[arg-type]  # torch types a loader by its items; collate makes them packs

@@ -111,7 +111,7 @@ def read_locations(shards: Shards) -> Iterator[tuple[ParquetRow, str, dict[str, 
             f"{shards.place}: found no Parquet file, expected data/SPLIT-00000-of-00000.parquet, SPLIT one of "
             f"{', '.join(SPLITS)}"
         )
-    table = _index_of(shards) or _index_from(shards)
+    table = _index_of(shards) or build_index(shards)
     modalities = modality_names(table.schema)
     by_name = {_name(file): file for file in shards.files}
     for row in table.to_pylist():
@@ -138,7 +138,7 @@ def _index_of(shards: Shards) -> pa.Table | None:
     return table
 
 
-def _index_from(shards: Shards) -> pa.Table:
+def build_index(shards: Shards) -> pa.Table:
     """What the index would hold, from the shards themselves: slower on the Hub, a request and more for each."""
     parts = []
     for file in shards.files:
@@ -146,11 +146,11 @@ def _index_from(shards: Shards) -> pa.Table:
         columns = [name for name in parquet.schema_arrow.names if name not in MEDIA]
         if missing := {"id", "modality", "patient"} - set(columns):
             raise ParquetError(f"{shards.place}: found the columns {columns}, expected also {', '.join(missing)}")
-        parts.append(index_columns(_name(file), parquet, parquet.read(columns=columns)))
+        parts.append(add_location_columns(_name(file), parquet, parquet.read(columns=columns)))
     return pa.concat_tables(parts)
 
 
-def index_columns(shard: str, parquet: pq.ParquetFile, table: pa.Table) -> pa.Table:
+def add_location_columns(shard: str, parquet: pq.ParquetFile, table: pa.Table) -> pa.Table:
     """A shard's small columns with the place of each row: shard, group, row, and the size of its media (those of its
     row group in equal parts, since only reading them would tell)."""
     groups: list[int] = []
@@ -184,13 +184,13 @@ def modality_names(schema: pa.Schema) -> Sequence[str]:
 
 @dataclass(frozen=True)
 class Blocks:
-    """Rows that are fetched together. of_row: `(n,)` the block of each row; ranges: shard, first group, end."""
+    """Rows that are fetched together. block_of_row: `(n,)` the block of each row; ranges: shard, first group, end."""
 
-    of_row: np.ndarray
+    block_of_row: np.ndarray
     ranges: list[tuple[str, int, int]]
 
 
-def blocks_of(rows: Sequence[ParquetRow]) -> Blocks:
+def group_into_blocks(rows: Sequence[ParquetRow]) -> Blocks:
     """Neighbouring row groups of a shard make a block, up to some `BLOCK_BYTES`. Rows come in their order."""
     numbers: list[int] = []
     ranges: list[tuple[str, int, int]] = []

@@ -1,5 +1,7 @@
-"""In which order are scans trained on, and which of them make a batch? Both follow from the seed, so that a run goes on
-from any step."""
+"""Batch samplers: the order in which scans are trained on, and which of them form a batch.
+
+Both follow from the seed alone, so a run resumes from any step with the batches it would have had.
+"""
 
 from __future__ import annotations
 
@@ -10,31 +12,40 @@ from typing import Any
 import numpy as np
 
 
-Stratum = str | tuple[str, str]  # a modality, or with its source
+Stratum = str | tuple[str, str]  # a modality, or (modality, source)
 
 
-class SeededBatches:
-    """Batches of `(turn, index)` without end, each a function of its number: a run goes on from any of them.
+class SeededBatchSampler:
+    """Yield endless batches of `(visit, index)` that depend on the seed and the number of the batch alone.
 
-    An epoch is as many scans as there are records, in a random order by (seed, epoch). Of these a deck of n records, of
-    one modality from one source, gets a part in proportion to n^alpha (`mixture_alpha` of `RunConfig`). It is dealt out
-    like cards, shuffled anew when used up, so that all of its records are seen equally often; `turn` counts how often a
-    record was dealt before. Epochs follow each other without a gap, in the middle of a batch if need be: none is left
-    out.
+    An epoch has as many samples as there are records. A stratum of n records gets a share in proportion to n^alpha
+    (`mixture_alpha` of `RunConfig`). Its records are drawn without replacement and reshuffled once all have been drawn,
+    so all are seen equally often; `visit` counts how often a record was drawn before. Epochs follow each other without
+    a gap, within a batch if necessary, so no sample is dropped.
 
-    Each of `processes` ranks takes every `processes`-th batch, so that ranks never overlap.
+    Each of `world_size` ranks takes every `world_size`-th batch, so ranks never share a sample.
 
-    Streaming (`blocks`, `lanes`): blocks come in random order, and scans are shuffled within `WINDOW` of them. The
-    epoch's order is cut into `lanes` equal pieces for each rank, which deal its batches in turn; with `lanes` or a
-    divisor of it as number of workers, each worker meets its own pieces alone, and fetches next to no block that
-    another does. The order depends on lanes and ranks, not on workers.
+    When streaming (`blocks`), blocks come in random order and scans are shuffled within windows of `WINDOW` blocks.
+    An epoch is cut into `lanes` contiguous pieces per rank, and a rank takes its batches from its lanes in rotation.
+    If `num_workers` divides `lanes`, each worker has lanes of its own, and hardly any block is fetched by two workers.
+    The order depends on the numbers of lanes and ranks, not on the number of workers.
 
     Args:
-        strata: of each record; decks are numbered in the order of their names. start: number of the first batch.
-        blocks: `(n,)`, of each record, or None.
+        strata: stratum of each record. Strata are numbered in sorted order.
+        batch_size: scans per batch and rank.
+        seed: seed of all shuffles.
+        alpha: exponent of the mixture; 1 samples in proportion to size, 0 samples all strata equally.
+        start: number of the first batch of this rank.
+        rank: rank of this process.
+        world_size: number of ranks.
+        blocks: `(n,)` block of each record when streaming, else None.
+        lanes: lanes per rank. Ignored unless streaming.
+
+    Raises:
+        ValueError: if the records do not fill one batch on each rank.
     """
 
-    WINDOW = 4  # blocks that are shuffled together: of 8 MiB each some hundreds of images
+    WINDOW = 4  # blocks shuffled together: at 8 MiB a block, several hundred images
 
     def __init__(
         self,
@@ -44,129 +55,141 @@ class SeededBatches:
         seed: int,
         alpha: float = 1.0,
         start: int = 0,
-        process: int = 0,
-        processes: int = 1,
+        rank: int = 0,
+        world_size: int = 1,
         blocks: np.ndarray | None = None,
         lanes: int = 1,
     ):
         records = len(strata)
-        if records < batch_size * processes:
+        if records < batch_size * world_size:
             raise ValueError(
-                f"{records} training scans do not fill one batch of {batch_size} on each of {processes} processes"
+                f"too few training scans: expected at least {batch_size * world_size} (a batch of {batch_size} on each "
+                f"of {world_size} ranks), got {records}. Reduce batch_size or add scans."
             )
-        number_of = {name: number for number, name in enumerate(sorted(set(strata)))}
-        numbers = np.array([number_of[name] for name in strata])
-        self.decks = [np.flatnonzero(numbers == number) for number in range(len(number_of))]
-        weights = np.array([len(deck) ** alpha for deck in self.decks])
-        shares = records * weights / weights.sum()
-        self.dealt = np.floor(shares).astype(int)  # of each deck in an epoch
-        largest_rests = np.argsort(self.dealt - shares, kind="stable")
-        self.dealt[largest_rests[: records - self.dealt.sum()]] += 1
+        number_of = {stratum: number for number, stratum in enumerate(sorted(set(strata)))}
+        numbers = np.array([number_of[stratum] for stratum in strata])
+        self.members = [np.flatnonzero(numbers == number) for number in range(len(number_of))]
+        self.samples = _apportion(records, np.array([len(members) ** alpha for members in self.members]))
         self.records = records
         self.batch_size = batch_size
         self.seed = seed
         self.start = start
-        self.process = process
-        self.processes = processes
+        self.rank = rank
+        self.world_size = world_size
         self.blocks = blocks
         self.lanes = lanes if blocks is not None else 1
-        self._epochs: dict[int, np.ndarray] = {}  # the latest two, of which a batch may need both
+        self._epochs: dict[int, np.ndarray] = {}  # the latest two: a batch may need both
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        number = self.start
-        while True:
-            yield self.batch(number * self.processes + self.process)
-            number += 1
+        for number in count(self.start):
+            yield self.batch(number * self.world_size + self.rank)
 
     def batch(self, number: int) -> list[tuple[int, int]]:
-        """The `(turn, index)` of one batch, `number` counting those of all ranks."""
-        cards = range(number * self.batch_size, (number + 1) * self.batch_size)
-        places = (divmod(card, self.records) for card in cards)
-        return [(int(turn), int(index)) for turn, index in (self.epoch(epoch)[place] for epoch, place in places)]
+        """Return the `(visit, index)` pairs of one batch; `number` counts the batches of all ranks."""
+        positions = range(number * self.batch_size, (number + 1) * self.batch_size)
+        samples = [self.epoch(position // self.records)[position % self.records] for position in positions]
+        return [(int(visit), int(index)) for visit, index in samples]
 
     def epoch(self, epoch: int) -> np.ndarray:
-        """`(n, 2)`, the turn and index of each scan of an epoch, in the order in which all ranks' batches take them."""
+        """Return the samples of an epoch, `(n, 2)` of visit and index, in the order in which all ranks take them."""
         if epoch not in self._epochs:
             if len(self._epochs) > 1:
                 self._epochs.pop(min(self._epochs))
-            self._epochs[epoch] = self._in_lanes(epoch, self._merged(epoch))
+            self._epochs[epoch] = self._arrange_by_lane(epoch, self._shuffle_epoch(epoch))
         return self._epochs[epoch]
 
-    def _merged(self, epoch: int) -> np.ndarray:
-        """The decks' cards, each deck in its own order, at random places among each other: `(n, 2)`."""
+    def _shuffle_epoch(self, epoch: int) -> np.ndarray:
+        """Return the samples of an epoch, `(n, 2)`: strata mixed at random, each in its own order."""
         generator = np.random.default_rng([self.seed, epoch])
-        hand, places = [], []
-        for number, dealt in enumerate(self.dealt):
-            hand.append(self._dealt(number, epoch * dealt, (epoch + 1) * dealt))
-            places.append(np.sort(generator.random(dealt)))
-        return np.concatenate(hand)[np.argsort(np.concatenate(places), kind="stable")]
+        drawn, positions = [], []
+        for stratum, samples in enumerate(self.samples):
+            drawn.append(self._draw(stratum, epoch * samples, (epoch + 1) * samples))
+            positions.append(np.sort(generator.random(samples)))
+        return np.concatenate(drawn)[np.argsort(np.concatenate(positions), kind="stable")]
 
-    def _dealt(self, number: int, first: int, end: int) -> np.ndarray:
-        """Cards `first` to `end` of a deck since the run began, as `(turn, index)`."""
-        deck = self.decks[number]
-        cards = [np.empty((0, 2), np.int64)]
-        for turn in range(first // len(deck), -(-end // len(deck))):
-            begin = turn * len(deck)
-            indices = self._shuffled(number, turn)[max(first - begin, 0) : end - begin]
-            cards.append(np.stack([np.full(len(indices), turn), indices], axis=1))
-        return np.concatenate(cards)
+    def _draw(self, stratum: int, first: int, end: int) -> np.ndarray:
+        """Return samples `first` to `end` of a stratum, counted from the start of training, as `(n, 2)`."""
+        size = len(self.members[stratum])
+        drawn = [np.empty((0, 2), np.int64)]
+        for visit in range(first // size, -(-end // size)):
+            indices = self._shuffle_stratum(stratum, visit)[max(first - visit * size, 0) : end - visit * size]
+            drawn.append(np.stack([np.full(len(indices), visit), indices], axis=1))
+        return np.concatenate(drawn)
 
-    def _shuffled(self, number: int, turn: int) -> np.ndarray:
-        deck = self.decks[number]
-        generator = np.random.default_rng([self.seed, number, turn])
+    def _shuffle_stratum(self, stratum: int, visit: int) -> np.ndarray:
+        """Return the indices of a stratum's records in the order of one visit to each."""
+        members = self.members[stratum]
+        generator = np.random.default_rng([self.seed, stratum, visit])
         if self.blocks is None:
-            return generator.permutation(deck)
-        # one order of blocks for all decks, so that what lies in one block is used at one time
-        blocks = np.random.default_rng([self.seed, turn]).permutation(int(self.blocks.max()) + 1)
-        window = blocks[self.blocks[deck]] // self.WINDOW
-        return deck[np.argsort(window + generator.random(len(deck)), kind="stable")]
+            return generator.permutation(members)
+        # one order of the blocks for all strata, so that all scans of a block are used at about the same time
+        order = np.random.default_rng([self.seed, visit]).permutation(int(self.blocks.max()) + 1)
+        window = order[self.blocks[members]] // self.WINDOW
+        return members[np.argsort(window + generator.random(len(members)), kind="stable")]
 
-    def _in_lanes(self, epoch: int, merged: np.ndarray) -> np.ndarray:
-        """Reorder so that each lane's batches take its own piece, in order."""
-        if self.lanes == 1 and (self.processes == 1 or self.blocks is None):
-            return merged
+    def _arrange_by_lane(self, epoch: int, shuffled: np.ndarray) -> np.ndarray:
+        """Return the samples rearranged so that the batches of each lane take a contiguous piece of `shuffled`."""
+        if self.lanes == 1 and (self.world_size == 1 or self.blocks is None):
+            return shuffled
         batch = np.arange(epoch * self.records, (epoch + 1) * self.records) // self.batch_size
-        lane = batch % self.processes * self.lanes + batch // self.processes % self.lanes
-        ordered = np.empty_like(merged)
-        ordered[np.argsort(lane, kind="stable")] = merged
-        return ordered
+        lane = batch % self.world_size * self.lanes + batch // self.world_size % self.lanes
+        arranged = np.empty_like(shuffled)
+        arranged[np.argsort(lane, kind="stable")] = shuffled
+        return arranged
 
 
-class TokenBatches(SeededBatches):
-    """Batches of as many scans as a budget of tokens holds: equal work and memory, whatever the mix.
+def _apportion(total: int, weights: np.ndarray) -> np.ndarray:
+    """Split `total` into whole numbers in proportion to `weights`, by the largest-remainder method."""
+    shares = total * weights / weights.sum()
+    counts = np.floor(shares).astype(int)
+    by_remainder = np.argsort(counts - shares, kind="stable")
+    counts[by_remainder[: total - counts.sum()]] += 1
+    return counts
 
-    The order is that of `SeededBatches`, an epoch cut into a piece for each lane of each rank. A lane's pieces follow
-    each other without end, and a batch takes scans from there while their tokens fit; a scan beyond the budget stands
-    alone. So about as many tokens pass through every rank, and of scans as many as these are.
+
+class TokenBatchSampler(SeededBatchSampler):
+    """Yield batches that fill a budget of tokens, so that every step costs about the same time and memory.
+
+    Epochs are ordered as by `SeededBatchSampler` and cut into one contiguous piece per lane of each rank. A lane's
+    pieces follow each other without end; a batch takes scans from its lane while their tokens fit. A scan larger than
+    the budget forms a batch of its own. Each rank processes about the same number of tokens, not of scans.
 
     Args:
-        tokens: `(n,)`, those that the views of each record are expected to have. budget: most of a batch. order: as of
-            `SeededBatches`.
+        strata: stratum of each record.
+        tokens: `(n,)` expected number of tokens of all views of each record, see `expected_tokens`.
+        budget: maximum number of tokens per batch.
+        order: other arguments of `SeededBatchSampler`.
+
+    Raises:
+        ValueError: if there are fewer records than lanes of all ranks.
     """
 
     def __init__(self, strata: Sequence[Stratum], tokens: np.ndarray, budget: int, **order: Any):
         super().__init__(strata, 1, **order)
-        if len(strata) < self.lanes * self.processes:
+        if len(strata) < self.lanes * self.world_size:
             raise ValueError(
-                f"{len(strata)} training scans are less than {self.lanes} lanes x {self.processes} processes"
+                f"too few training scans: expected at least {self.lanes * self.world_size} ({self.lanes} lanes on each "
+                f"of {self.world_size} ranks), got {len(strata)}. Reduce stream_lanes or add scans."
             )
         self.tokens = tokens
         self.budget = budget
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        lanes = [self._lane(self.process * self.lanes + lane) for lane in range(self.lanes)]
+        lanes = [self._fill_batches(self.rank * self.lanes + lane) for lane in range(self.lanes)]
         for number in count():
             batch = next(lanes[number % self.lanes])
             if number >= self.start:
                 yield batch
 
-    def _lane(self, lane: int) -> Iterator[list[tuple[int, int]]]:
+    def _fill_batches(self, lane: int) -> Iterator[list[tuple[int, int]]]:
+        """Yield the batches of one lane, numbered over all ranks."""
         batch: list[tuple[int, int]] = []
         filled = 0.0
         for epoch in count():
-            for turn, index in np.array_split(self._merged(epoch), self.processes * self.lanes)[lane].tolist():
+            pieces = np.array_split(self._shuffle_epoch(epoch), self.world_size * self.lanes)
+            for visit, index in pieces[lane].tolist():
                 if batch and filled + self.tokens[index] > self.budget:
                     yield batch
                     batch, filled = [], 0.0
-                batch.append((turn, index))
+                batch.append((visit, index))
                 filled += self.tokens[index]

@@ -45,6 +45,6 @@ def features() -> Features:
     )
 
 
-def media_of(row: dict[str, Any]) -> str:
+def media_column(row: dict[str, Any]) -> str:
     """Which of the media columns a row sets."""
     return next(name for name in MEDIA if row.get(name) is not None)

@@ -1,8 +1,8 @@
-"""Random views of a scan for pretraining: 3D crops, resized by the processor's own size policy, and intensity changes.
+"""Random views of a scan for pretraining: 3D crops, resized by the processor's size policy, and intensity changes.
 
-A view is a scan like any other; nothing here asks for the modality, and what is done follows from the array alone: only
-an array that has colour gets another colour. Many views are cut from one decode, since decoding a CT costs more than a
-training step on it. No flips unless asked for (left and right differ in a body), and no solarise.
+A view is a scan like any other, and its transforms depend on the array alone, never on the modality: only an array with
+colour has its colour changed. Many views come from one decode, since decoding a CT costs more than a training step
+on it. Flips are off by default because left and right differ in a body, and there is no solarisation.
 """
 
 from __future__ import annotations
@@ -19,12 +19,14 @@ from ..reading_m3ret import Scan
 
 @dataclass(frozen=True)
 class CropRanges:
-    """Of what a random crop is drawn, each uniform between its ends.
+    """Ranges from which crops are sampled, uniformly unless stated otherwise.
 
-    area: part of the slice's area that the crop covers, .2 to 1 as in MAE (arXiv 2111.06377, appendix A.1).
-    aspect: width over height of the crop relative to the scan's, log-uniform, 3/4 to 4/3 as in Inception and MAE.
-    depth: part of the slices; 3DINO crops .5 to 1 of the slices for its global views.
-    single_slice_probability: of the crops, how many are a single slice, any of those there are, instead.
+    Args:
+        area: fraction of the slice's area, 0.2 to 1 as in MAE (arXiv 2111.06377, appendix A.1).
+        aspect: aspect ratio (width over height) relative to that of the scan, log-uniform, 3/4 to 4/3 as in Inception
+            and MAE.
+        depth: fraction of the slices. 3DINO uses 0.5 to 1 for its global views.
+        single_slice_probability: probability of taking a single slice from anywhere in the scan, instead of `depth`.
     """
 
     area: tuple[float, float] = (0.2, 1.0)
@@ -40,14 +42,25 @@ LOCAL_CROPS = CropRanges(area=(0.05, 0.4), depth=(0.2, 0.5))
 
 @dataclass(frozen=True)
 class Jitter:
-    """Intensity changes: the ranges that each is drawn from, and in `..._part` the part of the views that it befalls.
+    """Ranges of the intensity changes, and the probability of applying each to a view.
 
-    contrast, brightness: factor and shift (in parts of the range), .4 and .8 of the views as in SimDINO's colour
-    jitter, half of it for the shift, which clips. gamma: .7 to 1.5, nnU-Net's (Isensee et al. 2021), with them.
-    white_balance, saturation: of arrays with colour alone, factor of each channel and distance from grey, with them;
-    SimDINO's saturation is .2 and its hue .1, and light sources differ by more. grey_probability: SimDINO's.
-    noise: standard deviation, of the range; blur: standard deviation in pixels; low_resolution: factor of the size that
-    the view is shrunk to and blown up from; parts and ranges nnU-Net's.
+    Args:
+        contrast: factor of the contrast. SimDINO's colour jitter has a strength of 0.4.
+        brightness: shift of the brightness as a fraction of the intensity range. Half of SimDINO's 0.4, because a shift
+            clips.
+        gamma: exponent; 0.7 to 1.5 as in nnU-Net (Isensee et al. 2021).
+        white_balance: factor of each channel, colour scans only. SimDINO shifts the hue by 0.1; the light sources of
+            endoscopes differ by more.
+        saturation: factor of the distance from grey, colour scans only. SimDINO's strength is 0.2.
+        probability: probability of the five changes above, applied together; 0.8 as in SimDINO.
+        grey_probability: probability of removing the colour, as in SimDINO.
+        noise: standard deviation of Gaussian noise as a fraction of the intensity range. This and the following ranges
+            and probabilities are nnU-Net's.
+        noise_probability: probability of adding noise.
+        blur: standard deviation of the Gaussian blur in pixels.
+        blur_probability: probability of blurring.
+        low_resolution: factor by which the slices are downsampled before they are upsampled again.
+        low_resolution_probability: probability of lowering the resolution.
     """
 
     contrast: tuple[float, float] = (0.6, 1.4)
@@ -67,8 +80,15 @@ class Jitter:
 
 @dataclass(frozen=True)
 class ViewKind:
-    """How many views of a kind each decode gives, and what they are. size: as of the processor; None: its own.
-    flip_probability: of the views, how many are mirrored left to right."""
+    """One kind of view.
+
+    Args:
+        count: number of views of this kind per decoded scan.
+        ranges: ranges of the crops.
+        size: `size` for the processor's resize; None uses the processor's own.
+        jitter: intensity changes, or None for none.
+        flip_probability: probability of mirroring a view left to right.
+    """
 
     count: int
     ranges: CropRanges = CropRanges()
@@ -78,7 +98,7 @@ class ViewKind:
 
 
 def random_crop(scan: Scan, ranges: CropRanges, generator: np.random.Generator) -> Scan:
-    """A box of the scan, `(C, D', H', W')`, of the same spacing; a view on the scan's memory, not a copy."""
+    """Return a random box of the scan, `(C, D', H', W')`, with the same spacing. It shares the scan's memory."""
     _, D, H, W = scan.array.shape
     area = generator.uniform(*ranges.area)
     aspect = math.exp(generator.uniform(math.log(ranges.aspect[0]), math.log(ranges.aspect[1])))
@@ -87,65 +107,77 @@ def random_crop(scan: Scan, ranges: CropRanges, generator: np.random.Generator) 
     depth = min(D, max(1, round(D * generator.uniform(*ranges.depth))))
     if ranges.single_slice_probability and generator.random() < ranges.single_slice_probability:
         depth = 1
-    starts = [int(generator.integers(whole - part + 1)) for whole, part in ((D, depth), (H, height), (W, width))]
-    box = tuple(slice(start, start + part) for start, part in zip(starts, (depth, height, width), strict=True))
+    sides = ((D, depth), (H, height), (W, width))
+    starts = [int(generator.integers(full - side + 1)) for full, side in sides]
+    box = tuple(slice(start, start + side) for start, (_, side) in zip(starts, sides, strict=True))
     return replace(scan, array=scan.array[(slice(None), *box)])
 
 
 def random_flip(scan: Scan, probability: float, generator: np.random.Generator) -> Scan:
-    """The scan, or for a part of the draws its mirror image."""
+    """Return the scan, mirrored left to right with the given probability."""
     if generator.random() >= probability:
         return scan
     return replace(scan, array=np.ascontiguousarray(scan.array[..., ::-1]))
 
 
 def random_intensity(volume: Tensor, jitter: Jitter, generator: np.random.Generator) -> Tensor:
-    """A resized view `(1 or 3, D, H, W)` in [-1, 1] with its sharpness and its intensities changed: one draw a view.
+    """Change the sharpness and the intensities of a resized view at random.
 
-    In the order of an acquisition: what the optics lose, what light and display make of it, what the sensor adds.
+    The changes follow the order of an acquisition: loss of resolution in the optics, then light and display, then noise
+    of the sensor.
+
+    Args:
+        volume: `(1 or 3, D, H, W)` float32 in [-1, 1]. Not modified.
+        jitter: ranges and probabilities.
+        generator: source of randomness; one draw applies to the whole view.
+
+    Returns:
+        A tensor of the same shape, dtype and range.
     """
-    unit = ((volume + 1) / 2).clamp_(0, 1)
+    values = ((volume + 1) / 2).clamp_(0, 1)
     if generator.random() < jitter.low_resolution_probability:
-        unit = _low_resolution(unit, generator.uniform(*jitter.low_resolution))
+        values = lower_resolution(values, generator.uniform(*jitter.low_resolution))
     if generator.random() < jitter.blur_probability:
-        unit = _blur(unit, generator.uniform(*jitter.blur))
-    has_colour = len(unit) == 3
+        values = gaussian_blur(values, generator.uniform(*jitter.blur))
+    has_colour = len(values) == 3
     if generator.random() < jitter.probability:
         contrast, brightness, gamma = (
             generator.uniform(*ends) for ends in (jitter.contrast, jitter.brightness, jitter.gamma)
         )
         if has_colour:
             balance = generator.uniform(*jitter.white_balance, size=(3, 1, 1, 1)).astype(np.float32)
-            unit = unit * torch.from_numpy(balance)
-            grey = unit.mean(0, keepdim=True)
-            unit = (grey + (unit - grey) * generator.uniform(*jitter.saturation)).clamp_(0, 1)
-        unit = unit.pow(gamma)
-        mean = float(unit.numpy().mean(dtype=np.float64))  # torch's sum would depend on its threads, so on the worker
-        unit = ((unit - mean) * contrast + mean + brightness).clamp_(0, 1)
+            values = values * torch.from_numpy(balance)
+            grey = values.mean(0, keepdim=True)
+            values = (grey + (values - grey) * generator.uniform(*jitter.saturation)).clamp_(0, 1)
+        values = values.pow(gamma)
+        # NumPy, because torch's sum depends on its number of threads, which differs between workers
+        mean = float(values.numpy().mean(dtype=np.float64))
+        values = ((values - mean) * contrast + mean + brightness).clamp_(0, 1)
     if has_colour and generator.random() < jitter.grey_probability:
-        unit = unit.mean(0, keepdim=True).expand(3, -1, -1, -1)
+        values = values.mean(0, keepdim=True).expand(3, -1, -1, -1)
     if generator.random() < jitter.noise_probability:
-        noise = torch.from_numpy(generator.standard_normal(unit.shape, dtype=np.float32))
-        unit = (unit + noise * generator.uniform(*jitter.noise)).clamp_(0, 1)
-    return unit * 2 - 1
+        noise = torch.from_numpy(generator.standard_normal(values.shape, dtype=np.float32))
+        values = (values + noise * generator.uniform(*jitter.noise)).clamp_(0, 1)
+    return values * 2 - 1
 
 
-def _low_resolution(unit: Tensor, factor: float) -> Tensor:
-    """Slices shrunk by a factor and blown up again, as a coarser detector would have seen them."""
-    H, W = unit.shape[-2:]
-    small = nn.functional.interpolate(unit, size=(max(1, round(H * factor)), max(1, round(W * factor))), mode="nearest")
+def lower_resolution(volume: Tensor, factor: float) -> Tensor:
+    """Downsample the slices of `(C, D, H, W)` by `factor` and upsample them again, as a coarser detector would."""
+    H, W = volume.shape[-2:]
+    size = (max(1, round(H * factor)), max(1, round(W * factor)))
+    small = nn.functional.interpolate(volume, size=size, mode="nearest")
     return nn.functional.interpolate(small, size=(H, W), mode="bilinear", align_corners=False)
 
 
-def _blur(unit: Tensor, sigma: float) -> Tensor:
-    """Slices under a Gaussian of `sigma` pixels, borders repeated."""
-    reach = math.ceil(3 * sigma)
-    kernel = torch.exp(-0.5 * (torch.arange(-reach, reach + 1) / sigma) ** 2)
-    kernel = (kernel / kernel.sum()).to(unit.dtype)
-    C, D, H, W = unit.shape
-    # slices as the channels of one picture, each with its kernel: as a batch of pictures it takes 20 times as long
-    slices = unit.reshape(1, C * D, H, W)
-    for shape, padding in (((-1, 1), (0, 0, reach, reach)), ((1, -1), (reach, reach, 0, 0))):
+def gaussian_blur(volume: Tensor, sigma: float) -> Tensor:
+    """Blur the slices of `(C, D, H, W)` with a Gaussian of `sigma` pixels; borders are replicated."""
+    radius = math.ceil(3 * sigma)
+    kernel = torch.exp(-0.5 * (torch.arange(-radius, radius + 1) / sigma) ** 2)
+    kernel = (kernel / kernel.sum()).to(volume.dtype)
+    C, D, H, W = volume.shape
+    # slices as channels of one image with a grouped convolution: as a batch of images it takes 20 times as long
+    slices = volume.reshape(1, C * D, H, W)
+    for shape, padding in (((-1, 1), (0, 0, radius, radius)), ((1, -1), (radius, radius, 0, 0))):
         kernels = kernel.view(shape).expand(C * D, 1, *kernel.view(shape).shape)
         slices = nn.functional.conv2d(nn.functional.pad(slices, padding, mode="replicate"), kernels, groups=C * D)
     return slices.view(C, D, H, W)

@@ -14,7 +14,7 @@ from typing import Any
 
 from transformers.utils import cached_file
 
-from ..data.collection import Record, split_by_group, training_and_held_out
+from ..data.collection import Record, split_by_group, split_training_and_held_out
 
 
 def training_facts(checkpoint: str) -> dict[str, Any]:
@@ -42,7 +42,7 @@ def trained_on(records: Sequence[Record], facts: Mapping[str, Any]) -> list[Reco
     holdout, modalities = _holdout(facts), _modalities(facts)
     if holdout is None or not modalities:
         return None
-    training = _of_modalities(training_and_held_out(records, holdout)[0], modalities)
+    training = _of_modalities(split_training_and_held_out(records, holdout)[0], modalities)
     return training if len(training) == facts.get("training_scans") else None
 
 

@@ -1,7 +1,7 @@
 """What a run needs to go on as if it had never stopped: weights, optimiser, random numbers, and where it stands.
 
 Safetensors and JSON only. Where the data stands needs no file: batches are a function of their number
-(`SeededBatches`), and crops and masks of (seed, turn, index).
+(`SeededBatchSampler`), and crops and masks of (seed, turn, index).
 """
 
 from __future__ import annotations

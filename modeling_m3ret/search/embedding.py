@@ -88,12 +88,12 @@ def _together(packs: Iterable[Pack], processor: M3RetImageProcessor, max_tokens:
     for pack in packs:
         own = sum(math.prod(processor.grid_of(shape)) for shape in pack.shapes)
         if waiting and tokens + own > max_tokens:
-            yield Pack.joined(waiting)
+            yield Pack.concatenate(waiting)
             waiting, tokens = [], 0
         waiting.append(pack)
         tokens += own
     if waiting:
-        yield Pack.joined(waiting)
+        yield Pack.concatenate(waiting)
 
 
 def encoder_embedder(model: M3RetModel) -> Embedder:

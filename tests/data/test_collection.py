@@ -10,10 +10,10 @@ from modeling_m3ret.data.collection import (
     CollectionError,
     Record,
     check_modalities,
+    exclude_modalities,
     open_collection,
     read_manifest,
     split_by_group,
-    without_modalities,
 )
 
 
@@ -86,7 +86,7 @@ def test_a_patient_is_on_one_side_and_stays_there() -> None:
 
 
 def test_excluded_modalities_leave() -> None:
-    assert {r.modality for r in without_modalities(records_of(4), ["MRI"])} == {"ct", "xray"}
+    assert {r.modality for r in exclude_modalities(records_of(4), ["MRI"])} == {"ct", "xray"}
 
 
 def test_a_modality_that_does_not_exist_is_refused() -> None:

@@ -14,10 +14,10 @@ import pytest
 import torch
 
 from dataset_scripts.row_encoding import nifti_bytes
-from modeling_m3ret import M3RetImageProcessor, M3RetReadError, Scan
+from modeling_m3ret import M3RetImageProcessor, M3RetReadError
 from modeling_m3ret.data.collection import CollectionError, Record, open_collection
 from modeling_m3ret.data.loading import (
-    MOST_FAILURES_IN_A_ROW,
+    MAX_CONSECUTIVE_FAILURES,
     Pack,
     RandomViews,
     WholeScans,
@@ -25,9 +25,9 @@ from modeling_m3ret.data.loading import (
     expected_tokens,
     training_loader,
 )
-from modeling_m3ret.data.sampler import SeededBatches
+from modeling_m3ret.data.sampler import SeededBatchSampler
 from modeling_m3ret.data.schema import features
-from modeling_m3ret.data.views import CropRanges, ViewKind, random_crop
+from modeling_m3ret.data.views import CropRanges, ViewKind
 from modeling_m3ret.evaluation.table import evaluate
 from modeling_m3ret.search.embedding import embed_records, pixel_embedder
 
@@ -57,7 +57,7 @@ def equal(one: Pack, other: Pack) -> bool:
 def test_a_worker_ends_by_a_sigterm_of_its_parent_and_of_no_one_else(records: list[Record]) -> None:
     """A scheduler sends it to all of a run, which still saves; a run that fails sends it at its end, and waits."""
     views = RandomViews(records, PROCESSOR, views=[ViewKind(1)])
-    packs = iter(training_loader(views, SeededBatches(["ct"] * len(records), 2, seed=0), 1))
+    packs = iter(training_loader(views, SeededBatchSampler(["ct"] * len(records), 2, seed=0), 1))
     next(packs)
     (worker,) = packs._workers
     subprocess.run(["kill", "-TERM", str(worker.pid)], check=True)
@@ -72,7 +72,7 @@ def test_a_worker_ends_by_a_sigterm_of_its_parent_and_of_no_one_else(records: li
 def test_training_batches_do_not_depend_on_the_workers(records: list[Record]) -> None:
     def packs(workers: int) -> list[Pack]:
         views = RandomViews(records, PROCESSOR, views=[ViewKind(2)], seed=3)
-        return list(islice(training_loader(views, SeededBatches(["ct"] * len(records), 3, seed=3), workers), 5))
+        return list(islice(training_loader(views, SeededBatchSampler(["ct"] * len(records), 3, seed=3), workers), 5))
 
     alone, with_workers = packs(0), packs(2)
     assert all(equal(one, other) for one, other in zip(alone, with_workers, strict=True))
@@ -121,7 +121,7 @@ def test_expected_tokens_are_those_that_views_have_on_the_mean(tmp_path: Path) -
 def test_one_bad_file_is_counted_and_stops_nothing(records: list[Record]) -> None:
     records[2].location.write_bytes(b"not an array")
     views = RandomViews(records, PROCESSOR, views=[ViewKind(2)])
-    packs = list(islice(training_loader(views, SeededBatches(["ct"] * 8, 4, seed=0), 0), 2))
+    packs = list(islice(training_loader(views, SeededBatchSampler(["ct"] * 8, 4, seed=0), 0), 2))
     assert [len(pack.scans) for pack in packs] == [8, 8]  # the neighbour stands in
     failures = [failure for pack in packs for failure in pack.failures]
     assert [index for index, _ in failures] == [2]
@@ -138,7 +138,7 @@ def test_a_disk_that_is_gone_does_stop_the_run(records: list[Record]) -> None:
         record.location.unlink()
     with pytest.raises(M3RetReadError):
         RandomViews(records * 4, PROCESSOR, views=[ViewKind(1)])[0, 0]
-    assert len(records * 4) > MOST_FAILURES_IN_A_ROW
+    assert len(records * 4) > MAX_CONSECUTIVE_FAILURES
 
 
 def test_whole_scans_come_in_order(records: list[Record]) -> None:
@@ -154,24 +154,6 @@ def test_nothing_to_embed_gives_nothing() -> None:
     pixels = embed_records([pixel_embedder(PROCESSOR)], PROCESSOR, [], progress=False)[0]
     assert (len(pixels.embeddings), pixels.records, pixels.failures) == (0, [], [])
     assert evaluate({"pixels": pixels}) == []
-
-
-def test_crops_lie_inside_and_span_their_ranges() -> None:
-    scan = Scan(np.arange(20 * 60 * 80, dtype=np.float32).reshape(1, 20, 60, 80), (1.0, 1.0, 1.0), {})
-    generator = np.random.default_rng(0)
-    areas, depths = [], []
-    for _ in range(300):
-        crop = random_crop(scan, CropRanges(), generator)
-        _, depth, height, width = crop.array.shape
-        assert np.shares_memory(crop.array, scan.array)
-        assert crop.spacing == scan.spacing
-        areas.append(height * width / 4800)
-        depths.append(depth / 20)
-    assert 0.15 < min(areas) < 0.25
-    assert 0.9 < max(areas) <= 1
-    assert 0.5 <= min(depths) < 0.6
-    assert 0.9 < max(depths) <= 1
-    assert np.mean(areas) == pytest.approx(0.6, abs=0.05)
 
 
 def test_a_cached_scan_is_read_once_and_gives_the_same_views(

@@ -13,8 +13,15 @@ from PIL import Image
 
 from modeling_m3ret import M3RetReadError
 from modeling_m3ret.data import parquet
-from modeling_m3ret.data.collection import CollectionError, open_collection, training_and_held_out
-from modeling_m3ret.data.parquet import ParquetRow, RowReader, blocks_of, index_columns, local_shards, read_locations
+from modeling_m3ret.data.collection import CollectionError, open_collection, split_training_and_held_out
+from modeling_m3ret.data.parquet import (
+    ParquetRow,
+    RowReader,
+    add_location_columns,
+    group_into_blocks,
+    local_shards,
+    read_locations,
+)
 from modeling_m3ret.data.schema import features
 from modeling_m3ret.reading_m3ret import read_scan
 
@@ -57,7 +64,7 @@ def write_index(dataset: Path) -> None:
     for file in sorted((dataset / "data").iterdir()):
         shard = pq.ParquetFile(file)
         small = [name for name in shard.schema_arrow.names if name not in ("image", "video", "volume")]
-        parts.append(index_columns(file.name, shard, shard.read(columns=small)))
+        parts.append(add_location_columns(file.name, shard, shard.read(columns=small)))
     pq.write_table(pa.concat_tables(parts), dataset / "index.parquet")
 
 
@@ -114,11 +121,11 @@ def test_what_is_no_data_set_is_refused(tmp_path: Path) -> None:
 
 def test_official_splits_are_kept_and_a_test_split_is_in_neither(dataset: Path) -> None:
     records = open_collection(dataset)
-    training, held_out = training_and_held_out(records, 0.9)
+    training, held_out = split_training_and_held_out(records, 0.9)
     assert [r.split for r in training] == ["train"] * 7
     assert [r.split for r in held_out] == ["validation"] * 3
     (dataset / "data" / "validation-00000-of-00001.parquet").rename(dataset / "data" / "test-00000-of-00001.parquet")
-    training, held_out = training_and_held_out(open_collection(dataset), 0.5)
+    training, held_out = split_training_and_held_out(open_collection(dataset), 0.5)
     assert len(training) + len(held_out) == 7
     assert not {r.group for r in training} & {r.group for r in held_out}
 
@@ -127,10 +134,10 @@ def test_blocks_are_neighbouring_row_groups_of_one_shard(monkeypatch: pytest.Mon
     monkeypatch.setattr(parquet, "BLOCK_BYTES", 25)
     rows = [ParquetRow("a", group, place, 10) for group in range(4) for place in range(2)]
     rows += [ParquetRow("b", 0, 0, 10)]
-    blocks = blocks_of(rows)
+    blocks = group_into_blocks(rows)
     assert blocks.ranges == [("a", 0, 2), ("a", 2, 4), ("b", 0, 1)]
-    assert blocks.of_row.tolist() == [0, 0, 0, 0, 1, 1, 1, 1, 2]
-    assert blocks_of(rows[5:]).ranges == [("a", 2, 4), ("b", 0, 1)]  # of a subset, only what it needs
+    assert blocks.block_of_row.tolist() == [0, 0, 0, 0, 1, 1, 1, 1, 2]
+    assert group_into_blocks(rows[5:]).ranges == [("a", 2, 4), ("b", 0, 1)]  # of a subset, only what it needs
 
 
 def test_a_block_is_one_read_and_the_latest_are_kept(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:

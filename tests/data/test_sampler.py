@@ -1,4 +1,4 @@
-"""The order of training: each scan once an epoch, a function of the seed alone; batches of a size or of a budget."""
+"""Batch samplers: every scan once an epoch, an order that depends on the seed alone, and batches that fill a budget."""
 
 from __future__ import annotations
 
@@ -7,167 +7,169 @@ from itertools import islice
 import numpy as np
 import pytest
 
-from modeling_m3ret.data.sampler import SeededBatches, TokenBatches
+from modeling_m3ret.data.sampler import SeededBatchSampler, TokenBatchSampler
 
 
-@pytest.mark.parametrize("blocks", [None, np.arange(20) // 3], ids=["map style", "streamed"])
-@pytest.mark.parametrize(("processes", "lanes"), [(1, 1), (2, 1), (2, 4), (3, 2)])
-def test_each_scan_is_seen_once_an_epoch_by_one_rank(blocks: np.ndarray | None, processes: int, lanes: int) -> None:
-    """Epochs follow each other in the middle of a batch: 20 scans, 3 a batch, so 60 are three epochs of 20 batches."""
+@pytest.mark.parametrize("blocks", [None, np.arange(20) // 3], ids=["map-style", "streamed"])
+@pytest.mark.parametrize(("world_size", "lanes"), [(1, 1), (2, 1), (2, 4), (3, 2)])
+def test_each_scan_is_seen_once_per_epoch_by_one_rank(blocks: np.ndarray | None, world_size: int, lanes: int) -> None:
+    """20 scans in batches of 3: epochs end within a batch, and 20 batches are three epochs."""
+    strata = ["ct"] * 14 + ["xray"] * 6
     ranks = [
-        SeededBatches(["ct"] * 14 + ["xray"] * 6, 3, seed=1, process=p, processes=processes, blocks=blocks, lanes=lanes)
-        for p in range(processes)
+        SeededBatchSampler(strata, 3, seed=1, rank=rank, world_size=world_size, blocks=blocks, lanes=lanes)
+        for rank in range(world_size)
     ]
-    by_turn: list[list[list[tuple[int, int]]]] = list(zip(*(islice(rank, 20) for rank in ranks), strict=True))
-    keys = [key for step in by_turn for batch in step for key in batch]
-    for epoch in range(len(keys) // 20):
-        assert sorted(keys[20 * epoch : 20 * epoch + 20]) == [(epoch, index) for index in range(20)]
-    assert [index for _, index in keys[:20]] != [index for _, index in keys[20:40]]
+    steps = zip(*(islice(rank, 20) for rank in ranks), strict=True)
+    samples = [sample for step in steps for batch in step for sample in batch]
+    for epoch in range(len(samples) // 20):
+        assert sorted(samples[20 * epoch : 20 * epoch + 20]) == [(epoch, index) for index in range(20)]
+    assert [index for _, index in samples[:20]] != [index for _, index in samples[20:40]]
 
 
-def test_too_few_scans_for_a_batch_are_refused() -> None:
-    with pytest.raises(ValueError, match="do not fill one batch"):
-        SeededBatches(["ct"] * 5, 3, seed=0, processes=2)
+def test_too_few_scans_for_one_batch_per_rank_are_refused() -> None:
+    with pytest.raises(ValueError, match="batch_size"):
+        SeededBatchSampler(["ct"] * 5, 3, seed=0, world_size=2)
+    SeededBatchSampler(["ct"] * 6, 3, seed=0, world_size=2)
 
 
 def test_map_style_batches_do_not_depend_on_the_number_of_ranks() -> None:
-    """Two ranks with half the batch see together what one sees."""
-    alone = islice(SeededBatches(["ct"] * 22, 4, seed=1), 11)
-    pair = [SeededBatches(["ct"] * 22, 2, seed=1, process=rank, processes=2) for rank in range(2)]
-    for batch, *halves in zip(alone, *pair, strict=False):
+    """Two ranks with half the batch size together see the batch of one rank."""
+    single = islice(SeededBatchSampler(["ct"] * 22, 4, seed=1), 11)
+    pair = [SeededBatchSampler(["ct"] * 22, 2, seed=1, rank=rank, world_size=2) for rank in range(2)]
+    for batch, *halves in zip(single, *pair, strict=False):
         assert batch == halves[0] + halves[1]
 
 
-def test_streaming_fetches_each_block_by_one_worker_and_at_one_time() -> None:
-    """400 scans in 40 blocks of 10 that hold two modalities each; 2 ranks of 4 lanes, batch 5, 2 workers.
+def test_streaming_reads_each_block_in_one_worker_and_at_one_time() -> None:
+    """400 scans in 40 blocks of 10, each with two modalities; 2 ranks of 4 lanes and 2 workers, batches of 5.
 
-    A piece of an epoch is 50 scans, five blocks and two that it shares with its neighbours at the ends.
+    A lane's piece of an epoch is 50 scans: five blocks, two of them shared with the neighbouring pieces.
     """
     blocks = np.arange(400) // 10
-    modalities = ["ct", "xray"] * 200
-    of_worker: dict[tuple[int, int], list[int]] = {}
+    strata = ["ct", "xray"] * 200
+    seen_by_worker: dict[tuple[int, int], list[int]] = {}
     for rank in range(2):
-        batches = SeededBatches(modalities, 5, seed=3, process=rank, processes=2, blocks=blocks, lanes=4)
-        for number, batch in enumerate(islice(batches, 40)):
-            of_worker.setdefault((rank, number % 2), []).extend(int(blocks[index]) for _, index in batch)
-    assert [len(seen) for seen in of_worker.values()] == [100] * 4
-    # a window of 4 blocks and those at the ends of two pieces: 10 to read, and at most some of three windows more
-    assert all(len(set(seen)) <= 10 + 3 * SeededBatches.WINDOW for seen in of_worker.values())
-    # where all workers share one sequence, each meets nearly all blocks
-    shared = SeededBatches(modalities, 5, seed=3, blocks=blocks, lanes=1)
-    halves = [[int(blocks[i]) for batch in list(islice(shared, 80))[w::2] for _, i in batch] for w in range(2)]
-    assert all(len(set(half)) == 40 for half in halves)
-    # one time: from a block's first scan to its last, in the sequence of one lane, no more than two windows pass
-    lane = [int(blocks[i]) for batch in list(islice(shared, 80)) for _, i in batch]
+        sampler = SeededBatchSampler(strata, 5, seed=3, rank=rank, world_size=2, blocks=blocks, lanes=4)
+        for number, batch in enumerate(islice(sampler, 40)):
+            seen_by_worker.setdefault((rank, number % 2), []).extend(int(blocks[index]) for _, index in batch)
+    assert [len(seen) for seen in seen_by_worker.values()] == [100] * 4
+    # 10 blocks' worth of scans, and at most some of three further windows: their own and those at both ends
+    assert all(len(set(seen)) <= 10 + 3 * SeededBatchSampler.WINDOW for seen in seen_by_worker.values())
+
+    # without lanes, each worker reads all blocks
+    one_lane = list(islice(SeededBatchSampler(strata, 5, seed=3, blocks=blocks, lanes=1), 80))
+    for worker in range(2):
+        assert len({int(blocks[index]) for batch in one_lane[worker::2] for _, index in batch}) == 40
+
+    # from the first scan of a block to its last, at most two windows of scans pass
+    sequence = [int(blocks[index]) for batch in one_lane for _, index in batch]
     for block in range(40):
-        places = [place for place, own in enumerate(lane) if own == block]
-        assert places[-1] - places[0] < 2 * SeededBatches.WINDOW * 10
+        positions = [position for position, other in enumerate(sequence) if other == block]
+        assert positions[-1] - positions[0] < 2 * SeededBatchSampler.WINDOW * 10
 
 
-def test_the_streaming_order_is_a_shuffle() -> None:
-    """Neither blocks nor the scans within a window come in their order, and it differs between epochs and seeds."""
+def test_streamed_order_is_shuffled() -> None:
+    """Blocks and the scans within a window come in random order, which differs between epochs and seeds."""
     blocks = np.arange(300) // 10
 
     def order(seed: int, epoch: int) -> np.ndarray:
-        return SeededBatches(["ct"] * 300, 5, seed=seed, blocks=blocks, lanes=2).epoch(epoch)[:, 1]
+        return SeededBatchSampler(["ct"] * 300, 5, seed=seed, blocks=blocks, lanes=2).epoch(epoch)[:, 1]
 
-    one = order(0, 0)
-    assert abs(np.corrcoef(one, np.arange(300))[0, 1]) < 0.4  # of 30 blocks: two standard errors
-    assert (np.diff(blocks[one]) != 0).mean() > 0.6  # of four blocks, three of four neighbours lie in another
-    assert (one != order(0, 1)).mean() > 0.9
-    assert (one != order(1, 0)).mean() > 0.9
+    first = order(0, 0)
+    assert abs(np.corrcoef(first, np.arange(300))[0, 1]) < 0.4  # two standard errors for 30 blocks
+    assert (np.diff(blocks[first]) != 0).mean() > 0.6  # expected 3/4 for windows of four blocks
+    assert (first != order(0, 1)).mean() > 0.9
+    assert (first != order(1, 0)).mean() > 0.9
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
-def test_batches_go_on_from_any_number(alpha: float) -> None:
-    modalities = ["ct"] * 13 + ["xray"] * 5
-    for blocks in (None, np.arange(18) // 4):
-        settings = {"seed": 4, "alpha": alpha, "process": 1, "processes": 2, "blocks": blocks, "lanes": 2}
-        whole = list(islice(SeededBatches(modalities, 2, **settings), 20))
-        for start in (1, 4, 7, 13):
-            rest = SeededBatches(modalities, 2, **settings, start=start)
-            assert list(islice(rest, 20 - start)) == whole[start:]
+@pytest.mark.parametrize("blocks", [None, np.arange(18) // 4], ids=["map-style", "streamed"])
+def test_resumed_batches_equal_uninterrupted_ones(alpha: float, blocks: np.ndarray | None) -> None:
+    strata = ["ct"] * 13 + ["xray"] * 5
+    settings = {"seed": 4, "alpha": alpha, "rank": 1, "world_size": 2, "blocks": blocks, "lanes": 2}
+    uninterrupted = list(islice(SeededBatchSampler(strata, 2, **settings), 20))
+    for start in (1, 4, 7, 13):
+        resumed = SeededBatchSampler(strata, 2, **settings, start=start)
+        assert list(islice(resumed, 20 - start)) == uninterrupted[start:]
 
 
-def test_a_mixture_gives_each_modality_its_power_and_no_record_more_than_another() -> None:
-    """64 CTs and 4 X-rays: parts of 64:4, 8:2 and 1:1 for alpha 1, 1/2 and 0, of epochs of 68."""
-    modalities = ["ct"] * 64 + ["xray"] * 4
-    for alpha, of_ct in ((1.0, 64), (0.5, 54), (0.0, 34)):
-        batches = SeededBatches(modalities, 1, seed=0, alpha=alpha)
-        epochs = [[tuple(key) for key in batches.epoch(number).tolist()] for number in range(10)]
-        assert [sum(index < 64 for _, index in epoch) for epoch in epochs] == [of_ct] * 10
-        keys = [key for epoch in epochs for key in epoch]
-        assert len(set(keys)) == len(keys)  # a record that comes again comes with other views
-        for deck in (range(64), range(64, 68)):
-            times = [sum(index == record for _, index in keys) for record in deck]
-            assert max(times) - min(times) <= 1
+@pytest.mark.parametrize(("alpha", "ct_per_epoch"), [(1.0, 64), (0.5, 54), (0.0, 34)])
+def test_modalities_are_sampled_in_proportion_to_a_power_of_their_size(alpha: float, ct_per_epoch: int) -> None:
+    """64 CTs and 4 X-rays in epochs of 68: ratios of 64:4, 8:2 and 1:1 for alpha 1, 1/2 and 0."""
+    sampler = SeededBatchSampler(["ct"] * 64 + ["xray"] * 4, 1, seed=0, alpha=alpha)
+    epochs = [[tuple(sample) for sample in sampler.epoch(number).tolist()] for number in range(10)]
+    assert [sum(index < 64 for _, index in epoch) for epoch in epochs] == [ct_per_epoch] * 10
+    samples = [sample for epoch in epochs for sample in epoch]
+    assert len(set(samples)) == len(samples)  # a repeated record has another visit number, so other views
+    for stratum in (range(64), range(64, 68)):
+        counts = [sum(index == record for _, index in samples) for record in stratum]
+        assert max(counts) - min(counts) <= 1
 
 
-def test_a_mixture_gives_each_source_of_a_modality_its_power() -> None:
-    """64 CTs of one source, 4 of another, 16 X-rays: parts of 8:2:4 for alpha 1/2, of epochs of 84."""
-    decks = [("ct", "large")] * 64 + [("ct", "small")] * 4 + [("xray", "large")] * 16
-    dealt = SeededBatches(decks, 1, seed=0, alpha=0.5).epoch(3)[:, 1]
-    assert [((first <= dealt) & (dealt < end)).sum() for first, end in ((0, 64), (64, 68), (68, 84))] == [48, 12, 24]
+def test_sources_of_a_modality_are_strata_of_their_own() -> None:
+    """64 CTs of one source, 4 of another and 16 X-rays in epochs of 84: ratios of 8:2:4 for alpha 1/2."""
+    strata = [("ct", "large")] * 64 + [("ct", "small")] * 4 + [("xray", "large")] * 16
+    indices = SeededBatchSampler(strata, 1, seed=0, alpha=0.5).epoch(3)[:, 1]
+    counts = [((first <= indices) & (indices < end)).sum() for first, end in ((0, 64), (64, 68), (68, 84))]
+    assert counts == [48, 12, 24]
 
 
 @pytest.mark.parametrize(
     ("alpha", "recorded"),
     [(0.5, [0, 0, 5, 4, 1, 6, 7, 2]), (1.0, [4, 1, 6, 7, 0, 2, 3, 5])],
 )
-def test_one_source_a_modality_changes_nothing(alpha: float, recorded: list[int]) -> None:
-    """Whatever its name: the order is the one recorded before sources counted, so that runs from then go on."""
-    by_modality = SeededBatches(["xray"] * 2 + ["ct"] * 6, 1, seed=1, alpha=alpha)
-    by_source = SeededBatches([("xray", "a")] * 2 + [("ct", "b")] * 6, 1, seed=1, alpha=alpha)
+def test_one_source_per_modality_gives_the_recorded_order_of_modalities(alpha: float, recorded: list[int]) -> None:
+    """Runs that were started before sources were strata can be resumed."""
+    by_modality = SeededBatchSampler(["xray"] * 2 + ["ct"] * 6, 1, seed=1, alpha=alpha)
+    by_source = SeededBatchSampler([("xray", "a")] * 2 + [("ct", "b")] * 6, 1, seed=1, alpha=alpha)
     for epoch in range(3):
         assert np.array_equal(by_source.epoch(epoch), by_modality.epoch(epoch))
     assert by_source.epoch(1)[:, 1].tolist() == recorded
 
 
-# 30 scans of which every third has ten times the tokens of the others, as a CT beside X-rays
+# 30 scans; every third has ten times the tokens of the others, as a CT among X-rays
 TOKENS = np.array([100.0, 10.0, 10.0] * 10)
 
 
-@pytest.mark.parametrize("blocks", [None, np.arange(30) // 4], ids=["map style", "streamed"])
-@pytest.mark.parametrize(("processes", "lanes"), [(1, 1), (2, 1), (2, 3)])
-def test_a_budget_fills_batches_with_tokens_and_leaves_no_scan_out(
-    blocks: np.ndarray | None, processes: int, lanes: int
-) -> None:
-    keys: list[tuple[int, int]] = []
-    whole_epochs = []
-    for process in range(processes):
-        settings = {"process": process, "processes": processes, "blocks": blocks, "lanes": lanes}
-        own = list(islice(TokenBatches(["ct"] * 30, TOKENS, 150, seed=2, **settings), 60))
-        sums = [sum(TOKENS[index] for _, index in batch) for batch in own]
+@pytest.mark.parametrize("blocks", [None, np.arange(30) // 4], ids=["map-style", "streamed"])
+@pytest.mark.parametrize(("world_size", "lanes"), [(1, 1), (2, 1), (2, 3)])
+def test_token_batches_fill_the_budget_and_drop_no_scan(blocks: np.ndarray | None, world_size: int, lanes: int) -> None:
+    samples: list[tuple[int, int]] = []
+    latest_epochs = []
+    for rank in range(world_size):
+        settings = {"rank": rank, "world_size": world_size, "blocks": blocks, "lanes": lanes}
+        batches = list(islice(TokenBatchSampler(["ct"] * 30, TOKENS, 150, seed=2, **settings), 60))
+        sums = [sum(TOKENS[index] for _, index in batch) for batch in batches]
         assert max(sums) <= 150
-        # greedy: a batch and the first scan of its lane's next one are too much together
+        # the first scan of a lane's next batch would not have fitted
         step = lanes if blocks is not None else 1
-        for batch, following in zip(own, own[step:], strict=False):
-            assert sum(TOKENS[index] for _, index in batch) + TOKENS[following[0][1]] > 150
-        keys += [key for batch in own for key in batch]
-        whole_epochs += [max(turn for batch in own[lane::step] for turn, _ in batch) for lane in range(step)]
-    assert len(set(keys)) == len(keys)
-    epochs = min(whole_epochs)  # the slowest lane is in this one, so all before it are over in every lane
-    assert epochs >= 2
-    assert sorted(key for key in keys if key[0] < epochs) == [
-        (turn, scan) for turn in range(epochs) for scan in range(30)
+        for total, following in zip(sums, batches[step:], strict=False):
+            assert total + TOKENS[following[0][1]] > 150
+        samples += [sample for batch in batches for sample in batch]
+        latest_epochs += [max(visit for batch in batches[lane::step] for visit, _ in batch) for lane in range(step)]
+    assert len(set(samples)) == len(samples)
+    complete = min(latest_epochs)  # the slowest lane is in this epoch, so every lane has finished those before
+    assert complete >= 2
+    assert sorted(sample for sample in samples if sample[0] < complete) == [
+        (visit, index) for visit in range(complete) for index in range(30)
     ]
 
 
-def test_a_scan_beyond_the_budget_stands_alone_and_a_batch_is_never_empty() -> None:
-    batches = list(islice(TokenBatches(["ct"] * 30, TOKENS, 50, seed=2), 40))
+def test_a_scan_larger_than_the_budget_forms_its_own_batch() -> None:
+    batches = list(islice(TokenBatchSampler(["ct"] * 30, TOKENS, 50, seed=2), 40))
     assert all(batches)
     assert all(len(batch) == 1 for batch in batches if any(TOKENS[index] == 100 for _, index in batch))
     assert max(len(batch) for batch in batches) > 1
 
 
-def test_budget_batches_go_on_from_any_number() -> None:
-    settings = {"seed": 4, "process": 1, "processes": 2, "blocks": np.arange(30) // 4, "lanes": 2}
-    whole = list(islice(TokenBatches(["ct"] * 30, TOKENS, 150, **settings), 20))
+def test_resumed_token_batches_equal_uninterrupted_ones() -> None:
+    settings = {"seed": 4, "rank": 1, "world_size": 2, "blocks": np.arange(30) // 4, "lanes": 2}
+    uninterrupted = list(islice(TokenBatchSampler(["ct"] * 30, TOKENS, 150, **settings), 20))
     for start in (1, 4, 13):
-        rest = TokenBatches(["ct"] * 30, TOKENS, 150, **settings, start=start)
-        assert list(islice(rest, 20 - start)) == whole[start:]
+        resumed = TokenBatchSampler(["ct"] * 30, TOKENS, 150, **settings, start=start)
+        assert list(islice(resumed, 20 - start)) == uninterrupted[start:]
 
 
 def test_fewer_scans_than_lanes_are_refused() -> None:
-    with pytest.raises(ValueError, match="less than 4 lanes x 2 processes"):
-        TokenBatches(["ct"] * 7, np.ones(7), 10, seed=0, processes=2, blocks=np.zeros(7, int), lanes=4)
+    with pytest.raises(ValueError, match="stream_lanes"):
+        TokenBatchSampler(["ct"] * 7, np.ones(7), 10, seed=0, world_size=2, blocks=np.zeros(7, int), lanes=4)

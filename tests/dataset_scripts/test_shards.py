@@ -31,7 +31,7 @@ from dataset_scripts.builder import BuildOptions, ScanBuilder
 from dataset_scripts.entries import Entry, SourceError
 from dataset_scripts.shards import BuildError, drop_rows, plan
 from dataset_scripts.sources.folder import Folder
-from modeling_m3ret.data.parquet import _index_from, local_shards
+from modeling_m3ret.data.parquet import build_index, local_shards
 
 
 ROOT = Path(__file__).parents[2]
@@ -300,7 +300,7 @@ def test_large_scans_have_row_groups_of_their_own(tmp_path: Path) -> None:
 
 
 def test_the_index_is_what_the_shards_say_themselves(whole: Path) -> None:
-    index, found = pq.read_table(whole / "index.parquet"), _index_from(local_shards(whole))
+    index, found = pq.read_table(whole / "index.parquet"), build_index(local_shards(whole))
     assert index.equals(found)
     rows = rows_of(whole)
     places = [(f"{name}.parquet", row) for name in shard_names(whole) for row in rows_of(whole, name)]

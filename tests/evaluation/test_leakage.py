@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from modeling_m3ret.data.collection import Record, training_and_held_out
+from modeling_m3ret.data.collection import Record, split_training_and_held_out
 from modeling_m3ret.evaluation.leakage import (
     evaluated_part,
     leak_in_words,
@@ -28,7 +28,7 @@ def collection(splits: tuple[str, ...], patients: int = 120) -> list[Record]:
 
 def facts_of(records: list[Record], holdout: float, modalities: tuple[str, ...] = ("ct", "xray")) -> dict[str, object]:
     """As `train.py` would write them."""
-    training = [r for r in training_and_held_out(records, holdout)[0] if r.modality in modalities]
+    training = [r for r in split_training_and_held_out(records, holdout)[0] if r.modality in modalities]
     return {"holdout": holdout, "modalities": list(modalities), "training_scans": len(training)}
 
 
@@ -78,7 +78,7 @@ def test_where_all_that_was_trained_on_is_evaluated_nothing_is_left(splits: tupl
 def test_of_the_checkpoint_s_own_collection_it_is_what_the_checkpoint_was_trained_on() -> None:
     records = collection(("train", "test"))
     facts = facts_of(records, 0.3)
-    expected = [r for r in training_and_held_out(records, 0.3)[0] if r.modality != "MRI"]
+    expected = [r for r in split_training_and_held_out(records, 0.3)[0] if r.modality != "MRI"]
     assert trained_on(records, facts) == expected
     assert training_part(records, evaluated_part(records, "test", None), None, facts) == expected
     for other in (records[:-6], collection(("train",)), collection(("train", "train", "test"))):
@@ -107,7 +107,7 @@ def test_a_leak_is_counted(holdout: float | None) -> None:
     records = collection(("",))
     facts = facts_of(records, 0.3)
     evaluated = evaluated_part(records, None, holdout)
-    training = [r for r in training_and_held_out(records, 0.3)[0] if r.modality != "MRI"]
+    training = [r for r in split_training_and_held_out(records, 0.3)[0] if r.modality != "MRI"]
     leaking = [record for record in evaluated if any(record.group == other.group for other in training)]
     words = leak_in_words("step-000100", records, evaluated, holdout, facts)
     assert bool(leaking) == (holdout is None or holdout > 0.31)

@@ -55,7 +55,7 @@ def test_scans_weigh_the_same_over_packs_and_ranks(monkeypatch: pytest.MonkeyPat
         assert model.weight.grad is not None
         return model.weight.grad, means["loss"], views
 
-    whole, loss, _ = learn([Pack.joined([pack for packs in ranks for pack in packs])])
+    whole, loss, _ = learn([Pack.concatenate([pack for packs in ranks for pack in packs])])
     (one, one_loss, views), (other, other_loss, _) = (learn(packs) for packs in ranks)
     assert views == 18
     torch.testing.assert_close((one + other) / 2, whole)
