@@ -196,7 +196,7 @@ class ScanBuilder(GeneratorBasedBuilder):
                 blank_outside=self.options.blank_outside_regions,
             )
         except M3RetReadError as error:
-            return self._failure(entry, f"found {error.found}; expected {error.expected}")
+            return self._failure(entry, error.detail)
         except Exception as error:  # a decoder's own, or a file that went away
             return self._failure(entry, f"found damaged or unsupported data ({type(error).__name__})")
         size = len(row.columns[media_column(row.columns)]["bytes"])

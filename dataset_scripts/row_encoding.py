@@ -29,7 +29,7 @@ from dataset_scripts.deidentification import (
     unpacked_png,
 )
 from modeling_m3ret.reading_m3ret import ReadLimits, StoredScan, read_scan, read_stored
-from modeling_m3ret.scan_m3ret import Job, Spacing, name_of, quiet, sniff
+from modeling_m3ret.scan_m3ret import ReadRequest, Spacing, display_name, silence_libraries, sniff
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,19 +60,19 @@ def store_scan(
     Raises:
         M3RetReadError: for whatever can't be read.
     """
-    job = Job(name_of(source), None, limits)
-    with quiet, job.refusing():
+    request = ReadRequest(display_name(source), None, limits)
+    with silence_libraries, request.translate_errors():
         file = _single_file(source)
         kind = sniff(file) if file is not None else None
         row = None
         if file is not None and kind == "video":
-            row = _video_row(file, job, max_size)
+            row = _video_row(file, request, max_size)
         elif file is not None and kind == "image":
-            row = _picture_row(file, job, max_size)
+            row = _picture_row(file, request, max_size)
         if row is not None:
             return row
         stored = read_stored(source, limits=limits)
-        if blank_outside and str(stored.found.get("format", "")).startswith("dicom"):
+        if blank_outside and str(stored.description.get("format", "")).startswith("dicom"):
             stored = replace(stored, array=blank_outside_regions(stored.array, *_headers(source)))
         if max_size is not None:
             stored = _smaller(stored, max_size)
@@ -94,47 +94,47 @@ def _fits(height: int, width: int, max_size: int | None) -> bool:
     return max_size is None or height * width <= max_size**2
 
 
-def _picture_row(file: bytes | Path, job: Job, max_size: int | None) -> Row | None:
+def _picture_row(file: bytes | Path, request: ReadRequest, max_size: int | None) -> Row | None:
     """A JPEG or PNG of one upright picture, its compressed pixels as they are; None for all else."""
     from PIL import Image
 
-    data = job.read_bytes(file) if isinstance(file, Path) else file
+    data = request.read_bytes(file) if isinstance(file, Path) else file
     if not data.startswith((b"\xff\xd8", PNG_SIGNATURE)):
         return None
     with Image.open(io.BytesIO(data), formats=("PNG", "JPEG")) as image:
         width, height = image.size
-        job.check_pixels(height, width)  # before EXIF, for which a PNG is decoded
+        request.check_pixels(height, width)  # before EXIF, for which a PNG is decoded
         if not _fits(height, width, max_size) or (image.format == "PNG" and getattr(image, "n_frames", 1) > 1):
             return None
-        job.check((height, width), 4)
+        request.check_size((height, width), 4)
         if image.getexif().get(0x0112, 1) != 1:
             return None
     try:
         bare = bare_jpeg(data) if data[:2] == b"\xff\xd8" else unpacked_png(bare_png(data))
     except ValueError:  # a broken file, or one that Pillow forgives
         return None
-    return _row("image", bare, read_stored({"bytes": bare, "path": job.name}, limits=job.limits))
+    return _row("image", bare, read_stored({"bytes": bare, "path": request.name}, limits=request.limits))
 
 
-def _video_row(file: bytes | Path, job: Job, max_size: int | None) -> Row | None:
+def _video_row(file: bytes | Path, request: ReadRequest, max_size: int | None) -> Row | None:
     """The stream as it is, in a new container, if its frames come out of it as they were; else losslessly anew.
     None where it is larger than `max_size`."""
-    before = read_scan(file, num_frames=3, limits=job.limits)
+    before = read_scan(file, num_frames=3, limits=request.limits)
     height, width = before.array.shape[2:]
     if not _fits(height, width, max_size):
         return None
     try:
         data = bare_video(file)
-        after = read_scan(data, num_frames=3, limits=job.limits)
-        same = after.found["frames_total"] == before.found["frames_total"]
+        after = read_scan(data, num_frames=3, limits=request.limits)
+        same = after.description["frames_total"] == before.description["frames_total"]
         same = same and np.array_equal(after.array, before.array)
     except Exception:  # whatever muxers and FFmpeg raise: there is another way
         same = False
     if not same:
-        whole = read_scan(file, limits=job.limits)
+        whole = read_scan(file, limits=request.limits)
         frames = np.broadcast_to(whole.array, (3, *whole.array.shape[1:])).transpose(1, 2, 3, 0)
-        data = lossless_video(frames, float(whole.found.get("fps", 25)))
-    shape = [int(before.found["frames_total"]), height, width]
+        data = lossless_video(frames, float(whole.description.get("fps", 25)))
+    shape = [int(before.description["frames_total"]), height, width]
     columns = {"video": {"bytes": data, "path": None}, "shape": shape, "spacing": [None] * 3, "intensity": "8-bit"}
     return Row(columns, _grey(before.array), hashlib.sha256(data).hexdigest(), None)
 
@@ -146,7 +146,7 @@ def _array_row(stored: StoredScan) -> Row:
     array = stored.array
     if array.shape[1] == 1 and array.dtype != np.int16:
         return _row("image", png_bytes(array[:, 0]), stored)
-    depth = {"sagittal": 0, "coronal": 1}.get(str(stored.found.get("plane")), 2)
+    depth = {"sagittal": 0, "coronal": 1}.get(str(stored.description.get("plane")), 2)
     return _row("volume", nifti_bytes(array, stored.spacing, depth), stored)
 
 
@@ -163,7 +163,7 @@ def _row(media: str, data: bytes, stored: StoredScan) -> Row:
 
 
 def _burned_in(stored: StoredScan) -> str | None:
-    found = stored.found.get("burned_in_annotation")
+    found = stored.description.get("burned_in_annotation")
     return None if found is None else str(found)
 
 
@@ -252,4 +252,4 @@ def _smaller(stored: StoredScan, max_size: int) -> StoredScan:
         smaller[:, index] = np.rint(resized.numpy()).clip(limits.min, limits.max).astype(stored.array.dtype)
     through, down, across = stored.spacing
     spacing = (through, down and down * H / height, across and across * W / width)
-    return StoredScan(smaller, stored.intensity, spacing, stored.found)
+    return StoredScan(smaller, stored.intensity, spacing, stored.description)

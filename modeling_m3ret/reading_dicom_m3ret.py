@@ -1,10 +1,11 @@
-"""How do DICOM files become one scan?
+"""Read DICOM files as one scan.
 
-A file, a cine or a whole series ends as one `Scan`: frames are placed by their own positions, decoded, and brought to
-the values that their headers declare (PS3.3 C.11). Nothing is decoded before the header has passed the limits. This
-file travels inside every checkpoint and imports NumPy alone; pydicom loads when a file needs it.
+A single image, a cine or a whole series becomes one `Scan`: frames are sorted by their positions, decoded, and scaled
+to the values that their headers declare (DICOM PS3.3, sections C.7.6 and C.11). Nothing is decoded before the header
+has passed the limits. This file travels inside every checkpoint and imports only NumPy; pydicom is imported when a file
+needs it.
 
-Order below: series · planes and their order · values of a volume or picture · decoding · what the header declares.
+Order below: series · planes and their order · values of a volume or image · decoding · what the header declares.
 """
 
 from __future__ import annotations
@@ -22,7 +23,16 @@ from typing import Any
 
 import numpy as np
 
-from .scan_m3ret import Job, Scan, Spacing, StoredScan, canonical, name_of, sniff, unit
+from .scan_m3ret import (
+    ReadRequest,
+    Scan,
+    Spacing,
+    StoredScan,
+    display_name,
+    sniff,
+    to_canonical_orientation,
+    to_unit_range,
+)
 
 
 CT_STORAGE = tuple("1.2.840.10008.5.1.4.1.1.2" + tail for tail in ("", ".1", ".2"))  # CT, enhanced, legacy enhanced
@@ -33,90 +43,114 @@ DEFLATED, JPEG_BASELINE, JPEG_EXTENDED = ("1.2.840.10008.1.2.1.99", "1.2.840.100
 # --------------------------------------------------------------------------------------------------------------- series
 
 
-def read_folder(folder: Path, job: Job) -> Scan | StoredScan:
-    """A folder as one DICOM series. Files that aren't DICOM are passed over and counted."""
+def read_folder(folder: Path, request: ReadRequest) -> Scan | StoredScan:
+    """Read a folder that contains one DICOM series. Other files are ignored and counted.
+
+    Raises:
+        M3RetReadError: if the folder has too many files, no DICOM file, or several series.
+    """
     files: list[Path] = []
     for root, _, names in os.walk(folder):
         files += [Path(root, name) for name in names]
-        if len(files) > job.limits.max_files:
-            raise job.refuse(f"more than {job.limits.max_files:,} files", "one DICOM series; see ReadLimits")
+        _check_file_count(len(files), request)
     dicom = [path for path in sorted(files) if path.is_file() and sniff(path) == "dicom"]
     if not dicom:
-        raise job.refuse(f"a folder of {len(files)} files, none of them DICOM", "a DICOM series")
-    job.check((sum(path.stat().st_size for path in dicom),), 1)
-    return read_series(dicom, job, {"files_ignored": len(files) - len(dicom)})
+        raise request.error("unsupported", "a folder with a DICOM series", f"{len(files)} files, none of them DICOM")
+    request.check_size((sum(path.stat().st_size for path in dicom),), 1)
+    return read_series(dicom, request, {"files_ignored": len(files) - len(dicom)})
 
 
-def read_series(sources: list[Any], job: Job, found: dict[str, Any]) -> Scan | StoredScan:
-    """DICOM files, or data sets, of one series: a picture, a cine or a volume."""
-    planes = _planes_in(sources, job, found)
-    burned = str(planes[0].dataset.get("BurnedInAnnotation", "")).lower()
-    found["burned_in_annotation"] = burned if burned in ("yes", "no") else "unknown"
-    found["format"] = "dicom"
+def read_series(sources: list[Any], request: ReadRequest, description: dict[str, Any]) -> Scan | StoredScan:
+    """Read DICOM files or pydicom data sets of one series: an image, a cine or a volume.
+
+    Args:
+        sources: paths, bytes or data sets, in any order.
+        request: the read request.
+        description: becomes the description of the scan.
+
+    Raises:
+        M3RetReadError: if the series cannot be read.
+    """
+    planes = _collect_planes(sources, request, description)
+    burned_in = str(planes[0].dataset.get("BurnedInAnnotation", "")).lower()
+    description["burned_in_annotation"] = burned_in if burned_in in ("yes", "no") else "unknown"
+    description["format"] = "dicom"
     if len(planes) > 1:
-        found["format"] = "dicom multi-frame" if len(sources) == 1 else "dicom series"
-        group = _largest_group(planes)
-        found["slices_left_out"], planes = len(planes) - len(group), group
-    placed = all(p.position is not None and p.orientation is not None and p.spacing[0] for p in planes)
-    if len(sources) == 1 and len({str(plane.position) for plane in planes}) == 1:
-        placed = False  # one place: a picture, or frames through time
-    if placed:
-        planes, step = _stack(planes, found)
-        return _scan_of(planes, step, job, found)
+        description["format"] = "dicom multi-frame" if len(sources) == 1 else "dicom series"
+        group = _largest_parallel_group(planes)
+        description["slices_left_out"], planes = len(planes) - len(group), group
+    if _have_positions(planes) and not (len(sources) == 1 and _share_one_position(planes)):
+        planes, step = _sort_by_position(planes, description)
+        return _make_scan(planes, step, request, description)
     if len(planes) > 1:
         planes = sorted(planes, key=lambda plane: (plane.number, plane.frame))
         if len(sources) > 1:
-            found["order"] = "InstanceNumber, for lack of positions"
-        if not all(_is_hu(plane) for plane in planes):  # may be a clip; what is in HU is a volume
-            planes = [planes[index] for index in job.keep(len(planes), found)]
-    return _scan_of(planes, None, job, found)
+            description["order"] = "InstanceNumber (no positions)"
+        if not all(_is_hounsfield(plane) for plane in planes):  # may be a clip, whereas values in HU are a volume
+            planes = [planes[index] for index in request.select_frames(len(planes), description)]
+    return _make_scan(planes, None, request, description)
 
 
-def _planes_in(sources: list[Any], job: Job, found: dict[str, Any]) -> list[_Plane]:
-    """All frames of all sources, of one series and not empty."""
-    if not 1 <= len(sources) <= job.limits.max_files:
-        raise job.refuse(f"{len(sources)} slices", f"1 to {job.limits.max_files:,}; see ReadLimits")
+def _check_file_count(count: int, request: ReadRequest) -> None:
+    limit = request.limits.max_files
+    if count > limit:
+        advice = "Pass a folder with one DICOM series, or raise `ReadLimits.max_files`."
+        raise request.error("too_large", f"at most {limit:,} files", f"{count:,} or more", advice)
+
+
+def _collect_planes(sources: list[Any], request: ReadRequest, description: dict[str, Any]) -> list[_Plane]:
+    """Return all frames of all sources, after checking that they are of one series."""
+    if not sources:
+        raise request.error("unsupported", "a DICOM series", "an empty list")
+    _check_file_count(len(sources), request)
     planes: list[_Plane] = []
     for source in sources:
-        part = job if len(sources) == 1 else replace(job, name=f"{job.name}/{name_of(source)}")
-        with part.refusing():
-            dataset = _parse_dicom(source, part)
+        file_request = request
+        if len(sources) > 1:
+            file_request = replace(request, name=f"{request.name}/{display_name(source)}")
+        with file_request.translate_errors():
+            dataset = _parse_dataset(source, file_request)
             if any(key in dataset for key in PIXEL_KEYS):
-                planes += _planes_of(dataset, len(planes), part)
-            elif "files_ignored" in found:  # a folder's DICOMDIR, report or structure set
-                found["files_ignored"] += 1
+                planes += _split_into_planes(dataset, len(planes), file_request)
+            elif "files_ignored" in description:  # DICOMDIR, report or structure set in a folder
+                description["files_ignored"] += 1
             else:
-                raise part.refuse("DICOM without pixel data, or cut short", "an image, a cine or a series")
+                raise file_request.error("undecodable", "an image, a cine or a series", "DICOM without pixel data")
     if not planes:
-        raise job.refuse("no DICOM file with pixel data", "a DICOM series")
+        raise request.error("unsupported", "a DICOM series", "no DICOM file with pixel data")
     series = len({str(plane.dataset.get("SeriesInstanceUID", "")) for plane in planes})
     if series > 1:
-        raise job.refuse(f"slices of {series} series", "one series")
+        advice = "Read one series at a time, as a list of its files."
+        raise request.error("unsupported", "slices of one series", f"{series} series", advice)
     return planes
 
 
-def _parse_dicom(source: Any, job: Job) -> Any:
-    """A pydicom Dataset, its pixels not decoded. A deflated one is inflated once more, to see that it keeps limits."""
+def _parse_dataset(source: Any, request: ReadRequest) -> Any:
+    """Return a pydicom Dataset whose pixels are not decoded.
+
+    pydicom inflates a deflated file without a limit, so it is inflated in chunks first to check its size.
+    """
     if hasattr(source, "group_dataset"):
         return source
     if not isinstance(source, (str, os.PathLike, bytes, bytearray, memoryview)):
-        raise job.refuse(f"a {type(source).__name__}", "a DICOM file or data set")
+        raise request.error("unsupported", "a DICOM file or data set", f"an object of type {type(source).__name__}")
     file = Path(source) if isinstance(source, (str, os.PathLike)) else bytes(source)
     if isinstance(file, Path) and not file.is_file():
-        raise job.refuse("no such file", "a DICOM file")
+        raise request.error("not_found", "an existing DICOM file", "a path that does not exist")
     if sniff(file) != "dicom":
-        raise job.refuse("a file that isn't DICOM", "a DICOM file or data set")
-    stream = io.BytesIO(job.read_bytes(file) if isinstance(file, Path) else file)
-    reader = job.need("pydicom.filereader", "pydicom")
+        raise request.error("unsupported", "a DICOM file", "a file of another format")
+    stream = io.BytesIO(request.read_bytes(file) if isinstance(file, Path) else file)
+    reader = request.import_decoder("pydicom.filereader", "pydicom")
     reader.read_preamble(stream, True)
     meta = reader.read_dataset(stream, False, True, stop_when=lambda tag, vr, length: tag >> 16 != 2)
     if meta.get("TransferSyntaxUID") == DEFLATED:
-        packed = stream.read()
-        inflate, size, tail = zlib.decompressobj(-15), 0, packed
+        compressed = stream.read()
+        inflate, size, tail = zlib.decompressobj(-15), 0, compressed
         while tail and not inflate.eof:
             size += len(inflate.decompress(tail, 2**20))
             tail = inflate.unconsumed_tail
-            job.check((max(size, 1),), 1, packed=len(packed))
+            request.check_size((max(size, 1),), 1)
+            request.check_ratio(size, len(compressed))
     stream.seek(0)
     return reader.dcmread(stream, force=True)
 
@@ -126,32 +160,32 @@ def _parse_dicom(source: Any, job: Job) -> Any:
 
 @dataclass(frozen=True, eq=False)
 class _Plane:
-    """One frame of one data set, and where it lies (LPS, mm)."""
+    """One frame of one data set, and its geometry (LPS, mm)."""
 
-    name: str  # of the file, for messages
+    name: str  # of the file, in messages
     dataset: Any
     frame: int
-    number: int  # InstanceNumber, or else the order of arrival
+    number: int  # InstanceNumber, or the position in the input
     position: np.ndarray | None
-    orientation: np.ndarray | None  # (2, 3): along a row, down a column
+    orientation: np.ndarray | None  # (2, 3): direction along a row, direction down a column
     spacing: tuple[float | None, float | None]  # between rows, between columns
-    values: Any  # the item with the rescale: a functional group of the frame, or the data set itself
-    window: Any  # the item with the window or VOI LUT
+    values: Any  # item with the rescale: a functional group of the frame, or the data set itself
+    window: Any  # item with the window or VOI LUT
 
     @property
     def normal(self) -> np.ndarray:
         return np.zeros(3) if self.orientation is None else np.cross(self.orientation[0], self.orientation[1])
 
 
-def _planes_of(dataset: Any, arrived: int, job: Job) -> list[_Plane]:
-    """The frames of a data set, sizes checked. Enhanced objects place each frame by its functional groups."""
+def _split_into_planes(dataset: Any, number_if_absent: int, request: ReadRequest) -> list[_Plane]:
+    """Return the frames of a data set after checking its size. Enhanced objects declare the geometry of each frame."""
     rows, columns, samples = int(dataset.Rows), int(dataset.Columns), int(dataset.get("SamplesPerPixel") or 1)
     frames = int(dataset.get("NumberOfFrames") or 1)
-    job.check_pixels(rows, columns)
-    job.check((min(frames, job.num_frames or frames), rows, columns, samples), 1)
-    packed = len(next(dataset[key].value for key in PIXEL_KEYS if key in dataset))
-    job.check((frames, rows, columns, samples), 1, packed=packed)
-    number = _numbers(dataset, "InstanceNumber", 1)
+    request.check_pixels(rows, columns)
+    request.check_size((min(frames, request.num_frames or frames), rows, columns, samples), 1)
+    compressed_size = len(next(dataset[key].value for key in PIXEL_KEYS if key in dataset))
+    request.check_ratio(frames * rows * columns * samples, compressed_size)
+    number = _read_numbers(dataset, "InstanceNumber", 1)
     per_frame, shared = (dataset.get(f"{kind}FunctionalGroupsSequence") or [] for kind in ("PerFrame", "Shared"))
 
     def item(frame: int, sequence: str) -> Any:
@@ -160,18 +194,19 @@ def _planes_of(dataset: Any, arrived: int, job: Job) -> list[_Plane]:
 
     planes = []
     for frame in range(frames):
-        place, measures = item(frame, "PlanePositionSequence"), item(frame, "PixelMeasuresSequence")
-        # a classic multi-frame image has one position for all frames, which places none of them
-        position = _numbers(place, "ImagePositionPatient", 3) if place is not dataset or frames == 1 else None
-        orientation = _numbers(item(frame, "PlaneOrientationSequence"), "ImageOrientationPatient", 6)
-        mm = (_numbers(measures, key, 2) for key in ("PixelSpacing", "ImagerPixelSpacing"))
+        geometry, measures = item(frame, "PlanePositionSequence"), item(frame, "PixelMeasuresSequence")
+        # A classic multi-frame image has a single position, which does not locate its frames.
+        has_position = geometry is not dataset or frames == 1
+        position = _read_numbers(geometry, "ImagePositionPatient", 3) if has_position else None
+        orientation = _read_numbers(item(frame, "PlaneOrientationSequence"), "ImageOrientationPatient", 6)
+        mm = (_read_numbers(measures, key, 2) for key in ("PixelSpacing", "ImagerPixelSpacing"))
         spacing = next((pair for pair in mm if pair and min(pair) > 0), (None, None))
         planes.append(
             _Plane(
-                name=job.name,
+                name=request.name,
                 dataset=dataset,
                 frame=frame,
-                number=int(number[0]) if number else arrived,
+                number=int(number[0]) if number else number_if_absent,
                 position=np.array(position) if position else None,
                 orientation=np.array(orientation).reshape(2, 3) if orientation and any(orientation) else None,
                 spacing=(spacing[0], spacing[1]),
@@ -182,22 +217,25 @@ def _planes_of(dataset: Any, arrived: int, job: Job) -> list[_Plane]:
     return planes
 
 
-def _numbers(dataset: Any, keyword: str, count: int) -> tuple[float, ...] | None:
-    """The first `count` numbers of an element, or None where it is absent, short or no number."""
+def _read_numbers(dataset: Any, keyword: str, count: int) -> tuple[float, ...] | None:
+    """Return the first `count` numbers of an element, or None if it is absent, shorter or not finite."""
     value = dataset.get(keyword)
-    several = isinstance(value, (tuple, MutableSequence))  # pydicom's MultiValue is one
+    is_multiple = isinstance(value, (tuple, MutableSequence))  # pydicom's MultiValue is a MutableSequence
     try:
-        numbers = tuple(float(number) for number in (value if several else [value]))[:count]
+        numbers = tuple(float(number) for number in (value if is_multiple else [value]))[:count]
     except (TypeError, ValueError):
         return None
     return numbers if len(numbers) == count and all(map(math.isfinite, numbers)) else None
 
 
-def _largest_group(planes: list[_Plane]) -> list[_Plane]:
-    """The largest set of parallel planes of one size; of equal sets the most axial (a three-plane localiser)."""
+def _largest_parallel_group(planes: list[_Plane]) -> list[_Plane]:
+    """Return the largest group of parallel planes of one size; of equal groups the most axial one.
+
+    A localiser, for example, contains three groups.
+    """
     keys = ("Rows", "Columns", "SamplesPerPixel", "PhotometricInterpretation")
 
-    def fit(a: _Plane, b: _Plane) -> bool:
+    def are_parallel(a: _Plane, b: _Plane) -> bool:
         if a.spacing != b.spacing or any(a.dataset.get(key) != b.dataset.get(key) for key in keys):
             return False
         if a.orientation is None or b.orientation is None:
@@ -206,116 +244,137 @@ def _largest_group(planes: list[_Plane]) -> list[_Plane]:
 
     groups: list[list[_Plane]] = []
     for plane in planes:
-        home = next((group for group in groups if fit(plane, group[0])), None)
-        if home is None:
-            groups.append(home := [])
-        home.append(plane)
+        group = next((group for group in groups if are_parallel(plane, group[0])), None)
+        if group is None:
+            groups.append(group := [])
+        group.append(plane)
     return max(groups, key=lambda group: (len(group), *np.round(np.abs(group[0].normal[::-1]), 3)))
 
 
-def _stack(planes: list[_Plane], found: dict[str, Any]) -> tuple[list[_Plane], np.ndarray | None]:
-    """Planes in order along their normal, one per position, and the step (LPS mm) from one to the next."""
+def _have_positions(planes: list[_Plane]) -> bool:
+    return all(p.position is not None and p.orientation is not None and p.spacing[0] for p in planes)
+
+
+def _share_one_position(planes: list[_Plane]) -> bool:
+    """Return whether frames follow each other in time, not in space. True for a single image."""
+    return len({str(plane.position) for plane in planes}) == 1
+
+
+def _sort_by_position(planes: list[_Plane], description: dict[str, Any]) -> tuple[list[_Plane], np.ndarray | None]:
+    """Sort planes along their normal and keep one per position.
+
+    Returns:
+        The planes, and the `(3,)` step from one to the next in LPS mm; None for a single plane.
+    """
     normal = planes[0].normal
     heights = np.array([np.dot(plane.position, normal) for plane in planes])  # type: ignore[arg-type]
     order = sorted(range(len(planes)), key=lambda i: (round(float(heights[i]), 3), planes[i].number, planes[i].frame))
     heights = heights[order]
-    first = np.concatenate(([True], np.diff(heights) > 0.01))  # closer than 10 µm is the same place
-    planes = [planes[i] for i, new in zip(order, first, strict=True) if new]
-    found["slices"], found["duplicate_positions"] = len(planes), len(first) - len(planes)
+    is_first = np.concatenate(([True], np.diff(heights) > 0.01))  # positions closer than 10 µm are equal
+    planes = [planes[i] for i, first in zip(order, is_first, strict=True) if first]
+    description["slices"], description["duplicate_positions"] = len(planes), len(is_first) - len(planes)
     if len(planes) == 1:
         return planes, None
-    places = np.array([plane.position for plane in planes])
-    gaps = np.linalg.norm(np.diff(places, axis=0), axis=1)
+    positions = np.array([plane.position for plane in planes])
+    gaps = np.linalg.norm(np.diff(positions, axis=0), axis=1)
     distance = float(np.median(gaps))
-    line = (places[-1] - places[0]) / np.linalg.norm(places[-1] - places[0])
+    line = (positions[-1] - positions[0]) / np.linalg.norm(positions[-1] - positions[0])
     cosine = float(line @ normal) / float(np.linalg.norm(normal))
-    found["missing_slices"] = int((np.rint(gaps / distance) - 1).clip(0).sum())
-    found["gantry_tilt_degrees"] = round(math.degrees(math.acos(min(1.0, cosine))), 1)
+    description["missing_slices"] = int((np.rint(gaps / distance) - 1).clip(0).sum())
+    description["gantry_tilt_degrees"] = round(math.degrees(math.acos(min(1.0, cosine))), 1)
     return planes, line * distance
 
 
-# ---------------------------------------------------------------------------------------- values of a volume or picture
+# ------------------------------------------------------------------------------------------ values of a volume or image
 
 
-def _scan_of(planes: list[_Plane], step: np.ndarray | None, job: Job, found: dict[str, Any]) -> Scan | StoredScan:
-    """Decode the planes, in order, and bring them to [0, 1]. With a step they are a volume, and get oriented."""
+def _make_scan(
+    planes: list[_Plane], step: np.ndarray | None, request: ReadRequest, description: dict[str, Any]
+) -> Scan | StoredScan:
+    """Decode sorted planes and scale them to [0, 1]. With a step they are a volume, which is oriented as well."""
     head = planes[0].dataset
-    colour = _photometric(head) == "PALETTE COLOR" or int(head.get("SamplesPerPixel") or 1) > 1
-    return _colour_scan(planes, step, job, found) if colour else _grey_scan(planes, step, job, found)
+    is_colour = _photometric(head) == "PALETTE COLOR" or int(head.get("SamplesPerPixel") or 1) > 1
+    make = _make_colour_scan if is_colour else _make_grey_scan
+    return make(planes, step, request, description)
 
 
-def _colour_scan(planes: list[_Plane], step: np.ndarray | None, job: Job, found: dict[str, Any]) -> Scan | StoredScan:
+def _make_colour_scan(
+    planes: list[_Plane], step: np.ndarray | None, request: ReadRequest, description: dict[str, Any]
+) -> Scan | StoredScan:
     head = planes[0].dataset
-    palette = _photometric(head) == "PALETTE COLOR"
+    has_palette = _photometric(head) == "PALETTE COLOR"
     bits = int(head.get("BitsStored") or head.get("BitsAllocated") or 32)
-    dtype = np.dtype(np.uint8 if bits <= 8 or palette else np.float32)
+    dtype = np.dtype(np.uint8 if bits <= 8 or has_palette else np.float32)
     shape = (3, len(planes), int(head.Rows), int(head.Columns))
-    job.check(shape, dtype.itemsize)
+    request.check_size(shape, dtype.itemsize)
     array = np.empty(shape, dtype)
-    for index, plane, pixels in _decoded(planes, job):
-        pixels = _palette(plane.dataset, pixels.dtype)[pixels] if palette else pixels
+    for index, plane, pixels in _decode_planes(planes, request):
+        pixels = _palette_colours(plane.dataset, pixels.dtype)[pixels] if has_palette else pixels
         array[:, index] = pixels[..., :3].transpose(2, 0, 1)
     if dtype != np.uint8:
         array /= 2.0**bits - 1
-    view, spacing = _placed(array, planes[0], step, found)
-    return unit(view, spacing, job, found, rule="8-bit" if dtype == np.uint8 else "bit depth")
+    view, spacing = _orient(array, planes[0], step, description)
+    return to_unit_range(view, spacing, request, description, rule="8-bit" if dtype == np.uint8 else "bit depth")
 
 
-def _grey_scan(planes: list[_Plane], step: np.ndarray | None, job: Job, found: dict[str, Any]) -> Scan | StoredScan:
+def _make_grey_scan(
+    planes: list[_Plane], step: np.ndarray | None, request: ReadRequest, description: dict[str, Any]
+) -> Scan | StoredScan:
     head = planes[0].dataset
-    rule = _grey_rule(planes, is_volume=step is not None)
+    rule = _grey_intensity_rule(planes, is_volume=step is not None)
     dtype = np.dtype(np.uint8 if rule == "8-bit" else np.float32)
     shape = (len(planes), int(head.Rows), int(head.Columns))
-    job.check(shape, dtype.itemsize)
+    request.check_size(shape, dtype.itemsize)
     array = np.empty(shape, dtype)
     padding: np.ndarray | None = None
-    for index, plane, pixels in _decoded(planes, job):
-        mask = _is_padding(pixels, plane.dataset)
+    for index, plane, pixels in _decode_planes(planes, request):
+        mask = _padding_mask(pixels, plane.dataset)
         if mask is not None:
             padding = np.zeros(shape, bool) if padding is None else padding
             padding[index] = mask
         array[index] = pixels
         if rule != "8-bit":
-            _apply_modality(array[index], plane.values, job)
+            _apply_modality_lut(array[index], plane.values)
         if rule == "window":
-            _apply_window(array[index], plane.window, job)
-    # the sign of a physical unit is not a matter of display
+            _apply_window(array[index], plane.window)
+    # MONOCHROME1 is a matter of display, which does not change the sign of a physical unit.
     inverted = _photometric(head) == "MONOCHROME1" and rule != "hounsfield"
-    found["inverted"] = inverted
-    view, spacing = _placed(array[None], planes[0], step, found)
+    description["inverted"] = inverted
+    view, spacing = _orient(array[None], planes[0], step, description)
     if padding is not None:
-        padding = _placed(padding[None], planes[0], step, found)[0]
-    return unit(view, spacing, job, found, rule=rule, padding=padding, inverted=inverted)
+        padding = _orient(padding[None], planes[0], step, description)[0]
+    return to_unit_range(view, spacing, request, description, rule=rule, padding=padding, inverted=inverted)
 
 
-def _grey_rule(planes: list[_Plane], is_volume: bool) -> str:
-    """How stored values reach [0, 1], in `unit`'s words."""
-    if all(_is_hu(plane) for plane in planes):
+def _grey_intensity_rule(planes: list[_Plane], is_volume: bool) -> str:
+    """Return how stored values are scaled to [0, 1], as `rule` of `to_unit_range`."""
+    if all(_is_hounsfield(plane) for plane in planes):
         return "hounsfield"
-    # A window is how one image was to be looked at. It often differs from slice to slice, and NIfTI has none: a volume
-    # must not depend on it.
-    if not is_volume and all(_window_of(plane.window) is not None for plane in planes):
+    # A window describes the display of one image. It often differs between slices, and NIfTI has none: a volume must
+    # not depend on it.
+    if not is_volume and all(_voi_window(plane.window) is not None for plane in planes):
         return "window"
-    return "8-bit" if all(_is_plain(plane) for plane in planes) else "percentiles"
+    return "8-bit" if all(_is_plain_8_bit(plane) for plane in planes) else "percentiles"
 
 
-def _placed(
-    array: np.ndarray, plane: _Plane, step: np.ndarray | None, found: dict[str, Any]
+def _orient(
+    array: np.ndarray, plane: _Plane, step: np.ndarray | None, description: dict[str, Any]
 ) -> tuple[np.ndarray, Spacing]:
-    """With a step, a volume in the canonical orientation: DICOM's patient axes (LPS) become RAS, as NIfTI's are."""
+    """Bring a volume to the canonical orientation and return its spacing. Without a step, keep the orientation."""
     if step is None:
         return array, (None, *plane.spacing)
     assert plane.orientation is not None
     down, along = plane.orientation[1] * plane.spacing[0], plane.orientation[0] * plane.spacing[1]
-    return canonical(array, np.stack([step, down, along], axis=1) * np.array([[-1.0], [-1.0], [1.0]]), found)
+    lps_to_ras = np.array([[-1.0], [-1.0], [1.0]])
+    return to_canonical_orientation(array, np.stack([step, down, along], axis=1) * lps_to_ras, description)
 
 
 def _photometric(dataset: Any) -> str:
     return str(dataset.get("PhotometricInterpretation", "")).upper()
 
 
-def _palette(dataset: Any, dtype: np.dtype) -> np.ndarray:
-    """`(256 or 65536, 3)` uint8: the colour of every stored value."""
+def _palette_colours(dataset: Any, dtype: np.dtype) -> np.ndarray:
+    """Return the colour of every stored value, `(256 or 65536, 3)` uint8."""
     values = np.arange(2 ** (8 * dtype.itemsize), dtype=dtype)
     table = importlib.import_module("pydicom.pixels").apply_color_lut(values[None], dataset)[0]
     return (table >> (8 if table.max() > 255 else 0)).astype(np.uint8)  # 16-bit tables often hold 8-bit colours
@@ -324,42 +383,50 @@ def _palette(dataset: Any, dtype: np.dtype) -> np.ndarray:
 # ------------------------------------------------------------------------------------------------------------- decoding
 
 
-def _decoded(planes: list[_Plane], job: Job) -> Iterator[tuple[int, _Plane, np.ndarray]]:
-    """(place in `planes`, plane, pixels as `(H, W)` or `(H, W, 3)` RGB), in an order that suits the decoder."""
+def _decode_planes(planes: list[_Plane], request: ReadRequest) -> Iterator[tuple[int, _Plane, np.ndarray]]:
+    """Yield (index in `planes`, plane, pixels), file by file.
+
+    Pixels are `(H, W)`, or `(H, W, 3)` RGB.
+    """
     size = (int(planes[0].dataset.Rows), int(planes[0].dataset.Columns))
-    places: dict[int, list[int]] = {}
+    indices_of: dict[int, list[int]] = {}
     for index, plane in enumerate(planes):
-        places.setdefault(id(plane.dataset), []).append(index)
-    for indices in places.values():
+        indices_of.setdefault(id(plane.dataset), []).append(index)
+    for indices in indices_of.values():
         indices.sort(key=lambda index: planes[index].frame)
         dataset = planes[indices[0]].dataset
-        part = replace(job, name=planes[indices[0]].name)
-        with part.refusing():
+        file_request = replace(request, name=planes[indices[0]].name)
+        with file_request.translate_errors():
             frames = [planes[index].frame for index in indices]
-            for index, pixels in zip(indices, _decode(dataset, frames, part), strict=True):
-                if pixels.shape[:2] != size:
-                    raise part.refuse(f"a frame of {pixels.shape[:2]} pixels", f"{size}, as in the header")
+            for index, pixels in zip(indices, _decode_frames(dataset, frames, file_request), strict=True):
+                _check_frame_size(pixels.shape[:2], size, file_request)
                 yield index, planes[index], pixels
 
 
-def _decode(dataset: Any, frames: list[int], job: Job) -> Iterable[np.ndarray]:
-    """The given frames, which ascend, of one data set."""
+def _check_frame_size(size: tuple[int, ...], declared: tuple[int, int], request: ReadRequest) -> None:
+    if size != declared:
+        expected = f"frames of {declared[0]} x {declared[1]} pixels, as the DICOM header declares"
+        raise request.error("damaged", expected, f"{size[0]} x {size[1]}")
+
+
+def _decode_frames(dataset: Any, frames: list[int], request: ReadRequest) -> Iterable[np.ndarray]:
+    """Decode frames of one data set, given in ascending order."""
     syntax, total = _transfer_syntax(dataset), int(dataset.get("NumberOfFrames") or 1)
     if syntax.is_encapsulated:
-        _check_codestreams(dataset, total, job)
+        _check_codestream_sizes(dataset, total, request)
     if syntax == JPEG_EXTENDED and int(dataset.BitsStored) > 8:
-        return (_decode_jpeg_12bit(dataset, frame, total, job) for frame in frames)
-    decoder = job.need("pydicom.pixels", "pydicom").get_decoder(syntax)
-    # Pillow's libjpeg-turbo takes a quarter of GDCM's time; elsewhere pydicom's own order is the faster one
+        return (_decode_jpeg_12bit(dataset, frame, total, request) for frame in frames)
+    decoder = importlib.import_module("pydicom.pixels").get_decoder(syntax)
+    # Pillow's libjpeg-turbo is four times faster than GDCM; for other syntaxes pydicom's default order is faster.
     plugin = "pillow" if syntax == JPEG_BASELINE and "pillow" in decoder.available_plugins else ""
-    if frames == list(range(total)):  # all of it: one pass over the fragments
+    if frames == list(range(total)):  # all frames: one pass over the fragments
         pixels = decoder.as_array(dataset, decoding_plugin=plugin)[0]
         return pixels if total > 1 else [pixels]
     return (decoder.as_array(dataset, index=frame, decoding_plugin=plugin)[0] for frame in frames)
 
 
 def _transfer_syntax(dataset: Any) -> Any:
-    """The declared syntax; where the file meta is missing, what the data set was read (or would be written) as."""
+    """Return the declared transfer syntax, or without file meta information the encoding the data set was read with."""
     uid = importlib.import_module("pydicom.uid")
     declared = getattr(dataset, "file_meta", {}).get("TransferSyntaxUID")
     if declared:
@@ -370,17 +437,17 @@ def _transfer_syntax(dataset: Any) -> Any:
     return uid.ImplicitVRLittleEndian if implicit else uid.ExplicitVRLittleEndian
 
 
-def _check_codestreams(dataset: Any, total: int, job: Job) -> None:
-    """Refuse a compressed frame of another size than the header's: decoders allocate what the codestream asks for."""
+def _check_codestream_sizes(dataset: Any, total: int, request: ReadRequest) -> None:
+    """Check compressed frames against the size in the header: decoders allocate what the codestream requests."""
     encaps = importlib.import_module("pydicom.encaps")
     for frame in encaps.generate_frames(dataset.PixelData, number_of_frames=total):
         size = _codestream_size(frame)
-        if size is not None and size != (int(dataset.Rows), int(dataset.Columns)):
-            raise job.refuse(f"a frame of {size[0]} x {size[1]} pixels", "the size in the DICOM header")
+        if size is not None:
+            _check_frame_size(size, (int(dataset.Rows), int(dataset.Columns)), request)
 
 
 def _codestream_size(frame: bytes) -> tuple[int, int] | None:
-    """(rows, columns) in a JPEG 2000 SIZ, or a JPEG or JPEG-LS SOF marker; None for anything else, RLE above all."""
+    """Return (rows, columns) from a JPEG 2000 SIZ, JPEG SOF or JPEG-LS SOF marker; None for others, such as RLE."""
     start = frame.find(b"\xff\x4f\xff\x51", 0, 4096)
     if start >= 0:
         right, bottom, left, top = struct.unpack_from(">4I", frame, start + 8)
@@ -397,9 +464,9 @@ def _codestream_size(frame: bytes) -> tuple[int, int] | None:
     return None
 
 
-def _decode_jpeg_12bit(dataset: Any, frame: int, total: int, job: Job) -> np.ndarray:
-    """A frame of 12-bit JPEG Extended. pydicom leaves it to a GPL decoder and passes over GDCM's, which is right."""
-    gdcm = job.need("gdcm", "python-gdcm")
+def _decode_jpeg_12bit(dataset: Any, frame: int, total: int, request: ReadRequest) -> np.ndarray:
+    """Decode a frame of 12-bit JPEG Extended with GDCM, which pydicom does not use here: it requires a GPL decoder."""
+    gdcm = request.import_decoder("gdcm", "python-gdcm")
     encaps = importlib.import_module("pydicom.encaps")
     rows, columns, bits = int(dataset.Rows), int(dataset.Columns), int(dataset.BitsStored)
     fragment, fragments = gdcm.Fragment(), gdcm.SequenceOfFragments.New()
@@ -413,39 +480,39 @@ def _decode_jpeg_12bit(dataset: Any, frame: int, total: int, job: Job) -> np.nda
     image.SetPhotometricInterpretation(gdcm.PhotometricInterpretation(gdcm.PhotometricInterpretation.MONOCHROME2))
     image.SetTransferSyntax(gdcm.TransferSyntax(gdcm.TransferSyntax.JPEGExtendedProcess2_4))
     image.SetPixelFormat(gdcm.PixelFormat(1, 16, bits, bits - 1, int(dataset.PixelRepresentation)))
-    data = image.GetBuffer().encode("utf-8", "surrogateescape")  # GDCM hands bytes over as text
+    data = image.GetBuffer().encode("utf-8", "surrogateescape")  # GDCM returns bytes as text
     return np.frombuffer(data, "<i2" if dataset.PixelRepresentation else "<u2").reshape(rows, columns)
 
 
 # --------------------------------------------------------------------------------------------- what the header declares
 
 
-def _is_hu(plane: _Plane) -> bool:
-    """Hounsfield units: declared so, or CT with a rescale whose type isn't said ("US" is DICOM for unspecified)."""
+def _is_hounsfield(plane: _Plane) -> bool:
+    """Return whether values are HU: declared, or CT with a rescale of unspecified type ("US" in DICOM)."""
     kind = str(plane.values.get("RescaleType") or "").strip().upper()
     is_ct = str(plane.dataset.get("SOPClassUID", "")) in CT_STORAGE and "RescaleSlope" in plane.values
     return kind == "HU" or (is_ct and kind in ("", "US"))
 
 
-def _is_plain(plane: _Plane) -> bool:
-    """8 unsigned bits without a rescale: a picture, to be read as the same picture in PNG is."""
+def _is_plain_8_bit(plane: _Plane) -> bool:
+    """Return whether pixels are 8-bit unsigned without a rescale, so that they read as the same image in PNG does."""
     elements = (plane.dataset.get(key) for key in ("BitsAllocated", "BitsStored", "PixelRepresentation"))
-    return tuple(elements) == (8, 8, 0) and _rescale_of(plane.values) == (1.0, 0.0)
+    return tuple(elements) == (8, 8, 0) and _rescale(plane.values) == (1.0, 0.0)
 
 
-def _rescale_of(item: Any) -> tuple[float, float] | None:
-    """(slope, intercept); None where a table takes their place."""
+def _rescale(item: Any) -> tuple[float, float] | None:
+    """Return (slope, intercept), or None if a modality LUT replaces them."""
     if item.get("ModalityLUTSequence"):
         return None
-    slope, intercept = _numbers(item, "RescaleSlope", 1), _numbers(item, "RescaleIntercept", 1)
+    slope, intercept = _read_numbers(item, "RescaleSlope", 1), _read_numbers(item, "RescaleIntercept", 1)
     return slope[0] if slope else 1.0, intercept[0] if intercept else 0.0
 
 
-def _apply_modality(values: np.ndarray, item: Any, job: Job) -> None:
-    """Stored values to measured ones (PS3.3 C.11.1), in place."""
-    rescale = _rescale_of(item)
+def _apply_modality_lut(values: np.ndarray, item: Any) -> None:
+    """Transform stored to measured values (PS3.3 C.11.1), in place."""
+    rescale = _rescale(item)
     if rescale is None:
-        values[...] = job.need("pydicom.pixels", "pydicom").apply_modality_lut(values.astype(np.int32), item)
+        values[...] = importlib.import_module("pydicom.pixels").apply_modality_lut(values.astype(np.int32), item)
     elif rescale != (1.0, 0.0):
         values *= np.float32(rescale[0])
         values += np.float32(rescale[1])
@@ -455,22 +522,22 @@ def _window_function(item: Any) -> str:
     return str(item.get("VOILUTFunction") or "LINEAR").upper()
 
 
-def _window_of(item: Any) -> tuple[float, float] | str | None:
-    """The first window (centre, width), "lut" where a table is given instead, None where there is neither."""
+def _voi_window(item: Any) -> tuple[float, float] | str | None:
+    """Return the first window (centre, width), "lut" if there is a VOI LUT instead, or None if there is neither."""
     if item.get("VOILUTSequence"):
         return "lut"
-    centre, width = _numbers(item, "WindowCenter", 1), _numbers(item, "WindowWidth", 1)
+    centre, width = _read_numbers(item, "WindowCenter", 1), _read_numbers(item, "WindowWidth", 1)
     if centre is None or width is None:
         return None
     valid = width[0] >= 1 if _window_function(item) == "LINEAR" else width[0] > 0
     return (centre[0], width[0]) if valid else None
 
 
-def _apply_window(values: np.ndarray, item: Any, job: Job) -> None:
-    """Measured values to [0, 1] as the image asks to be seen (PS3.3 C.11.2), in place."""
-    window, function = _window_of(item), _window_function(item)
+def _apply_window(values: np.ndarray, item: Any) -> None:
+    """Transform measured values to [0, 1] with the window or VOI LUT of the image (PS3.3 C.11.2), in place."""
+    window, function = _voi_window(item), _window_function(item)
     if not isinstance(window, tuple):
-        values[...] = job.need("pydicom.pixels", "pydicom").apply_voi(np.rint(values).astype(np.int32), item)
+        values[...] = importlib.import_module("pydicom.pixels").apply_voi(np.rint(values).astype(np.int32), item)
         values /= 2.0 ** int(item.VOILUTSequence[0].LUTDescriptor[2]) - 1
         return
     centre, width = window
@@ -478,7 +545,7 @@ def _apply_window(values: np.ndarray, item: Any, job: Job) -> None:
         np.exp((values - centre) * np.float32(-4 / width), out=values)
         np.divide(1.0, 1.0 + values, out=values)
         return
-    if function == "LINEAR":  # the standard's own half-pixel convention
+    if function == "LINEAR":  # the standard shifts it by half a value
         centre, width = centre - 0.5, max(width - 1, 1e-6)
     values -= np.float32(centre)
     values *= np.float32(1 / width)
@@ -486,10 +553,10 @@ def _apply_window(values: np.ndarray, item: Any, job: Job) -> None:
     np.clip(values, 0, 1, out=values)
 
 
-def _is_padding(pixels: np.ndarray, dataset: Any) -> np.ndarray | None:
-    """Where stored values mark that nothing was measured (PS3.3 C.7.5.1.1.2), or None where no value does."""
-    low = _numbers(dataset, "PixelPaddingValue", 1)
+def _padding_mask(pixels: np.ndarray, dataset: Any) -> np.ndarray | None:
+    """Return the mask of pixels that were not measured (PS3.3 C.7.5.1.1.2), or None if no padding value is declared."""
+    low = _read_numbers(dataset, "PixelPaddingValue", 1)
     if low is None:
         return None
-    high = _numbers(dataset, "PixelPaddingRangeLimit", 1) or low
+    high = _read_numbers(dataset, "PixelPaddingRangeLimit", 1) or low
     return (pixels >= min(low[0], high[0])) & (pixels <= max(low[0], high[0]))

@@ -1,10 +1,10 @@
-"""What is a scan, and what do all its readers share?
+"""Define a scan, and what all of its readers share.
 
-A `Scan` is one array in [0, 1] with its voxel spacing; a reader turns one kind of file into one. Here stand the limits
-that every reader keeps, the first bytes by which it knows its files, and the one orientation and the one scale of
-intensities in which all end. This file travels inside every checkpoint and imports NumPy alone.
+A `Scan` is one array in [0, 1] with its voxel spacing; each reader turns one kind of file into one. This file defines
+the read limits, format detection by the first bytes, the canonical orientation (NIfTI-1 affines, as in nibabel) and
+intensity scaling. It travels inside every checkpoint and imports only NumPy.
 
-Order below: the scan · what a reader is told · which format is it · orientation · intensity.
+Order below: scan · read request · format detection · orientation · intensity.
 """
 
 from __future__ import annotations
@@ -19,151 +19,253 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 
-HU_RANGE = (-1000.0, 1000.0)  # air to dense bone, the range of SPECTRE and most CT foundation models
-PERCENTILES = (0.5, 99.5)  # per scan, where no unit is declared (nnU-Net's clipping range)
-# undeclared integers whose .5 percentile lies below are HU: a CT field of view holds air, MR never goes there
-HU_LIKE = -500.0
-SAMPLE = 1_000_000  # voxels that percentiles are taken from, at least; more changes them by under .1 %
-THICK = 1.5  # an axis this much coarser than both others is the one that slices were acquired along
-RATIO_FLOOR = 2**26  # 64 MiB: below this an inflate ratio does no harm (a blank slice compresses 1000 : 1, honestly)
-NIFTI_1, NIFTI_2 = (b"n+1\0", b"ni1\0"), (b"n+2\0", b"ni2\0")  # magics: one file, or the header of two
+HU_RANGE = (-1000.0, 1000.0)  # air to dense bone, as in SPECTRE and most CT foundation models
+PERCENTILES = (0.5, 99.5)  # per scan, if no unit is declared (nnU-Net's clipping range)
+# Undeclared integers are read as HU if their 0.5 percentile is at most this: a CT field of view contains air, and MR
+# values are never this low.
+AIR_HU = -500.0
+PERCENTILE_SAMPLE = 1_000_000  # minimum number of voxels for percentiles; more voxels change them by less than 0.1 %
+THICK_SLICE_RATIO = 1.5  # slices were acquired along an axis whose spacing exceeds both others by this factor
+RATIO_FLOOR = 2**26  # 64 MiB: smaller outputs may have any inflate ratio (a blank slice compresses 1000 : 1)
+NIFTI_1, NIFTI_2 = (b"n+1\0", b"ni1\0"), (b"n+2\0", b"ni2\0")  # magic numbers: single file, header of a file pair
 Spacing = tuple[float | None, float | None, float | None]  # mm between voxel centres along D, H, W
+Description = dict[str, str | int | float | bool]
 
 
-# ------------------------------------------------------------------------------------------------------------- the scan
+# ----------------------------------------------------------------------------------------------------------------- scan
+
+Reason = Literal["not_found", "unsupported", "damaged", "undecodable", "too_large", "no_decoder", "timeout"]
+
+# what is wrong, and what to do about it unless the reader knows better
+PROBLEMS: dict[Reason, tuple[str, str]] = {
+    "not_found": ("source not found", "Check the path."),
+    "unsupported": ("unsupported data", "Convert the data to a supported form."),
+    "damaged": ("damaged data", "Replace the file with an intact copy."),
+    "undecodable": ("data cannot be decoded", "Check that the file is intact and that other software opens it."),
+    "too_large": ("data exceed the read limits", "Reduce the data or raise `ReadLimits`."),
+    "no_decoder": ("decoder is not installed", "Install it with pip."),
+    "timeout": ("reading timed out", "Reduce the data or raise the time limit."),
+}
 
 
 class M3RetReadError(ValueError):
-    """A source that can't be read as a scan: which (`source`), what it holds (`found`), what would do (`expected`).
+    """A source that cannot be read as a scan.
 
-    Survives pickling, and a DataLoader worker's rebuilding from the message alone.
+    It survives pickling, and a DataLoader worker's re-creation from its message alone.
+
+    Attributes:
+        file: name of the source, without its folder.
+        reason: kind of failure, a key of `PROBLEMS`. "damaged" data break their own format; "unsupported" data are
+            intact but of a kind that is not read; "undecodable" data made a decoder fail, and may be either.
+            None if re-created from a message.
+        expected: what can be read instead.
+        got: what the source contains. Never quotes text of a header, which may identify a patient.
+        advice: what the user can do.
     """
 
-    def __init__(self, source: str, found: str = "", expected: str = "") -> None:
-        super().__init__(source, found, expected)
-        self.source, self.found, self.expected = source, found, expected
+    def __init__(
+        self, file: str, reason: Reason | None = None, expected: str = "", got: str = "", advice: str = ""
+    ) -> None:
+        super().__init__(file, reason, expected, got, advice)
+        self.file, self.reason, self.expected, self.got = file, reason, expected, got
+        self.advice = advice or (PROBLEMS[reason][1] if reason else "")
+
+    @property
+    def detail(self) -> str:
+        """The message without the name of the file."""
+        if self.reason is None:
+            return ""
+        return f"{PROBLEMS[self.reason][0]}: expected {self.expected}, got {self.got}. {self.advice}"
+
+    def with_file(self, file: str) -> M3RetReadError:
+        """Return the same error for a source that is called `file`."""
+        return M3RetReadError(file, self.reason, self.expected, self.got, self.advice)
 
     def __str__(self) -> str:
-        return f"{self.source}: found {self.found}; expected {self.expected}" if self.found else self.source
+        return f"{self.file}: {self.detail}" if self.reason else self.file
 
 
 @dataclass(frozen=True)
 class ReadLimits:
-    """What a file may ask for, checked before memory is taken. The peak is about twice `max_decoded_bytes`."""
+    """Limits on what a file may request, checked before memory is allocated.
 
-    max_decoded_bytes: int = 2**32  # 4 GiB of `Scan.array`, or of the file; 2,000 CT slices of 512² make 2.1 GB
-    max_pixels_per_image: int = 89_478_485  # Pillow's own bound; a mammogram has 14 to 30 million
-    max_inflate_ratio: float = 200.0  # deflate can reach 1032; masked CT stays below 100. Applies above RATIO_FLOOR
-    max_files: int = 4096  # in one series; a whole-body CT has about 2,000
+    Peak memory is about twice `max_decoded_bytes`.
+
+    Attributes:
+        max_decoded_bytes: size of the decoded array, and of the file. 4 GiB; 2,000 CT slices of 512 x 512 take 2.1 GB.
+        max_pixels_per_image: Pillow's own bound; a mammogram has 14 to 30 million.
+        max_inflate_ratio: decompressed over compressed bytes, for outputs above 64 MiB. Deflate can reach 1032, and
+            masked CT stays below 100.
+        max_files: files in one series; a whole-body CT has about 2,000.
+    """
+
+    max_decoded_bytes: int = 2**32
+    max_pixels_per_image: int = 89_478_485
+    max_inflate_ratio: float = 200.0
+    max_files: int = 4096
 
 
 @dataclass(frozen=True, eq=False)
 class Scan:
     """One scan.
 
-    array: `(C, D, H, W)`, C = 1 (grey) or 3 (RGB); uint8 where 255 means 1.0, or float32 in [0, 1]. In memory 8-bit
-        colour lies as decoders give it, `(D, H, W, C)`, all else in the order of its axes.
-    spacing: mm between voxel centres along D, H, W; None where the file doesn't say.
-    found: what the file turned out to be, in the reader's own words and numbers, never a header's text.
+    Attributes:
+        array: `(C, D, H, W)` with C = 1 (grey) or 3 (RGB); uint8, where 255 means 1.0, or float32 in [0, 1]. In memory,
+            8-bit colour is laid out as decoders return it, `(D, H, W, C)`; everything else follows the axes.
+        spacing: mm between voxel centres along D, H, W; None where the file does not declare it.
+        description: what the file turned out to be (format, plane, frames, how intensities were scaled), in the
+            reader's own words and numbers. Never contains text of a header.
     """
 
     array: np.ndarray
     spacing: Spacing
-    found: dict[str, str | int | float | bool]
+    description: Description
 
 
 @dataclass(frozen=True, eq=False)
 class StoredScan:
-    """One scan as a data set keeps it: oriented like a `Scan`, and in few bytes.
+    """One scan as a data set stores it: oriented like a `Scan`, in 8 or 16 bits.
 
-    array: `(C, D, H, W)`, uint8, int16 or uint16. intensity: how it becomes [0, 1], one of `INTENSITIES`. spacing and
-    found as in `Scan`.
+    Attributes:
+        array: `(C, D, H, W)`, uint8, int16 or uint16.
+        intensity: how values map to [0, 1], one of `INTENSITIES`.
+        spacing: as in `Scan`.
+        description: as in `Scan`.
     """
 
     array: np.ndarray
     intensity: str
     spacing: Spacing
-    found: dict[str, str | int | float | bool]
+    description: Description
 
 
-# of stored values: over 255; HU in `HU_RANGE`; by `PERCENTILES` of the scan; over the largest value of their type
+# Mapping of stored values to [0, 1]: divided by 255; HU clipped to `HU_RANGE`; clipped to `PERCENTILES` of the scan;
+# divided by the largest value of their type.
 INTENSITIES = ("8-bit", "hounsfield", "percentiles", "full range")
+DESCRIBED_RULES = {
+    "hounsfield": "hounsfield [-1000, 1000]",
+    "percentiles": f"percentiles {PERCENTILES[0]}-{PERCENTILES[1]}",
+    "unit range": "already in [0, 1]",
+}
 
 
-# ------------------------------------------------------------------------------------------------ what a reader is told
+# --------------------------------------------------------------------------------------------------------- read request
 
 
 @dataclass(frozen=True)
-class Job:
-    """What every reader needs to know: the source's name for messages, frames wanted, limits; and of a data set's row
-    what its columns declare, where the file in it can't: intensity, spacing. `keep_stored`: give a `StoredScan`."""
+class ReadRequest:
+    """Everything a reader needs besides the data.
+
+    Attributes:
+        name: name of the source in messages.
+        num_frames: maximum number of frames; None reads all.
+        limits: limits on sizes.
+        intensity: intensity that a data set row declares for a file that cannot, one of `INTENSITIES`.
+        spacing: spacing that a data set row declares.
+        return_stored: return a `StoredScan` instead of a `Scan`.
+    """
 
     name: str
     num_frames: int | None
     limits: ReadLimits
     intensity: str | None = None
     spacing: Spacing | None = None
-    keep_stored: bool = False
+    return_stored: bool = False
 
-    def refuse(self, found: str, expected: str) -> M3RetReadError:
-        return M3RetReadError(self.name, found, expected)
+    def error(self, reason: Reason, expected: str, got: str, advice: str = "") -> M3RetReadError:
+        """Return an error that names this request's source."""
+        return M3RetReadError(self.name, reason, expected, got, advice)
 
     @contextmanager
-    def refusing(self) -> Iterator[None]:
-        """Turn whatever a library raises into an M3RetReadError. Libraries quote headers: only the type is told."""
+    def translate_errors(self) -> Iterator[None]:
+        """Re-raise any exception as an `M3RetReadError` with its type only: messages of libraries quote headers."""
         try:
             yield
         except M3RetReadError:
             raise
         except Exception as error:
-            raise self.refuse(f"damaged or unsupported data ({type(error).__name__})", "a readable scan") from error
+            raise self.error("undecodable", "a complete scan in a supported format", type(error).__name__) from error
 
-    def need(self, module: str, package: str) -> Any:
+    def import_decoder(self, module: str, package: str) -> Any:
+        """Import a module of an optional package.
+
+        Raises:
+            M3RetReadError: if it is not installed.
+        """
         try:
             return importlib.import_module(module)
         except ImportError as error:
-            raise self.refuse(
-                "a file that needs a decoder which isn't installed", f"`pip install {package}`"
+            raise self.error(
+                "no_decoder", f"the package {package}", "an import error", f"Run `pip install {package}`."
             ) from error
 
-    def check(self, shape: tuple[int, ...], itemsize: int, packed: int | None = None) -> None:
-        """Refuse an array that is empty, larger than the limits, or more than its `packed` bytes can honestly hold."""
+    def check_size(self, shape: tuple[int, ...], itemsize: int) -> None:
+        """Check an array before it is allocated.
+
+        Args:
+            shape: its shape.
+            itemsize: bytes per element while it is read.
+
+        Raises:
+            M3RetReadError: if the array is empty or exceeds `max_decoded_bytes`.
+        """
         if not shape or min(shape) < 1:
-            raise self.refuse(f"an array of shape {shape}", "at least one voxel along every axis")
-        size = math.prod(shape) * itemsize
-        if size > self.limits.max_decoded_bytes:
-            raise self.refuse(
-                f"{size:,} bytes once decoded", f"at most {self.limits.max_decoded_bytes:,}; see ReadLimits, num_frames"
-            )
-        if packed is not None and size > max(RATIO_FLOOR, self.limits.max_inflate_ratio * packed):
-            raise self.refuse(
-                f"{packed:,} bytes that claim to hold {size:,}", f"a ratio of at most {self.limits.max_inflate_ratio:g}"
+            raise self.error("unsupported", "at least one voxel along every axis", f"an array of shape {shape}")
+        size, limit = math.prod(shape) * itemsize, self.limits.max_decoded_bytes
+        if size > limit:
+            advice = "Raise `ReadLimits.max_decoded_bytes`, or read fewer frames of a video or cine with `num_frames`."
+            raise self.error("too_large", f"at most {limit:,} bytes once decoded", f"{size:,}", advice)
+
+    def check_ratio(self, size: int, compressed_size: int) -> None:
+        """Check that `compressed_size` bytes can honestly inflate to `size` bytes.
+
+        Raises:
+            M3RetReadError: if the ratio exceeds `max_inflate_ratio` and the size exceeds `RATIO_FLOOR`.
+        """
+        ratio = self.limits.max_inflate_ratio
+        if size > max(RATIO_FLOOR, ratio * compressed_size):
+            raise self.error(
+                "too_large",
+                f"at most {ratio:g} bytes per compressed byte",
+                f"{size:,} bytes from {compressed_size:,}",
+                "If the source is trusted, raise `ReadLimits.max_inflate_ratio`.",
             )
 
     def check_pixels(self, height: int, width: int) -> None:
-        if height < 1 or width < 1 or height * width > self.limits.max_pixels_per_image:
-            raise self.refuse(
-                f"an image of {height} x {width} pixels", f"1 to {self.limits.max_pixels_per_image:,}; see ReadLimits"
-            )
+        """Check the size of one image.
 
-    def keep(self, total: int, found: dict[str, Any]) -> list[int]:
-        """Which of `total` frames to keep: the centres of num_frames equal segments."""
-        kept = min(total, self.num_frames or total)
-        found["frames_total"], found["frames_dropped"] = total, total - kept
-        return [(2 * i + 1) * total // (2 * kept) for i in range(kept)]
+        Raises:
+            M3RetReadError: if the image is empty or exceeds `max_pixels_per_image`.
+        """
+        limit = self.limits.max_pixels_per_image
+        if height < 1 or width < 1:
+            raise self.error("unsupported", "at least one pixel along every axis", f"{height} x {width} pixels")
+        if height * width > limit:
+            advice = "Raise `ReadLimits.max_pixels_per_image`."
+            raise self.error("too_large", f"at most {limit:,} pixels per image", f"{height} x {width} pixels", advice)
+
+    def select_frames(self, total: int, description: dict[str, Any]) -> list[int]:
+        """Return the indices of the frames to read, at the centres of `num_frames` equal segments, and record them."""
+        count = min(total, self.num_frames or total)
+        description["frames_total"], description["frames_dropped"] = total, total - count
+        return [(2 * i + 1) * total // (2 * count) for i in range(count)]
 
     def read_bytes(self, path: Path) -> bytes:
-        self.check((max(1, path.stat().st_size),), 1)
+        """Read a file that is within the limits."""
+        self.check_size((max(1, path.stat().st_size),), 1)
         return path.read_bytes()
 
 
-class _Quiet:
-    """Silence the libraries' warnings and logs: they quote headers. Counted, since threads share both."""
+class _LibrarySilencer:
+    """Suppress warnings and log messages of decoders, which quote headers.
+
+    Threads share the filters of both, so entries are counted and the last exit restores them.
+    """
 
     def __init__(self) -> None:
         self.lock, self.depth = threading.Lock(), 0
@@ -191,33 +293,40 @@ class _Quiet:
                     logger.disabled = disabled
 
 
-quiet = _Quiet()
+silence_libraries = _LibrarySilencer()
 
 
-# --------------------------------------------------------------------------------------------------- which format is it
+# ----------------------------------------------------------------------------------------------------- format detection
 
 
-def name_of(source: Any) -> str:
-    """What messages call a source: the name of its file, or what kind of thing it is."""
+def display_name(source: Any) -> str:
+    """Return the name of a source in messages: the name of its file, or its type in angle brackets."""
     if isinstance(source, (str, os.PathLike)):
         return Path(source).absolute().name
     if isinstance(source, dict):
         for key in ("image", "video", "volume", "path"):
             if source.get(key) is not None:
-                name = name_of(source[key])
+                name = display_name(source[key])
                 return f"row {source['id']}" if name == "<bytes>" and source.get("id") else name
         return "<bytes>" if "bytes" in source else "<row>"
     if isinstance(source, (bytes, bytearray, memoryview)):
         return "<bytes>"
     if isinstance(source, (list, tuple)):
-        return name_of(source[0]) if len(source) == 1 else f"<series of {len(source)} files>"
-    if hasattr(source, "__array__") and not hasattr(source, "getbands"):  # a PIL image goes by its type
+        return display_name(source[0]) if len(source) == 1 else f"<series of {len(source)} files>"
+    if hasattr(source, "__array__") and not hasattr(source, "getbands"):  # PIL images have both
         return "<array>"
     return f"<{type(source).__name__}>"
 
 
 def sniff(file: bytes | Path) -> str | None:
-    """What the first bytes say: dicom, nifti, npy, npz, image, video, or None. The name breaks ties only."""
+    """Return the format of a file from its first bytes.
+
+    Args:
+        file: path or content of the file. The name only decides between formats that the content equally fits.
+
+    Returns:
+        "dicom", "nifti", "npy", "npz", "image", "video", or None for any other content.
+    """
     if isinstance(file, Path):
         with file.open("rb") as stream:
             head = stream.read(600)
@@ -226,7 +335,7 @@ def sniff(file: bytes | Path) -> str | None:
     tiff = head.startswith((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"))
     if head[128:132] == b"DICM":
         named_tiff = isinstance(file, Path) and file.suffix.lower() in (".tif", ".tiff")
-        return "image" if tiff and named_tiff else "dicom"  # a file may be both, in DICOM's preamble
+        return "image" if tiff and named_tiff else "dicom"  # a TIFF header fits into the preamble of DICOM
     if head.startswith(b"\x1f\x8b") or head[344:348] in NIFTI_1 or head[4:8] in NIFTI_2:
         return "nifti"
     if head.startswith(b"\x93NUMPY"):
@@ -243,7 +352,7 @@ def sniff(file: bytes | Path) -> str | None:
     transport = head[:1] == head[188:189] == b"G"  # MPEG transport stream: packets of 188 bytes
     if head[4:8] in boxes or head.startswith(magics) or transport:
         return "video"
-    if head.startswith((b"\x08\0", b"\x02\0", b"\0\x08", b"\0\x02")):  # no preamble, but it starts as a data set does
+    if head.startswith((b"\x08\0", b"\x02\0", b"\0\x08", b"\0\x02")):  # a DICOM data set without a preamble
         return "dicom"
     return None
 
@@ -251,15 +360,24 @@ def sniff(file: bytes | Path) -> str | None:
 # ---------------------------------------------------------------------------------------------------------- orientation
 
 
-def canonical(volume: np.ndarray, steps: np.ndarray, found: dict[str, Any]) -> tuple[np.ndarray, Spacing]:
-    """Bring `(C, a, b, c)` to `(C, D, H, W)` as `read_scan` describes it; a view, and the spacing.
+def to_canonical_orientation(
+    volume: np.ndarray, steps: np.ndarray, description: dict[str, Any]
+) -> tuple[np.ndarray, Spacing]:
+    """Reorder and flip the axes of a volume as `read_scan` documents, without interpolation.
 
-    steps: `(3, 3)`, column n the RAS millimetres of one voxel along axis n. As in nibabel, each voxel axis is named
-    after the anatomical one that it is closest to, so that nothing is interpolated.
+    As in nibabel, each voxel axis is assigned to the closest anatomical axis.
+
+    Args:
+        volume: `(C, a, b, c)`.
+        steps: `(3, 3)`; column n is the step of one voxel along axis n, in RAS millimetres.
+        description: receives the plane of the slices.
+
+    Returns:
+        A view `(C, D, H, W)`, and its spacing.
     """
     spacing = np.linalg.norm(steps, axis=0)
     left, _, right = np.linalg.svd(steps / spacing)
-    cosines = left @ right  # the rotation nearest to the steps, which a tilted gantry shears
+    cosines = left @ right  # the nearest rotation: a tilted gantry shears the steps
     axis_of, sign_of = [0, 0, 0], [1.0, 1.0, 1.0]
     for axis in np.argsort(-np.abs(cosines).max(axis=0), kind="stable"):
         world = int(np.abs(cosines[:, axis]).argmax())
@@ -267,26 +385,26 @@ def canonical(volume: np.ndarray, steps: np.ndarray, found: dict[str, Any]) -> t
         cosines[world] = 0
     mm = [float(spacing[axis]) for axis in axis_of]
     flat = [world for world in range(3) if volume.shape[1 + axis_of[world]] == 1]
-    # a ratio of just 1.5 is not more, whether a file holds its millimetres as decimals, doubles or float32
-    bound = THICK * (1 + 1e-4)
+    # The tolerance keeps a ratio of exactly 1.5 below the bound, whether a file stores decimals, doubles or float32.
+    bound = THICK_SLICE_RATIO * (1 + 1e-4)
     thick = [world for world in range(3) if all(mm[world] > bound * mm[other] for other in range(3) if other != world)]
     depth = flat[0] if len(flat) == 1 else thick[0] if thick else 2
     order = {2: (2, 1, 0), 1: (1, 2, 0), 0: (0, 2, 1)}[depth]
     towards = (-1.0, -1.0, 1.0 if depth == 2 else -1.0)  # left, posterior, and superior for slices, inferior for rows
     view = volume.transpose(0, *(1 + axis_of[world] for world in order))
     flips = tuple(slice(None, None, int(sign_of[world] * towards[world])) for world in order)
-    found["plane"] = ("sagittal", "coronal", "axial")[depth]
+    description["plane"] = ("sagittal", "coronal", "axial")[depth]
     return view[(slice(None), *flips)], (mm[order[0]], mm[order[1]], mm[order[2]])
 
 
 # ------------------------------------------------------------------------------------------------------------ intensity
 
 
-def unit(
+def to_unit_range(
     values: np.ndarray,
     spacing: Spacing,
-    job: Job,
-    found: dict[str, Any],
+    request: ReadRequest,
+    description: dict[str, Any],
     *,
     hu: bool | None = None,
     scale: tuple[float, float] = (1.0, 0.0),
@@ -294,62 +412,66 @@ def unit(
     padding: np.ndarray | None = None,
     inverted: bool = False,
 ) -> Scan | StoredScan:
-    """Values `(C, D, H, W)` of any real type to a Scan in [0, 1], or to a StoredScan where the job asks for one.
+    """Scale intensities to [0, 1], or to the stored form if the request asks for it.
 
-    rule: how, where a DICOM header said: hounsfield, window or bit depth (already applied), 8-bit, percentiles; the
-    array is then ours to change. None: what the values say, as uint8 over 255, Hounsfield units (`hu`; None: if they
-    look like them), floats already within [0, 1], or else percentiles. What a row declares goes before both.
-    padding: bool, same shape: voxels that were never measured; they don't count, and become 0.
+    What a data set row declares takes precedence over `rule`, and `rule` over what the values look like.
+
+    Args:
+        values: `(C, D, H, W)` of any real type. May be overwritten if `rule` is given.
+        spacing: spacing of the file, used unless a data set row declares one.
+        request: the read request.
+        description: receives how intensities were scaled, and becomes the description of the scan.
+        hu: whether values are Hounsfield units; None decides by `looks_like_hounsfield`.
+        scale: slope and intercept that turn `values` into measured values.
+        rule: how to scale, if a DICOM header declares it: "8-bit", "hounsfield", "percentiles", or "window" and "bit
+            depth", which are already applied. None divides uint8 by 255, clips Hounsfield units to `HU_RANGE`, leaves
+            floats within [0, 1] unchanged, and clips everything else to `PERCENTILES`.
+        padding: `(C, D, H, W)` bool mask of voxels that were never measured. They are ignored, and become 0.
+        inverted: whether low values are bright.
+
+    Returns:
+        A `StoredScan` if the request asks for it, else a `Scan`.
+
+    Raises:
+        M3RetReadError: if voxels are not finite, or a row's intensity does not fit the type of its voxels.
     """
-    spacing = job.spacing or spacing
+    spacing = request.spacing or spacing
     if values.dtype == bool:
         values = values.astype(np.uint8) * np.uint8(255)
-    declared = {"full range": "bit depth"}.get(job.intensity or "", job.intensity)
-    if declared:
-        rule = declared
-        if (rule == "8-bit") != (values.dtype == np.uint8) and rule in ("8-bit", "bit depth"):
-            raise job.refuse(f"values of type {values.dtype}, said to be {job.intensity}", "a row that fits its file")
+    declared = _declared_rule(values.dtype, request)
+    rule = declared or rule
     if values.dtype == np.uint8 and scale == (1.0, 0.0) and not hu and rule in (None, "8-bit"):
-        array = _one_channel(values)
-        found["intensity"] = "8-bit"
-        if inverted:
-            array = 255 - array
-        if padding is not None:
-            array = np.where(padding, np.uint8(0), array)
-        if job.keep_stored:
-            return StoredScan(np.ascontiguousarray(array), "8-bit", spacing, found)
-        return _finish(array, spacing, found, _is_constant(array))
+        array = _keep_8_bit(values, padding, inverted)
+        description["intensity"] = "8-bit"
+        if request.return_stored:
+            return StoredScan(np.ascontiguousarray(array), "8-bit", spacing, description)
+        return _make_scan(array, spacing, description, _is_constant(array))
 
-    real = values.dtype.kind == "f"
     array = np.array(values, dtype=np.float32, order="C", copy=None if rule and not declared else True)
-    if job.intensity == "full range":
+    if request.intensity == "full range":
         array *= np.float32(1 / np.iinfo(values.dtype).max)
     if scale != (1.0, 0.0):
         array *= np.float32(scale[0])
         array += np.float32(scale[1])
-    measured = _sample(array, padding)
+    measured = _sample_voxels(array, padding)
     low, high = float(array.min()), float(array.max())
     if not (math.isfinite(low) and math.isfinite(high)):
-        raise job.refuse("voxels that are NaN or infinite", "finite voxels")
+        raise request.error("unsupported", "finite voxels", "NaN or infinite voxels", "Replace them before reading.")
     constant = measured.size == 0 or low == high or (padding is not None and float(np.ptp(array[~padding])) == 0)
     if rule is None:
-        hu = is_hu_like(array) if hu is None else hu
-        rule = "hounsfield" if hu else "unit" if real and low >= 0 and high <= 1 else "percentiles"
-    found["intensity"] = {"unit": "already in [0, 1]", "hounsfield": "hounsfield [-1000, 1000]"}.get(rule, rule)
-    if job.keep_stored and not inverted:
-        stored = _whole_numbers(np.zeros_like(array) if constant else array, rule, None if constant else padding)
+        hu = looks_like_hounsfield(array) if hu is None else hu
+        in_unit_range = values.dtype.kind == "f" and low >= 0 and high <= 1
+        rule = "hounsfield" if hu else "unit range" if in_unit_range else "percentiles"
+    description["intensity"] = DESCRIBED_RULES.get(rule, rule)
+    if request.return_stored and not inverted:
+        stored = _keep_16_bit(np.zeros_like(array) if constant else array, rule, None if constant else padding)
         if stored is not None:
-            return StoredScan(stored, rule, spacing, found)
-    if rule == "hounsfield":
-        low, high = HU_RANGE
-    elif rule == "percentiles" and not constant:
-        found["intensity"] = "percentiles .5-99.5"
-        lower, upper = (float(edge) for edge in np.percentile(measured, PERCENTILES))
-        if upper > lower:
-            low, high = lower, upper
-        elif padding is not None:
-            low, high = float(array[~padding].min()), float(array[~padding].max())
+            return StoredScan(stored, rule, spacing, description)
     if rule in ("hounsfield", "percentiles") and not constant:
+        if rule == "hounsfield":
+            low, high = HU_RANGE
+        else:
+            low, high = _percentile_range(measured, array, padding)
         array -= np.float32(low)
         array *= np.float32(1 / (high - low))
         np.clip(array, 0, 1, out=array)
@@ -357,16 +479,44 @@ def unit(
         np.subtract(1, array, out=array)
     if padding is not None:
         array[padding] = 0
-    if job.keep_stored:
-        array = np.zeros_like(array) if constant else array
-        if array.shape[0] == 3:  # no picture format that everything reads has colour of 16 bits
-            return StoredScan(np.rint(array * 255).astype(np.uint8), "8-bit", spacing, found)
-        return StoredScan(np.rint(array * 65535).astype(np.uint16), "full range", spacing, found)
-    return _finish(array, spacing, found, constant)
+    if not request.return_stored:
+        return _make_scan(array, spacing, description, constant)
+    array = np.zeros_like(array) if constant else array
+    if array.shape[0] == 3:  # no widely supported image format has colour of 16 bits
+        return StoredScan(np.rint(array * 255).astype(np.uint8), "8-bit", spacing, description)
+    return StoredScan(np.rint(array * 65535).astype(np.uint16), "full range", spacing, description)
 
 
-def _whole_numbers(array: np.ndarray, rule: str, padding: np.ndarray | None) -> np.ndarray | None:
-    """Grey values that can be kept as they are, in 16 bits: HU, to whole ones, and what is scaled by percentiles."""
+def _declared_rule(dtype: np.dtype, request: ReadRequest) -> str | None:
+    """Return the rule of a data set row's intensity, after checking that it fits the type of the voxels."""
+    if request.intensity in ("8-bit", "full range") and (request.intensity == "8-bit") != (dtype == np.uint8):
+        expected = "uint8 voxels" if request.intensity == "8-bit" else "voxels of more than 8 bits"
+        advice = f'Correct the column intensity, which is "{request.intensity}".'
+        raise request.error("unsupported", expected, f"voxels of type {dtype}", advice)
+    return "bit depth" if request.intensity == "full range" else request.intensity
+
+
+def _percentile_range(sample: np.ndarray, array: np.ndarray, padding: np.ndarray | None) -> tuple[float, float]:
+    """Return the percentiles of a sample, or the full range of the measured voxels if both percentiles are equal."""
+    low, high = (float(edge) for edge in np.percentile(sample, PERCENTILES))
+    if high > low:
+        return low, high
+    measured = array if padding is None else array[~padding]
+    return float(measured.min()), float(measured.max())
+
+
+def _keep_8_bit(array: np.ndarray, padding: np.ndarray | None, inverted: bool) -> np.ndarray:
+    array = _merge_equal_channels(array)
+    if inverted:
+        array = 255 - array
+    return array if padding is None else np.where(padding, np.uint8(0), array)
+
+
+def _keep_16_bit(array: np.ndarray, rule: str, padding: np.ndarray | None) -> np.ndarray | None:
+    """Return grey values in 16 bits, or None if that would lose more than the fraction of a Hounsfield unit.
+
+    HU are rounded to integers. Values that are scaled by percentiles must be integers already.
+    """
     if array.shape[0] == 3:
         return None
     if rule == "hounsfield":
@@ -376,48 +526,50 @@ def _whole_numbers(array: np.ndarray, rule: str, padding: np.ndarray | None) -> 
     if rule != "percentiles" or padding is not None or not np.array_equal(array, np.rint(array)):
         return None
     low, high = float(array.min()), float(array.max())
-    # what the formats hold that planes (PNG) and volumes (NIfTI) become
+    # planes are stored as PNG, which is unsigned, and volumes as NIfTI, where int16 is the most common type
     for dtype in (np.uint16, np.int16) if array.shape[1] == 1 else (np.int16, np.uint16):
         if np.iinfo(dtype).min <= low and high <= np.iinfo(dtype).max:
             return array.astype(dtype)
     return None
 
 
-def _finish(array: np.ndarray, spacing: Spacing, found: dict[str, Any], constant: bool) -> Scan:
-    if constant:  # nothing to see, at whatever level it lies
-        found["constant"], array = True, np.zeros_like(array)
+def _make_scan(array: np.ndarray, spacing: Spacing, description: dict[str, Any], constant: bool) -> Scan:
+    if constant:  # it shows nothing, at any level
+        description["constant"], array = True, np.zeros_like(array)
     if array.shape[0] == 3 and array.dtype == np.uint8:
         array = np.ascontiguousarray(array.transpose(1, 2, 3, 0)).transpose(3, 0, 1, 2)
     else:
         array = np.ascontiguousarray(array)
-    return Scan(array, spacing, found)
+    return Scan(array, spacing, description)
 
 
-def _sample(array: np.ndarray, padding: np.ndarray | None = None) -> np.ndarray:
-    """At least a million of the measured voxels, evenly spread; an odd step doesn't walk down a column."""
-    step = max(1, array.size // SAMPLE) | 1 if array.size >= 2 * SAMPLE else 1
-    picked = array.reshape(-1)[::step]
-    return picked if padding is None else picked[~padding.reshape(-1)[::step]]
+def _sample_voxels(array: np.ndarray, padding: np.ndarray | None = None) -> np.ndarray:
+    """Return at least `PERCENTILE_SAMPLE` evenly spaced voxels without padding, or all if there are fewer than twice as
+    many. An odd step avoids sampling a single column."""
+    step = max(1, array.size // PERCENTILE_SAMPLE) | 1 if array.size >= 2 * PERCENTILE_SAMPLE else 1
+    sample = array.reshape(-1)[::step]
+    return sample if padding is None else sample[~padding.reshape(-1)[::step]]
 
 
-def is_hu_like(array: np.ndarray) -> bool:
+def looks_like_hounsfield(array: np.ndarray) -> bool:
+    """Return whether undeclared values are Hounsfield units: integers with enough voxels of air."""
     if array.dtype.kind not in "if":
         return False
-    sample = _sample(array)
-    return bool(np.percentile(sample, PERCENTILES[0]) <= HU_LIKE and np.array_equal(sample, np.rint(sample)))
+    sample = _sample_voxels(array)
+    return bool(np.percentile(sample, PERCENTILES[0]) <= AIR_HU and np.array_equal(sample, np.rint(sample)))
 
 
 def _is_constant(array: np.ndarray) -> bool:
     first = array.flat[0]
-    corner = array[:, :1, ::97, ::97]  # nearly always enough to say no
+    corner = array[:, :1, ::97, ::97]  # nearly always enough to return False
     return bool((corner == first).all() and (array == first).all())
 
 
-def _one_channel(array: np.ndarray) -> np.ndarray:
-    """`(3, D, H, W)` whose channels are equal as `(1, D, H, W)`: a grey picture stored as RGB is grey."""
+def _merge_equal_channels(array: np.ndarray) -> np.ndarray:
+    """Return `(1, D, H, W)` for RGB whose channels are equal: a grey image stored as RGB is grey."""
     if (
         array.shape[0] == 3
-        and np.array_equal(array[0, 0], array[1, 0])  # the first slice is nearly always enough to say no
+        and np.array_equal(array[0, 0], array[1, 0])  # the first slice is nearly always enough to return early
         and np.array_equal(array[0], array[1])
         and np.array_equal(array[1], array[2])
     ):

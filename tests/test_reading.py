@@ -107,8 +107,8 @@ def test_pages_and_animation_frames_become_depth() -> None:
         np.testing.assert_array_equal(scan.array[0], np.stack([np.asarray(page) for page in pages]))
         few = read_scan(data, num_frames=5)
         np.testing.assert_array_equal(few.array[0], scan.array[0, 1::2])
-        assert few.found["frames_total"] == 10
-        assert few.found["frames_dropped"] == 5
+        assert few.description["frames_total"] == 10
+        assert few.description["frames_dropped"] == 5
 
 
 # --------------------------------------------------------------------------------------------------------------- arrays
@@ -139,7 +139,7 @@ def test_intensity_of_arrays_follows_what_the_values_say() -> None:
     np.testing.assert_allclose(read_scan(mr.astype(np.float64)).array, read_scan(mr).array, atol=1e-6)
     ct = RNG.integers(-1024, 2000, (4, 16, 16), dtype=np.int16)
     scan = read_scan(ct)
-    assert scan.found["intensity"] == "hounsfield [-1000, 1000]"
+    assert scan.description["intensity"] == "hounsfield [-1000, 1000]"
     np.testing.assert_allclose(scan.array[0], (ct.clip(-1000, 1000) + 1000) / 2000, atol=1e-6)
     assert read_scan(np.array([[False, True]])).array.tolist() == [[[[0, 255]]]]
     half = torch.tensor([[0.25, 0.5]], dtype=torch.bfloat16)
@@ -162,9 +162,9 @@ def test_outliers_do_not_set_the_scale() -> None:
 @pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.uint16, np.float32])
 def test_constant_scan_is_zeros_and_says_so(dtype: Any) -> None:
     scan = read_scan(np.full((3, 8, 8), 77, dtype))
-    assert scan.found["constant"] is True
+    assert scan.description["constant"] is True
     assert not scan.array.any()
-    assert "constant" not in read_scan(GREY).found
+    assert "constant" not in read_scan(GREY).description
 
 
 def test_npz_key_declares_hounsfield_units(tmp_path: Path) -> None:
@@ -204,14 +204,15 @@ def test_scan_and_error_survive_pickling() -> None:
     with pytest.raises(M3RetReadError) as caught:
         read_scan("absent.dcm")
     error = pickle.loads(pickle.dumps(caught.value))
-    assert (error.source, error.found, str(error)) == ("absent.dcm", "no such file", str(caught.value))
-    assert all(part in str(error) for part in (error.source, error.found, error.expected))
-    assert "absent.dcm" in str(M3RetReadError(str(error)))  # how a DataLoader rebuilds it
+    assert (error.file, error.reason, str(error)) == ("absent.dcm", "not_found", str(caught.value))
+    assert all(text in str(error) for text in (error.file, error.expected, error.got, error.advice))
+    assert str(M3RetReadError(str(error))) == str(error)  # how a DataLoader re-creates the error of a worker
 
 
 def test_num_frames_below_one_is_the_callers_error() -> None:
-    with pytest.raises(ValueError, match="num_frames"):
+    with pytest.raises(ValueError, match="num_frames") as caught:
         read_scan(GREY, num_frames=0)
+    assert not isinstance(caught.value, M3RetReadError)
 
 
 # ---------------------------------------------------------------------------------------------------------------- video
@@ -246,8 +247,8 @@ def test_video_frames_are_evenly_spaced(kind: str, codec: str, tmp_path: Path) -
     assert few.array.shape == (3, 4, 64, 64)
     levels = few.array[:, :, 40:].mean((0, 2, 3))
     np.testing.assert_allclose(levels, [20, 70, 120, 170], atol=6)  # frames 2, 7, 12, 17: centres of four fifths
-    assert few.found["frames_dropped"] == 16
-    assert few.found["fps"] == pytest.approx(10, rel=0.01)
+    assert few.description["frames_dropped"] == 16
+    assert few.description["fps"] == pytest.approx(10, rel=0.01)
     assert few.spacing == NONE3
     assert few.array[0, 0, 5, 5] > few.array[2, 0, 5, 5] + 100  # RGB, not BGR
     assert read_scan(data, num_frames=50).array.shape[1] == 20
@@ -258,7 +259,7 @@ def test_video_reads_without_decord(monkeypatch: pytest.MonkeyPatch) -> None:
     with_decord = read_scan(data, num_frames=5)
     monkeypatch.setitem(sys.modules, "decord", None)
     without = read_scan(data, num_frames=5)
-    assert without.found == with_decord.found
+    assert without.description == with_decord.description
     assert np.abs(without.array.astype(int) - with_decord.array).max() <= 3  # two roundings of YUV to RGB
 
 
@@ -276,7 +277,7 @@ def test_orientation_codes_all_give_one_scan(codes: str, zipped: bool) -> None:
     expected = percentiles(MR[::-1, ::-1].transpose(2, 1, 0))  # S up, then anterior to posterior, right to left
     np.testing.assert_allclose(scan.array[0], expected, atol=1e-6)
     assert scan.spacing == pytest.approx((1.4, 1.25, 1.0))
-    assert scan.found["plane"] == "axial"
+    assert scan.description["plane"] == "axial"
 
 
 def test_oblique_volume_keeps_the_nearest_axes() -> None:
@@ -290,16 +291,18 @@ def test_oblique_volume_keeps_the_nearest_axes() -> None:
 
 def test_thick_slices_keep_their_own_plane() -> None:
     sagittal = read_scan(nifti_bytes(*reorient(MR, np.diag([5.0, 1, 1, 1]), "LSP")))
-    assert sagittal.found["plane"] == "sagittal"
+    assert sagittal.description["plane"] == "sagittal"
     assert sagittal.spacing == pytest.approx((5, 1, 1))
     expected = MR[::-1, ::-1, ::-1].transpose(
         0, 2, 1
     )  # right to left, then superior to inferior, anterior to posterior
     np.testing.assert_allclose(sagittal.array[0], percentiles(expected), atol=1e-6)
     coronal = read_scan(nifti_bytes(*reorient(MR, np.diag([1.0, 4, 1, 1]), "RSA")))
-    assert coronal.found["plane"] == "coronal"
+    assert coronal.description["plane"] == "coronal"
     np.testing.assert_allclose(coronal.array[0], percentiles(MR[::-1, ::-1, ::-1].transpose(1, 2, 0)), atol=1e-6)
-    assert read_scan(nifti_bytes(MR, np.diag([1.5, 1, 1, 1]))).found["plane"] == "axial"  # 1.5 times is not yet thick
+    assert (
+        read_scan(nifti_bytes(MR, np.diag([1.5, 1, 1, 1]))).description["plane"] == "axial"
+    )  # 1.5 times is not yet thick
 
 
 def test_hounsfield_units_are_recognised_in_nifti_and_scaling_is_applied() -> None:
@@ -309,7 +312,7 @@ def test_hounsfield_units_are_recognised_in_nifti_and_scaling_is_applied() -> No
     raw = bytearray(image.to_bytes())
     raw[112:120] = np.array([1, -1024], "<f4").tobytes()  # nibabel resets both when it writes
     scan = read_scan(bytes(raw))
-    assert scan.found["intensity"] == "hounsfield [-1000, 1000]"
+    assert scan.description["intensity"] == "hounsfield [-1000, 1000]"
     truth = nib.Nifti1Image.from_bytes(bytes(raw)).get_fdata()[::-1, ::-1].transpose(2, 1, 0)
     np.testing.assert_allclose(scan.array[0], (truth.clip(-1000, 1000) + 1000) / 2000, atol=1e-6)
 
@@ -317,7 +320,7 @@ def test_hounsfield_units_are_recognised_in_nifti_and_scaling_is_applied() -> No
 def test_nifti_kinds() -> None:
     four = RNG.integers(0, 900, (6, 5, 4, 3)).astype(np.float32)
     scan = read_scan(nifti_bytes(four, np.eye(4)), num_frames=2)  # a volume is whole, whatever num_frames says
-    assert scan.found["volumes"] == 3
+    assert scan.description["volumes"] == 3
     np.testing.assert_allclose(scan.array[0], percentiles(four[::-1, ::-1, :, 0].transpose(2, 1, 0)), atol=1e-6)
     assert read_scan(nifti_bytes(MR[:, :, 0], np.eye(4))).array.shape == (1, 1, 14, 12)
     labels = RNG.integers(0, 256, (6, 5, 4), dtype=np.uint8)
@@ -339,7 +342,7 @@ def test_nifti_without_an_affine_uses_pixdim() -> None:
     image = nib.Nifti1Image(MR, None)
     image.header.set_zooms((2.0, 2.5, 3.0))
     scan = read_scan(image.to_bytes())
-    assert scan.found["affine"] == "pixdim"
+    assert scan.description["affine"] == "pixdim"
     assert scan.spacing == pytest.approx((3.0, 2.5, 2.0))
 
 

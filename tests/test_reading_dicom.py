@@ -50,9 +50,9 @@ def test_hounsfield_units_at_known_voxels() -> None:
         scan = read_scan(dicom_bytes(dicom(stored, RescaleSlope=1, RescaleIntercept=-1024, **declared)))
         assert scan.array.dtype == np.float32
         np.testing.assert_allclose(scan.array[0, 0], [[0, 0.5, 0.52], [1, 1, 0]], atol=1e-6)
-        assert scan.found["intensity"] == "hounsfield [-1000, 1000]"
+        assert scan.description["intensity"] == "hounsfield [-1000, 1000]"
     other = read_scan(dicom(stored, sop=CT, RescaleSlope=1, RescaleIntercept=-1024, RescaleType="Z_EFF"))
-    assert other.found["intensity"] == "percentiles .5-99.5"
+    assert other.description["intensity"] == "percentiles 0.5-99.5"
 
 
 @pytest.mark.parametrize("function", [None, "LINEAR", "LINEAR_EXACT", "SIGMOID"])
@@ -63,7 +63,7 @@ def test_window_is_that_of_pydicom(function: str | None) -> None:
     scan = read_scan(ds)
     truth = apply_voi_lut(pixels, ds) / 4095
     np.testing.assert_allclose(scan.array[0, 0], truth, atol=1e-5)
-    assert scan.found["intensity"] == "window"
+    assert scan.description["intensity"] == "window"
 
 
 def test_voi_table_is_that_of_pydicom() -> None:
@@ -158,7 +158,7 @@ def test_every_syntax_decodes_as_pydicom_decodes_it(name: str) -> None:
     if scan.array.dtype == np.uint8:
         truth = truth.reshape(-1, *scan.array.shape[2:], scan.array.shape[0]).transpose(3, 0, 1, 2)
         assert np.abs(scan.array - truth).max() <= 3  # libjpeg-turbo and GDCM round differently
-    elif "Hounsfield".lower() in str(scan.found["intensity"]):
+    elif "Hounsfield".lower() in str(scan.description["intensity"]):
         truth = truth * float(ds.RescaleSlope) + float(ds.RescaleIntercept)
         np.testing.assert_allclose(scan.array[0, 0], (truth.clip(-1000, 1000) + 1000) / 2000, atol=1e-6)
     else:
@@ -191,7 +191,7 @@ def test_shuffled_series_comes_out_in_order(tmp_path: Path) -> None:
     scan = read_scan(write(tmp_path, series(VOLUME, AFFINE)))
     np.testing.assert_allclose(scan.array[0], percentiles(VOLUME[::-1, ::-1].transpose(2, 1, 0)), atol=1e-6)
     assert scan.spacing == pytest.approx((1.2, 0.9, 0.8))
-    assert {key: scan.found[key] for key in ("format", "slices", "missing_slices", "duplicate_positions")} == {
+    assert {key: scan.description[key] for key in ("format", "slices", "missing_slices", "duplicate_positions")} == {
         "format": "dicom series",
         "slices": 10,
         "missing_slices": 0,
@@ -206,7 +206,7 @@ def test_series_and_nifti_give_the_same_scan(codes: str, tmp_path: Path) -> None
     assert a.array.dtype == b.array.dtype == np.float32
     np.testing.assert_allclose(a.array, b.array, atol=1e-6)
     assert a.spacing == pytest.approx(b.spacing)
-    assert a.found["plane"] == b.found["plane"] == "axial"
+    assert a.description["plane"] == b.description["plane"] == "axial"
     np.testing.assert_allclose(a.array, read_scan(nifti_bytes(VOLUME, AFFINE)).array, atol=1e-6)
 
 
@@ -216,7 +216,7 @@ def test_thick_sagittal_series_and_nifti_give_the_same_scan(tmp_path: Path) -> N
     np.testing.assert_allclose(a.array, b.array, atol=1e-6)
     assert b.array.shape == (1, 16, 10, 12)
     assert b.spacing == pytest.approx((5, 0.8, 0.9))
-    assert b.found["plane"] == "sagittal"
+    assert b.description["plane"] == "sagittal"
 
 
 def test_oblique_series_and_nifti_give_the_same_scan(tmp_path: Path) -> None:
@@ -226,7 +226,7 @@ def test_oblique_series_and_nifti_give_the_same_scan(tmp_path: Path) -> None:
     a, b = read_scan(nifti_bytes(volume, affine)), read_scan(write(tmp_path, series(volume, affine)))
     np.testing.assert_allclose(a.array, b.array, atol=1e-6)
     assert a.spacing == pytest.approx(b.spacing, rel=1e-4)
-    assert b.found["gantry_tilt_degrees"] == 0
+    assert b.description["gantry_tilt_degrees"] == 0
 
 
 def test_hounsfield_series_and_nifti_give_the_same_scan(tmp_path: Path) -> None:
@@ -257,7 +257,7 @@ def test_tilted_gantry_is_reported(tmp_path: Path) -> None:
         x, y, z = ds.ImagePositionPatient
         ds.ImagePositionPatient = [x, y + 1.2 * index * np.tan(np.deg2rad(15)), z]
     scan = read_scan(slices)
-    assert scan.found["gantry_tilt_degrees"] == pytest.approx(15, abs=0.1)
+    assert scan.description["gantry_tilt_degrees"] == pytest.approx(15, abs=0.1)
     assert scan.spacing[0] == pytest.approx(1.2 / np.cos(np.deg2rad(15)), rel=1e-4)
     np.testing.assert_allclose(scan.array, read_scan(series(VOLUME, AFFINE)).array, atol=1e-6)
 
@@ -266,14 +266,14 @@ def test_gaps_and_duplicates_are_counted() -> None:
     slices = series(VOLUME, AFFINE)
     scan = read_scan(slices[:4] + slices[6:] + slices[:1])
     assert scan.array.shape[1] == 8
-    assert (scan.found["missing_slices"], scan.found["duplicate_positions"]) == (2, 1)
+    assert (scan.description["missing_slices"], scan.description["duplicate_positions"]) == (2, 1)
     assert scan.spacing[0] == pytest.approx(1.2)
 
 
 def test_localiser_keeps_its_largest_set_of_parallel_slices() -> None:
     axial, (turned, affine) = series(VOLUME, AFFINE), reorient(VOLUME, AFFINE, "PIR")
     scan = read_scan(series(turned, affine)[:4] + axial + [dicom(VOLUME[:5, :, 0])])
-    assert scan.found["slices_left_out"] == 5
+    assert scan.description["slices_left_out"] == 5
     np.testing.assert_allclose(scan.array, read_scan(axial).array)
 
 
@@ -282,7 +282,7 @@ def test_slices_without_positions_follow_instance_numbers() -> None:
     scan = read_scan([slices[k] for k in (3, 0, 9, 1, 2, 8, 7, 6, 5, 4)])
     np.testing.assert_allclose(scan.array[0], percentiles(VOLUME.transpose(2, 0, 1)), atol=1e-6)
     assert scan.spacing == (None, None, None)
-    assert str(scan.found["order"]).startswith("InstanceNumber")
+    assert str(scan.description["order"]).startswith("InstanceNumber")
 
 
 def test_two_series_in_one_folder_are_refused(tmp_path: Path) -> None:
@@ -299,7 +299,7 @@ def test_files_that_are_not_dicom_are_passed_over(tmp_path: Path) -> None:
     report = dicom(VOLUME[:, :, 0], series="1.2.77", PixelData=None)
     (tmp_path / "DICOMDIR").write_bytes(dicom_bytes(report))
     scan = read_scan(tmp_path)
-    assert (scan.found["files_ignored"], scan.array.shape[1]) == (2, 10)
+    assert (scan.description["files_ignored"], scan.array.shape[1]) == (2, 10)
 
 
 def test_single_slice_stays_as_stored() -> None:
@@ -349,7 +349,7 @@ def test_cine_frames_are_evenly_spaced() -> None:
         whole, few = read_scan(source), read_scan(source, num_frames=4)
         np.testing.assert_array_equal(whole.array, frames.transpose(3, 0, 1, 2))
         np.testing.assert_array_equal(few.array, whole.array[:, [2, 7, 12, 17]])
-        assert (few.found["frames_total"], few.found["frames_dropped"]) == (20, 16)
+        assert (few.description["frames_total"], few.description["frames_dropped"]) == (20, 16)
         assert whole.spacing == (None, None, None)
 
 
@@ -376,11 +376,11 @@ def test_planted_identifiers_never_come_out(
             read_scan(broken[:-100])
     out = capfd.readouterr()
     text = " ".join(
-        [repr(scan.found), str(caught.value), out.out, out.err, caplog.text, *(str(w.message) for w in seen)]
+        [repr(scan.description), str(caught.value), out.out, out.err, caplog.text, *(str(w.message) for w in seen)]
     )
     assert PLANTED not in text
-    assert "1.2.3" not in repr(scan.found)
-    assert scan.found["burned_in_annotation"] == "yes"
+    assert "1.2.3" not in repr(scan.description)
+    assert scan.description["burned_in_annotation"] == "yes"
 
 
 def test_reading_leaves_warnings_and_logs_as_they_were() -> None:
@@ -400,13 +400,17 @@ def test_devset_series_agree_with_pydicom(devset: Path) -> None:
     assert files[0].PixelPaddingValue == 0
     low, high = np.percentile(truth[truth > 0], [0.5, 99.5])
     np.testing.assert_allclose(scan.array[0], ((truth - low) / (high - low)).clip(0, 1), atol=5e-3)  # from a sample
-    assert scan.found["plane"] == "sagittal"
+    assert scan.description["plane"] == "sagittal"
     assert scan.spacing == pytest.approx((6, 0.9375, 0.9375))
 
 
 def test_devset_localiser_keeps_one_plane(devset: Path) -> None:
     scan = read_scan(devset / "dicom" / "mr_3-plane-loc_15")
-    assert (scan.found["slices"], scan.found["slices_left_out"], scan.found["plane"]) == (5, 10, "axial")
+    assert (scan.description["slices"], scan.description["slices_left_out"], scan.description["plane"]) == (
+        5,
+        10,
+        "axial",
+    )
 
 
 def test_devset_ct_series_has_air_and_tissue(devset: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dataset_scripts.entries import Entry, Source, SourceError, expecting, files_under, inside, read_table
-from modeling_m3ret.scan_m3ret import quiet, sniff
+from modeling_m3ret.scan_m3ret import silence_libraries, sniff
 
 
 # PS3.3 C.7.3.1.1.1; what is missing here (histology, ECG, reports, PET) is no scan that the model is for
@@ -132,7 +132,7 @@ def _dicom_header(path: Path) -> dict[str, str] | None:
     """The few elements that say what goes together, empty if absent or damaged; None for what can't be read."""
     from pydicom import dcmread
 
-    with quiet:
+    with silence_libraries:
         try:
             header = dcmread(path, stop_before_pixels=True, force=True, specific_tags=list(HEADER))
         except Exception:  # pydicom raises whatever its parsing runs into; reading the file will say it again

@@ -238,7 +238,7 @@ class RowReader:
             table = hub_retries(f"reading {_name(shard)}")(read) if "://" in shard else read()
         except Exception as error:  # of any HTTP library below
             raise M3RetReadError(
-                _name(shard), f"rows that could not be fetched ({type(error).__name__})", "a whole Parquet file"
+                _name(shard), "undecodable", "an intact Parquet file that can be fetched", type(error).__name__
             ) from error
         start = 0
         for group in missing:

@@ -223,7 +223,7 @@ def _edges(processor: M3RetImageProcessor, scan: Scan, volume: Tensor) -> tuple[
 def _frames(scan: Scan) -> tuple[int, ...]:
     """Of each slice of a scan's array its number among all: of a clip the reader keeps the centres of equal parts."""
     kept = scan.array.shape[1]
-    total = scan.found.get("frames_total", kept)
+    total = scan.description.get("frames_total", kept)
     assert isinstance(total, int)
     return tuple((2 * place + 1) * total // (2 * kept) for place in range(kept))
 

@@ -65,14 +65,14 @@ class IsolatedReaders:
                 raise self._took_too_long(name) from error
             except ProcessExpired as error:
                 raise M3RetReadError(
-                    name, "a file on which its reader broke down", "one that can be decoded"
+                    name, "undecodable", "a complete scan in a supported format", "a crash of its decoder"
                 ) from error
         finally:
             self._free.release()
         return result
 
     def _took_too_long(self, name: str) -> M3RetReadError:
-        return M3RetReadError(name, f"a scan that took more than {self.seconds:g} s to read", "one that is read sooner")
+        return M3RetReadError(name, "timeout", f"at most {self.seconds:g} s", "a scan that takes longer to read")
 
 
 def _read(function: Callable[..., Result], *arguments: object) -> Result:

@@ -205,7 +205,7 @@ class Searching:
             try:
                 scan = self.readers.read(f"item {row}", read_record, record, self.processor.num_frames)
             except M3RetReadError as error:  # its name is nobody's business
-                raise M3RetReadError(f"item {row} of the gallery", error.found, error.expected) from error
+                raise error.with_file(f"item {row} of the gallery") from error
             self._scans.put(key, scan, scan.array.nbytes)
         return scan
 

@@ -14,6 +14,7 @@ from pathlib import Path, PurePosixPath
 
 from ..data.collection import Record
 from ..reading_m3ret import M3RetReadError, ReadLimits, Scan, read_scan
+from ..scan_m3ret import Reason
 
 
 UPLOAD_BYTES = 2**30  # all files together: a CT of 2,000 slices of 512 x 512, not compressed
@@ -32,7 +33,9 @@ def read_upload(files: Sequence[Path], num_frames: int, scratch: Path, limits: R
         M3RetReadError: if there is no scan in them, or more than the limits allow.
     """
     if not files:
-        raise M3RetReadError("upload", "no file", "a scan: DICOM, NIfTI, video, image, .npy, .npz, or a zip of slices")
+        raise M3RetReadError(
+            "upload", "not_found", "DICOM, NIfTI, video, image, .npy, .npz, or a zip of DICOM slices", "no file"
+        )
     if len(files) > 1:
         return read_scan([*files], num_frames=num_frames, limits=limits)
     (file,) = files
@@ -42,7 +45,7 @@ def read_upload(files: Sequence[Path], num_frames: int, scratch: Path, limits: R
     try:
         return read_scan(unpacked[0] if len(unpacked) == 1 else scratch, num_frames=num_frames, limits=limits)
     except M3RetReadError as error:
-        raise M3RetReadError(file.name, error.found, error.expected) from error
+        raise error.with_file(file.name) from error
 
 
 def read_record(record: Record, num_frames: int, limits: ReadLimits = LIMITS) -> Scan:
@@ -65,7 +68,7 @@ def _is_zip_of_files(file: Path) -> bool:
         with zipfile.ZipFile(file) as archive:
             names = [info.filename for info in archive.infolist() if not info.is_dir()]
     except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
-        raise M3RetReadError(file.name, f"a damaged zip ({type(error).__name__})", "a zip of a scan's files") from error
+        raise M3RetReadError(file.name, "damaged", "a zip archive of one scan", type(error).__name__) from error
     return not names or not all(name.endswith(".npy") for name in names)
 
 
@@ -77,25 +80,25 @@ def _unpack(file: Path, folder: Path, limits: ReadLimits) -> list[Path]:
             too many or too large.
     """
 
-    def refuse(found: str, expected: str) -> M3RetReadError:
-        return M3RetReadError(file.name, found, expected)
+    def refuse(reason: Reason, expected: str, got: str) -> M3RetReadError:
+        return M3RetReadError(file.name, reason, expected, got)
 
     try:
         with zipfile.ZipFile(file) as archive:
             members = [info for info in archive.infolist() if not info.is_dir()]
             if not 1 <= len(members) <= limits.max_files:
-                raise refuse(f"a zip of {len(members):,} files", f"1 to {limits.max_files:,}, of one scan")
+                raise refuse("too_large", f"a zip archive of 1 to {limits.max_files:,} files", f"{len(members):,}")
             for info in members:
                 if _leads_out(info.filename):
-                    raise refuse("a zip with a path that leads out of it", "files within it")
+                    raise refuse("unsupported", "paths within the archive", "a path that leads out of it")
                 if stat.S_IFMT(info.external_attr >> 16) not in (0, stat.S_IFREG):
-                    raise refuse("a zip with a link or a special file", "plain files")
+                    raise refuse("unsupported", "regular files", "a link or a special file")
                 if info.flag_bits & 1:
-                    raise refuse("a zip with a password", "one without")
+                    raise refuse("unsupported", "a zip archive without a password", "an encrypted file")
             claimed = sum(info.file_size for info in members)
             most = min(limits.max_decoded_bytes, max(2**26, int(limits.max_inflate_ratio * file.stat().st_size)))
             if claimed > most:
-                raise refuse(f"a zip that claims to hold {claimed:,} bytes", f"at most {most:,}")
+                raise refuse("too_large", f"at most {most:,} bytes once unpacked", f"{claimed:,}")
             unpacked, left = [], most
             for number, info in enumerate(members):
                 path = folder / f"{number:05d}"
@@ -103,14 +106,14 @@ def _unpack(file: Path, folder: Path, limits: ReadLimits) -> list[Path]:
                     while block := packed.read(min(COPY_BYTES, left + 1)):
                         left -= len(block)
                         if left < 0:
-                            raise refuse("a zip that holds more than it claims", f"at most {most:,} bytes")
+                            raise refuse("too_large", f"at most {most:,} bytes once unpacked", "more")
                         target.write(block)
                 unpacked.append(path)
             return unpacked
     except (zipfile.BadZipFile, zlib.error, OSError, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
         if isinstance(error, M3RetReadError):
             raise
-        raise refuse(f"a damaged zip ({type(error).__name__})", "a zip of a scan's files") from error
+        raise refuse("damaged", "a zip archive of one scan", type(error).__name__) from error
 
 
 def _leads_out(name: str) -> bool:

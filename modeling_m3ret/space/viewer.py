@@ -40,7 +40,7 @@ Region = tuple[slice, slice, slice]  # a box of voxels along D, H and W, as `loc
 
 
 def is_in_hu(scan: Scan) -> bool:
-    return str(scan.found.get("intensity", "")).startswith("hounsfield")
+    return str(scan.description.get("intensity", "")).startswith("hounsfield")
 
 
 def slices_of(scan: Scan) -> int:
@@ -50,7 +50,7 @@ def slices_of(scan: Scan) -> int:
 def facts_of_scan(scan: Scan) -> str:
     """Size and spacing in words; nothing that a header's text says."""
     _, D, H, W = scan.array.shape
-    total = scan.found.get("frames_total", D)
+    total = scan.description.get("frames_total", D)
     if D == 1:
         size = f"{W} × {H} px"
     elif scan.spacing[0] is None:

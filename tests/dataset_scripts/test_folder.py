@@ -247,7 +247,7 @@ def test_a_pipe_is_reported_and_not_waited_for(tmp_path: Path) -> None:
     found = listed(root)
     failure = building(root, tmp_path).build_row(found["ct/pipe.nii"])
     assert isinstance(failure, Failure)
-    assert "no such file" in failure.reason
+    assert "not found" in failure.reason
 
 
 def test_order_is_the_same_each_time(tmp_path: Path) -> None:

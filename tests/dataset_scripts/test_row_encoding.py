@@ -350,9 +350,9 @@ def test_a_row_gives_the_scan_of_its_source(kind: str) -> None:
         else:
             values = got.array / 255 if got.array.dtype == np.uint8 else got.array
             np.testing.assert_allclose(values, expected.array, rtol=0, atol=tolerance)
-        if "plane" in expected.found and got.array.shape[1] > 1:
-            assert got.found["plane"] == expected.found["plane"]
-        assert got.found.get("constant") == expected.found.get("constant")
+        if "plane" in expected.description and got.array.shape[1] > 1:
+            assert got.description["plane"] == expected.description["plane"]
+        assert got.description.get("constant") == expected.description.get("constant")
     assert row.columns["shape"] == [*read_scan(source).array.shape[1:]]
     assert row.columns["spacing"] == [*read_scan(source).spacing]
     assert row.picture.shape == (*row.columns["shape"][1:],)
@@ -643,7 +643,7 @@ def test_file_cut_short_is_refused_where_reading_refuses_it(kind: str, part: flo
 def test_size_is_judged_before_pixels_are_decoded() -> None:
     with pytest.raises(M3RetReadError) as caught:
         store_scan(png_claiming(10_000, 10_000))
-    assert "10000 x 10000 pixels" in caught.value.found  # decoding it would find it cut short
+    assert "10000 x 10000 pixels" in caught.value.got  # decoding it would find it cut short
     for limits in (ReadLimits(max_pixels_per_image=1000), ReadLimits(max_decoded_bytes=1000)):
         for source in (png(GREY), jpeg(), dicom(GREY), clip("mp4", "mpeg4")):
             store_scan(source)

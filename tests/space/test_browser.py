@@ -362,7 +362,7 @@ def test_a_bad_file_is_told_in_words_and_the_page_lives(
     page = open_page()
     (tmp_path / "broken.dcm").write_text("this is no scan")
     upload(page, tmp_path / "broken.dcm")
-    page.get_by_text("broken.dcm: found text; expected DICOM").wait_for()
+    page.get_by_text("broken.dcm: unsupported data: expected DICOM").wait_for()
     assert page.locator("#status .error").count() == 0, "no mark of an error hides what stands there"
     page.screenshot(path=pictures / "1280-light-broken-file.png")
     page.reload()
@@ -389,7 +389,7 @@ def test_html_in_labels_and_file_names_is_text(open_page: Any, served: Served, t
     bad = tmp_path / "<img src=x onerror=window.attacked='file'>.png"
     bad.write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(64))
     upload(page, bad)
-    page.get_by_text("expected a readable scan").wait_for()
+    page.get_by_text("expected a complete scan").wait_for()
     page.reload()
     upload(page, served.of("xray", ".png"))
     hits(page)

@@ -108,8 +108,8 @@ def test_bad_files_are_told_in_words(client: Any, tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "slip.zip", "w") as archive:
         archive.writestr("../../slip.dcm", "x")
     for name, words in {
-        "notes.dcm": "found text; expected DICOM",
-        "pickled.npy": "found an array of type object",
+        "notes.dcm": "unsupported data: expected DICOM",
+        "pickled.npy": "got an array of type object",
         "bomb.zip": "claims to hold 134,217,728 bytes",
         "slip.zip": "a path that leads out of it",
     }.items():

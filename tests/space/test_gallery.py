@@ -293,7 +293,7 @@ def test_a_scan_of_the_gallery_that_is_gone_is_told_without_its_name(
     assert gallery.records is not None
     gone = [replace(gallery.records[0], location=tmp_path / "patient-name.png"), *gallery.records[1:]]
     searching = Searching(model, processor, Gallery(gallery.index, gone), readers)
-    with pytest.raises(M3RetReadError, match="item 0 of the gallery: found no such file") as told:
+    with pytest.raises(M3RetReadError, match="item 0 of the gallery: source not found") as told:
         searching.scan("row-0")
     assert "patient-name" not in str(told.value)
 

@@ -76,7 +76,7 @@ def test_an_npz_is_no_zip_of_files(tmp_path: Path) -> None:
 )
 def test_a_path_out_of_the_zip_is_refused(name: str, tmp_path: Path) -> None:
     path = zipped(tmp_path / "evil.zip", {name: png(), "y.png": png()})
-    with pytest.raises(M3RetReadError, match=r"evil\.zip: found a zip with a path that leads out of it"):
+    with pytest.raises(M3RetReadError, match=r"evil\.zip: .* a path that leads out of it"):
         read([path])
     assert [found.name for found in tmp_path.iterdir()] == ["evil.zip"]
 
@@ -95,7 +95,7 @@ def test_a_link_or_special_file_is_refused(kind: int, tmp_path: Path) -> None:
 def test_a_bomb_is_refused_before_it_is_inflated(tmp_path: Path) -> None:
     path = zipped(tmp_path / "bomb.zip", {f"{number}.dcm": bytes(2**22) for number in range(40)})
     assert path.stat().st_size < 2**18
-    with pytest.raises(M3RetReadError, match=r"bomb\.zip: found a zip that claims to hold 167,772,160 bytes"):
+    with pytest.raises(M3RetReadError, match=r"bomb\.zip: .* got 167,772,160"):
         read([path])
 
 
@@ -113,7 +113,7 @@ def test_a_bomb_that_lies_about_its_size_is_refused(tmp_path: Path) -> None:
 
 def test_too_many_files_and_a_zip_of_zips_are_refused(tmp_path: Path) -> None:
     many = zipped(tmp_path / "many.zip", {f"{number}.dcm": b"x" for number in range(11)})
-    with pytest.raises(M3RetReadError, match="a zip of 11 files; expected 1 to 10"):
+    with pytest.raises(M3RetReadError, match="1 to 10 files, got 11"):
         read([many], ReadLimits(max_files=10))
     inner = zipped(tmp_path / "inner.zip", {"x.png": png()}).read_bytes()
     with pytest.raises(M3RetReadError, match=r"outer\.zip"):
@@ -127,7 +127,7 @@ def test_a_damaged_zip_is_told_by_its_own_name(damage: str, tmp_path: Path) -> N
     if damage == "changed":
         content[60] ^= 255
     path.write_bytes(content[: len(content) // 2] if damage == "cut" else content)
-    with pytest.raises(M3RetReadError, match=r"^hurt\.zip: found "):
+    with pytest.raises(M3RetReadError, match=r"^hurt\.zip: "):
         read([path])
 
 
