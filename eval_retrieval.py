@@ -25,15 +25,14 @@ from modeling_m3ret.cpu import prepare_cpu
 from modeling_m3ret.data.collection import open_collection
 from modeling_m3ret.data.schema import SPLITS
 from modeling_m3ret.evaluation.baselines import baseline_name, embed_with_baseline
-from modeling_m3ret.evaluation.leakage import evaluated_part, leak_in_words, training_facts, training_part
+from modeling_m3ret.evaluation.leakage import leakage_warning, read_training_facts, select_records, training_records
 from modeling_m3ret.evaluation.protocols import ALL, DEFAULT
 from modeling_m3ret.evaluation.report.pictures import report_pictures, write_pictures
 from modeling_m3ret.evaluation.table import (
-    ALL_MODALITIES,
+    differences_from,
     evaluate,
     format_differences,
     format_table,
-    paired_difference,
     to_json,
 )
 from modeling_m3ret.evaluation.untrained_baseline import untrained_encoder, whitening_sample
@@ -81,7 +80,7 @@ def main() -> None:
     # ---- scans ------------------------------------------------------------------------------------------------------
     with accelerator.local_main_process_first():  # a download, or the phantom, is made once
         collection = open_collection(arguments.data)
-    records = evaluated_part(collection, arguments.split, arguments.holdout)
+    records = select_records(collection, arguments.split, arguments.holdout)
     if not records:
         raise SystemExit(f"{arguments.data} has no scan in what was asked for")
 
@@ -96,16 +95,16 @@ def main() -> None:
         processor = AutoImageProcessor.from_pretrained(name)
         model = AutoModel.from_pretrained(name).eval().to(accelerator.device)
         models[title] = model_facts(model, processor, baseline_name(name))
-        facts = training_facts(name)
+        facts = read_training_facts(name)
         checkpoints[title] = facts | {"parameters": model.num_parameters()}
-        notes += filter(None, [leak_in_words(title, collection, records, arguments.holdout, facts)])
+        notes += filter(None, [leakage_warning(title, collection, records, arguments.holdout, facts)])
         processors[title] = processor
         if arguments.rerank is not None:  # else a curve's many checkpoints would all stay in memory
             encoders[title] = model
         methods[title] = embed_collection(model, processor, records, accelerator, name=name, dtype=dtype, **settings)
     processor = processors[names[0]]
     config = AutoConfig.from_pretrained(arguments.model[0])
-    training = training_part(collection, records, arguments.holdout, checkpoints[names[0]])
+    training = training_records(collection, records, arguments.holdout, checkpoints[names[0]])
     untrained = untrained_encoder(config, processor, training, accelerator, seed=arguments.seed, **settings)
     notes.append(untrained.note)
     embedded = embed_collection(
@@ -146,12 +145,7 @@ def main() -> None:
     table = format_table(rows)
     print(table)
     main_model = names[0]
-    within = any(row.protocol == ALL_MODALITIES for row in rows)  # else no query of any modality has anything to find
-    differences = {
-        name: paired_difference(methods[main_model], other)
-        for name, other in compared.items()
-        if within and name != main_model
-    }
+    differences = differences_from(main_model, rows)
     if differences:
         print(format_differences(main_model, differences))
     failures = methods[main_model].failures

@@ -18,7 +18,7 @@ import torch
 
 # `evaluate` finds what a module needs by reading it line by line, so no import may go over several lines
 from modeling_m3ret.evaluation.metrics import DEFINITIONS, METRICS, macro_mean, score_queries
-from modeling_m3ret.evaluation.protocols import labels_of
+from modeling_m3ret.evaluation.protocols import split_labels
 
 
 _DESCRIPTION = (
@@ -98,7 +98,7 @@ class M3RetRetrieval(evaluate.Metric):
         precisions, chance = (values[:, METRICS.index("mAP")] for values in (scored.scores, scored.chance))
         if of_labels:
             asked = [reference for reference, kept in zip(references, scored.answerable.tolist(), strict=True) if kept]
-            results["macro mAP"] = macro_mean(precisions, [labels_of(reference) for reference in asked])
+            results["macro mAP"] = macro_mean(precisions, [split_labels(reference) for reference in asked])
         return results | {"chance mAP": float(chance.mean()), "queries": queries}
 
 
@@ -108,9 +108,9 @@ def _of_labels(ranked: list[list[str]], references: list[str]) -> tuple[torch.Te
     relevant, candidate = torch.zeros(2, len(ranked), most, dtype=torch.bool)
     for query, (labels, reference) in enumerate(zip(ranked, references, strict=True)):
         candidate[query, : len(labels)] = True
-        own = set(labels_of(reference))
+        own = set(split_labels(reference))
         relevant[query, : len(labels)] = torch.tensor(
-            [not own.isdisjoint(labels_of(label)) for label in labels], dtype=torch.bool
+            [not own.isdisjoint(split_labels(label)) for label in labels], dtype=torch.bool
         )
     return torch.arange(most, 0, -1.0).expand(len(ranked), -1), relevant, candidate
 

@@ -1,8 +1,8 @@
-"""Which scans of a collection are evaluated, which was a checkpoint trained on, and do the two meet?
+"""Select the scans to evaluate, find those that a checkpoint was trained on, and warn if the two share patients.
 
-A checkpoint's `training.json` says its holdout, its modalities and how many scans it was trained on; a collection in
-which these give exactly that many scans is taken for the one that it was trained on. (Patients are held out by a hash,
-so the same holdout gives the same ones, and a smaller one some of those of a larger.)
+A checkpoint's `training.json` holds its holdout, its modalities and its number of training scans. A collection in which
+holdout and modalities give exactly that number of scans is taken to be the one that the checkpoint was trained on.
+Patients are held out by a hash, so equal holdouts select equal patients, and a smaller one selects a subset.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from transformers.utils import cached_file
 from ..data.collection import Record, split_by_group, split_training_and_held_out
 
 
-def training_facts(checkpoint: str) -> dict[str, Any]:
-    """What a checkpoint's `training.json` says that it was trained with; nothing where there is none.
+def read_training_facts(checkpoint: str) -> dict[str, Any]:
+    """Return the content of a checkpoint's `training.json`, empty if there is none.
 
     Args:
-        checkpoint: a folder or Hub id.
+        checkpoint: folder or Hub id.
     """
     try:
         facts = json.loads(Path(cached_file(checkpoint, "training.json") or "").read_text(encoding="utf-8"))
@@ -30,15 +30,27 @@ def training_facts(checkpoint: str) -> dict[str, Any]:
     return facts if isinstance(facts, dict) else {}
 
 
-def evaluated_part(records: Sequence[Record], split: str | None, holdout: float | None) -> list[Record]:
-    """The scans of a split, and of these the held-out patients; all where it is None."""
-    of_split = [record for record in records if split is None or record.split == split]
-    return of_split if holdout is None else split_by_group(of_split, holdout)[1]
+def select_records(records: Sequence[Record], split: str | None, holdout: float | None) -> list[Record]:
+    """Return the records to evaluate.
+
+    Args:
+        records: the whole collection.
+        split: split to evaluate; None for all.
+        holdout: fraction of the patients that training held out, to evaluate only these; None for all.
+    """
+    in_split = [record for record in records if split is None or record.split == split]
+    return in_split if holdout is None else split_by_group(in_split, holdout)[1]
 
 
-def trained_on(records: Sequence[Record], facts: Mapping[str, Any]) -> list[Record] | None:
-    """The scans that `train.py` trained the checkpoint of these facts on, in its order, or None where this is another
-    collection, or its facts say too little."""
+def checkpoint_records(records: Sequence[Record], facts: Mapping[str, Any]) -> list[Record] | None:
+    """Return the records that `train.py` trained a checkpoint on, in its order.
+
+    Returns None if the checkpoint was trained on another collection, or its facts say too little.
+
+    Args:
+        records: the whole collection.
+        facts: of `read_training_facts`.
+    """
     holdout, modalities = _holdout(facts), _modalities(facts)
     if holdout is None or not modalities:
         return None
@@ -46,19 +58,22 @@ def trained_on(records: Sequence[Record], facts: Mapping[str, Any]) -> list[Reco
     return training if len(training) == facts.get("training_scans") else None
 
 
-def training_part(
+def training_records(
     records: Sequence[Record], evaluated: Sequence[Record], holdout: float | None, facts: Mapping[str, Any]
 ) -> list[Record]:
-    """Scans that an untrained encoder's whitening may be fitted to: none of a patient who is evaluated.
+    """Return the records to which the whitening of an untrained encoder may be fitted: none of an evaluated patient.
 
-    Those that the checkpoint was trained on where this is its collection. Else what this collection has for training:
-    its train split and what has no split, without the patients of the holdout; of the modalities that the checkpoint
-    was trained on, as far as it says so, since its own whitening knows no other.
+    These are the records that the checkpoint was trained on, if this is its collection. Otherwise they are the train
+    split and the records without a split, without the patients held out, and only of the modalities that the
+    checkpoint was trained on (if known), since its own whitening has seen no other.
 
     Args:
-        records: the whole collection. evaluated: of `evaluated_part`. facts: of `training_facts`.
+        records: the whole collection.
+        evaluated: of `select_records`.
+        holdout: as for `select_records`.
+        facts: of `read_training_facts`.
     """
-    training = trained_on(records, facts)
+    training = checkpoint_records(records, facts)
     if training is None:
         training, _ = split_by_group([record for record in records if record.split in ("", "train")], holdout or 0.0)
         if modalities := _modalities(facts):
@@ -67,31 +82,31 @@ def training_part(
     return [record for record in training if record.group not in patients]
 
 
-def leak_in_words(
+def leakage_warning(
     title: str, records: Sequence[Record], evaluated: Sequence[Record], holdout: float | None, facts: Mapping[str, Any]
 ) -> str | None:
-    """A warning if the checkpoint was, or may have been, trained on patients who are evaluated; None where nothing says
-    so.
+    """Return a warning if the checkpoint was, or may have been, trained on evaluated patients, otherwise None.
 
     Args:
-        title: what the table calls the checkpoint. Others as for `training_part`.
+        title: name of the checkpoint in the table.
+        records, evaluated, holdout, facts: as for `training_records`.
     """
-    training, without = trained_on(records, facts), _holdout(facts)
+    training, trained_holdout = checkpoint_records(records, facts), _holdout(facts)
     if training is not None:
         patients = {record.group for record in training}
-        seen = sum(record.group in patients for record in evaluated)
-        if not seen:
+        leaked = sum(record.group in patients for record in evaluated)
+        if not leaked:
             return None
-        better = "it held out nobody"
+        advice = "No patient was held out in its training."
         if any(record.split == "validation" for record in records):
-            better = "--split validation has none"
-        elif without:
-            better = f"--holdout {without} has none"
-        return f"LEAK: {title} was trained on the patients of {seen} of these {len(evaluated)} scans; {better}."
-    if holdout is not None and without is not None and holdout > without:
+            advice = "Use --split validation."
+        elif trained_holdout:
+            advice = f"Use --holdout {trained_holdout}."
+        return f"LEAKAGE: {title} was trained on patients of {leaked} of the {len(evaluated)} evaluated scans. {advice}"
+    if holdout is not None and trained_holdout is not None and holdout > trained_holdout:
         return (
-            f"LEAK if {title} was trained on this collection: it held out {without} of the patients, and {holdout} "
-            "of them are evaluated."
+            f"POSSIBLE LEAKAGE: {title} held out {trained_holdout} of the patients in training, but {holdout} are "
+            f"evaluated. If it was trained on this collection, use --holdout {trained_holdout}."
         )
     return None
 
@@ -102,7 +117,7 @@ def _holdout(facts: Mapping[str, Any]) -> float | None:
 
 
 def _modalities(facts: Mapping[str, Any]) -> set[str]:
-    """Their names without case; none where the facts, which may be anyone's file, hold none."""
+    """Return the case-folded modalities of the facts, empty if these, from an untrusted file, hold no list."""
     names = facts.get("modalities")
     return {str(name).casefold() for name in names} if isinstance(names, list) else set()
 

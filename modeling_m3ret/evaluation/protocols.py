@@ -1,7 +1,7 @@
-"""Who is asked, among what, and what counts as right? A protocol says so, by a name that a paper can cite.
+"""Retrieval protocols: which scans are queries, which are candidates, and which of these are relevant.
 
-A scan is never its own candidate. Nor is any scan of the query's group (patient, or video), but where the group is what
-is looked for. What has no label is like nothing, not like everything else that has none.
+A scan is never its own candidate. Neither is any scan of the query's group (patient, or video), unless the group itself
+is searched for. A scan without a label matches no other scan, not even another one without a label.
 """
 
 from __future__ import annotations
@@ -23,13 +23,19 @@ LabelMatch = Literal["any", "jaccard"]
 
 @dataclass(frozen=True)
 class Protocol:
-    """A task of retrieval on a labelled collection.
+    """A retrieval task on a labelled collection.
 
-    name: to cite; title: in the table. relevant: what a hit has in common with the query (subject: the group); gallery:
-    what is searched. labels: how several labels (joined by `|`) compare: `any` shared one, or a `jaccard` index (shared
-    over all of both) of .5 and more. modalities: of the queries, all if empty. per_modality: a row for each modality's
-    queries, titled so ("{}" is its name), and the title is their plain mean; without it all queries weigh the same.
-    query_split, gallery_split: queries of one split, gallery of another; leave-one-out among all scans if empty.
+    Attributes:
+        name: name to cite.
+        title: name in the table.
+        relevant: what a relevant scan shares with the query; "subject" is the group.
+        gallery: which scans are searched.
+        labels: how several labels (joined by `|`) match: "any" shared label, or "jaccard", an index of shared over all
+            labels of at least 0.5.
+        modalities: modalities of the queries; empty for all.
+        per_modality: title of the row of each modality, in which "{}" is replaced by its name. The row `title` is then
+            the mean over modalities. Empty: one row, in which all queries weigh the same.
+        query_split, gallery_split: splits of the queries and of the gallery; empty for all scans (leave-one-out).
     """
 
     name: str
@@ -42,85 +48,98 @@ class Protocol:
     query_split: str = ""
     gallery_split: str = ""
 
-    def parts(self, facts: Annotations) -> list[tuple[str, Tensor]]:
-        """What is measured by itself: titles, and the places `(Q,)` of the queries of each; none where nobody asks."""
-        wanted = {name.casefold() for name in self.modalities}
-        places = [
-            place
-            for place, record in enumerate(facts.records)
-            if self.query_split in ("", record.split) and (not wanted or record.modality.casefold() in wanted)
+    def parts(self, annotations: Annotations) -> list[tuple[str, Tensor]]:
+        """Return the title and the record indices `(Q,)` of the queries of each separately measured part."""
+        modalities = {name.casefold() for name in self.modalities}
+        queries = [
+            index
+            for index, record in enumerate(annotations.records)
+            if self.query_split in ("", record.split) and (not modalities or record.modality.casefold() in modalities)
         ]
         if not self.per_modality:
-            return [(self.title, torch.tensor(places))] if places else []
+            return [(self.title, torch.tensor(queries))] if queries else []
         by_modality: dict[str, list[int]] = {}
-        for place in places:
-            by_modality.setdefault(facts.records[place].modality, []).append(place)
-        return [(self.per_modality.format(name), torch.tensor(own)) for name, own in sorted(by_modality.items())]
+        for index in queries:
+            by_modality.setdefault(annotations.records[index].modality, []).append(index)
+        return [
+            (self.per_modality.format(name), torch.tensor(indices)) for name, indices in sorted(by_modality.items())
+        ]
 
-    def masks(self, facts: Annotations, queries: Tensor) -> tuple[Tensor, Tensor]:
-        """Which scans are relevant to the queries at these places `(q,)`, and which are candidates: bool `(q, n)`."""
-        own_modality, own_group = (codes[queries, None] == codes for codes in (facts.modality, facts.group))
+    def masks(self, annotations: Annotations, queries: Tensor) -> tuple[Tensor, Tensor]:
+        """Return which scans are relevant to the queries with these indices `(q,)`, and which are candidates.
+
+        Both masks are bool `(q, n)`. A relevant scan need not be a candidate.
+        """
+        same_modality, same_group = (
+            codes[queries, None] == codes for codes in (annotations.modality, annotations.group)
+        )
         if self.relevant == "subject":
-            relevant, candidate = own_group & (facts.group >= 0), torch.ones_like(own_group)
+            relevant, candidate = same_group & (annotations.group >= 0), torch.ones_like(same_group)
             candidate[torch.arange(len(queries)), queries] = False
         else:
-            relevant, candidate = self._alike(facts, queries), ~own_group  # the query itself is of its group
+            relevant, candidate = self._matches(annotations, queries), ~same_group  # excludes the query itself, too
         if self.relevant == "label and modality":
-            relevant = relevant & own_modality
+            relevant = relevant & same_modality
         if self.gallery != "all modalities":
-            candidate &= own_modality if self.gallery == "own modality" else ~own_modality
+            candidate &= same_modality if self.gallery == "own modality" else ~same_modality
         if self.gallery_split:
-            candidate &= torch.tensor([record.split == self.gallery_split for record in facts.records])
+            candidate &= torch.tensor([record.split == self.gallery_split for record in annotations.records])
         return relevant, candidate
 
-    def _alike(self, facts: Annotations, queries: Tensor) -> Tensor:
+    def _matches(self, annotations: Annotations, queries: Tensor) -> Tensor:
+        """Return which scans match the queries by anatomy or label, bool `(q, n)`."""
         if self.relevant == "anatomy":
-            return (facts.anatomy[queries, None] == facts.anatomy) & (facts.anatomy >= 0)
-        shared = facts.labels[queries] @ facts.labels.T
+            return (annotations.anatomy[queries, None] == annotations.anatomy) & (annotations.anatomy >= 0)
+        shared = annotations.labels[queries] @ annotations.labels.T
         if self.labels == "any":
             return shared > 0
-        numbers = facts.labels.sum(1)
-        # shared / (a + b - shared) >= 1/2, in whole numbers
-        return (shared > 0) & (3 * shared >= numbers[queries, None] + numbers)
+        counts = annotations.labels.sum(1)
+        # shared / (a + b - shared) >= 1/2, without a division
+        return (shared > 0) & (3 * shared >= counts[queries, None] + counts)
 
     def classes(self, record: Record) -> list[str]:
-        """Of a query, for means over classes: what its hits share with it."""
+        """Return the classes of a query, for means over classes: the values that relevant scans share with it."""
         if self.relevant == "anatomy":
             return [record.anatomy]
         if self.relevant == "subject":
             return [record.group]
         modality = f" in {record.modality}" if self.relevant == "label and modality" else ""
-        return [label + modality for label in labels_of(record.label)]
+        return [label + modality for label in split_labels(record.label)]
 
 
 class Annotations:
-    """What protocols ask of n records, as numbers: codes `(n,)` int64 that are equal for equal names, -1 for none, and
-    labels `(n, L)` float32, 1 for each of a record's."""
+    """The annotations of n records as tensors.
+
+    Attributes:
+        records: the records.
+        modality, anatomy, group: int64 codes `(n,)`, equal for equal names and -1 for an empty name.
+        labels: multi-hot labels, float32 `(n, number of labels)`.
+    """
 
     def __init__(self, records: Sequence[Record]):
         self.records = records
         self.modality, self.anatomy, self.group = (
-            _codes([getattr(record, key) for record in records]) for key in ("modality", "anatomy", "group")
+            _encode([getattr(record, key) for record in records]) for key in ("modality", "anatomy", "group")
         )
-        own = [labels_of(record.label) for record in records]
-        numbers = {name: number for number, name in enumerate(sorted({name for names in own for name in names}))}
-        self.labels = torch.zeros(len(records), max(1, len(numbers)))
-        for place, names in enumerate(own):
-            self.labels[place, [numbers[name] for name in names]] = 1
+        labels = [split_labels(record.label) for record in records]
+        columns = {name: column for column, name in enumerate(sorted({name for names in labels for name in names}))}
+        self.labels = torch.zeros(len(records), max(1, len(columns)))
+        for index, names in enumerate(labels):
+            self.labels[index, [columns[name] for name in names]] = 1
 
 
-def labels_of(joined: str) -> list[str]:
-    """A record's labels, which `|` joins, each once."""
+def split_labels(joined: str) -> list[str]:
+    """Return the distinct labels of a record, which are joined by `|`."""
     return sorted({label for label in joined.split("|") if label})
 
 
-def _codes(names: Sequence[str]) -> Tensor:
-    numbers = {"": -1}
-    return torch.tensor([numbers.setdefault(name, len(numbers) - 1) for name in names], dtype=torch.int64)
+def _encode(names: Sequence[str]) -> Tensor:
+    codes = {"": -1}
+    return torch.tensor([codes.setdefault(name, len(codes) - 1) for name in names], dtype=torch.int64)
 
 
-def unseen(*modalities: str) -> Protocol:
-    """Within each of these modalities, which pretraining has not seen, by label."""
+def unseen_modalities(*modalities: str) -> Protocol:
+    """Return the protocol within each of these modalities, which were not used in pretraining, by label."""
     return Protocol(
         name="unseen modality by label",
         title="unseen modalities",
@@ -138,7 +157,7 @@ WITHIN_MODALITY = Protocol(
     gallery="own modality",
     per_modality="{}",
 )
-UNSEEN_MODALITY = unseen("mri")  # as in the paper, arXiv 2509.01360
+UNSEEN_MODALITY = unseen_modalities("mri")  # as in the paper, arXiv 2509.01360
 ACROSS_BY_ANATOMY = Protocol(
     name="across modalities by anatomy",
     title="across modalities",
@@ -163,7 +182,7 @@ MIXED_GALLERY = Protocol(
     relevant="label and modality",
     gallery="all modalities",
 )
-INSTANCE = Protocol(  # frames of one video, say, among those of all videos
+INSTANCE = Protocol(  # for example frames of one video among those of all videos
     name="instance within modality",
     title="same instance",
     relevant="subject",

@@ -1,15 +1,14 @@
-"""Zero-shot retrieval on a labelled collection, by the protocols of `protocols.py`: by default within each modality by
-label, and across modalities by anatomy.
+"""Evaluate zero-shot retrieval on a labelled collection, by the protocols of `protocols.py`.
 
-Every table stands beside chance, pixels and the untrained encoder: a number means little alone. Whether one method is
-better than another is asked of `paired_difference`: their intervals may overlap though it is.
+A score means little alone: every table also holds chance, pixels and the untrained encoder. To decide whether one
+method is better than another, use `paired_difference`: two intervals may overlap although the difference is clear.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -23,17 +22,23 @@ from .protocols import ACROSS_BY_ANATOMY, DEFAULT, WITHIN_MODALITY, Annotations,
 ALL_MODALITIES = WITHIN_MODALITY.title
 ACROSS = ACROSS_BY_ANATOMY.title
 MACRO_MAP = "macro mAP"
-IN_TABLE = ("P@1", "R@5", "mAP")  # the rest is in the JSON
+IN_TABLE = ("P@1", "R@5", "mAP")  # the JSON holds all metrics
+MAX_BLOCKS = 100  # patients are left out in at most so many blocks: memory and time grow with their number
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table.
+    """One row of the table.
 
-    protocol: its title, or that of its part, a modality say; method: what embedded. scores: the mean over queries of
-    each of `METRICS`, and of mAP also that over classes (`MACRO_MAP`); where the gallery is of all modalities, `own
-    modality@k` is the part of the first k that is of the query's. interval: of 95 % around mAP, see
-    `jackknife_interval`, or None where it wasn't asked for. definition: the protocol in full.
+    Attributes:
+        protocol: title of the protocol, or of its part, such as a modality.
+        method: name of the method.
+        queries, gallery: number of answerable queries, and of scans that are a candidate of any query.
+        scores: mean over queries of each of `METRICS`; `MACRO_MAP`, the mean of mAP over classes; and, if the gallery
+            holds all modalities, `own modality@k`, the fraction of the first k hits from the query's modality.
+        interval: 95 % interval of mAP, see `jackknife_interval`; None if not computed.
+        definition: the full protocol.
+        leave_one_out: by metric, the mean score without each block of patients, float64 `(blocks,)`.
     """
 
     protocol: str
@@ -43,165 +48,175 @@ class Row:
     scores: Mapping[str, float]
     interval: tuple[float, float] | None = None
     definition: Protocol | None = None
+    leave_one_out: Mapping[str, Tensor] = field(default_factory=dict, compare=False, repr=False)
 
 
 class Difference(NamedTuple):
-    """value: how much the first method's score is above the second's; interval: of 95 %, on the same scans."""
+    """How much the first method's score exceeds the second's on the same scans, with its 95 % interval."""
 
     value: float
     interval: tuple[float, float]
 
 
-# patients left out together for an interval, where there are more: memory and time grow with the blocks
-MOST_BLOCKS = 100
-
-
 def evaluate(
-    methods: Mapping[str, Embedded], protocols: Sequence[Protocol] = DEFAULT, intervals: bool = True
+    methods: Mapping[str, Embedded], protocols: Sequence[Protocol] = DEFAULT, jackknife: Sequence[str] = ("mAP",)
 ) -> list[Row]:
-    """The table's rows for several methods on the same scans; chance comes first under each protocol.
+    """Evaluate several methods on the same scans.
 
-    A protocol in which no query has anything to find is left out: of one video's frames, say, that are all one group.
+    Args:
+        methods: embeddings by name of the method.
+        protocols: what to measure. One without any answerable query, such as the frames of a single video, gives no
+            row.
+        jackknife: metrics whose leave-one-out values are computed, for intervals and paired differences.
+
+    Returns:
+        The rows, protocol by protocol, those of chance first.
 
     Raises:
         ValueError: if the methods embedded different scans.
     """
-    facts = _annotations(methods.values())
+    records = next(iter(methods.values())).records
+    if any(embedded.records != records for embedded in methods.values()):
+        raise ValueError("methods are not comparable: expected embeddings of the same scans, got different scans")
+    annotations = Annotations(records)
     rows: list[Row] = []
     for protocol in protocols:
-        measured = _measure(protocol, facts, methods, ("mAP",) if intervals else ())
-        for title, results in measured.items():
-            rows += _rows(title, protocol, results)
-        if protocol.per_modality and measured:
-            rows += _rows(protocol.title, protocol, _mean_over_parts(list(measured.values())))
+        parts = [
+            _evaluate_part(title, protocol, annotations, queries, methods, jackknife)
+            for title, queries in protocol.parts(annotations)
+        ]
+        answerable = [part for part in parts if part]
+        rows += [row for part in answerable for row in part]
+        if protocol.per_modality and answerable:
+            rows += [_mean_over_modalities(same_method) for same_method in zip(*answerable, strict=True)]
     return rows
 
 
-def paired_difference(
-    first: Embedded, second: Embedded, protocol: Protocol = WITHIN_MODALITY, metric: str = "mAP"
-) -> Difference:
-    """How much better the first method is than the second on the same scans, and how sure that is.
+def paired_difference(first: Row, second: Row, metric: str = "mAP") -> Difference:
+    """Return how much better the first method is than the second, with the jackknife interval of the difference itself.
 
-    The delete-one jackknife of the difference itself, patients leaving as queries and from the gallery: what both
-    methods find hard is no part of it, so it tells apart what two intervals can't. (No bootstrap is offered:
-    see `jackknife_interval`.)
+    What both methods find hard cancels out, so this resolves differences that two separate intervals cannot.
 
     Args:
-        protocol: its only row, or the mean over its modalities. metric: of `METRICS`.
+        first, second: rows of one call of `evaluate` in the same protocol.
+        metric: one of the metrics that `evaluate` was given as `jackknife`.
 
     Raises:
-        ValueError: if they embedded different scans, nothing can be found, or there is no such metric.
+        ValueError: if the rows are of different protocols or scans, or the metric has no leave-one-out values.
     """
-    if metric not in METRICS:
-        raise ValueError(f"found the metric {metric!r}, expected one of {', '.join(METRICS)}")
-    methods = {"first": first, "second": second}
-    measured = _measure(protocol, _annotations(methods.values()), methods, (metric,))
-    if not measured:
-        raise ValueError(f"found nothing to retrieve in the protocol {protocol.name!r}, expected one relevant scan")
-    results = _mean_over_parts(list(measured.values()))
-    value = results["first"].scores[metric] - results["second"].scores[metric]
-    without_each = results["first"].without_each - results["second"].without_each
-    return Difference(value, jackknife_interval(value, without_each[:, 0], (-1.0, 1.0)))
+    if (first.protocol, first.queries, first.gallery) != (second.protocol, second.queries, second.gallery):
+        raise ValueError(
+            "rows are not comparable: expected the same protocol and scans, got "
+            f"{first.protocol!r} with {first.queries} queries and {second.protocol!r} with {second.queries}"
+        )
+    if metric not in first.leave_one_out or metric not in second.leave_one_out:
+        raise ValueError(
+            f"no leave-one-out values of {metric!r}: expected one of {', '.join(first.leave_one_out) or 'none'}. "
+            "Name the metric in evaluate(..., jackknife=...)."
+        )
+    value = first.scores[metric] - second.scores[metric]
+    return Difference(
+        value, jackknife_interval(value, first.leave_one_out[metric] - second.leave_one_out[metric], (-1.0, 1.0))
+    )
 
 
-class _Result(NamedTuple):
-    """Of a method in a part of a protocol; `without_each (blocks, metrics)`: the means without each block."""
+def differences_from(main: str, rows: Sequence[Row]) -> dict[str, Difference]:
+    """Return the paired difference of mAP, mean over modalities, of the main method from each other method.
 
-    queries: int
-    gallery: int
-    scores: Mapping[str, float]
-    without_each: Tensor
-
-
-def _annotations(methods: Collection[Embedded]) -> Annotations:
-    records = next(iter(methods)).records
-    if any(embedded.records != records for embedded in methods):
-        raise ValueError("the methods embedded different scans, so their scores would not compare")
-    return Annotations(records)
-
-
-def _measure(
-    protocol: Protocol, facts: Annotations, methods: Mapping[str, Embedded], left_out: Sequence[str]
-) -> dict[str, dict[str, _Result]]:
-    """Results by part and method, chance first; parts in which nothing can be found are missing.
-
-    Args:
-        left_out: metrics whose means without each block of patients are wanted.
+    Empty if no query within any modality is answerable.
     """
-    parts: dict[str, dict[str, _Result]] = {}
-    for title, queries in protocol.parts(facts):
-        results: dict[str, _Result] = {}
-        for method, embedded in methods.items():
-            pair = _score(protocol, facts, queries, embedded, left_out)
-            if pair is None:
-                break
-            results.setdefault("chance", pair[1])
-            results[method] = pair[0]
-        if results:
-            parts[title] = results
-    return parts
+    means = {row.method: row for row in rows if row.protocol == ALL_MODALITIES and row.leave_one_out}
+    return {name: paired_difference(means[main], row) for name, row in means.items() if name != main}
 
 
-def _score(
-    protocol: Protocol, facts: Annotations, queries: Tensor, embedded: Embedded, left_out: Sequence[str]
-) -> tuple[_Result, _Result] | None:
-    """A method and chance on the queries at these places; None where nothing can be found.
+def _evaluate_part(
+    title: str,
+    protocol: Protocol,
+    annotations: Annotations,
+    queries: Tensor,
+    methods: Mapping[str, Embedded],
+    jackknife: Sequence[str],
+) -> list[Row]:
+    """Return the rows of chance and of all methods for these queries `(Q,)`, none if no query is answerable."""
+    rows: list[Row] = []
+    for method, embedded in methods.items():
+        pair = _evaluate_method(title, method, protocol, annotations, queries, embedded, jackknife)
+        if pair is None:
+            return []
+        rows += pair[1:] if rows else pair
+    return rows
 
-    Similarities and masks are made for a chunk of queries at a time, so that no n x n matrix is ever held.
+
+def _evaluate_method(
+    title: str,
+    method: str,
+    protocol: Protocol,
+    annotations: Annotations,
+    queries: Tensor,
+    embedded: Embedded,
+    jackknife: Sequence[str],
+) -> tuple[Row, Row] | None:
+    """Return the rows of chance and of one method, or None if no query is answerable.
+
+    Similarities and masks are computed for a chunk of queries at a time, so that no n x n matrix is held.
     """
-    blocks = min(MOST_BLOCKS, int(facts.group.max()) + 1) if left_out else 0
-    block = facts.group % max(1, blocks)
-    sums, counts = torch.zeros(blocks, len(left_out), dtype=torch.float64), torch.zeros(blocks, 1, dtype=torch.float64)
-    in_gallery = torch.zeros(len(facts.records), dtype=torch.bool)
-    names = [*METRICS, *(f"own modality@{k}" for k in KS if protocol.gallery == "all modalities")]
-    scores, chance, classes = [], [], []
-    for rows in chunks(len(queries), len(facts.records)):
-        asked = queries[rows]
-        relevant, candidate = protocol.masks(facts, asked)
+    blocks = min(MAX_BLOCKS, int(annotations.group.max()) + 1) if jackknife else 0
+    block = annotations.group % max(1, blocks)
+    sums, counts = torch.zeros(blocks, len(jackknife), dtype=torch.float64), torch.zeros(blocks, 1, dtype=torch.float64)
+    in_gallery = torch.zeros(len(annotations.records), dtype=torch.bool)
+    is_mixed = protocol.gallery == "all modalities"
+    names = [*METRICS, *(f"own modality@{k}" for k in KS if is_mixed)]
+    scores, chance_scores, classes = [], [], []
+    for rows in chunks(len(queries), len(annotations.records)):
+        chunk = queries[rows]
+        relevant, candidate = protocol.masks(annotations, chunk)
         in_gallery |= candidate.any(0)
-        ranking = Ranking(embedded.similarities(asked, candidate), relevant, candidate)
+        ranking = Ranking(embedded.similarities(chunk, candidate), relevant, candidate)
         scored = ranking.scores()
-        own = (torch.empty(len(asked), 0),) * 2
-        if protocol.gallery == "all modalities":
-            own = ranking.share_of_first(facts.modality[asked, None] == facts.modality)
-        scores.append(torch.cat([scored.scores, own[0][scored.answerable]], 1))
-        chance.append(torch.cat([scored.chance, own[1][scored.answerable]], 1))
-        classes += [protocol.classes(facts.records[place]) for place in asked[scored.answerable].tolist()]
+        own_modality = own_modality_chance = torch.empty(len(chunk), 0)
+        if is_mixed:
+            same = annotations.modality[chunk, None] == annotations.modality
+            own_modality, own_modality_chance = ranking.precision_at_k(same)
+        scores.append(torch.cat([scored.scores, own_modality[scored.answerable]], 1))
+        chance_scores.append(torch.cat([scored.chance, own_modality_chance[scored.answerable]], 1))
+        classes += [protocol.classes(annotations.records[index]) for index in chunk[scored.answerable].tolist()]
         if blocks:
-            more = ranking.sums_without_each(block[asked], block, blocks, left_out)
-            sums, counts = sums + more[0], counts + more[1]
+            chunk_sums, chunk_counts = ranking.leave_one_out_sums(block[chunk], block, blocks, jackknife)
+            sums, counts = sums + chunk_sums, counts + chunk_counts
     if not classes:
         return None
 
-    def result(table: Tensor, without_each: Tensor) -> _Result:
+    def row(name: str, table: Tensor) -> Row:
         means = dict(zip(names, table.mean(0).tolist(), strict=True))
         means[MACRO_MAP] = macro_mean(table[:, METRICS.index("mAP")], classes)
-        return _Result(len(table), int(in_gallery.sum()), means, without_each)
+        return Row(title, name, len(table), int(in_gallery.sum()), means, definition=protocol)
 
-    return result(torch.cat(scores), sums / counts), result(torch.cat(chance), torch.empty(0, 0))
-
-
-def _mean_over_parts(parts: Sequence[Mapping[str, _Result]]) -> dict[str, _Result]:
-    """The plain mean over a protocol's parts: each modality weighs the same, and a patient leaves all at once."""
-    means = {}
-    for method in parts[0]:
-        own = [part[method] for part in parts]
-        scores = {name: sum(result.scores[name] for result in own) / len(own) for name in own[0].scores}
-        queries, gallery = sum(result.queries for result in own), sum(result.gallery for result in own)
-        means[method] = _Result(queries, gallery, scores, torch.stack([result.without_each for result in own]).mean(0))
-    return means
+    leave_one_out = dict(zip(jackknife, (sums / counts).unbind(1), strict=True))
+    return row("chance", torch.cat(chance_scores)), _with_interval(row(method, torch.cat(scores)), leave_one_out)
 
 
-def _rows(title: str, protocol: Protocol, results: Mapping[str, _Result]) -> list[Row]:
-    rows = []
-    for method, (queries, gallery, scores, without_each) in results.items():
-        interval = jackknife_interval(scores["mAP"], without_each[:, 0]) if without_each.numel() else None
-        rows.append(Row(title, method, queries, gallery, scores, interval, protocol))
-    return rows
+def _mean_over_modalities(rows: Sequence[Row]) -> Row:
+    """Average the rows of one method: each modality weighs the same, and a patient leaves all of them at once."""
+    definition = rows[0].definition
+    assert definition is not None
+    scores = {name: sum(row.scores[name] for row in rows) / len(rows) for name in rows[0].scores}
+    queries, gallery = sum(row.queries for row in rows), sum(row.gallery for row in rows)
+    mean = Row(definition.title, rows[0].method, queries, gallery, scores, definition=definition)
+    leave_one_out = {
+        metric: torch.stack([row.leave_one_out[metric] for row in rows]).mean(0) for metric in rows[0].leave_one_out
+    }
+    return _with_interval(mean, leave_one_out)
+
+
+def _with_interval(row: Row, leave_one_out: Mapping[str, Tensor]) -> Row:
+    interval = None
+    if "mAP" in leave_one_out:
+        interval = jackknife_interval(row.scores["mAP"], leave_one_out["mAP"])
+    return replace(row, interval=interval, leave_one_out=leave_one_out)
 
 
 def format_table(rows: Sequence[Row]) -> str:
-    """The rows as a Markdown table, which also reads well on a terminal."""
+    """Return the rows as a Markdown table that is aligned for the terminal."""
     first = max([17, *(len(row.protocol) for row in rows)])
     second = max([9, *(len(row.method) for row in rows)])
     lines = [
@@ -220,16 +235,17 @@ def format_table(rows: Sequence[Row]) -> str:
 
 
 def format_differences(first: str, differences: Mapping[str, Difference]) -> str:
-    """How much better the first method is than each other, in words: mean over modalities of mAP, paired."""
-    lines = [f"mAP of {first}, mean over modalities, is on the same scans above that of"]
+    """Return the differences of `differences_from` as lines of text."""
+    lines = [f"Paired difference of mAP (mean over modalities, same scans, 95 % interval): {first} minus"]
     for other, (value, (low, high)) in differences.items():
-        verdict = "" if low > 0 or high < 0 else "; not told apart"
-        lines.append(f"  {other}: by {value:+.3f} ({low:+.3f} to {high:+.3f}{verdict})")
+        verdict = "" if low > 0 or high < 0 else "; not significant"
+        lines.append(f"  {other}: {value:+.3f} ({low:+.3f} to {high:+.3f}{verdict})")
     return "\n".join(lines)
 
 
 def to_json(rows: Sequence[Row], **facts: Any) -> str:
-    """The rows with all their scores, what metrics and protocols are, and whatever facts of the run are given."""
-    table = [{name: value for name, value in asdict(row).items() if name != "definition"} for row in rows]
+    """Return the rows with all scores, the definitions of metrics and protocols, and further facts as JSON."""
+    columns = ("protocol", "method", "queries", "gallery", "scores", "interval")
+    table = [{name: getattr(row, name) for name in columns} for row in rows]
     protocols = {row.protocol: asdict(row.definition) for row in rows if row.definition}
     return json.dumps({**facts, "metrics": DEFINITIONS, "protocols": protocols, "rows": table}, indent=2)

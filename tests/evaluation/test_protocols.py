@@ -1,4 +1,4 @@
-"""Every protocol on six scans, with what it asks, searches and calls right written down by hand."""
+"""Every protocol on six scans, with queries, candidates and relevant scans written out by hand."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from modeling_m3ret.data.collection import Record
 from modeling_m3ret.evaluation.protocols import (
@@ -20,7 +21,7 @@ from modeling_m3ret.evaluation.protocols import (
     WITHIN_MODALITY,
     Annotations,
     Protocol,
-    unseen,
+    unseen_modalities,
 )
 
 
@@ -37,20 +38,21 @@ RECORDS = [
     record("e", "mri", "head", "tumour", "2", "test"),
     record("f", "mri", "neck", "", "3", "test"),
 ]
-FACTS = Annotations(RECORDS)
+ANNOTATIONS = Annotations(RECORDS)
 
 
-def found(protocol: Protocol, records: list[Record] = RECORDS) -> dict[str, tuple[str, str]]:
-    """Of each scan that asks: the names of its candidates, and of the relevant among them."""
-    facts = Annotations(records)
+def retrieved(protocol: Protocol, records: list[Record] = RECORDS) -> dict[str, tuple[str, str]]:
+    """Return by query the names of its candidates, and of the relevant ones among them."""
+    annotations = Annotations(records)
+
+    def names(mask: Tensor) -> str:
+        return "".join(record.id for record, selected in zip(records, mask, strict=True) if selected)
+
     answer = {}
-    for _, queries in protocol.parts(facts):
-        relevant, candidate = protocol.masks(facts, queries)
-        for place, right, searched in zip(queries.tolist(), relevant & candidate, candidate, strict=True):
-            names = [
-                "".join(r.id for r, chosen in zip(records, mask, strict=True) if chosen) for mask in (searched, right)
-            ]
-            answer[records[place].id] = (names[0], names[1])
+    for _, queries in protocol.parts(annotations):
+        relevant, candidate = protocol.masks(annotations, queries)
+        for index, hits, candidates in zip(queries.tolist(), relevant & candidate, candidate, strict=True):
+            answer[records[index].id] = (names(candidates), names(hits))
     return answer
 
 
@@ -80,7 +82,7 @@ EXPECTED = {
         "e": ("ac", "a"),
         "f": ("acd", ""),
     },
-    # own patient is what is looked for: only the query and its own modality are no candidates
+    # the patient is searched for: only the query's modality is excluded
     SAME_SUBJECT: {
         "a": ("bef", "b"),
         "b": ("acd", "ac"),
@@ -109,48 +111,53 @@ EXPECTED = {
 
 
 @pytest.mark.parametrize("protocol", ALL, ids=[protocol.name for protocol in ALL])
-def test_what_is_searched_and_what_is_right(protocol: Protocol) -> None:
-    assert found(protocol) == EXPECTED[protocol]
+def test_candidates_and_relevant_scans(protocol: Protocol) -> None:
+    assert retrieved(protocol) == EXPECTED[protocol]
 
 
-def test_each_has_a_name_and_a_title_of_its_own() -> None:
+def test_names_and_titles_are_unique() -> None:
     assert len({protocol.name for protocol in ALL}) == len({protocol.title for protocol in ALL}) == len(ALL)
 
 
-def test_parts_are_modalities_where_each_weighs_the_same() -> None:
+def test_parts_are_the_modalities_of_the_queries() -> None:
     def titles(protocol: Protocol) -> list[tuple[str, list[int]]]:
-        return [(title, queries.tolist()) for title, queries in protocol.parts(FACTS)]
+        return [(title, queries.tolist()) for title, queries in protocol.parts(ANNOTATIONS)]
 
     assert titles(WITHIN_MODALITY) == [("ct", [0, 2, 3]), ("mri", [1, 4, 5])]
-    assert titles(unseen("MRI")) == [("mri (unseen)", [1, 4, 5])]
-    assert titles(unseen("pet")) == titles(replace(ACROSS_BY_LABEL, query_split="validation")) == []
+    assert titles(unseen_modalities("MRI")) == [("mri (unseen)", [1, 4, 5])]
+    assert titles(unseen_modalities("pet")) == titles(replace(ACROSS_BY_LABEL, query_split="validation")) == []
     assert titles(ACROSS_BY_LABEL) == [("across, by label", list(range(6)))]
 
 
-def test_queries_of_one_split_and_gallery_of_another() -> None:
+def test_queries_and_gallery_can_be_splits() -> None:
     split = replace(ACROSS_BY_LABEL, query_split="test", gallery_split="train")
-    assert found(split) == {"c": ("", ""), "e": ("a", "a"), "f": ("ad", "")}
-    # of one split on both sides, still without itself
-    assert found(replace(SAME_SUBJECT, query_split="train", gallery_split="train")) == {
+    assert retrieved(split) == {"c": ("", ""), "e": ("a", "a"), "f": ("ad", "")}
+    # the query itself is excluded if both are the same split
+    assert retrieved(replace(SAME_SUBJECT, query_split="train", gallery_split="train")) == {
         "a": ("b", "b"),
         "b": ("ad", "a"),
         "d": ("b", ""),
     }
 
 
-def test_several_labels_match_by_any_or_by_half() -> None:
+def test_several_labels_match_by_any_or_by_jaccard_index() -> None:
     labels = {"w": "a|b", "x": "b|c", "y": "a|b|c", "z": "a|b|c|d|e", "n": ""}
     records = [record(name, "xray", "chest", label, name) for name, label in labels.items()]
-    any_shared = {name: right for name, (_, right) in found(WITHIN_MODALITY, records).items()}
+    any_shared = {name: relevant for name, (_, relevant) in retrieved(WITHIN_MODALITY, records).items()}
     assert any_shared == {"w": "xyz", "x": "wyz", "y": "wxz", "z": "wxy", "n": ""}
     # w and x share 1 of 3, w and y 2 of 3, w and z 2 of 5, y and z 3 of 5
-    by_half = {name: right for name, (_, right) in found(replace(WITHIN_MODALITY, labels="jaccard"), records).items()}
-    assert by_half == {"w": "y", "x": "y", "y": "wxz", "z": "y", "n": ""}
+    by_jaccard = {
+        name: relevant for name, (_, relevant) in retrieved(replace(WITHIN_MODALITY, labels="jaccard"), records).items()
+    }
+    assert by_jaccard == {"w": "y", "x": "y", "y": "wxz", "z": "y", "n": ""}
     half = [record("p", "ct", "", "a", "p"), record("q", "ct", "", "b|a", "q")]
-    assert found(replace(WITHIN_MODALITY, labels="jaccard"), half)["p"] == ("q", "q")  # .5 itself is enough
+    assert retrieved(replace(WITHIN_MODALITY, labels="jaccard"), half)["p"] == (
+        "q",
+        "q",
+    )  # an index of exactly 0.5 matches
 
 
-def test_classes_are_what_hits_share() -> None:
+def test_classes_are_the_values_that_relevant_scans_share() -> None:
     scan = record("s", "ct", "head", "b|a", "p1")
     assert WITHIN_MODALITY.classes(scan) == ["a", "b"]
     assert MIXED_GALLERY.classes(scan) == ["a in ct", "b in ct"]
@@ -158,16 +165,16 @@ def test_classes_are_what_hits_share() -> None:
     assert INSTANCE.classes(scan) == ["p1"]
 
 
-def test_what_has_no_name_is_like_nothing() -> None:
-    nameless = [record(name, modality, "", "", name) for name, modality in (("k", "ct"), ("l", "ct"), ("m", "mri"))]
+def test_empty_annotations_match_nothing() -> None:
+    unannotated = [record(name, modality, "", "", name) for name, modality in (("k", "ct"), ("l", "ct"), ("m", "mri"))]
     for protocol in ALL:
-        assert not any(right for _, right in found(protocol, nameless).values())
-    facts = Annotations([])
-    assert all(protocol.parts(facts) == [] for protocol in ALL)
+        assert not any(relevant for _, relevant in retrieved(protocol, unannotated).values())
+    annotations = Annotations([])
+    assert all(protocol.parts(annotations) == [] for protocol in ALL)
 
 
-def test_masks_of_a_few_queries_are_rows_of_those_of_all() -> None:
-    everyone, some = torch.arange(6), torch.tensor([4, 0])
+def test_masks_of_some_queries_are_rows_of_the_masks_of_all() -> None:
+    every, some = torch.arange(6), torch.tensor([4, 0])
     for protocol in ALL:
-        for whole, part in zip(protocol.masks(FACTS, everyone), protocol.masks(FACTS, some), strict=True):
+        for whole, part in zip(protocol.masks(ANNOTATIONS, every), protocol.masks(ANNOTATIONS, some), strict=True):
             assert torch.equal(whole[some], part)

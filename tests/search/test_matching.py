@@ -14,7 +14,7 @@ from torch import Tensor
 from modeling_m3ret import M3RetModel
 from modeling_m3ret.data.collection import Record
 from modeling_m3ret.evaluation.protocols import WITHIN_MODALITY
-from modeling_m3ret.evaluation.table import evaluate, paired_difference
+from modeling_m3ret.evaluation.table import differences_from, evaluate
 from modeling_m3ret.image_processing_m3ret import M3RetImageProcessor
 from modeling_m3ret.reading_m3ret import M3RetReadError, Scan
 from modeling_m3ret.search import matching
@@ -221,9 +221,10 @@ def collection() -> tuple[Embedded, list[ScanTokens]]:
 def test_patches_that_know_the_class_make_the_ranking_perfect() -> None:
     blind, tokens = collection()
     twice = Reranked(**vars(blind), tokens=tokens, depth=7)
-    scores = {row.method: row.scores["mAP"] for row in evaluate({"once": blind, "twice": twice}, [WITHIN_MODALITY])}
+    rows = evaluate({"once": blind, "twice": twice}, [WITHIN_MODALITY])
+    scores = {row.method: row.scores["mAP"] for row in rows}
     assert scores["twice"] == 1 > scores["once"]
-    assert paired_difference(twice, blind).value == pytest.approx(1 - scores["once"])
+    assert differences_from("twice", rows)["once"].value == pytest.approx(1 - scores["once"])
 
 
 def test_only_the_first_candidates_are_re_ranked_and_the_others_follow_as_they_were() -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from ...data.collection import Record
 from ...image_processing_m3ret import M3RetImageProcessor
 from ...search.embedding import Embedded
-from ..metrics import METRICS, Ranking, chunks, interpolated_precision, scores_of_ranks
+from ..metrics import METRICS, Ranking, chunks, interpolated_precision, scores_from_ranks
 from ..protocols import MIXED_GALLERY, WITHIN_MODALITY, Annotations
 
 
@@ -66,11 +66,11 @@ def _rank(facts: Annotations, queries: Tensor, similarities: Callable[[Tensor, T
         asked = queries[rows]
         relevant, candidate = WITHIN_MODALITY.masks(facts, asked)
         ranking = Ranking(similarities(asked, candidate), relevant, candidate)
-        answerable = ranking.relevant > 0
-        ranks = ranking.ranks[answerable]
+        answerable = ranking.num_relevant > 0
+        ranks = ranking.relevant_ranks[answerable]
         expected = ranking.scores().chance[:, METRICS.index("mAP")]
         parts.append(
-            Ranked(asked[answerable], scores_of_ranks(ranks, ("mAP",))[:, 0], expected, interpolated_precision(ranks))
+            Ranked(asked[answerable], scores_from_ranks(ranks, ("mAP",))[:, 0], expected, interpolated_precision(ranks))
         )
     return Ranked(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
@@ -101,7 +101,7 @@ def modality_shares(embedded: Embedded) -> tuple[list[str], Tensor, Tensor]:
         asked = torch.arange(len(records))[rows]
         relevant, candidate = MIXED_GALLERY.masks(facts, asked)
         ranking = Ranking(embedded.similarities(asked, candidate), relevant, candidate)
-        first = ranking.candidate & (ranking.rank_of_place <= FIRST)
+        first = ranking.candidate & (ranking.rank <= FIRST)
         cell = modality[asked, None] * len(names) + modality[ranking.order]  # (q, n)
         for counts, counted in ((hits, first), (candidates, ranking.candidate)):
             counts += torch.bincount(cell[counted], minlength=len(names) ** 2).view_as(counts)
