@@ -117,7 +117,7 @@ def compare(
 
     def load() -> None:
         for record in records:
-            processor.rows([processor.resize(processor.read(record.open()))])
+            processor.pack([processor.resize(processor.read(record.open()))])
 
     def decoder() -> None:
         for entry in entries:

@@ -25,7 +25,7 @@ from modeling_m3ret.atomic_io import atomic_write, atomic_write_text
 from modeling_m3ret.data.parquet import INDEX, add_location_columns
 from modeling_m3ret.data.schema import MEDIA, SPLITS, features, media_column
 from modeling_m3ret.version import __version__
-from modeling_m3ret.worker_process import begin_worker, worker_context
+from modeling_m3ret.worker_process import initialise_worker, worker_context
 
 from .builder import Built, Failure, ScanBuilder
 from .duplicates import Fingerprint
@@ -148,7 +148,7 @@ _process: dict[str, Any] = {}
 
 def _begin_process(counter: Any, builder: ScanBuilder, output: Path) -> None:
     _process.update(counter=counter, builder=builder, output=output)
-    begin_worker()
+    initialise_worker()
 
 
 def _write_in_process(shard: Shard) -> None:

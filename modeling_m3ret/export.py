@@ -28,7 +28,7 @@ from .atomic_io import atomic_write_text, sync
 from .image_processing_m3ret import M3RetImageProcessor
 from .model_facts import model_facts, sha256_of
 from .modeling_m3ret import M3RetModel
-from .packing_m3ret import PackLayout, grid_places, patchify
+from .packing_m3ret import PackLayout, grid_coordinates, patchify
 from .version import __version__
 
 
@@ -67,10 +67,10 @@ class DenseEmbedder(nn.Module):
         slices = torch.arange(T * config.patch_depth, device=device).clamp(max=D - 1)
         volumes = pixel_values.index_select(2, slices)  # (B, C, T*t, H, W)
         rows = patchify(volumes, config.patch_depth, config.patch_size).flatten(0, 1)  # (P, C*t*p*p)
-        places = grid_places((T, H // config.patch_size, W // config.patch_size), device)  # (T*H*W, 3)
+        places = grid_coordinates((T, H // config.patch_size, W // config.patch_size), device)  # (T*H*W, 3)
         # one group of B equal scans; what a layout lists for each scan only mixed packs and training ask for
         prefix = config.num_prefix_tokens
-        layout = PackLayout(order=[], rows=[], prefix=prefix, groups=[(B, prefix + places.shape[0])])
+        layout = PackLayout(order=[], row_ranges=[], prefix=prefix, groups=[(B, prefix + places.shape[0])])
         pooled = self.model.embed_rows(rows, places.repeat(B, 1), layout)
         return nn.functional.normalize(self.model.whitening(pooled), dim=-1)
 

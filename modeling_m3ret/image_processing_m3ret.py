@@ -1,8 +1,8 @@
-"""Files, arrays and images of any kind -> packed patches for the encoder.
+"""Image processor: read, resize, normalise and pack scans for the encoder.
 
-One rule sizes every scan from its array and its voxel spacing alone; nothing asks which modality it is. Reading is in
-`reading_m3ret`; this file resizes, normalises and packs. It travels inside every checkpoint and imports nothing of the
-rest of the project.
+One size policy serves every scan; it uses the array and the voxel spacing, never the modality. `reading_m3ret` reads
+the files. Shapes and the terms row, pack and grid are defined in `packing_m3ret`. This file is copied into every
+checkpoint and imports nothing else of the project.
 """
 
 from __future__ import annotations
@@ -16,11 +16,13 @@ import torch
 from torch import Tensor
 from transformers import BaseImageProcessor, BatchFeature
 
-from .packing_m3ret import cut
+from .packing_m3ret import split_into_patches
 from .reading_m3ret import Scan, read_scan
 
 
 class M3RetImageProcessorKwargs(TypedDict, total=False):
+    """Settings that `from_pretrained` may override."""
+
     size: int
     num_frames: int
     max_patches: int
@@ -32,35 +34,50 @@ class M3RetImageProcessorKwargs(TypedDict, total=False):
 
 
 class M3RetImageProcessor(BaseImageProcessor):
-    """Reads scans and packs them: `processor(["ct.nii.gz", "clip.mp4", "chest.dcm", "series/"], return_tensors="pt")`.
+    """Read scans and pack them: `processor(["ct.nii.gz", "clip.mp4", "chest.dcm", "series/"], return_tensors="pt")`.
 
-    A scan is a path, bytes, a PIL image, an array or tensor (`H W`, `H W C`, `D H W`, `D H W C`), a folder that holds a
-    DICOM series, a list of DICOM slices, a `datasets` row, or a `Scan`. Channels come last: a tensor of `(3, H, W)` is
-    three slices. A call takes one scan or a list of scans, kinds mixed; so the slices of one series as a list go into a
-    list of their own: `processor([[slice_1, slice_2]])`.
+    A scan is a path, bytes, a PIL image, an array or tensor (`H W`, `H W C`, `D H W` or `D H W C`), a folder with a
+    DICOM series, a list of DICOM slices, a `datasets` row, or a `Scan`. Channels come last: a tensor of shape `(3, H,
+    W)` is read as three slices. A call takes one scan or a list of scans of any kinds. Wrap the slices of one series in
+    a list of their own: `processor([[slice_1, slice_2]])`.
 
     Size policy, the same for every scan:
 
-    1. In the plane a scan gets the area `size` x `size`, its (physical) aspect ratio kept, each side rounded to whole
-       patches.
-    2. In depth it keeps its slices or frames, up to `num_frames`; never more than make its voxels as deep as they are
-       wide. Where the spacing in depth is known, slices are resampled over their whole thickness; where it is not
-       (frames of a video), frames evenly spaced over the clip are taken as they are.
-    3. What still exceeds `max_patches` shrinks by one factor along every axis.
+    1. A slice is resized to the area `size` x `size` at its physical aspect ratio; each side is rounded to whole
+    patches.
+    2. The depth keeps its slices or frames, at most `num_frames`, and at most as many as make voxels as deep as wide.
+    If
+       the slice spacing is known, slices are resampled by averaging; otherwise (video) evenly spaced frames are
+       selected.
+    3. A scan that still exceeds `max_patches` is scaled down by one factor on every axis.
 
     Args:
-        size: edge in pixels of the square whose area a slice gets. 224 as in ViT, DINO and MAE.
-        num_frames: most slices or frames. 32 with 16 px patches 4 deep gives a CT 8 x 14 x 14 patches, some eight
-            X-rays' worth of work.
-        max_patches: most patches of a scan. 2048 is the power of two over those 1568, and binds only for larger
-            settings or long thin shapes: it bounds memory, where attention grows with its square.
-        patch_size, patch_depth, num_channels: of the encoder, see `M3RetConfig`.
-        image_mean, image_std: subtracted and divided by; .5 and .5 take the reader's [0, 1] to [-1, 1]. One pair for
-            all, since ImageNet's colour means describe no scan.
+        size (`int`, defaults to 224):
+            Edge in pixels of the square with the area of a resized slice. ViT, DINO and MAE use 224.
+        num_frames (`int`, defaults to 32):
+            Maximum number of slices or frames. With patches of 4 x 16 x 16, 32 gives a CT a grid of 8 x 14 x 14, about
+            the work of eight X-rays.
+        max_patches (`int`, defaults to 2048):
+            Maximum number of patches of a scan. 2048 is the next power of two above the 1,568 patches of that CT. It
+            bounds the memory of attention and applies only to larger settings and elongated scans.
+        patch_size (`int`, defaults to 16):
+            Edge of a patch in pixels. Must equal the encoder's, see `M3RetConfig`.
+        patch_depth (`int`, defaults to 4):
+            Slices or frames of a patch. Must equal the encoder's.
+        num_channels (`int`, defaults to 3):
+            Channels of a patch. Must equal the encoder's.
+        image_mean (`float`, defaults to 0.5):
+            Subtracted from values in [0, 1]. One number for all channels, since ImageNet's colour means describe no
+            scan.
+        image_std (`float`, defaults to 0.5):
+            Divides the centred values. Together with `image_mean`, maps [0, 1] to [-1, 1].
+
+    Raises:
+        ValueError: if a size is less than 1.
     """
 
     model_input_names = ["pixel_values", "grid_thw"]
-    valid_kwargs = M3RetImageProcessorKwargs  # type: ignore[assignment]  # those that from_pretrained may override
+    valid_kwargs = M3RetImageProcessorKwargs  # type: ignore[assignment]
 
     def __init__(
         self,
@@ -76,7 +93,10 @@ class M3RetImageProcessor(BaseImageProcessor):
     ):
         super().__init__(**kwargs)
         if min(size, num_frames, max_patches, patch_size, patch_depth) < 1:
-            raise ValueError("size, num_frames, max_patches, patch_size and patch_depth are at least 1")
+            raise ValueError(
+                "invalid image processor settings: expected size, num_frames, max_patches, patch_size and patch_depth "
+                f"of at least 1, got {size}, {num_frames}, {max_patches}, {patch_size} and {patch_depth}"
+            )
         self.size = size
         self.num_frames = num_frames
         self.max_patches = max_patches
@@ -96,67 +116,93 @@ class M3RetImageProcessor(BaseImageProcessor):
         return_tensors: str | None = "pt",
         **unknown: Any,
     ) -> BatchFeature:
-        """One scan or a list of scans -> `pixel_values (P, C*t*p*p)` float32 and `grid_thw (B, 3)` int64.
+        """Read, resize and pack one scan or a list of scans.
+
+        Args:
+            images: one scan or a list of scans; see the class for the kinds.
+            size: overrides the processor's setting.
+            num_frames: overrides the processor's setting.
+            max_patches: overrides the processor's setting.
+            return_tensors: type of the returned arrays, as in every image processor.
+
+        Returns:
+            `pixel_values (P, C*t*p*p)` float32 and `grid_thw (B, 3)` int64.
 
         Raises:
-            M3RetReadError: for a scan that cannot be read.
-            TypeError: for an argument that this processor does not have.
+            M3RetReadError: if a scan cannot be read.
+            ValueError: if the list is empty or a size is less than 1.
+            TypeError: if an argument is unknown.
         """
         if unknown:
-            raise TypeError(f"M3RetImageProcessor has no argument {', '.join(sorted(unknown))}")
+            raise TypeError(
+                "unknown argument: expected size, num_frames, max_patches or return_tensors, got "
+                f"{', '.join(sorted(unknown))}"
+            )
         settings = {"size": size, "num_frames": num_frames, "max_patches": max_patches}
         scans = images if isinstance(images, (list, tuple)) else [images]
         if not scans:
-            raise ValueError("no scan was given")
-        rows, grids = self.rows([self.resize(self.read(scan, num_frames), **settings) for scan in scans])
+            raise ValueError("images is an empty list: expected at least one scan")
+        rows, grids = self.pack([self.resize(self.read(scan, num_frames), **settings) for scan in scans])
         return BatchFeature({"pixel_values": rows, "grid_thw": grids}, tensor_type=return_tensors)
 
     def read(self, source: Any, num_frames: int | None = None) -> Scan:
-        """Read one scan, of a clip no more frames than will be used."""
+        """Read one scan; of a clip only the frames that will be used.
+
+        Raises:
+            M3RetReadError: if the scan cannot be read.
+        """
         return read_scan(source, num_frames=self.num_frames if num_frames is None else num_frames)
 
-    def rows(self, volumes: Sequence[Tensor], slices_once: bool = False) -> tuple[Tensor, Tensor]:
-        """Resized scans, each `(1 or 3, D, H, W)` -> `pixel_values (P, C*t*p*p)` and `grid_thw (B, 3)`, where they are.
+    def pack(self, volumes: Sequence[Tensor], compact_images: bool = False) -> tuple[Tensor, Tensor]:
+        """Pack resized scans into patch rows, on the device they are on.
 
-        A grey scan's values are written for every channel, and each value once, straight to its place.
+        The channel of a grey scan is repeated. Each value is written once, directly to its final position.
 
         Args:
-            slices_once: if all scans are images, rows hold their slice once and not t times: `(P, C*p*p)`.
+            volumes: resized scans, each `(1 or 3, D, H, W)`.
+            compact_images: if all scans are images, store their slice once per row instead of t times.
+
+        Returns:
+            `pixel_values (P, C*t*p*p)`, or `(P, C*p*p)` for compact images, and `grid_thw (B, 3)` int64.
         """
-        grids = [self.grid(volume) for volume in volumes]
-        depth = 1 if slices_once and all(volume.shape[1] == 1 for volume in volumes) else self.patch_depth
+        grids = [self.grid_shape(tuple(volume.shape)) for volume in volumes]
+        depth = 1 if compact_images and all(volume.shape[1] == 1 for volume in volumes) else self.patch_depth
         values = self.num_channels * depth * self.patch_size**2
         rows = volumes[0].new_empty(sum(math.prod(grid) for grid in grids), values)
-        for part, volume in zip(rows.split([math.prod(grid) for grid in grids]), volumes, strict=True):
-            patches = cut(volume[None], depth, self.patch_size)[0]  # (T, h, w, 1 or 3, t, p, p)
-            part.view(*patches.shape[:3], self.num_channels, *patches.shape[4:]).copy_(patches)
+        for rows_of_scan, volume in zip(rows.split([math.prod(grid) for grid in grids]), volumes, strict=True):
+            patches = split_into_patches(volume[None], depth, self.patch_size)[0]  # (T, h, w, 1 or 3, t, p, p)
+            rows_of_scan.view(*patches.shape[:3], self.num_channels, *patches.shape[4:]).copy_(patches)
         return rows, torch.tensor(grids, dtype=torch.int64, device=rows.device)
 
-    def grid(self, volume: Tensor) -> tuple[int, int, int]:
-        """Patches along depth, height and width of a resized scan `(C, D, H, W)`."""
-        return self.grid_of(tuple(volume.shape))
-
-    def grid_of(self, shape: tuple[int, ...]) -> tuple[int, int, int]:
-        """As above, of a scan of this shape."""
+    def grid_shape(self, shape: tuple[int, ...]) -> tuple[int, int, int]:
+        """Return the patches along depth, height and width of a resized scan of shape `(C, D, H, W)`."""
         D, H, W = shape[1:]
         return -(-D // self.patch_depth), H // self.patch_size, W // self.patch_size
 
     def resize(self, scan: Scan, **settings: int | None) -> Tensor:
-        """A scan by the size policy, normalised: `(1 or 3, D, H, W)` float32. `settings` as in `preprocess`."""
-        # a picture's memory may be read-only, which torch has no word for; nothing below writes into it either way
+        """Resize a scan by the size policy and normalise it.
+
+        Args:
+            scan: from `read`.
+            settings: `size`, `num_frames` and `max_patches`, as in `preprocess`.
+
+        Returns:
+            `(1 or 3, D, H, W)` float32.
+        """
+        # copied, since torch cannot wrap read-only arrays
         volume = torch.from_numpy(scan.array if scan.array.flags.writeable else scan.array.copy())
         depth, height, width = self.target_shape(tuple(volume.shape[1:]), scan.spacing, **settings)
         C, D, H, W = volume.shape
         if depth < D and scan.spacing[0] is None:
-            centres = (torch.arange(depth) + 0.5) * D / depth
+            centres = (torch.arange(depth) + 0.5) * D / depth  # of equal segments of the clip
             volume = volume[:, centres.long()]
-        elif depth < D:  # first, so that the plane is resized for the slices that stay
+        elif depth < D:  # before the plane, so that fewer slices are resized
             volume = _interpolate(volume.float().reshape(C, 1, D, H * W), depth, H * W).view(C, depth, H, W)
             volume = volume / 255 if scan.array.dtype == np.uint8 else volume
         volume = _interpolate(volume, height, width)
-        one = 255 if volume.dtype == torch.uint8 else 1
+        white = 255 if volume.dtype == torch.uint8 else 1
         volume = volume.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
-        return volume.mul_(1 / (one * self.image_std)).sub_(self.image_mean / self.image_std)
+        return volume.mul_(1 / (white * self.image_std)).sub_(self.image_mean / self.image_std)
 
     def target_shape(
         self,
@@ -167,18 +213,32 @@ class M3RetImageProcessor(BaseImageProcessor):
         num_frames: int | None = None,
         max_patches: int | None = None,
     ) -> tuple[int, int, int]:
-        """Depth, height and width that the size policy gives a scan of `(D, H, W)` voxels and spacing in mm."""
+        """Return the depth, height and width in voxels that the size policy gives a scan.
+
+        Args:
+            shape: `(D, H, W)` voxels.
+            spacing: mm between voxel centres along D, H, W; None where unknown. Values that are not positive and finite
+                count as unknown.
+            size: overrides the processor's setting.
+            num_frames: overrides the processor's setting.
+            max_patches: overrides the processor's setting.
+
+        Raises:
+            ValueError: if a setting is less than 1.
+        """
         size = self.size if size is None else size
         num_frames = self.num_frames if num_frames is None else num_frames
         max_patches = self.max_patches if max_patches is None else max_patches
         if min(size, num_frames, max_patches) < 1:
-            raise ValueError(f"size, num_frames and max_patches are at least 1: {size}, {num_frames}, {max_patches}")
+            raise ValueError(
+                "invalid size policy: expected size, num_frames and max_patches of at least 1, got "
+                f"{size}, {num_frames} and {max_patches}"
+            )
         D, H, W = shape
-        # a spacing that cannot be is one that is not known
         through, down, across = (mm if mm is not None and 0 < mm < math.inf else None for mm in spacing)
         if down is None or across is None:
             down = across = 1.0
-            through = None  # nothing to compare it with
+            through = None  # without a pixel size there is nothing to compare it with
         aspect = math.sqrt((H * down) / (W * across))
         depth = min(D, num_frames)
         if through is not None and D > 1:
@@ -192,25 +252,28 @@ class M3RetImageProcessor(BaseImageProcessor):
             width = max(1, round(edge / aspect / self.patch_size))
             slices = max(1, round(depth * shrink))
             if -(-slices // self.patch_depth) * height * width <= max_patches or shrink < 1e-3:
-                # a thread of a scan, thousands of times longer than wide, is cut to the budget along its length
+                # an extremely elongated scan, thousands of times longer than wide, is limited along its length
                 height, width = min(height, max_patches), min(width, max_patches)
                 return slices, height * self.patch_size, width * self.patch_size
             shrink *= 0.98
 
 
 def _interpolate(frames: Tensor, height: int, width: int) -> Tensor:
-    """`(C, D, H, W)` -> `(C, D, height, width)`, bilinear and antialiased; uint8 stays uint8."""
+    """Resize the planes of `(C, D, H, W)` to `(C, D, height, width)`, bilinear with antialiasing, in the same dtype."""
     if tuple(frames.shape[2:]) == (height, width):
         return frames
     if frames.dtype == torch.uint8:
-        # as pictures, their channels side by side in memory as a decoder leaves them: an eighth of the time in colour
-        pictures = frames.transpose(0, 1).contiguous(memory_format=torch.channels_last)  # (D, C, H, W)
-        return _interpolate_2d(pictures, height, width).transpose(0, 1)
+        # channels_last, which is how decoders store colour, takes an eighth of the time
+        images = frames.transpose(0, 1).contiguous(memory_format=torch.channels_last)  # (D, C, H, W)
+        return _interpolate_2d(images, height, width).transpose(0, 1)
     return _interpolate_2d(frames, height, width)
 
 
 def _interpolate_2d(frames: Tensor, height: int, width: int) -> Tensor:
-    # where nothing shrinks antialiasing changes nothing, and takes twice the time
+    """Resize a batch of images `(N, C, H, W)`, with antialiasing only where it changes the result.
+
+    When nothing shrinks, antialiasing has no effect and doubles the time for floats.
+    """
     shrinks = height < frames.shape[2] or width < frames.shape[3] or frames.dtype == torch.uint8
     return torch.nn.functional.interpolate(frames, (height, width), mode="bilinear", antialias=shrinks)
 

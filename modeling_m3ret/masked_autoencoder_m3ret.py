@@ -1,7 +1,7 @@
-"""Masked autoencoding (MAE, arXiv 2111.06377) of packed scans: the decoder, the masks and the loss.
+"""Masked autoencoding (MAE, arXiv 2111.06377) of packed scans: decoder, masks and loss.
 
-`B` scans, `P` patches in the pack, `K` of them visible and `M` masked, `d` hidden size; other letters as in
-`modeling_m3ret`. This file travels inside every checkpoint and imports nothing of the rest of the project.
+Of the `P` patches in the pack, `K` are visible and `M` masked; all other shapes are as in `packing_m3ret`. This file is
+copied into every checkpoint and imports nothing else of the project.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from transformers.utils.generic import ModelOutput, can_return_tuple
 
 from .configuration_m3ret import M3RetConfig
 from .modeling_m3ret import M3RetLayer, M3RetModel, M3RetPreTrainedModel, rotary_tables
-from .packing_m3ret import PackLayout, patch_places
+from .packing_m3ret import PackLayout, patch_coordinates
 
 
 class M3RetDecoder(M3RetPreTrainedModel):
-    """Light decoder of MAE (arXiv 2111.06377, section 3): fills in mask tokens and predicts their pixels."""
+    """Light decoder of MAE (arXiv 2111.06377, section 3): predict the pixels of masked patches from visible ones."""
 
     def __init__(self, config: M3RetConfig):
         super().__init__(config)
@@ -49,17 +49,29 @@ class M3RetDecoder(M3RetPreTrainedModel):
         visible_patches: Tensor,
         visible: Tensor,
         masked: Tensor,
-        places: Tensor,
+        coordinates: Tensor,
         patch_counts: Sequence[int],
     ) -> Tensor:
-        """Encoded prefix `(B, prefix, d)`, visible patches `(K, d)` -> pixels of masked patches `(M, C*t*p*p)`."""
+        """Predict the pixels of the masked patches.
+
+        Args:
+            prefix: encoded CLS and registers `(B, prefix, d)`.
+            visible_patches: encoded visible patches `(K, d)`.
+            visible: their rows in the pack, int64 `(K,)`.
+            masked: rows of the masked patches in the pack, int64 `(M,)`.
+            coordinates: `(P, 3)`, from `patch_coordinates`.
+            patch_counts: visible and masked patches of each scan together.
+
+        Returns:
+            `(M, C*t*p*p)`.
+        """
         prefix, visible_patches = self.input_proj(prefix), self.input_proj(visible_patches)
-        rows = self.mask_token.to(visible_patches.dtype).repeat(places.shape[0], 1)
+        rows = self.mask_token.to(visible_patches.dtype).repeat(coordinates.shape[0], 1)
         rows = rows.index_copy(0, visible, visible_patches)  # (P, width)
-        layout = PackLayout.of(patch_counts, prefix.shape[1])
+        layout = PackLayout.from_patch_counts(patch_counts, prefix.shape[1])
         config = self.config
         rotary = rotary_tables(
-            layout.join(places.new_zeros(*prefix.shape[:2], 3), places),
+            layout.join(coordinates.new_zeros(*prefix.shape[:2], 3), coordinates),
             config.decoder_hidden_size // config.decoder_num_attention_heads,
             float(config.rope_theta),
         )
@@ -72,11 +84,13 @@ class M3RetDecoder(M3RetPreTrainedModel):
 
 @dataclass
 class M3RetForPreTrainingOutput(ModelOutput):
-    """
-    loss: scalar; mean squared error over normalised pixels of masked patches, weighed as `loss_weighting` says.
-    logits: predicted pixels of the masked patches, `(M, C*t*p*p)`.
-    masked: their rows in the pack, int64 `(M,)`.
-    weight: of how many scans, or patches, the loss is the mean; see `loss_weight`.
+    """Output of [`M3RetForPreTraining`].
+
+    Attributes:
+        loss: scalar, mean squared error over the normalised pixels of masked patches, weighted by `loss_weighting`.
+        logits: predicted pixels of the masked patches, `(M, C*t*p*p)`.
+        masked: rows of the masked patches in the pack, int64 `(M,)`.
+        weight: number of scans, or of patches, that the loss averages over; see `loss_weight`.
     """
 
     loss: Tensor | None = None
@@ -86,7 +100,7 @@ class M3RetForPreTrainingOutput(ModelOutput):
 
 
 class M3RetForPreTraining(M3RetPreTrainedModel):
-    """Masked autoencoding (MAE, arXiv 2111.06377) of packed scans; the encoder sees a quarter of each scan."""
+    """Masked autoencoder (MAE, arXiv 2111.06377) for packed scans. The encoder sees only the visible patches."""
 
     def __init__(self, config: M3RetConfig):
         super().__init__(config)
@@ -101,24 +115,26 @@ class M3RetForPreTraining(M3RetPreTrainedModel):
     def forward(
         self, pixel_values: Tensor, grid_thw: Tensor | None = None, noise: Tensor | None = None, **kwargs: Any
     ) -> M3RetForPreTrainingOutput:
-        """
+        """Mask patches, predict them and compute the loss.
+
         Args:
-            pixel_values, grid_thw: as for [`M3RetModel`].
-            noise: float `(P,)` in [0, 1), one number a patch; the lowest of each scan stay visible. Drawn here when
-                absent; given, it makes the mask a property of the sample.
+            pixel_values: as for [`M3RetModel`].
+            grid_thw: as for [`M3RetModel`].
+            noise: float `(P,)` in [0, 1). In each scan the patches of lowest noise stay visible. Sampled if None; pass
+                it to make the mask reproducible.
         """
-        rows, grids = self.m3ret.rows_and_grids(pixel_values, grid_thw)
+        rows, grids = self.m3ret.prepare_rows(pixel_values, grid_thw)
         counts = [math.prod(grid) for grid in grids]
-        places = patch_places(grids, rows.device)
+        coordinates = patch_coordinates(grids, rows.device)
         noise = torch.rand(rows.shape[0], device=rows.device) if noise is None else noise
         visible, masked, visible_counts = choose_visible(noise, counts, [self.config.mask_ratio] * len(counts))
 
-        layout, encoded = self.m3ret.encode(rows[visible], places[visible], visible_counts, **kwargs)
+        layout, encoded = self.m3ret.encode(rows[visible], coordinates[visible], visible_counts, **kwargs)
         prefix, patches = layout.split(self.m3ret.norm(encoded.last_hidden_state))
-        predicted = self.decoder(prefix, patches, visible, masked, places, counts)  # (M, C*t*p*p)
+        predicted = self.decoder(prefix, patches, visible, masked, coordinates, counts)  # (M, C*t*p*p)
 
         target = self.m3ret.embeddings.repeat_slices(rows[masked])
-        masked_counts = [count - seen for count, seen in zip(counts, visible_counts, strict=True)]
+        masked_counts = [count - num_visible for count, num_visible in zip(counts, visible_counts, strict=True)]
         config = self.config
         loss = masked_patch_loss(predicted, target, masked_counts, config.norm_pixel_eps, config.loss_weighting)
         weight = loss_weight(masked_counts, config.loss_weighting)
@@ -128,9 +144,18 @@ class M3RetForPreTraining(M3RetPreTrainedModel):
 def choose_visible(
     noise: Tensor, patch_counts: Sequence[int], mask_ratios: Sequence[float]
 ) -> tuple[Tensor, Tensor, list[int]]:
-    """Random masking per scan: visible rows `(K,)`, masked rows `(M,)`, both scan after scan, and visible of each scan.
+    """Select the visible patches of each scan at random.
 
-    Of a scan's n patches round(n * its mask ratio) are masked, but one always stays visible.
+    Of n patches of a scan, round(n * mask ratio) are masked, but at least one stays visible.
+
+    Args:
+        noise: float `(P,)` in [0, 1). In each scan the patches of lowest noise stay visible.
+        patch_counts: patches of each scan.
+        mask_ratios: mask ratio of each scan.
+
+    Returns:
+        Rows of the visible patches, int64 `(K,)`, and of the masked patches, int64 `(M,)`, both scan after scan; and
+        the number of visible patches of each scan.
     """
     visible_counts = [max(1, n - round(n * ratio)) for n, ratio in zip(patch_counts, mask_ratios, strict=True)]
     device = noise.device
@@ -138,14 +163,22 @@ def choose_visible(
     scan = torch.arange(len(patch_counts), device=device).repeat_interleave(counts, output_size=noise.shape[0])
     shuffled = (scan + noise.double()).argsort()  # rows of scan 0 in random order, then of scan 1, ...
     rank = torch.arange(noise.shape[0], device=device) - (counts.cumsum(0) - counts)[scan]
-    seen = rank < torch.tensor(visible_counts, device=device)[scan]
-    return shuffled[seen], shuffled[~seen], visible_counts
+    is_visible = rank < torch.tensor(visible_counts, device=device)[scan]
+    return shuffled[is_visible], shuffled[~is_visible], visible_counts
 
 
 def normalise_patches(rows: Tensor, eps: float) -> Tensor:
-    """Each patch `(M, n)` to mean 0 and unbiased variance 1 in float32: (x - mean) / sqrt(var + eps), MAE, section 4.1.
+    """Normalise each patch to mean 0 and unbiased variance 1: (x - mean) / sqrt(var + eps), as in MAE, section 3.
 
-    A layer norm, so one pass over memory; its biased variance is (n - 1) / n of the unbiased one.
+    Computed as a layer norm, in one pass over memory. Layer norm uses the biased variance, which is (n - 1) / n of the
+    unbiased one.
+
+    Args:
+        rows: `(M, n)` of any float dtype.
+        eps: added to the variance.
+
+    Returns:
+        `(M, n)` float32.
     """
     n = rows.shape[-1]
     biased = (n - 1) / n
@@ -156,14 +189,19 @@ def normalise_patches(rows: Tensor, eps: float) -> Tensor:
 def masked_patch_loss(
     predicted: Tensor, target: Tensor, masked_counts: Sequence[int], eps: float, weighting: str = "scan"
 ) -> Tensor:
-    """Mean squared error of predicted `(M, C*t*p*p)` against normalised target pixels, as a scalar in float32.
+    """Return the mean squared error of the predictions against normalised pixels, as a float32 scalar.
 
-    By `scan` the mean over each scan's masked patches, then over scans that have any: by patches, one CT would outweigh
-    eight X-rays, and a mix of modalities be a training on CT. By `patch` the mean over all masked patches.
+    Args:
+        predicted: `(M, C*t*p*p)`, scan after scan.
+        target: pixels of the same patches, not yet normalised.
+        masked_counts: masked patches of each scan.
+        eps: see `normalise_patches`.
+        weighting: `"scan"` averages over the masked patches of each scan, then over the scans that have any. `"patch"`
+            averages over all masked patches; a CT then counts as much as eight X-rays and would dominate the loss.
     """
     target = normalise_patches(target, eps)
     errors = nn.functional.mse_loss(predicted.float(), target, reduction="none").mean(-1)  # (M,)
-    if not len(errors):  # scans of one patch each: nothing to learn, but a gradient that other ranks can add to theirs
+    if not len(errors):  # every scan is a single patch: a zero gradient, which other ranks can add to theirs
         return predicted.sum() * 0
     if weighting == "patch":
         return errors.mean()
@@ -171,7 +209,10 @@ def masked_patch_loss(
 
 
 def loss_weight(masked_counts: Sequence[int], weighting: str = "scan") -> int:
-    """Of how many scans, or patches, `masked_patch_loss` is the mean: its weight beside that of another pack."""
+    """Return the number of scans, or of patches, that `masked_patch_loss` averages over.
+
+    It weights the losses of several packs, so that their mean equals the loss of one large pack.
+    """
     return sum(masked_counts) if weighting == "patch" else sum(count > 0 for count in masked_counts)
 
 

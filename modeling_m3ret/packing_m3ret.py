@@ -1,7 +1,13 @@
-"""Scans of any size as rows of one matrix: their patches, where each lies in its scan, and how a pack is laid out.
+"""Patch rows and pack layouts: scans of any size in one matrix, without padding.
 
-`B` scans, `P` patches in the pack, `T, H, W` grid of one scan, `L` tokens of one scan, `N` tokens in the pack, `d`
-hidden size. This file travels inside every checkpoint and imports nothing of the rest of the project.
+A *row* is one flattened patch. A *pack* holds the rows of all scans of a batch, scan after scan. The encoder adds CLS
+and register tokens to each scan, sorts the scans by length and attends to each one separately.
+
+Shapes, here and in the other files of the model: `B` scans, `P` patches in the pack, `L` tokens of one scan, `N` tokens
+in the pack, `C` channels, `d` hidden size. A patch spans `t` slices and `p` x `p` pixels. A volume `(C, D, H, W)`
+counts voxels; a grid `(T, H, W)` counts patches.
+
+This file is copied into every checkpoint and imports nothing else of the project.
 """
 
 from __future__ import annotations
@@ -15,17 +21,28 @@ import torch
 from torch import Tensor
 
 
-def cut(volumes: Tensor, patch_depth: int, patch_size: int) -> Tensor:
-    """Equal volumes `(B, C, D, H, W)` -> `(B, T, H/p, W/p, C, t, p, p)`, their patches, where possible as a view.
+def split_into_patches(volumes: Tensor, patch_depth: int, patch_size: int) -> Tensor:
+    """Split volumes of equal shape into patches, as a view where possible.
 
-    A depth that does not fill its last patch is padded by repeating the last slice; H and W must be multiples of p.
+    A depth that does not fill its last patch is padded by repeating the last slice.
+
+    Args:
+        volumes: `(B, C, D, H, W)` of any dtype.
+        patch_depth: slices of a patch, t.
+        patch_size: edge of a patch in pixels, p.
+
+    Returns:
+        `(B, ceil(D/t), H/p, W/p, C, t, p, p)` of the same dtype.
 
     Raises:
-        ValueError: if H or W is no multiple of `patch_size`.
+        ValueError: if H or W is not a multiple of `patch_size`.
     """
     B, C, D, H, W = volumes.shape
     if H % patch_size or W % patch_size:
-        raise ValueError(f"height and width must be multiples of the patch size {patch_size}, found {H} x {W}")
+        raise ValueError(
+            f"height and width do not divide into patches: expected multiples of patch_size={patch_size}, "
+            f"got {H} x {W}. Resize or pad the volumes"
+        )
     if missing := -D % patch_depth:
         last = volumes[:, :, -1:].expand(-1, -1, missing + (D == 1), -1, -1)
         volumes = last if D == 1 else torch.cat([volumes, last], dim=2)
@@ -35,49 +52,66 @@ def cut(volumes: Tensor, patch_depth: int, patch_size: int) -> Tensor:
 
 
 def patchify(volumes: Tensor, patch_depth: int, patch_size: int) -> Tensor:
-    """Equal volumes `(B, C, D, H, W)` -> patch rows `(B, T*H/p*W/p, C*t*p*p)`, as `cut` has them.
+    """Flatten the patches of `split_into_patches` into rows.
 
-    Rows are in raster order (depth, height, width), values of a row in the order channel, depth, height, width.
+    Rows are in raster order (depth, height, width). The values of a row are in the order channel, depth, height, width.
+
+    Args:
+        volumes: `(B, C, D, H, W)` of any dtype.
+        patch_depth: slices of a patch, t.
+        patch_size: edge of a patch in pixels, p.
+
+    Returns:
+        `(B, patches of a scan, C*t*p*p)` of the same dtype.
     """
-    patches = cut(volumes, patch_depth, patch_size)
+    patches = split_into_patches(volumes, patch_depth, patch_size)
     return patches.reshape(volumes.shape[0], math.prod(patches.shape[1:4]), math.prod(patches.shape[4:]))
 
 
-def grid_places(grid: tuple[int, int, int], device: torch.device) -> Tensor:
-    """Centre of each patch of one scan, every axis from -1 to 1, as in DINOv3: `(T*H*W, 3)` float32.
+def grid_coordinates(grid: tuple[int, int, int], device: torch.device) -> Tensor:
+    """Return the patch centres of one scan in coordinates from -1 to 1 along every axis (DINOv3, arXiv 2508.10104).
 
-    A place relative to the scan and not an index, so that any grid, and a scan resized, keeps the same range.
+    Coordinates relative to the scan keep this range for every grid size and after resizing; indices would not.
+
+    Returns:
+        `(T*H*W, 3)` float32 in raster order.
     """
     axes = [(2 * torch.arange(n, dtype=torch.float32, device=device) + 1) / n - 1 for n in grid]
     return torch.cartesian_prod(*axes)
 
 
-def patch_places(grids: Sequence[tuple[int, int, int]], device: torch.device) -> Tensor:
-    """Centre of each patch in its own scan, as `grid_places` has it: `(P, 3)` float32 for `B` grids."""
-    places = [grid_places(grid, device) for grid in dict.fromkeys(grids)]  # each different grid once, repeated below
-    if len(places) == 1:
-        return places[0].repeat(len(grids), 1)
-    of_grid = dict(zip(dict.fromkeys(grids), places, strict=True))
-    return torch.cat([of_grid[grid] for grid in grids])
+def patch_coordinates(grids: Sequence[tuple[int, int, int]], device: torch.device) -> Tensor:
+    """Return the `grid_coordinates` of all scans of a pack, scan after scan: `(P, 3)` float32."""
+    coordinates = {grid: grid_coordinates(grid, device) for grid in dict.fromkeys(grids)}  # once for each distinct grid
+    if len(coordinates) == 1:
+        return coordinates[grids[0]].repeat(len(grids), 1)
+    return torch.cat([coordinates[grid] for grid in grids])
 
 
 class PackLayout(NamedTuple):
-    """Where the tokens of each scan stand in the pack. Scans are sorted by length, so that equal ones are neighbours.
+    """Arrangement of the tokens in a pack: scans sorted by length, so that attention can batch scans of equal length.
 
-    order: the scans, shortest first; rows: first and last+1 patch row of each scan, in the caller's order;
-    prefix: tokens in front of each scan's patches; groups: `(scans, tokens of each)` for each run of equal lengths.
+    Each scan contributes its prefix tokens (CLS and registers), then its patches. The *position* of a scan is its index
+    in the sorted pack; its index in the batch is the *caller's order*.
+
+    Attributes:
+        order: index in the batch of the scan at each position, shortest scan first.
+        row_ranges: first and last + 1 patch row of each scan, in the caller's order.
+        prefix: number of prefix tokens of each scan.
+        groups: `(scans, L)` for each run of scans of equal length.
     """
 
     order: list[int]
-    rows: list[tuple[int, int]]
+    row_ranges: list[tuple[int, int]]
     prefix: int
     groups: list[tuple[int, int]]
 
     @classmethod
-    def of(cls, patch_counts: Sequence[int], prefix: int) -> PackLayout:
+    def from_patch_counts(cls, patch_counts: Sequence[int], prefix: int) -> PackLayout:
+        """Lay out scans of these numbers of patches, each with `prefix` prefix tokens."""
         order = sorted(range(len(patch_counts)), key=lambda scan: patch_counts[scan])  # stable
         stops = list(accumulate(patch_counts))
-        rows = [(stop - count, stop) for stop, count in zip(stops, patch_counts, strict=True)]
+        row_ranges = [(stop - count, stop) for stop, count in zip(stops, patch_counts, strict=True)]
         groups: list[tuple[int, int]] = []
         for scan in order:
             length = prefix + patch_counts[scan]
@@ -85,57 +119,63 @@ class PackLayout(NamedTuple):
                 groups[-1] = (groups[-1][0] + 1, length)
             else:
                 groups.append((1, length))
-        return cls(order, rows, prefix, groups)
+        return cls(order, row_ranges, prefix, groups)
 
     @property
-    def uniform(self) -> bool:
+    def is_uniform(self) -> bool:
+        """True if all scans have the same length. Positions and the caller's order are then the same."""
         return len(self.groups) == 1
 
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of the scan at each position."""
+        return [length for scans, length in self.groups for _ in range(scans)]
+
+    @property
+    def positions(self) -> list[int]:
+        """Position of each scan, in the caller's order: the inverse of `order`."""
+        positions = [0] * len(self.order)
+        for position, scan in enumerate(self.order):
+            positions[scan] = position
+        return positions
+
     def join(self, prefix: Tensor, rows: Tensor) -> Tensor:
-        """`(B, prefix, d)` and `(P, d)` in the caller's order -> `(N, d)` tokens in the pack's order."""
-        if self.uniform:
+        """Join prefix tokens `(B, prefix, d)` and patches `(P, d)` in the caller's order to `(N, d)` by position."""
+        if self.is_uniform:
             return torch.cat([prefix, rows.view(prefix.shape[0], -1, rows.shape[-1])], dim=1).flatten(0, 1)
-        pieces = [piece for scan in self.order for piece in (prefix[scan], rows[slice(*self.rows[scan])])]
+        pieces = [piece for scan in self.order for piece in (prefix[scan], rows[slice(*self.row_ranges[scan])])]
         return torch.cat(pieces)
 
     def split(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """`(N, d)` in the pack's order -> `(B, prefix, d)` and `(P, d)` in the caller's order: undoes `join`."""
-        if self.uniform:
-            (scans,) = self.views(tokens)
+        """Undo `join`: `(N, d)` by position to `(B, prefix, d)` and `(P, d)` in the caller's order."""
+        if self.is_uniform:
+            (scans,) = self.split_groups(tokens)
             return scans[:, : self.prefix], scans[:, self.prefix :].flatten(0, 1)
-        pieces = self.scans(tokens)
+        pieces = self.split_scans(tokens)
         return torch.stack([piece[: self.prefix] for piece in pieces]), torch.cat([p[self.prefix :] for p in pieces])
 
-    def views(self, tokens: Tensor) -> list[Tensor]:
-        """`(N, ...)` in the pack's order -> for each group a view `(scans, L, ...)`."""
+    def split_groups(self, tokens: Tensor) -> list[Tensor]:
+        """Return one view `(scans, L, ...)` of tokens `(N, ...)` by position for each group of equal lengths."""
         chunks = tokens.split([scans * length for scans, length in self.groups])
         return [chunk.unflatten(0, group) for chunk, group in zip(chunks, self.groups, strict=True)]
 
-    def scans(self, tokens: Tensor) -> list[Tensor]:
-        """`(N, ...)` in the pack's order -> each scan's `(L, ...)`, in the caller's order."""
-        sorted_scans = tokens.split([length for scans, length in self.groups for _ in range(scans)])
-        return [sorted_scans[place] for place in self.places]
+    def split_scans(self, tokens: Tensor) -> list[Tensor]:
+        """Return the tokens `(L, ...)` of each scan in the caller's order, given `(N, ...)` by position."""
+        sorted_scans = tokens.split(self.lengths)
+        return [sorted_scans[position] for position in self.positions]
 
-    def subset(self, kept: Sequence[int]) -> PackLayout:
-        """The layout of some scans alone, given by their places in the pack, ascending."""
-        lengths = [length for scans, length in self.groups for _ in range(scans)]
-        return PackLayout.of([lengths[place] - self.prefix for place in kept], self.prefix)
+    def subset(self, positions: Sequence[int]) -> PackLayout:
+        """Return the layout of the scans at these positions, given in ascending order."""
+        lengths = self.lengths
+        return PackLayout.from_patch_counts([lengths[position] - self.prefix for position in positions], self.prefix)
 
-    def token_rows(self, kept: Sequence[int], device: torch.device) -> Tensor:
-        """Rows in the pack of those scans' tokens, `(N of them,)` int64."""
-        lengths = [length for scans, length in self.groups for _ in range(scans)]
+    def token_indices(self, positions: Sequence[int], device: torch.device) -> Tensor:
+        """Return the indices in `(N, ...)` of the tokens of the scans at these positions, as one int64 vector."""
+        lengths = self.lengths
         starts = [stop - length for stop, length in zip(accumulate(lengths), lengths, strict=True)]
-        runs = [torch.arange(starts[place], starts[place] + lengths[place]) for place in kept]
+        runs = [torch.arange(starts[position], starts[position] + lengths[position]) for position in positions]
         return torch.cat(runs).to(device, non_blocking=True)
 
-    def restore(self, tokens: Tensor) -> Tensor:
-        """`(N, d)` in the pack's order -> `(N, d)` with the scans in the caller's order."""
-        return tokens if self.uniform else torch.cat(self.scans(tokens))
-
-    @property
-    def places(self) -> list[int]:
-        """Where in the pack each scan stands: the inverse of `order`."""
-        places = [0] * len(self.order)
-        for place, scan in enumerate(self.order):
-            places[scan] = place
-        return places
+    def to_caller_order(self, tokens: Tensor) -> Tensor:
+        """Reorder tokens: `(N, d)` by position -> `(N, d)` with the scans in the caller's order."""
+        return tokens if self.is_uniform else torch.cat(self.split_scans(tokens))

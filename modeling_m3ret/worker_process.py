@@ -1,4 +1,9 @@
-"""How does a process that works for another begin without importing everything again, and end when that is killed?"""
+"""Start worker processes cheaply, and end them together with the process that started them.
+
+Workers are forked from a server process that has already imported the heavy modules (multiprocessing's forkserver).
+DataLoader workers are forked from the training process instead; `block_sigterm_in_workers` keeps a SIGTERM that is sent
+to the whole process group from ending them before the run has saved.
+"""
 
 from __future__ import annotations
 
@@ -13,44 +18,48 @@ from multiprocessing.context import BaseContext
 import torch
 
 
-TELLS_SENDER = hasattr(signal, "sigwaitinfo")
+HAS_SIGWAITINFO = hasattr(signal, "sigwaitinfo")  # not on macOS and Windows; reports the sender of a signal
 
 
-def worker_context(imported: Sequence[str]) -> BaseContext:
-    """How workers begin: as forks of one process that has the modules `imported` and does nothing else.
+def worker_context(preload: Sequence[str]) -> BaseContext:
+    """Return a multiprocessing context whose workers are forked from a server process with preloaded modules.
 
-    Not of this one, whose threads a fork would copy half alive. The imports take seconds and are shared by all workers
-    of this process's life, whoever asked first; what the others need then, each worker imports by itself. Where there
-    is no such thing (Windows), each begins anew.
+    Forking this process instead would copy its threads in an undefined state. There is one server per process: its
+    first worker decides which modules are preloaded, and later workers import the rest themselves. Without forkserver
+    support (Windows) workers are spawned.
+
+    Args:
+        preload: names of the modules that the server imports. A module that cannot be imported is skipped.
     """
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(list(imported))
+    context.set_forkserver_preload(list(preload))
     return context
 
 
-def begin_worker() -> None:
-    """One thread of torch, since the workers are the parallelism, and an end as soon as the parent ends."""
+def initialise_worker() -> None:
+    """Limit torch to one thread, since the workers are the parallelism, and end this worker with its parent."""
     torch.set_num_threads(1)
-    end_with_parent()
+    exit_with_parent()
 
 
-def end_with_parent() -> None:
-    """From now on this process ends as soon as the one that started it does, whatever it is at.
+def exit_with_parent() -> None:
+    """End this process as soon as the process that started it ends, whatever it is doing.
 
-    Nobody else ends it: a worker of a pool would write on beside the next run, one that hangs would stay for ever.
+    Without this, the workers of a killed process would keep running and could write into the files of the next run.
     """
-    threading.Thread(target=_wait_and_end, daemon=True).start()
+    threading.Thread(target=_exit_after_parent, daemon=True).start()
 
 
 @contextlib.contextmanager
-def sigterm_left_to_parent() -> Iterator[None]:
-    """Processes that are forked within have SIGTERM blocked in all their threads, whichever library starts those.
+def block_sigterm_in_workers() -> Iterator[None]:
+    """Block SIGTERM in all threads of the processes forked inside this block, threads started by libraries included.
 
-    To each belongs an `end_for_parent_alone`. Where signals don't tell their sender (macOS, Windows) nothing changes.
+    Each of these processes must call `exit_on_sigterm_from_parent`. Has no effect where the sender of a signal is
+    unknown (macOS, Windows).
     """
-    if not TELLS_SENDER:
+    if not HAS_SIGWAITINFO:
         yield
         return
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
@@ -60,23 +69,23 @@ def sigterm_left_to_parent() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def end_for_parent_alone() -> None:
-    """From now on a SIGTERM ends this process, forked by `sigterm_left_to_parent`, if its parent sent it.
+def exit_on_sigterm_from_parent() -> None:
+    """End this process, forked inside `block_sigterm_in_workers`, on a SIGTERM from its parent only.
 
-    From anyone else it is the parent's business: a scheduler sends it to all processes of a run, and the parent needs
-    its workers until it has saved.
+    A scheduler sends SIGTERM to all processes of a run. The parent handles it, and needs its workers until it has
+    saved.
     """
-    if TELLS_SENDER:
-        threading.Thread(target=_wait_for_parents_signal, daemon=True).start()
+    if HAS_SIGWAITINFO:
+        threading.Thread(target=_wait_for_sigterm_from_parent, daemon=True).start()
 
 
-def _wait_for_parents_signal() -> None:
+def _wait_for_sigterm_from_parent() -> None:
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
         pass
     os._exit(0)
 
 
-def _wait_and_end() -> None:
+def _exit_after_parent() -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

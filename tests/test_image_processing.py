@@ -62,7 +62,7 @@ def test_values_are_the_scans_own() -> None:
     """A scan that needs no resizing comes through exactly: 2 x - 1 of [0, 1], each channel the grey value."""
     processor = M3RetImageProcessor(size=64, num_frames=8)
     scan = scan_of((6, 64, 64), (1.0, 1.0, 1.0))
-    rows, grids = processor.rows([processor.resize(scan)])
+    rows, grids = processor.pack([processor.resize(scan)])
     assert grids.tolist() == [[2, 4, 4]]
     volume = unpatchify(rows, grids[0].tolist(), processor)
     expected = torch.from_numpy(scan.array * 2 - 1)

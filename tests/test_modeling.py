@@ -1,4 +1,4 @@
-"""The encoder's promises: an embedding belongs to its scan alone, packed is dense, positions and parts as published."""
+"""Test the encoder: batch independence, packed and dense input, positions, pooling, whitening, stochastic depth."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ import math
 import pytest
 import torch
 from conftest import tiny_config
+from huggingface_hub.errors import StrictDataclassClassValidationError, StrictDataclassFieldValidationError
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from modeling_m3ret import M3RetConfig, M3RetModel
 from modeling_m3ret.modeling_m3ret import rotary_tables, rotate
-from modeling_m3ret.packing_m3ret import PackLayout, patch_places, patchify
+from modeling_m3ret.packing_m3ret import PackLayout, patch_coordinates, patchify
 
 
-# an X-ray, a cine, a clip, a CT and an MRI stack: odd depths, odd grids, no two alike
+# depth, height and width in voxels; all grids differ, and some depths do not fill their last patch
 SHAPES = {
     "xray": (1, 64, 48),
     "ultrasound": (7, 48, 48),
@@ -45,24 +46,24 @@ def largest_difference(one: Tensor, other: Tensor) -> float:
     return (one - other).abs().max().item()
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("pooling", ["mean", "cls", "statistics"])
+@pytest.mark.parametrize(
+    ("attention", "pooling"), [("sdpa", "mean"), ("sdpa", "cls"), ("sdpa", "statistics"), ("eager", "mean")]
+)
 @torch.no_grad()
 def test_embedding_does_not_depend_on_the_batch(attention: str, pooling: str) -> None:
     model = make_model(attention, pooling=pooling)
     scans = make_scans()
     mixed = model(*pack(scans)).pooler_output
-    for place, scan in enumerate(scans):
+    for index, scan in enumerate(scans):
         alone = model(*pack([scan])).pooler_output[0]
-        like = [torch.randn_like(scan), scan, torch.randn_like(scan)]
-        among_its_like = model(*pack(like)).pooler_output[1]
-        assert largest_difference(alone, among_its_like) <= 1e-5
-        assert largest_difference(alone, mixed[place]) <= 1e-5
+        same_shape = model(*pack([torch.randn_like(scan), scan, torch.randn_like(scan)])).pooler_output[1]
+        assert largest_difference(alone, same_shape) <= 1e-5
+        assert largest_difference(alone, mixed[index]) <= 1e-5
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @torch.no_grad()
-def test_packed_equals_dense(attention: str) -> None:
+def test_packed_and_dense_inputs_give_the_same_output(attention: str) -> None:
     model = make_model(attention)
     for scan in make_scans():
         packed = model(*pack([scan]))
@@ -74,15 +75,15 @@ def test_packed_equals_dense(attention: str) -> None:
 
 
 @torch.no_grad()
-def test_an_image_is_the_volume_that_repeats_it() -> None:
-    """A depth that does not fill a patch is padded with its last slice, so 1 slice and 4 equal ones are one scan."""
+def test_depth_is_padded_with_the_last_slice() -> None:
+    """An image therefore has the embedding of four equal slices."""
     model = make_model()
     image = torch.randn(2, 3, 1, 32, 48)
     repeated = model(image.expand(-1, -1, 4, -1, -1)).pooler_output
     assert largest_difference(model(image).pooler_output, repeated) <= 1e-5
     volume = torch.randn(1, 3, 6, 32, 32)
-    filled = torch.cat([volume, volume[:, :, -1:], volume[:, :, -1:]], dim=2)
-    assert torch.equal(model(volume).pooler_output, model(filled).pooler_output)
+    padded = torch.cat([volume, volume[:, :, -1:], volume[:, :, -1:]], dim=2)
+    assert torch.equal(model(volume).pooler_output, model(padded).pooler_output)
 
 
 @torch.no_grad()
@@ -90,18 +91,18 @@ def test_permuting_scans_permutes_outputs() -> None:
     model = make_model()
     scans = make_scans()
     order = [3, 0, 4, 2, 1]
-    given, permuted = model(*pack(scans)), model(*pack([scans[place] for place in order]))
+    given, permuted = model(*pack(scans)), model(*pack([scans[scan] for scan in order]))
     assert largest_difference(given.pooler_output[order], permuted.pooler_output) <= 1e-6
     tokens = model.split_tokens(given.last_hidden_state, pack(scans)[1])
-    permuted_tokens = model.split_tokens(permuted.last_hidden_state, pack([scans[place] for place in order])[1])
-    for place, scan in enumerate(order):
-        assert largest_difference(tokens[scan], permuted_tokens[place]) <= 1e-6
+    permuted_tokens = model.split_tokens(permuted.last_hidden_state, pack([scans[scan] for scan in order])[1])
+    for index, scan in enumerate(order):
+        assert largest_difference(tokens[scan], permuted_tokens[index]) <= 1e-6
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("corruption", [math.nan, 1e4])
 @torch.no_grad()
-def test_corrupting_one_scan_changes_no_other_bit(attention: str, corruption: float) -> None:
+def test_corrupting_one_scan_changes_no_bit_of_the_others(attention: str, corruption: float) -> None:
     model = make_model(attention)
     rows, grids = pack(make_scans())
     starts = [0, *grids.prod(-1).cumsum(0).tolist()]
@@ -116,7 +117,7 @@ def test_corrupting_one_scan_changes_no_other_bit(attention: str, corruption: fl
 
 
 @torch.no_grad()
-def test_every_patch_matters() -> None:
+def test_embedding_depends_on_every_patch() -> None:
     model = make_model()
     rows, grids = pack(make_scans()[:2])
     clean = model(rows, grids).pooler_output
@@ -129,9 +130,9 @@ def test_every_patch_matters() -> None:
 
 
 @torch.no_grad()
-def test_the_place_of_a_patch_matters_on_every_axis() -> None:
-    """Attention alone is blind to order; swapping two patches along any one axis must still be seen."""
-    model = make_model(initializer_range=0.2)  # large enough weights for an untrained attention to have a say
+def test_embedding_depends_on_the_patch_order_along_every_axis() -> None:
+    """Attention without positions is invariant to the order of its tokens."""
+    model = make_model(initializer_range=0.2)  # larger weights, so that attention of untrained weights has an effect
     grid = torch.tensor([[2, 2, 2]])
     rows = torch.randn(8, 3 * 4 * 16 * 16)
     clean = model(rows, grid).pooler_output
@@ -140,8 +141,8 @@ def test_the_place_of_a_patch_matters_on_every_axis() -> None:
         assert largest_difference(clean, model(swapped, grid).pooler_output) > 1e-3
 
 
-def test_patchify_against_loops() -> None:
-    """Each row of the definition: channel, depth, height, width of the patch at (depth, height, width)."""
+def test_patchify_equals_its_definition_by_loops() -> None:
+    """Rows are in raster order; a row holds channel, depth, height, width of its patch."""
     volumes = torch.randn(2, 3, 6, 32, 48)
     rows = patchify(volumes, 4, 16)
     padded = torch.cat([volumes, volumes[:, :, -1:], volumes[:, :, -1:]], dim=2)
@@ -152,16 +153,16 @@ def test_patchify_against_loops() -> None:
             assert torch.equal(rows[scan, row], patch.flatten())
 
 
-def test_places_are_patch_centres_from_minus_one_to_one() -> None:
-    places = patch_places([(1, 2, 4), (1, 1, 1)], torch.device("cpu"))
-    assert places.shape == (9, 3)
-    assert places[0].tolist() == [0, -0.5, -0.75]
-    assert places[7].tolist() == [0, 0.5, 0.75]
-    assert places[8].tolist() == [0, 0, 0]
+def test_coordinates_are_patch_centres_between_minus_one_and_one() -> None:
+    coordinates = patch_coordinates([(1, 2, 4), (1, 1, 1)], torch.device("cpu"))
+    assert coordinates.shape == (9, 3)
+    assert coordinates[0].tolist() == [0, -0.5, -0.75]
+    assert coordinates[7].tolist() == [0, 0.5, 0.75]
+    assert coordinates[8].tolist() == [0, 0, 0]
 
 
-def test_rotary_scores_depend_on_the_offset_alone() -> None:
-    """RoFormer's defining property: <R(a) q, R(b) k> = <R(a + s) q, R(b + s) k> for any shift s, in each axis."""
+def test_rotary_attention_scores_depend_only_on_the_offset() -> None:
+    """RoFormer's defining property: <R(a) q, R(b) k> = <R(a + s) q, R(b + s) k> for a shift s along any axis."""
     query, key = torch.randn(2, 64, dtype=torch.float64)
 
     def score(at_query: Tensor, at_key: Tensor) -> float:
@@ -175,35 +176,36 @@ def test_rotary_scores_depend_on_the_offset_alone() -> None:
         assert score(a + shift, b) != pytest.approx(score(a, b), abs=1e-3)
 
 
-def test_rotary_against_complex_numbers() -> None:
-    """A pair (i, i + half) is the complex number that RoFormer turns by exp(i · 2π · place / period)."""
-    places, head_dim, theta = torch.rand(5, 3) * 2 - 1, 64, 100.0
+def test_rotary_equals_multiplication_of_complex_numbers() -> None:
+    """RoFormer multiplies the complex number of a pair (i, i + half) by exp(i · 2π · coordinate / period)."""
+    coordinates, head_dim, theta = torch.rand(5, 3) * 2 - 1, 64, 100.0
     heads = torch.randn(5, head_dim)
-    turned = rotate(heads, *rotary_tables(places, head_dim, theta))
+    rotated = rotate(heads, *rotary_tables(coordinates, head_dim, theta))
     pairs = torch.complex(heads[:, :32], heads[:, 32:])
     for axis in range(3):
         for frequency in range(10):
-            pairs[:, 10 * axis + frequency] *= torch.exp(2j * math.pi * places[:, axis] * theta ** (-frequency / 10))
-    assert largest_difference(turned, torch.cat([pairs.real, pairs.imag], dim=1)) <= 1e-5
-    still = rotate(heads, *rotary_tables(torch.zeros(5, 3), head_dim, theta))
-    assert torch.equal(still, heads)
+            angles = 2 * math.pi * coordinates[:, axis] * theta ** (-frequency / 10)
+            pairs[:, 10 * axis + frequency] *= torch.exp(1j * angles)
+    assert largest_difference(rotated, torch.cat([pairs.real, pairs.imag], dim=1)) <= 1e-5
+    at_origin = rotate(heads, *rotary_tables(torch.zeros(5, 3), head_dim, theta))
+    assert torch.equal(at_origin, heads)
 
 
-def test_layout_joins_and_splits_what_it_joined() -> None:
+def test_layout_splits_what_it_joined() -> None:
     counts = [3, 1, 3, 5, 1]
-    layout = PackLayout.of(counts, prefix=2)
+    layout = PackLayout.from_patch_counts(counts, prefix=2)
     assert layout.groups == [(2, 3), (2, 5), (1, 7)]
     prefix, rows = torch.randn(5, 2, 4), torch.randn(sum(counts), 4)
     joined = layout.join(prefix, rows)
-    back = layout.split(joined)
-    assert torch.equal(back[0], prefix)
-    assert torch.equal(back[1], rows)
-    expected = torch.cat([torch.cat([prefix[scan], part]) for scan, part in enumerate(rows.split(counts))])
-    assert torch.equal(layout.restore(joined), expected)
+    split_prefix, split_rows = layout.split(joined)
+    assert torch.equal(split_prefix, prefix)
+    assert torch.equal(split_rows, rows)
+    expected = torch.cat([torch.cat(scan) for scan in zip(prefix, rows.split(counts), strict=True)])
+    assert torch.equal(layout.to_caller_order(joined), expected)
 
 
 @torch.no_grad()
-def test_hidden_states_and_attentions_on_request() -> None:
+def test_hidden_states_and_attentions_of_a_pack_equal_the_dense_ones() -> None:
     model = make_model("eager")
     scans = make_scans()
     rows, grids = pack(scans)
@@ -211,12 +213,12 @@ def test_hidden_states_and_attentions_on_request() -> None:
     assert len(packed.hidden_states) == model.config.num_hidden_layers + 1
     assert len(packed.attentions) == model.config.num_hidden_layers
     starts = [0, *(grids.prod(-1) + 5).cumsum(0).tolist()]
-    for place, scan in enumerate(scans):
+    for index, scan in enumerate(scans):
         dense = model(scan[None], output_hidden_states=True, output_attentions=True)
-        for mine, alone in zip(packed.hidden_states, dense.hidden_states, strict=True):
-            assert largest_difference(mine[starts[place] : starts[place + 1]], alone[0]) <= 1e-5
-        for mine, alone in zip(packed.attentions, dense.attentions, strict=True):
-            assert largest_difference(mine[place], alone[0]) <= 1e-5
+        for in_pack, alone in zip(packed.hidden_states, dense.hidden_states, strict=True):
+            assert largest_difference(in_pack[starts[index] : starts[index + 1]], alone[0]) <= 1e-5
+        for in_pack, alone in zip(packed.attentions, dense.attentions, strict=True):
+            assert largest_difference(in_pack[index], alone[0]) <= 1e-5
             assert largest_difference(alone.sum(-1), torch.ones(())) <= 1e-5
     normalised = model.norm(packed.hidden_states[-1])
     assert largest_difference(normalised, packed.last_hidden_state) <= 1e-6
@@ -225,7 +227,7 @@ def test_hidden_states_and_attentions_on_request() -> None:
 
 
 @torch.no_grad()
-def test_pooling_is_what_the_config_says() -> None:
+def test_pooling_follows_the_config() -> None:
     rows, grids = pack(make_scans())
     for pooling in ("mean", "cls", "statistics"):
         model = make_model(pooling=pooling)
@@ -247,14 +249,14 @@ def test_pooling_is_what_the_config_says() -> None:
 
 def test_statistics_of_equal_patches_have_a_gradient() -> None:
     model = make_model(pooling="statistics")
-    for volume in (torch.zeros(1, 3, 4, 32, 32), torch.rand(1, 3, 4, 16, 16)):  # all patches alike, and one patch
+    for volume in (torch.zeros(1, 3, 4, 32, 32), torch.rand(1, 3, 4, 16, 16)):  # equal patches, and a single patch
         model.zero_grad()
         model.embed(volume).square().sum().backward()
         assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
 
 
 @torch.no_grad()
-def test_whitening_of_wider_features_keeps_the_directions_in_which_scans_differ_most() -> None:
+def test_whitening_reduces_wide_features_to_the_directions_of_largest_variance() -> None:
     model = make_model(pooling="statistics")
     deviations = torch.cat([torch.full((48,), 0.1), torch.linspace(1, 2, 48)])
     directions, _ = torch.linalg.qr(torch.randn(96, 96))
@@ -262,7 +264,7 @@ def test_whitening_of_wider_features_keeps_the_directions_in_which_scans_differ_
     model.whitening.fit(coordinates @ directions.T + 3, shrinkage=0)
     white = model.whitening(coordinates @ directions.T + 3)
     assert largest_difference(white.T @ white / len(white), torch.eye(48)) <= 1e-2
-    # of the 48 with small deviations nothing is left: what comes out follows from the others alone
+    # setting the 48 directions of small variance to zero changes nothing
     without = model.whitening((coordinates * (deviations > 0.5)) @ directions.T + 3)
     assert (white - without).norm() / white.norm() <= 0.02
 
@@ -281,29 +283,28 @@ def test_gradient_checkpointing_gives_the_same_gradients() -> None:
 
 
 @torch.no_grad()
-def test_stochastic_depth_leaves_an_exact_part_out_and_keeps_the_mean() -> None:
-    """Of three scans and a rate of 1/3 one is left out, and the branch of the others counts 3/2."""
+def test_stochastic_depth_drops_an_exact_fraction_and_rescales_the_rest() -> None:
+    """At a rate of 1/3, one of three scans is dropped, and the branch of the others is multiplied by 3/2."""
     layer = make_model().encoder.layers[-1].train()
     layer.drop_path = 1 / 3
-    layout = PackLayout.of([4, 2, 4], prefix=1)
+    layout = PackLayout.from_patch_counts([4, 2, 4], prefix=1)
     tokens, rotary = torch.randn(13, 48), rotary_tables(torch.rand(13, 3), 12, 100.0)
-    layer.mlp_scale.gain.zero_()  # the attention alone
+    layer.mlp_scale.gain.zero_()  # leaves the attention branch only
     attended = layer.attention(layer.attention_norm(tokens), layout, rotary)[0] * layer.attention_scale.gain
-    left_out = []
-    for _ in range(600):
+    counts = torch.zeros(3)
+    for _ in range(300):
         added = layer(tokens, layout, rotary) - tokens
         dropped = [not added[start:stop].any() for start, stop in ((0, 3), (3, 8), (8, 13))]
         assert sum(dropped) == 1
-        left_out.append(dropped.index(True))
-        kept = added.abs().sum(1) > 0
-        assert largest_difference(added[kept], 1.5 * attended[kept]) <= 1e-5
-    for scan in range(3):  # each a third of the times: 5 standard errors of 600 draws
-        assert left_out.count(scan) == pytest.approx(200, abs=58)
+        counts += torch.tensor(dropped)
+        ran = added.abs().sum(1) > 0
+        assert largest_difference(added[ran], 1.5 * attended[ran]) <= 1e-5
+    assert largest_difference(counts, torch.full((3,), 100)) <= 41  # 5 standard errors of 300 draws
     assert largest_difference(layer.eval()(tokens, layout, rotary), tokens + attended) <= 1e-5
 
 
 @pytest.mark.parametrize("pooling", ["cls", "mean", "statistics"])
-def test_embedding_alone_is_the_pooled_output_with_its_gradients(pooling: str) -> None:
+def test_embed_equals_pooler_output_and_its_gradients(pooling: str) -> None:
     model = make_model(pooling=pooling).double()
     rows, grids = pack(make_scans())
     rows = rows.double()
@@ -319,13 +320,13 @@ def test_embedding_alone_is_the_pooled_output_with_its_gradients(pooling: str) -
 
 
 @torch.no_grad()
-def test_the_last_layer_of_the_cls_token_drops_an_exact_part_too() -> None:
+def test_stochastic_depth_of_the_cls_only_layer_drops_an_exact_fraction() -> None:
     layer = make_model().encoder.layers[-1].train()
     layer.drop_path = 1 / 3
-    layout = PackLayout.of([4, 2, 4], prefix=1)
+    layout = PackLayout.from_patch_counts([4, 2, 4], prefix=1)
     tokens = torch.randn(13, 48)
     layer.mlp_scale.gain.zero_()
-    # the CLS tokens stand at place 0, as in every pack
+    # CLS tokens have coordinates of zero, as in every pack
     rotary = rotary_tables(
         torch.rand(13, 3) * torch.tensor([0, 1, 1, 0, 1, 1, 1, 1, 0, 1, 1, 1, 1])[:, None], 12, 100.0
     )
@@ -337,16 +338,16 @@ def test_the_last_layer_of_the_cls_token_drops_an_exact_part_too() -> None:
 
 
 @torch.no_grad()
-def test_rows_of_images_may_hold_their_slice_once() -> None:
+def test_compact_rows_of_images_give_the_same_embedding() -> None:
     model = make_model()
     images = torch.randn(2, 3, 32, 48)
-    once = torch.cat([patchify(image[None, :, None], 1, 16)[0] for image in images])
+    compact = torch.cat([patchify(image[None, :, None], 1, 16)[0] for image in images])
     grids = torch.tensor([[1, 2, 3]] * 2)
-    assert once.shape == (12, 768)
+    assert compact.shape == (12, 768)
     expected = model(*pack([image[:, None] for image in images])).pooler_output
-    assert largest_difference(model(once, grids).pooler_output, expected) <= 1e-5
-    with pytest.raises(ValueError, match="packed pixel_values"):
-        model(once, torch.tensor([[2, 2, 3]]))
+    assert largest_difference(model(compact, grids).pooler_output, expected) <= 1e-5
+    with pytest.raises(ValueError, match="pixel_values"):
+        model(compact, torch.tensor([[2, 2, 3]]))
 
 
 @torch.no_grad()
@@ -361,7 +362,7 @@ def test_whitening_is_the_identity_until_fitted_and_then_gives_unit_covariance()
     white = model.whitening(samples)
     assert largest_difference(white.mean(0), torch.zeros(48)) <= 1e-3
     assert largest_difference(white.T @ white / 4000, torch.eye(48)) <= 1e-3
-    # shrinkage e: a direction of variance c is left with c / (c + e), e a part of the largest
+    # with shrinkage e, a direction of variance c keeps the variance c / (c + e * largest variance)
     model.whitening.fit(torch.randn(100_000, 48) * torch.tensor([3.0] + [1.0] * 47), shrinkage=0.5)
     left = model.whitening(torch.randn(100_000, 48) * torch.tensor([3.0] + [1.0] * 47)).var(0)
     assert left.max().item() == pytest.approx(1 / 1.5, rel=0.05)
@@ -371,16 +372,16 @@ def test_whitening_is_the_identity_until_fitted_and_then_gives_unit_covariance()
 
 
 @torch.no_grad()
-def test_flash_attention_is_asked_for_each_scan_by_itself() -> None:
-    """No GPU in CI: a stand-in under a flash name computes what the kernel's cumulative lengths ask for."""
-    asked: list[list[int]] = []
+def test_flash_attention_gets_the_cumulative_lengths_of_the_scans(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a GPU, a stand-in under a flash name attends within the cumulative lengths it is given."""
+    cumulative_lengths: list[list[int]] = []
 
     def stand_in(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, **kwargs: object):
         starts = kwargs.get("cu_seq_lens_q")
         if starts is None:
             pieces = [(query, key, value)]
         else:
-            asked.append(starts.tolist())
+            cumulative_lengths.append(starts.tolist())
             assert kwargs["max_length_q"] == int(starts.diff().max())
             lengths = starts.diff().tolist()
             pieces = zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
@@ -391,18 +392,15 @@ def test_flash_attention_is_asked_for_each_scan_by_itself() -> None:
     expected = make_model()(rows, grids).pooler_output
     torch.manual_seed(0)
     model = make_model()
-    ALL_ATTENTION_FUNCTIONS.register("flash_stand_in", stand_in)
-    try:
-        model.config._attn_implementation_internal = "flash_stand_in"
-        assert largest_difference(model(rows, grids).pooler_output, expected) <= 1e-5
-    finally:
-        del ALL_ATTENTION_FUNCTIONS._global_mapping["flash_stand_in"]
-    assert len(asked) == model.config.num_hidden_layers
-    assert asked[0] == [0, *(grids.prod(-1) + 5).sort().values.cumsum(0).tolist()]
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "flash_stand_in", stand_in)
+    model.config._attn_implementation = "flash_stand_in"  # set_attn_implementation would load the flash kernels
+    assert largest_difference(model(rows, grids).pooler_output, expected) <= 1e-5
+    assert len(cumulative_lengths) == model.config.num_hidden_layers
+    assert cumulative_lengths[0] == [0, *(grids.prod(-1) + 5).sort().values.cumsum(0).tolist()]
 
 
 @torch.no_grad()
-def test_bf16_autocast_and_bf16_weights_stay_close() -> None:
+def test_bfloat16_autocast_and_weights_stay_close_to_float32() -> None:
     rows, grids = pack(make_scans())
     model = make_model()
     exact = model.get_image_features(rows, grids)
@@ -414,6 +412,7 @@ def test_bf16_autocast_and_bf16_weights_stay_close() -> None:
         assert (exact * approximate).sum(-1).min() > 0.999
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_torch_compile_gives_the_same_embeddings() -> None:
     model = make_model()
@@ -426,28 +425,28 @@ def test_torch_compile_gives_the_same_embeddings() -> None:
     assert largest_difference(packed(rows, grids).pooler_output, expected[1]) <= 1e-5
 
 
-def test_wrong_shapes_are_named() -> None:
-    model = make_model()
-    with pytest.raises(ValueError, match=r"packed pixel_values for this grid_thw are \(4, 3072\).*found \(3, 3072\)"):
-        model(torch.zeros(3, 3072), torch.tensor([[1, 2, 2]]))
-    for grid in (
-        torch.tensor([[0, 2, 2]]),
-        torch.tensor([[1.0, 2.0, 2.0]]),
-        torch.tensor([1, 2, 2]),
-        torch.zeros(0, 3).int(),
-    ):
-        with pytest.raises(ValueError, match="grid_thw"):
-            model(torch.zeros(4, 3072), grid)
-    with pytest.raises(ValueError, match="no grid_thw"):
-        model(torch.zeros(3, 3072))
-    with pytest.raises(ValueError, match="dense pixel_values are"):
-        model(torch.zeros(1, 1, 32, 32))
-    with pytest.raises(ValueError, match="multiples of the patch size 16, found 30 x 32"):
-        model(torch.zeros(1, 3, 30, 32))
+@pytest.mark.parametrize(
+    ("pixels", "grid", "argument"),
+    [
+        ((3, 3072), [[1, 2, 2]], "pixel_values"),  # a grid of four patches
+        ((4, 3072), [[0, 2, 2]], "grid_thw"),
+        ((4, 3072), [[1.0, 2.0, 2.0]], "grid_thw"),
+        ((4, 3072), [1, 2, 2], "grid_thw"),
+        ((4, 3072), [], "grid_thw"),
+        ((3, 3072), None, "grid_thw"),
+        ((1, 1, 32, 32), None, "pixel_values"),
+        ((1, 3, 30, 32), None, "patch_size=16"),
+    ],
+)
+def test_wrong_shapes_raise_an_error_that_names_the_argument(
+    pixels: tuple[int, ...], grid: list | None, argument: str
+) -> None:
+    with pytest.raises(ValueError, match=argument):
+        make_model()(torch.zeros(pixels), None if grid is None else torch.tensor(grid))
 
 
 def test_presets_have_the_published_sizes() -> None:
-    """Parameters of the layers alone: 12 d^2 + 13 d a layer for a ViT with biases, here + 2 d of layer scale."""
+    """A ViT layer with biases has 12 d^2 + 13 d parameters; the two layer scales add 2 d."""
     for preset, hidden, layers in (("vitt", 192, 12), ("vits", 384, 12), ("vitb", 768, 12), ("vitl", 1024, 24)):
         config = getattr(M3RetConfig, preset)()
         with torch.device("meta"):
@@ -456,7 +455,14 @@ def test_presets_have_the_published_sizes() -> None:
         assert parameters == layers * (12 * hidden**2 + 13 * hidden + 2 * hidden)
 
 
-def test_a_config_that_cannot_be_is_refused() -> None:
-    for wrong in ({"hidden_size": 50}, {"pooling": "max"}, {"mask_ratio": 1.0}, {"patch_size": 1.5}):
-        with pytest.raises(Exception, match=next(iter(wrong))):
-            tiny_config(**wrong)
+@pytest.mark.parametrize(
+    ("field", "value"), [("hidden_size", 50), ("pooling", "max"), ("mask_ratio", 1.0), ("loss_weighting", "pixel")]
+)
+def test_inconsistent_config_is_rejected_by_field_name(field: str, value: object) -> None:
+    with pytest.raises(StrictDataclassClassValidationError, match=field):
+        tiny_config(**{field: value})
+
+
+def test_config_field_of_wrong_type_is_rejected() -> None:
+    with pytest.raises(StrictDataclassFieldValidationError, match="patch_size"):
+        tiny_config(patch_size=1.5)

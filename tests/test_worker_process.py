@@ -11,16 +11,16 @@ from pathlib import Path
 
 import torch
 
-from modeling_m3ret.worker_process import begin_worker, worker_context
+from modeling_m3ret.worker_process import initialise_worker, worker_context
 
 
 ROOT = Path(__file__).parents[1]
 LEAVES_WORKERS = """
 import os, signal, sys, time
 from concurrent.futures import ProcessPoolExecutor
-from modeling_m3ret.worker_process import begin_worker, worker_context
+from modeling_m3ret.worker_process import initialise_worker, worker_context
 if __name__ == "__main__":
-    pool = ProcessPoolExecutor(1, mp_context=worker_context([]), initializer=begin_worker)
+    pool = ProcessPoolExecutor(1, mp_context=worker_context([]), initializer=initialise_worker)
     print(pool.submit(os.getpid).result(), flush=True)
     pool.submit(time.sleep, 600)
     os.kill(os.getpid(), signal.SIGKILL)
@@ -34,7 +34,7 @@ def what_it_is() -> tuple[int, int, int]:
 def test_workers_of_two_pools_are_forks_of_one_process_with_one_thread() -> None:
     found = []
     for _ in range(2):
-        with ProcessPoolExecutor(1, mp_context=worker_context([__name__]), initializer=begin_worker) as pool:
+        with ProcessPoolExecutor(1, mp_context=worker_context([__name__]), initializer=initialise_worker) as pool:
             found.append(pool.submit(what_it_is).result())
     (first, server, threads), (second, same_server, again) = found
     assert first != second

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from ..cpu import keep_freed_memory
 from ..image_processing_m3ret import M3RetImageProcessor
 from ..reading_m3ret import M3RetReadError, Scan
-from ..worker_process import end_for_parent_alone, sigterm_left_to_parent
+from ..worker_process import block_sigterm_in_workers, exit_on_sigterm_from_parent
 from .collection import CollectionError, Record
 from .parquet import Blocks, reader
 from .sampler import SeededBatchSampler
@@ -57,15 +57,15 @@ class Pack:
         )
 
     def inputs(
-        self, processor: M3RetImageProcessor, device: torch.device | str = "cpu", slices_once: bool = False
+        self, processor: M3RetImageProcessor, device: torch.device | str = "cpu", compact_images: bool = False
     ) -> dict[str, Tensor]:
         """What the model takes, on its device: `pixel_values (P, C*t*p*p)`, `grid_thw (B, 3)`, `noise (P,)` if any.
 
-        slices_once: if all scans are images, `pixel_values (P, C*p*p)`, embedded at a quarter of the work.
+        compact_images: if all scans are images, `pixel_values (P, C*p*p)`, embedded at a quarter of the work.
         """
         volumes = self.values.to(device, non_blocking=True).split([math.prod(shape) for shape in self.shapes])
         views = [volume.view(shape) for volume, shape in zip(volumes, self.shapes, strict=True)]
-        rows, grids = processor.rows(views, slices_once)
+        rows, grids = processor.pack(views, compact_images)
         inputs = {"pixel_values": rows, "grid_thw": grids}
         return inputs if self.noise is None else inputs | {"noise": self.noise.to(device, non_blocking=True)}
 
@@ -168,7 +168,7 @@ class RandomViews(Dataset[list[Resized | ReadFailure]]):
             volume = self.processor.resize(view, size=kind.size)
             if kind.jitter:
                 volume = random_intensity(volume, kind.jitter, generator)
-            noise = generator.random(math.prod(self.processor.grid(volume)), dtype=np.float32)
+            noise = generator.random(math.prod(self.processor.grid_shape(volume.shape)), dtype=np.float32)
             views.append(Resized(index, volume, torch.from_numpy(noise)))
         return views
 
@@ -210,7 +210,7 @@ def expected_tokens(
             ):
                 crop = (depth, max(1, round(H * side)), max(1, round(W * side)))
                 shape = processor.target_shape(crop, record.spacing, size=kind.size)
-                counts[number] += part * kind.count * (prefix + math.prod(processor.grid_of((1, *shape))))
+                counts[number] += part * kind.count * (prefix + math.prod(processor.grid_shape((1, *shape))))
     return counts
 
 
@@ -218,7 +218,7 @@ class PackLoader(DataLoader[Pack]):
     """Workers that a SIGTERM to the whole run leaves at work until the run has saved."""
 
     def __iter__(self) -> Any:
-        with sigterm_left_to_parent():
+        with block_sigterm_in_workers():
             return super().__iter__()
 
 
@@ -252,4 +252,4 @@ def _begin_worker(worker: int) -> None:
     large blocks, one after the other: a worker keeps what it frees for the next."""
     torch.set_num_threads(1)
     keep_freed_memory()
-    end_for_parent_alone()
+    exit_on_sigterm_from_parent()

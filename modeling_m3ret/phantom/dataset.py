@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..worker_process import begin_worker, worker_context
+from ..worker_process import initialise_worker, worker_context
 from . import SYNTHETIC_SOURCE
 from .anatomy import Anatomy, random_stream, subject_anatomy
 from .rendering import RENDERERS, Rendering, format_turn
@@ -270,5 +270,5 @@ def write_phantom(folder: Path, *, subjects: int = 200, seed: int = 0, workers: 
 
 def _in_processes(function: Callable[[int], Any], items: range, workers: int) -> list[Any]:
     """Map in processes of their own."""
-    with ProcessPoolExecutor(workers, mp_context=worker_context([__name__]), initializer=begin_worker) as pool:
+    with ProcessPoolExecutor(workers, mp_context=worker_context([__name__]), initializer=initialise_worker) as pool:
         return list(pool.map(function, items, chunksize=4))

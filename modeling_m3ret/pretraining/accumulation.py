@@ -31,7 +31,7 @@ def accumulate_gradients(
         in_between = accelerator.no_sync(model) if number < len(packs) - 1 else contextlib.nullcontext()
         with in_between:
             with accelerator.autocast():
-                loss, terms = model(**pack.inputs(processor, accelerator.device, slices_once=True))
+                loss, terms = model(**pack.inputs(processor, accelerator.device, compact_images=True))
             accelerator.backward(loss / as_many_packs)
         for name, term in {"loss": loss, **terms}.items():
             means[name] = means.get(name, 0) + term.detach() / as_many_packs

@@ -159,10 +159,10 @@ def build_objective(run: RunConfig) -> tuple[MaskedAutoencoding | SelfDistillati
 
 
 def compile_layers(model: nn.Module) -> None:
-    """All transformer layers within, encoder's and decoder's, by `M3RetLayer.compile_parts`."""
+    """All transformer layers within, encoder's and decoder's, by `M3RetLayer.compile_tokenwise`."""
     for module in model.modules():
         if isinstance(module, M3RetLayer):
-            module.compile_parts()
+            module.compile_tokenwise()
 
 
 def model_weights(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

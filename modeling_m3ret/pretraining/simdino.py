@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..masked_autoencoder_m3ret import M3RetDecoder, choose_visible, loss_weight, masked_patch_loss
 from ..modeling_m3ret import M3RetModel
-from ..packing_m3ret import patch_places
+from ..packing_m3ret import patch_coordinates
 from .ranks import part_of_rank, sum_over_ranks, total_over_ranks
 
 
@@ -243,7 +243,7 @@ class SimDINO(nn.Module):
         grids = [(t, h, w) for t, h, w in grid_thw.tolist()]
         counts = [math.prod(grid) for grid in grids]
         ratios = [config.mask_ratio if masks else 0.0 for masks in is_global.tolist()]
-        places = patch_places(grids, rows.device)
+        places = patch_coordinates(grids, rows.device)
         visible, _, visible_counts = choose_visible(noise, counts, ratios)
         layout, encoded = self.student.encode(rows[visible], places[visible], visible_counts)
         tokens = self.student.norm(encoded.last_hidden_state)
@@ -285,7 +285,7 @@ class SimDINO(nn.Module):
 def _pooled_and_patches(encoder: M3RetModel, rows: Tensor, grid_thw: Tensor) -> tuple[Tensor, Tensor]:
     """Pooled views `(B, d)` and all their normalised patch tokens `(P, d)`."""
     grids = [(t, h, w) for t, h, w in grid_thw.tolist()]
-    layout, encoded = encoder.encode(rows, patch_places(grids, rows.device), [math.prod(grid) for grid in grids])
+    layout, encoded = encoder.encode(rows, patch_coordinates(grids, rows.device), [math.prod(grid) for grid in grids])
     tokens = encoder.norm(encoded.last_hidden_state)
     return encoder.pool(tokens, layout), layout.split(tokens)[1]
 
@@ -304,7 +304,7 @@ def block_masks(noise: Tensor, grid_thw: Tensor) -> tuple[Tensor, list[int]]:
     """
     grids = [(t, h, w) for t, h, w in grid_thw.tolist()]
     counts = [math.prod(grid) for grid in grids]
-    places = patch_places(grids, noise.device)
+    places = patch_coordinates(grids, noise.device)
     hidden = torch.zeros(len(noise), dtype=torch.bool, device=noise.device)
     masked_counts = []
     least, most = MASKED_PATCHES

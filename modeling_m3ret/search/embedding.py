@@ -86,7 +86,7 @@ def _together(packs: Iterable[Pack], processor: M3RetImageProcessor, max_tokens:
     waiting: list[Pack] = []
     tokens = 0
     for pack in packs:
-        own = sum(math.prod(processor.grid_of(shape)) for shape in pack.shapes)
+        own = sum(math.prod(processor.grid_shape(shape)) for shape in pack.shapes)
         if waiting and tokens + own > max_tokens:
             yield Pack.concatenate(waiting)
             waiting, tokens = [], 0

@@ -177,7 +177,7 @@ def _patch_tokens(
 ) -> Iterator[tuple[Tensor, _Place]]:
     """Of each scan `(T*h*w, d)` float32, last layer, normed, on the model's device, and where its patches lie."""
     for volumes, places in _together(processor, sources, max_tokens):
-        rows, grids = processor.rows(volumes)
+        rows, grids = processor.pack(volumes)
         outputs = model(rows.to(model.device), grids.to(model.device))
         for own, place in zip(model.split_tokens(outputs.last_hidden_state, grids), places, strict=True):
             yield own[model.config.num_prefix_tokens :].float(), place
@@ -193,7 +193,7 @@ def _together(
     for source in sources:
         scan = processor.read(source)
         volume = processor.resize(scan)
-        own = math.prod(processor.grid(volume))
+        own = math.prod(processor.grid_shape(volume.shape))
         if volumes and patches + own > max_tokens:
             yield volumes, places
             volumes, places, patches = [], [], 0
@@ -214,7 +214,7 @@ def _edges(processor: M3RetImageProcessor, scan: Scan, volume: Tensor) -> tuple[
     T, h, w = (
         (torch.arange(patches + 1, dtype=torch.float64) * step).clamp(max=resized) * (size / resized)
         for patches, step, resized, size in zip(
-            processor.grid(volume), steps, volume.shape[1:], scan.array.shape[1:], strict=True
+            processor.grid_shape(volume.shape), steps, volume.shape[1:], scan.array.shape[1:], strict=True
         )
     )
     return T, h, w

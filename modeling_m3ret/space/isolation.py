@@ -16,7 +16,7 @@ from pebble import ProcessExpired
 from pebble.concurrent import process
 
 from ..reading_m3ret import M3RetReadError
-from ..worker_process import end_with_parent, worker_context
+from ..worker_process import exit_with_parent, worker_context
 
 
 READERS = 2  # at a time
@@ -76,7 +76,7 @@ class IsolatedReaders:
 
 
 def _read(function: Callable[..., Result], *arguments: object) -> Result:
-    end_with_parent()
+    exit_with_parent()
     return function(*arguments)
 
 

@@ -112,7 +112,10 @@ def test_expected_tokens_are_those_that_views_have_on_the_mean(tmp_path: Path) -
     views = RandomViews(records, processor, views=kinds, cache_bytes=2**30)
     expected = expected_tokens(records, processor, kinds, prefix=5)
     for index in range(len(records)):
-        drawn = [sum(5 + np.prod(processor.grid(view.volume)) for view in views[turn, index]) for turn in range(80)]
+        drawn = [
+            sum(5 + np.prod(processor.grid_shape(view.volume.shape)) for view in views[turn, index])
+            for turn in range(80)
+        ]
         assert expected[index] == pytest.approx(np.mean(drawn), rel=0.1), records[index].id
     with pytest.raises(CollectionError, match="'b' has no shape"):
         expected_tokens([Record("b", tmp_path / "b", "ct", "", "", "p")], processor, kinds, prefix=5)

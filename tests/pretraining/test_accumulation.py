@@ -67,7 +67,7 @@ def test_packs_of_one_size_are_averaged_to_the_last_bit(packs: int) -> None:
     model, plain = MeanSquare({}), MeanSquare({})
     of_step = [pack_of(5) for _ in range(packs)]
     means, views = accumulate_gradients(ACCELERATOR, model, of_step, PROCESSOR)
-    losses = [plain(**pack.inputs(PROCESSOR, slices_once=True))[0] for pack in of_step]
+    losses = [plain(**pack.inputs(PROCESSOR, compact_images=True))[0] for pack in of_step]
     for loss in losses:
         (loss / packs).backward()
     assert torch.equal(model.weight.grad, plain.weight.grad)

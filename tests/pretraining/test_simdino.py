@@ -15,7 +15,7 @@ from torch import Tensor
 
 from modeling_m3ret import M3RetForPreTraining, M3RetModel
 from modeling_m3ret.masked_autoencoder_m3ret import choose_visible
-from modeling_m3ret.packing_m3ret import patch_places
+from modeling_m3ret.packing_m3ret import patch_coordinates
 from modeling_m3ret.pretraining.simdino import (
     SimDINO,
     SimDINOHead,
@@ -200,7 +200,7 @@ def test_both_objectives_from_one_pass_are_each_what_they_are_alone() -> None:
 
     counts = [int(n) for n in grids.prod(-1)]
     visible, _, seen = choose_visible(noise, counts, [0.75 if masks else 0.0 for masks in is_global.tolist()])
-    places = patch_places([tuple(grid) for grid in grids.tolist()], rows.device)
+    places = patch_coordinates([tuple(grid) for grid in grids.tolist()], rows.device)
     layout, encoded = model.student.encode(rows[visible], places[visible], seen)
     student = model.student_head(model.student.pool(model.student.norm(encoded.last_hidden_state), layout))
     teacher = model.teacher_head(model.teacher(rows[of_global], grids[is_global]).pooler_output)
