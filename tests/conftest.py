@@ -1,4 +1,4 @@
-"""What every test shares: tiny models, and scans of all kinds that the tests make themselves."""
+"""Fixtures shared by all tests: tiny models, generated scans, and a Hub on the loopback interface."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from modeling_m3ret import M3RetConfig
 from modeling_m3ret.data.collection import Record
 
 
-# tiny models gain nothing from threads, and on a busy machine lose a hundredfold waiting for each other
+# threads do not speed up tiny models, and on a busy machine they slow them down by spinning
 torch.set_num_threads(1)
 
 
 def tiny_config(**overrides: object) -> M3RetConfig:
-    """A ViT small enough for a test of milliseconds, with every part of the real one."""
+    """Return the configuration of a ViT that runs in milliseconds and has every part of a real one."""
     sizes = {
         "hidden_size": 48,
         "num_hidden_layers": 3,
@@ -45,30 +45,30 @@ def _seeded() -> None:
 
 @pytest.fixture(scope="session")
 def devset() -> Path:
-    """The folder of real scans for development, where this machine has it; never part of the project."""
+    """Return the folder of real development scans, or skip the test where it is not available."""
     folder = Path(os.environ.get("M3RET_DEVSET", Path(__file__).parents[2] / "shared" / "data" / "devset"))
     if not (folder / "manifest.csv").is_file():
-        pytest.skip("the development scans are not on this machine (set M3RET_DEVSET to their folder)")
+        pytest.skip("needs the development scans: set M3RET_DEVSET to their folder")
     return folder
 
 
 class Hub:
-    """What a test sees of a Hub: the server on loopback here, a namespace of the real one in `RealHub`."""
+    """A Hub for tests: the loopback server here, a namespace of huggingface.co in `RealHub`."""
 
     def __init__(self, server: HubServer):
         self.server, self.endpoint, self.token, self.namespace = server, server.endpoint, server.token, "org"
 
     def new_repository(self, name: str) -> str:
-        """ORG/NAME of a repository that no one else has; made by whoever pushes to it."""
+        """Return an unused ORG/NAME. The repository is created by the first push."""
         return f"{self.namespace}/{name}-{uuid.uuid4().hex[:8]}"
 
     def environment(self, folder: Path) -> dict[str, str]:
-        """Of a process that uses this Hub: huggingface_hub reads these when it is imported, so this process can't.
+        """Return environment variables for a new process that uses this Hub, with fresh caches in `folder`.
 
-        Caches lie fresh in `folder`; the package is not on the path.
+        huggingface_hub reads them at import, so the current process cannot switch. The package is not on the path.
         """
         ours = ("HF_", "HUGGING", "TRANSFORMERS_", "PYTHONPATH")
-        kept = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
         settings = {
             "HF_ENDPOINT": self.endpoint,
             "HF_TOKEN": self.token,
@@ -78,23 +78,23 @@ class Hub:
             "HF_HUB_DISABLE_PROGRESS_BARS": "1",
             "OMP_NUM_THREADS": "1",
         }
-        return kept | settings | {"NO_PROXY": ",".join(filter(None, [kept.get("NO_PROXY"), "127.0.0.1"]))}
+        return inherited | settings | {"NO_PROXY": ",".join(filter(None, [inherited.get("NO_PROXY"), "127.0.0.1"]))}
 
     @property
     def requests(self) -> list[Request]:
-        """What was asked of the server so far; of the real Hub nothing is known."""
+        """Return the requests that the server has received; empty for the real Hub."""
         return list(self.server.requests)
 
     def fail_next(self, count: int | None, path: str = "", status: int = 503) -> None:
-        """See `HubServer.fail_next`; a test of failures is skipped on the real Hub."""
+        """Make the next requests fail, see `HubServer.fail_next`. Tests of failures are skipped on the real Hub."""
         self.server.fail_next(count, path, status)
 
     def files(self, repo_id: str, repo_type: str = "model") -> dict[str, bytes]:
-        """What the main branch holds now."""
+        """Return the files of the main branch by name."""
         return self.server.files(repo_id, repo_type)
 
     def head(self, repo_id: str, repo_type: str = "model") -> str:
-        """The newest commit's id."""
+        """Return the id of the newest commit."""
         return self.server.repository(repo_id, repo_type).sha()
 
     def is_private(self, repo_id: str, repo_type: str = "model") -> bool:
@@ -102,23 +102,23 @@ class Hub:
 
 
 class RealHub(Hub):
-    """Private repositories in a namespace of huggingface.co, deleted by `delete`."""
+    """Private repositories in a namespace of huggingface.co, removed by `delete`."""
 
     def __init__(self, namespace: str, token: str):
         self.endpoint, self.token, self.namespace = "https://huggingface.co", token, namespace
         self.api = HfApi(self.endpoint, token)
-        self.made: list[str] = []
+        self.repositories: list[str] = []
 
     def new_repository(self, name: str) -> str:
-        self.made.append(super().new_repository(name))
-        return self.made[-1]
+        self.repositories.append(super().new_repository(name))
+        return self.repositories[-1]
 
     @property
     def requests(self) -> list[Request]:
         return []
 
     def fail_next(self, count: int | None, path: str = "", status: int = 503) -> None:
-        pytest.skip("the real Hub does not fail when told to")
+        pytest.skip("needs the loopback Hub: huggingface.co does not fail on request")
 
     def files(self, repo_id: str, repo_type: str = "model") -> dict[str, bytes]:
         names = self.api.list_repo_files(repo_id, repo_type=repo_type)
@@ -133,21 +133,21 @@ class RealHub(Hub):
         return bool(self.api.repo_info(repo_id, repo_type=repo_type).private)
 
     def delete(self) -> None:
-        for repo_id in self.made:
+        for repo_id in self.repositories:
             for repo_type in ("model", "dataset", "space"):
                 self.api.delete_repo(repo_id, repo_type=repo_type, missing_ok=True)
 
 
 @pytest.fixture(scope="session", autouse=True)
-def one_process_to_fork() -> None:
-    """There is one for all: before the library's own workers start it with less imported, where tests need more."""
+def fork_server() -> None:
+    """Start the fork server with all imports of the tests, before the library starts it with fewer."""
     if "processes" in sys.modules:
         sys.modules["processes"].forks()
 
 
 @pytest.fixture(scope="module")
 def hub() -> Iterator[Hub]:
-    """A Hub on loopback; huggingface.co where M3RET_TEST_HUB_NAMESPACE (of whose HF_TOKEN may write there) is set."""
+    """Yield a loopback Hub, or huggingface.co if M3RET_TEST_HUB_NAMESPACE and a HF_TOKEN with write access are set."""
     namespace, token = os.environ.get("M3RET_TEST_HUB_NAMESPACE"), os.environ.get("HF_TOKEN")
     if namespace and token:
         real = RealHub(namespace, token)
@@ -160,9 +160,9 @@ def hub() -> Iterator[Hub]:
 
 @pytest.fixture
 def records(tmp_path: Path) -> list[Record]:
-    """Twelve patients, an image or a small volume of each in turn."""
+    """Return records of twelve patients, alternating between an image and a small volume."""
     generator = np.random.default_rng(0)
-    made = []
+    made: list[Record] = []
     for number in range(12):
         path = tmp_path / f"{number}.npy"
         np.save(path, generator.random((1 + 7 * (number % 2), 40, 40), dtype=np.float32))
