@@ -1,10 +1,9 @@
-"""Which scans are there? A collection is a folder with a `manifest.csv`, a Parquet data set in a folder or on the Hub,
-or the phantom that the project makes itself.
+"""Collections of scans: a folder with a `manifest.csv`, a Parquet data set in a folder or on the Hub, or the phantom.
 
-The manifest has a row a scan: `id, file, modality, anatomy, label, group` (further columns are ignored). `file` is
-relative to the folder; `group` is the patient, or the video of a frame: scans of one group never count as each other's
-match and never stand on both sides of a split. A Parquet data set has the schema of `schema.py`; its patient is the
-group, and its splits are kept.
+A manifest has one row per scan with the columns `id, file, modality, anatomy, label, group` and optionally `source`;
+other columns are ignored. `file` is relative to the folder. `group` is the patient, or the video of a frame: scans of
+one group never count as matches of each other and are never on both sides of a split. A Parquet data set has the schema
+of `schema.py`; its patient is the group, and its splits are retained.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ import csv
 import hashlib
 import io
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,25 +21,30 @@ from typing import Any
 from huggingface_hub.errors import HfHubHTTPError
 
 from ..hub import CACHE_FOLDER
-from .parquet import ParquetError, ParquetRow, Shards, hub_shards, local_shards, read_locations
-from .schema import MODALITIES
+from .parquet import ParquetRow, Shards, hub_shards, local_shards, read_locations
+from .schema import MODALITIES, CollectionError
 
 
 COLUMNS = ("id", "file", "modality", "anatomy", "label", "group")
-
-
-class CollectionError(ValueError):
-    """A collection that cannot be used: names the place, what was found and what was expected."""
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
     """One scan of a collection. `modality`, `anatomy` and `label` serve sampling and evaluation; no model sees them.
 
-    location: its file or folder, or where its row is. label: several are joined by `|`. split: train, validation, test
-    where the collection says so, else empty. source: of which published collection it is, where that is known. shape,
-    spacing: slices, rows and columns, and mm along each, of a data set that says so. is_clip: its slices are frames, of
-    which reading takes `num_frames`.
+    Args:
+        id: identifier, unique in the collection.
+        location: file or folder of the scan, or its row in a Parquet data set.
+        modality: `xray`, `ultrasound`, `endoscopy`, `ct`, `mri`, or another name.
+        anatomy: body part, or empty.
+        label: labels, joined by `|`, or empty.
+        group: patient, or `id` if unknown.
+        split: `train`, `validation`, `test`, or empty if the collection has no splits.
+        source: name of the public collection that the scan comes from, or empty.
+        shape: slices, rows and columns in voxels, if the collection states them.
+        spacing: mm along each axis of `shape`, None where unknown.
+        is_clip: whether the slices are frames, from which the processor samples `num_frames`.
     """
 
     id: str
@@ -55,22 +60,24 @@ class Record:
     is_clip: bool = False
 
     def open(self) -> Path | dict[str, Any]:
-        """What `read_scan` takes. A row is fetched, which may raise M3RetReadError."""
+        """Return what `read_scan` takes: a path, or the fetched row.
+
+        Raises:
+            M3RetReadError: if the row cannot be fetched.
+        """
         return self.location.open() if isinstance(self.location, ParquetRow) else self.location
 
 
-HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
-
-
 def open_collection(data: str | Path, *, stream: bool = False) -> list[Record]:
-    """The records of `data`: a folder with a manifest or with `data/*.parquet`, `ORG/NAME[@REVISION]` on the Hub, or
-    `phantom[:SUBJECTS[:SEED]]`, made on first use and kept under `HF_HOME/m3ret`.
+    """Return the records of a collection.
 
     Args:
-        stream: fetch the rows of a data set on the Hub when they are needed, instead of downloading it first.
+        data: a folder with a `manifest.csv` or with `data/*.parquet`; `ORG/NAME[@REVISION]` on the Hub; or
+            `phantom[:SUBJECTS[:SEED]]`, which is made on first use and cached in `HF_HOME/m3ret`.
+        stream: fetch rows of a data set on the Hub when they are read, instead of downloading it first.
 
     Raises:
-        CollectionError: if there is no such collection, or it is not one, or none that can be streamed.
+        CollectionError: if there is no such collection, it does not match its format, or it cannot be streamed.
     """
     if not Path(data).exists():
         if str(data).split(":")[0] == "phantom" and not stream:
@@ -81,137 +88,169 @@ def open_collection(data: str | Path, *, stream: bool = False) -> list[Record]:
             except HfHubHTTPError as error:
                 status = getattr(error.response, "status_code", "no answer")
                 raise CollectionError(
-                    f"{data}: found no such folder here, and on the Hub no data set that may be read ({status}); "
-                    "expected a folder with a manifest.csv or data/*.parquet, or ORG/NAME of a data set"
+                    f"cannot open {data}: expected a folder or a data set on the Hub, got no such folder and, from the "
+                    f"Hub, {status}. Check the name; if the data set is private, log in with `hf auth login`."
                 ) from error
     elif (Path(data) / "data").is_dir() and not (Path(data) / "manifest.csv").is_file():
         return read_parquet(local_shards(Path(data)))
     if stream:
         raise CollectionError(
-            f"{data}: found no Parquet data set, expected one to stream: ORG/NAME on the Hub or a folder with "
-            "data/*.parquet, which dataset_scripts/build.py makes of others"
+            f"cannot stream {data}: expected a Parquet data set (ORG/NAME on the Hub or a folder with data/*.parquet), "
+            "got none. Build one with dataset_scripts/build.py, or do not stream."
         )
     return read_manifest(Path(data))
 
 
 def read_parquet(shards: Shards) -> list[Record]:
-    """The records of a Parquet data set, in the order of its shards.
+    """Return the records of a Parquet data set, in the order of its shards and rows.
 
     Raises:
-        CollectionError: if it is none of this project's schema.
+        CollectionError: if the data set does not match the schema.
     """
-    try:
-        return [
-            Record(
-                id=row["id"],
-                location=location,
-                modality=row["modality"],
-                anatomy=row.get("anatomy") or "",
-                label="|".join(sorted(row.get("labels") or ())),
-                group=row["patient"] or row["id"],
-                split=split,
-                source=row.get("source") or "",
-                shape=_three(row.get("shape")),
-                spacing=_three(row.get("spacing")) or (None, None, None),
-                # as `read_scan` has it
-                is_clip=(row.get("spacing") or [None])[0] is None and row.get("intensity") != "hounsfield",
-            )
-            for location, split, row in read_locations(shards)
-        ]
-    except ParquetError as error:
-        raise CollectionError(str(error)) from error
+    return [
+        Record(
+            id=row["id"],
+            location=location,
+            modality=row["modality"],
+            anatomy=row.get("anatomy") or "",
+            label="|".join(sorted(row.get("labels") or ())),
+            group=row["patient"] or row["id"],
+            split=split,
+            source=row.get("source") or "",
+            shape=_triple(row.get("shape")),
+            spacing=_triple(row.get("spacing")) or (None, None, None),
+            # the same rule as in `read_scan`
+            is_clip=(row.get("spacing") or [None])[0] is None and row.get("intensity") != "hounsfield",
+        )
+        for location, split, row in read_locations(shards)
+    ]
 
 
-def _three(values: Sequence[Any] | None) -> Any:
+def _triple(values: Sequence[Any] | None) -> Any:
     return tuple(values) if values is not None and len(values) == 3 else None
 
 
 def phantom_folder(data: str) -> Path:
-    """The folder of `phantom[:SUBJECTS[:SEED]]`, made if it isn't there yet.
+    """Return the folder of `phantom[:SUBJECTS[:SEED]]`, and make the phantom if it does not exist yet.
 
     Raises:
-        CollectionError: if these are no numbers.
+        CollectionError: if SUBJECTS or SEED is not a whole number.
     """
     from ..phantom.dataset import write_phantom  # loads SciPy and codecs, which no other collection needs
 
     numbers = data.split(":")[1:]
     if len(numbers) > 2 or not all(number.isdecimal() for number in numbers):
-        raise CollectionError(f"{data!r}: expected phantom, phantom:SUBJECTS or phantom:SUBJECTS:SEED")
-    # 200 subjects x 5 modalities: made in about a minute on two cores, and enough for 25 subjects a class
+        raise CollectionError(
+            f"unknown phantom: expected phantom[:SUBJECTS[:SEED]] with whole numbers, got {data!r}. "
+            "For example, phantom:50:1 has 50 subjects."
+        )
+    # 200 subjects x 5 modalities take about a minute on two cores, and give 25 subjects per class
     subjects, seed = (*map(int, numbers), *(200, 0)[len(numbers) :])
     return write_phantom(CACHE_FOLDER / f"phantom-{subjects}-{seed}", subjects=subjects, seed=seed)
 
 
 def read_manifest(folder: Path) -> list[Record]:
-    """The records of a folder's `manifest.csv`, in its order.
+    """Return the records of a folder's `manifest.csv`, in its order.
 
     Raises:
-        CollectionError: if the manifest is missing, empty or without a needed column, an id repeats, or a row's file
-            would lie outside the folder.
+        CollectionError: if the manifest is missing, empty or not UTF-8, lacks a column or a cell, repeats an id, or
+            names a file outside the folder.
     """
     manifest = folder / "manifest.csv"
     if not manifest.is_file():
-        raise CollectionError(f"{folder}: found no manifest.csv, expected one with the columns {', '.join(COLUMNS)}")
+        raise CollectionError(
+            f"{folder} is not a collection: expected a folder with manifest.csv or data/*.parquet, got neither. "
+            f"Check the path, or write a manifest with the columns {', '.join(COLUMNS)}."
+        )
     try:
-        text = manifest.read_text(encoding="utf-8-sig")  # with the mark that spreadsheets put in front, or without
+        text = manifest.read_text(encoding="utf-8-sig")  # spreadsheets write a byte order mark
     except UnicodeDecodeError as error:
-        raise CollectionError(f"{manifest}: found text that is not UTF-8, expected UTF-8") from error
+        raise CollectionError(
+            f"{manifest} cannot be decoded: expected UTF-8, got byte {error.object[error.start]:#04x} at "
+            f"{error.start}. Save it as UTF-8."
+        ) from error
     with io.StringIO(text, newline="") as lines:
         reader = csv.DictReader(lines)
         if missing := [column for column in COLUMNS if column not in (reader.fieldnames or ())]:
             raise CollectionError(
-                f"{manifest}: found the columns {reader.fieldnames}, expected also {', '.join(missing)}"
+                f"{manifest} lacks columns: expected {', '.join(COLUMNS)}, got {', '.join(reader.fieldnames or ())}. "
+                f"Add {', '.join(missing)}."
             )
         records = []
         for row in reader:
             if any(row[column] is None for column in COLUMNS) or not row["file"] or not row["modality"]:
                 raise CollectionError(
-                    f"{manifest}, line {reader.line_num}: found a row without file, modality or other cells"
+                    f"{manifest}, line {reader.line_num} is incomplete: expected a cell in each of the columns "
+                    f"{', '.join(COLUMNS)}, file and modality not empty, got fewer. Complete the row or remove it."
                 )
             path = folder / row["file"]
             if not path.resolve().is_relative_to(folder.resolve()):
-                raise CollectionError(f"{manifest}: the row {row['id']!r} names a file outside the folder")
+                raise CollectionError(
+                    f"{manifest}, line {reader.line_num} names a file outside the folder: expected a path inside "
+                    f"{folder}, got {row['file']}. Move the file into the folder."
+                )
             columns = (row["modality"], row["anatomy"], row["label"], row["group"] or row["id"])
             records.append(Record(row["id"], path, *columns, source=row.get("source") or ""))
     if not records:
-        raise CollectionError(f"{manifest}: found no row, expected one for each scan")
-    if len({record.id for record in records}) != len(records):
-        raise CollectionError(f"{manifest}: ids repeat, expected a different one in each row")
+        raise CollectionError(f"{manifest} is empty: expected one row per scan, got none. Add rows.")
+    if repeated := [id for id, count in Counter(record.id for record in records).items() if count > 1]:
+        raise CollectionError(
+            f"{manifest} repeats ids: expected unique ids, got {repeated[0]!r} more than once. Rename all but one."
+        )
     return records
 
 
 def split_training_and_held_out(records: Sequence[Record], holdout: float) -> tuple[list[Record], list[Record]]:
-    """What is trained on and what is held out: the collection's own train and validation split where it has them, else
-    a part of the patients, of the training split where there is one. A test split is in neither."""
+    """Split a collection into records for training and records for validation.
+
+    The collection's own training and validation splits are used if it has them. Otherwise a fraction of the patients of
+    its training split, or of the whole collection if it has no splits, is held out. A test split is never used.
+
+    Args:
+        records: the whole collection.
+        holdout: fraction of the patients to hold out.
+
+    Returns:
+        The training records and the held-out records.
+    """
     usable = [record for record in records if record.split in ("", "train")]
     validation = [record for record in records if record.split == "validation"]
     return (usable, validation) if validation else split_by_group(usable, holdout)
 
 
 def split_by_group(records: Sequence[Record], holdout: float) -> tuple[list[Record], list[Record]]:
-    """Training and held-out records. A group falls on its side by a hash of its name alone, so it stays there when data
-    is added, and a patient is never on both sides."""
+    """Split records into training and held-out ones, with all records of a group on the same side.
+
+    The side depends on a hash of the group's name alone, so a group keeps its side when data is added.
+
+    Args:
+        records: any records.
+        holdout: expected fraction of the groups that is held out.
+    """
     training: list[Record] = []
     held_out: list[Record] = []
     for record in records:
         digest = hashlib.sha256(f"m3ret-holdout:{record.group}".encode()).digest()
-        in_holdout = int.from_bytes(digest[:8], "big") < holdout * 2**64
-        (held_out if in_holdout else training).append(record)
+        is_held_out = int.from_bytes(digest[:8], "big") < holdout * 2**64
+        (held_out if is_held_out else training).append(record)
     return training, held_out
 
 
 def check_modalities(names: Sequence[str], records: Iterable[Record]) -> None:
-    """Are these modalities, of the schema or of a record?
+    """Check that modalities exist, in the schema or in the records. Case is ignored.
 
     Raises:
-        CollectionError: for a name that is none.
+        CollectionError: for an unknown modality.
     """
     known = {*MODALITIES, *(record.modality for record in records)}
     if unknown := sorted({name.casefold() for name in names} - {name.casefold() for name in known}):
-        raise CollectionError(f"found no modality {', '.join(unknown)}, expected some of {', '.join(sorted(known))}")
+        raise CollectionError(
+            f"unknown modality: expected some of {', '.join(sorted(known))}, got {', '.join(unknown)}. "
+            "Check the spelling."
+        )
 
 
 def exclude_modalities(records: Iterable[Record], excluded: Sequence[str]) -> list[Record]:
-    """The records of all other modalities: what is kept unseen in pretraining leaves here."""
+    """Return the records of all other modalities. Case is ignored."""
     names = {name.casefold() for name in excluded}
     return [record for record in records if record.modality.casefold() not in names]

@@ -1,8 +1,8 @@
-"""Where do the rows of a Parquet data set lie, on this disk or on the Hub, and how are they fetched?
+"""Rows of a Parquet data set, local or on the Hub: where they are, and how they are fetched.
 
-The small columns of all rows are known from the start, from the `index.parquet` that the builder writes or else from
-the shards; the media are fetched when asked for, a row group at a time, or a block of neighbouring row groups where
-a round trip costs more than the bytes. Nothing is decoded here.
+The small columns of all rows are read once, from the `index.parquet` that the builder writes, or from the shards. Media
+are fetched when a row is read: one row group at a time, or a block of neighbouring row groups where a round trip costs
+more than the bytes. Nothing is decoded here.
 """
 
 from __future__ import annotations
@@ -24,26 +24,28 @@ import pyarrow.parquet as pq
 
 from ..hub import hub_retries
 from ..scan_m3ret import M3RetReadError
-from .schema import MEDIA, MODALITIES, SPLITS
+from .schema import MEDIA, MODALITIES, SPLITS, CollectionError
 
 
 logger = logging.getLogger(__name__)
 
 INDEX = "index.parquet"
 SHARD_NAME = re.compile(rf"(?P<split>{'|'.join(SPLITS)})-\d{{5}}-of-\d{{5}}\.parquet")
-READ_WITH_MEDIA = ("id", "spacing", "intensity")
-# of neighbouring row groups that are fetched at once: at 100 ms a request, 80 MB/s a worker
-BLOCK_BYTES = 2**23
-
-
-class ParquetError(ValueError):
-    """A Parquet data set that cannot be used: names the place, what was found and what was expected."""
+FETCHED_COLUMNS = ("id", "spacing", "intensity")  # with the media
+BLOCK_BYTES = 2**23  # row groups fetched in one request: at 100 ms per request, 80 MB/s per worker
+MAX_OPEN_SHARDS = 32
 
 
 @dataclass(frozen=True, slots=True)
 class ParquetRow:
-    """Where a row lies. shard: a path, or `hf://datasets/ORG/NAME@REVISION/data/...`; group, row: the row group and the
-    place in it; size: bytes of its media."""
+    """The location of a row.
+
+    Args:
+        shard: path, or `hf://datasets/ORG/NAME@REVISION/data/...`.
+        group: index of the row group in the shard.
+        row: index of the row in the row group.
+        size: bytes of its media.
+    """
 
     shard: str
     group: int
@@ -51,117 +53,150 @@ class ParquetRow:
     size: int
 
     def open(self) -> dict[str, Any]:
-        """The row as `read_scan` takes it: bytes of one of image, video, volume, and what is declared beside them.
+        """Return the row as `read_scan` takes it: the bytes of its image, video or volume, its spacing and intensity.
 
         Raises:
-            M3RetReadError: if it can't be fetched, on the Hub after a minute of attempts.
+            M3RetReadError: if the row cannot be fetched, for a row on the Hub after the retries of `hub_retries`.
         """
-        return reader().row(self)
+        return process_reader().row(self)
 
 
-# ---------------------------------------------------------------------------------------------------- finding the rows
+# ---------------------------------------------------------------------------------------------------- locating the rows
 
 
 @dataclass(frozen=True)
 class Shards:
-    """The Parquet files of a data set, `data/SPLIT-00000-of-00000.parquet`, and its index where there is one."""
+    """The Parquet files of a data set, `data/SPLIT-00000-of-00000.parquet`.
 
-    place: str
+    Args:
+        name: name of the data set, for messages.
+        files: paths or `hf://` addresses, sorted.
+        index: local path of `index.parquet`, if there is one.
+    """
+
+    name: str
     files: list[str]
     index: Path | None
 
 
 def local_shards(folder: Path) -> Shards:
-    """Those of a folder that `dataset_scripts/build.py` wrote, or that was downloaded whole."""
+    """Return the shards of a folder that `dataset_scripts/build.py` wrote or that was downloaded from the Hub."""
     files = sorted(str(path) for path in (folder / "data").glob("*.parquet") if SHARD_NAME.fullmatch(path.name))
     index = folder / INDEX
     return Shards(folder.name, files, index if index.is_file() else None)
 
 
 def hub_shards(name: str, stream: bool) -> Shards:
-    """Those of a data set on the Hub, `ORG/NAME` or `ORG/NAME@REVISION`; downloaded first unless they are streamed.
+    """Return the shards of a data set on the Hub, all from the commit that its revision refers to now.
 
-    Whatever is pushed meanwhile, all reads are of the one commit that the revision means now.
+    Args:
+        name: `ORG/NAME` or `ORG/NAME@REVISION`.
+        stream: return addresses on the Hub instead of downloading the shards.
+
+    Raises:
+        HfHubHTTPError: if the data set does not exist or must not be read.
     """
     from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 
-    repository, _, revision = name.partition("@")
-    info = HfApi().dataset_info(repository, revision=revision or None)
-    found = [file.rfilename for file in info.siblings or []]
-    files = sorted(file for file in found if file.startswith("data/") and SHARD_NAME.fullmatch(Path(file).name))
+    repo_id, _, revision = name.partition("@")
+    info = HfApi().dataset_info(repo_id, revision=revision or None)
     if not stream:
-        wanted = ["data/*.parquet", INDEX]
-        return local_shards(
-            Path(snapshot_download(repository, repo_type="dataset", revision=info.sha, allow_patterns=wanted))
-        )
+        patterns = ["data/*.parquet", INDEX]
+        folder = snapshot_download(repo_id, repo_type="dataset", revision=info.sha, allow_patterns=patterns)
+        return local_shards(Path(folder))
+    names = [file.rfilename for file in info.siblings or []]
+    shards = sorted(name for name in names if name.startswith("data/") and SHARD_NAME.fullmatch(Path(name).name))
     index = None
-    if INDEX in found:
-        index = Path(hf_hub_download(repository, INDEX, repo_type="dataset", revision=info.sha))
-    return Shards(name, [f"hf://datasets/{repository}@{info.sha}/{file}" for file in files], index)
+    if INDEX in names:
+        index = Path(hf_hub_download(repo_id, INDEX, repo_type="dataset", revision=info.sha))
+    return Shards(name, [f"hf://datasets/{repo_id}@{info.sha}/{shard}" for shard in shards], index)
 
 
 def read_locations(shards: Shards) -> Iterator[tuple[ParquetRow, str, dict[str, Any]]]:
-    """Of each row its place, its split and its small columns, in the order of shards and rows.
+    """Yield the location, the split and the small columns of each row, in the order of shards and rows.
 
     Raises:
-        ParquetError: if there is no shard, or a needed column is missing.
+        CollectionError: if there is no shard, or a required column is missing.
     """
     if not shards.files:
-        raise ParquetError(
-            f"{shards.place}: found no Parquet file, expected data/SPLIT-00000-of-00000.parquet, SPLIT one of "
-            f"{', '.join(SPLITS)}"
+        raise CollectionError(
+            f"{shards.name} has no shards: expected data/SPLIT-00000-of-00000.parquet with SPLIT one of "
+            f"{', '.join(SPLITS)}, got no such file. Build the data set with dataset_scripts/build.py."
         )
-    table = _index_of(shards) or build_index(shards)
+    table = _read_index(shards)
+    if table is None:
+        table = build_index(shards)
     modalities = modality_names(table.schema)
-    by_name = {_name(file): file for file in shards.files}
+    files = {_file_name(file): file for file in shards.files}
     for row in table.to_pylist():
-        place = ParquetRow(by_name[row["shard"]], row["group"], row["row"], row["size"])
+        location = ParquetRow(files[row["shard"]], row["group"], row["row"], row["size"])
         if isinstance(row["modality"], int):
             row["modality"] = modalities[row["modality"]]
         split = SHARD_NAME.fullmatch(row["shard"])
         assert split is not None
-        yield place, split["split"], row
+        yield location, split["split"], row
 
 
-def _name(file: str) -> str:
+def _file_name(file: str) -> str:
     return file.rsplit("/", 1)[-1]
 
 
-def _index_of(shards: Shards) -> pa.Table | None:
+def _read_index(shards: Shards) -> pa.Table | None:
+    """Return the table of `index.parquet`, or None if it is missing or lists other shards."""
     if shards.index is None:
         return None
     table = pq.read_table(shards.index)
-    names = set(table.column("shard").unique().to_pylist())
-    if names != {_name(file) for file in shards.files}:
-        logger.warning("%s: the index is of other shards than there are, and is not used", shards.place)
+    indexed = set(table.column("shard").unique().to_pylist())
+    if indexed != {_file_name(file) for file in shards.files}:
+        logger.warning(
+            "%s: %s is ignored: expected the %d shards of data/, got %d others. Build the data set again.",
+            *(shards.name, INDEX, len(shards.files), len(indexed)),
+        )
         return None
     return table
 
 
 def build_index(shards: Shards) -> pa.Table:
-    """What the index would hold, from the shards themselves: slower on the Hub, a request and more for each."""
-    parts = []
+    """Return what `index.parquet` holds, read from the shards: on the Hub this takes several requests per shard.
+
+    Raises:
+        CollectionError: if a required column is missing.
+    """
+    tables = []
     for file in shards.files:
         parquet = open_parquet(file)
         columns = [name for name in parquet.schema_arrow.names if name not in MEDIA]
         if missing := {"id", "modality", "patient"} - set(columns):
-            raise ParquetError(f"{shards.place}: found the columns {columns}, expected also {', '.join(missing)}")
-        parts.append(add_location_columns(_name(file), parquet, parquet.read(columns=columns)))
-    return pa.concat_tables(parts)
+            raise CollectionError(
+                f"{_file_name(file)} of {shards.name} lacks columns: expected id, modality and patient, got "
+                f"{', '.join(columns)}. Add {', '.join(sorted(missing))}, or build the data set with "
+                "dataset_scripts/build.py."
+            )
+        tables.append(add_location_columns(_file_name(file), parquet, parquet.read(columns=columns)))
+    return pa.concat_tables(tables)
 
 
 def add_location_columns(shard: str, parquet: pq.ParquetFile, table: pa.Table) -> pa.Table:
-    """A shard's small columns with the place of each row: shard, group, row, and the size of its media (those of its
-    row group in equal parts, since only reading them would tell)."""
+    """Append the columns `shard`, `group`, `row` and `size` to a table of a shard's rows.
+
+    Args:
+        shard: file name of the shard.
+        parquet: the open shard.
+        table: other columns of all its rows.
+
+    Returns:
+        The table with four more columns. `size` is the mean number of bytes per row of the row group, since the size of
+        a single row is known only after reading it.
+    """
     groups: list[int] = []
     rows: list[int] = []
     sizes: list[int] = []
     for group in range(parquet.metadata.num_row_groups):
-        facts = parquet.metadata.row_group(group)
-        groups += [group] * facts.num_rows
-        rows += range(facts.num_rows)
-        size = sum(facts.column(number).total_compressed_size for number in range(facts.num_columns))
-        sizes += [size // facts.num_rows] * facts.num_rows
+        metadata = parquet.metadata.row_group(group)
+        groups += [group] * metadata.num_rows
+        rows += range(metadata.num_rows)
+        size = sum(metadata.column(column).total_compressed_size for column in range(metadata.num_columns))
+        sizes += [size // metadata.num_rows] * metadata.num_rows
     return (
         table.append_column("shard", pa.array([shard] * len(rows), pa.string()))
         .append_column("group", pa.array(groups, pa.int32()))
@@ -171,28 +206,37 @@ def add_location_columns(shard: str, parquet: pq.ParquetFile, table: pa.Table) -
 
 
 def modality_names(schema: pa.Schema) -> Sequence[str]:
-    """What the numbers of the modality column mean, as `datasets` wrote it into the file."""
+    """Return the names of the modality column's class indices, from the metadata that `datasets` writes."""
     try:
-        told = json.loads((schema.metadata or {})[b"huggingface"])
-        return list(told["info"]["features"]["modality"]["names"])
+        metadata = json.loads((schema.metadata or {})[b"huggingface"])
+        return list(metadata["info"]["features"]["modality"]["names"])
     except (KeyError, TypeError, ValueError):
         return MODALITIES
 
 
-# ------------------------------------------------------------------------------------------------------- fetching rows
+# ---------------------------------------------------------------------------------------------------- fetching the rows
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """Rows that are fetched together. block_of_row: `(n,)` the block of each row; ranges: shard, first group, end."""
+    """Row groups that are fetched together.
+
+    Args:
+        block_of_row: `(n,)` int64 index of the block of each row.
+        ranges: shard, first row group and end row group of each block.
+    """
 
     block_of_row: np.ndarray
     ranges: list[tuple[str, int, int]]
 
 
 def group_into_blocks(rows: Sequence[ParquetRow]) -> Blocks:
-    """Neighbouring row groups of a shard make a block, up to some `BLOCK_BYTES`. Rows come in their order."""
-    numbers: list[int] = []
+    """Group neighbouring row groups of a shard into blocks of about `BLOCK_BYTES`.
+
+    Args:
+        rows: locations in the order of shards, row groups and rows.
+    """
+    block_of_row: list[int] = []
     ranges: list[tuple[str, int, int]] = []
     size = 0
     for row in rows:
@@ -202,88 +246,105 @@ def group_into_blocks(rows: Sequence[ParquetRow]) -> Blocks:
             size = 0
         elif row.group >= end:
             ranges[-1] = (shard, first, row.group + 1)
-        numbers.append(len(ranges) - 1)
+        block_of_row.append(len(ranges) - 1)
         size += row.size
-    return Blocks(np.array(numbers, dtype=np.int64), ranges)
+    return Blocks(np.array(block_of_row, dtype=np.int64), ranges)
 
 
 class RowReader:
-    """Fetches row groups and keeps the latest, up to `kept_bytes`."""
+    """Fetch row groups and cache the latest.
 
-    def __init__(self, kept_bytes: int = 2**29):
-        self.kept_bytes = kept_bytes
+    Args:
+        cache_bytes: limit of the cache. The row groups of the latest fetch are cached even if they exceed it.
+    """
+
+    def __init__(self, cache_bytes: int = 2**29):
+        self.cache_bytes = cache_bytes
         self._groups: OrderedDict[tuple[str, int], pa.Table] = OrderedDict()
         self._files: OrderedDict[str, pq.ParquetFile] = OrderedDict()
         self._bytes = 0
 
-    def row(self, place: ParquetRow) -> dict[str, Any]:
-        key = (place.shard, place.group)
+    def row(self, location: ParquetRow) -> dict[str, Any]:
+        """Return a row as `read_scan` takes it, and fetch its row group if it is not cached.
+
+        Raises:
+            M3RetReadError: if the row cannot be fetched.
+        """
+        key = (location.shard, location.group)
         if key not in self._groups:
-            self.fetch(place.shard, place.group, place.group + 1)
+            self.fetch(location.shard, location.group, location.group + 1)
         self._groups.move_to_end(key)
-        table = self._groups[key].slice(place.row, 1)
-        row = {name: table.column(name)[0].as_py() for name in READ_WITH_MEDIA if name in table.column_names}
+        table = self._groups[key].slice(location.row, 1)
+        row = {name: table.column(name)[0].as_py() for name in FETCHED_COLUMNS if name in table.column_names}
         for name in MEDIA:
             media = table.column(name)[0] if name in table.column_names else None
             row[name] = media["bytes"].as_py() if media is not None and media.is_valid else None
         return row
 
     def fetch(self, shard: str, first: int, end: int) -> None:
-        """Make sure that these row groups are here, in one read of those that are not."""
+        """Fetch the row groups `first` to `end` that are not cached, in one read.
+
+        Raises:
+            M3RetReadError: if they cannot be fetched.
+        """
         missing = [group for group in range(first, end) if (shard, group) not in self._groups]
         if not missing:
             return
         read = partial(self._read_row_groups, shard, missing)
         try:
-            table = hub_retries(f"reading {_name(shard)}")(read) if "://" in shard else read()
-        except Exception as error:  # of any HTTP library below
+            table = hub_retries(f"reading {_file_name(shard)}")(read) if "://" in shard else read()
+        except Exception as error:  # the HTTP libraries below raise exceptions of many types
             raise M3RetReadError(
-                _name(shard), "undecodable", "an intact Parquet file that can be fetched", type(error).__name__
+                _file_name(shard),
+                "undecodable",
+                expected="an intact Parquet file that can be fetched",
+                got=type(error).__name__,
+                advice="Check the connection, or download the data set again.",
             ) from error
         start = 0
         for group in missing:
             rows = self._open(shard).metadata.row_group(group).num_rows
-            part = table.slice(start, rows)
+            piece = table.slice(start, rows)
             start += rows
-            self._groups[shard, group] = part
-            self._bytes += part.nbytes
-        while self._bytes > self.kept_bytes and len(self._groups) > len(missing):
+            self._groups[shard, group] = piece
+            self._bytes += piece.nbytes
+        while self._bytes > self.cache_bytes and len(self._groups) > len(missing):
             _, oldest = self._groups.popitem(last=False)
             self._bytes -= oldest.nbytes
 
     def _read_row_groups(self, shard: str, groups: list[int]) -> pa.Table:
         try:
             parquet = self._open(shard)
-            names = [name for name in (*MEDIA, *READ_WITH_MEDIA) if name in parquet.schema_arrow.names]
+            names = [name for name in (*MEDIA, *FETCHED_COLUMNS) if name in parquet.schema_arrow.names]
             return parquet.read_row_groups(groups, columns=names, use_threads=False)
         except Exception:
-            self._files.pop(shard, None)  # a broken connection: the next attempt opens the shard again
+            self._files.pop(shard, None)  # the connection may be broken: reopen the shard at the next attempt
             raise
 
     def _open(self, shard: str) -> pq.ParquetFile:
         if shard not in self._files:
             self._files[shard] = open_parquet(shard)
-            if len(self._files) > 32:
+            if len(self._files) > MAX_OPEN_SHARDS:
                 self._files.popitem(last=False)
         self._files.move_to_end(shard)
         return self._files[shard]
 
 
 def open_parquet(shard: str) -> pq.ParquetFile:
-    """A shard by its path or its `hf://` address, of which only what is asked for is transferred."""
+    """Open a shard by its path or its `hf://` address. Of a remote shard, only the requested ranges are transferred."""
     if not shard.startswith("hf://"):
         return pq.ParquetFile(shard, memory_map=True)
     from huggingface_hub import HfFileSystem
 
-    # pyarrow knows which ranges it will want and asks for them whole; a cache between would ask in pieces
+    # PyArrow merges the ranges it needs into large requests; a cache in between would split them again
     return pq.ParquetFile(HfFileSystem().open(shard, "rb", cache_type="none"), pre_buffer=True)
 
 
 _readers: dict[int, RowReader] = {}
 
 
-def reader() -> RowReader:
-    """This process's reader. A forked worker opens its own: connections and file positions can't be shared."""
+def process_reader() -> RowReader:
+    """Return the reader of this process. A forked worker gets its own: connections and files cannot be shared."""
     process = os.getpid()
     if process not in _readers:
         _readers.clear()

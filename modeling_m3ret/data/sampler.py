@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from ..errors import InputError
+
 
 Stratum = str | tuple[str, str]  # a modality, or (modality, source)
 
@@ -42,7 +44,7 @@ class SeededBatchSampler:
         lanes: lanes per rank. Ignored unless streaming.
 
     Raises:
-        ValueError: if the records do not fill one batch on each rank.
+        InputError: if the records do not fill one batch on each rank.
     """
 
     WINDOW = 4  # blocks shuffled together: at 8 MiB a block, several hundred images
@@ -62,7 +64,7 @@ class SeededBatchSampler:
     ):
         records = len(strata)
         if records < batch_size * world_size:
-            raise ValueError(
+            raise InputError(
                 f"too few training scans: expected at least {batch_size * world_size} (a batch of {batch_size} on each "
                 f"of {world_size} ranks), got {records}. Reduce batch_size or add scans."
             )
@@ -161,13 +163,13 @@ class TokenBatchSampler(SeededBatchSampler):
         order: other arguments of `SeededBatchSampler`.
 
     Raises:
-        ValueError: if there are fewer records than lanes of all ranks.
+        InputError: if there are fewer records than lanes of all ranks.
     """
 
     def __init__(self, strata: Sequence[Stratum], tokens: np.ndarray, budget: int, **order: Any):
         super().__init__(strata, 1, **order)
         if len(strata) < self.lanes * self.world_size:
-            raise ValueError(
+            raise InputError(
                 f"too few training scans: expected at least {self.lanes * self.world_size} ({self.lanes} lanes on each "
                 f"of {self.world_size} ranks), got {len(strata)}. Reduce stream_lanes or add scans."
             )

@@ -1,12 +1,14 @@
-"""What does a row of a data set hold? One schema for every source, so that any mix of them trains and is viewed.
+"""Schema of a row of a Parquet data set. It is the same for every source, so that any mix of sources can be trained on.
 
-Exactly one of `image`, `video` and `volume` is set, as bytes of a file that our own reader decodes under its limits:
-PNG or JPEG; MP4 or Matroska; NIfTI with int16, uint16 or uint8 voxels, not compressed.
+Exactly one of `image`, `video` and `volume` is set. It holds the bytes of a file that this project's reader decodes
+under its limits: PNG or JPEG; MP4 or Matroska; uncompressed NIfTI with int16, uint16 or uint8 voxels.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
+
+from ..errors import InputError
 
 
 if TYPE_CHECKING:
@@ -18,11 +20,16 @@ SPLITS = ("train", "validation", "test")
 MEDIA = ("image", "video", "volume")
 
 
-def features() -> Features:
-    """The schema as `datasets` has it. Media are not decoded: a viewer may, training never does it eagerly.
+class CollectionError(InputError):
+    """A collection that cannot be used: it is missing, or it does not match its format."""
 
-    id, patient: salted hashes (patient: a scan of no known patient has its own). intensity: how stored values become
-    [0, 1], see `StoredScan`. shape: D, H, W of the scan. spacing: mm along D, H, W, null where unknown.
+
+def features() -> Features:
+    """Return the schema as `datasets.Features`. Media columns are not decoded.
+
+    `id` and `patient` are salted hashes; a scan of an unknown patient has a hash of its own. `intensity` states how
+    stored values map to [0, 1], see `StoredScan`. `shape` is D, H, W of the scan in voxels. `spacing` is in mm along
+    D, H, W, null where unknown.
     """
     from datasets import ClassLabel, Features, Image, List, Nifti, Value, Video
 
@@ -46,5 +53,5 @@ def features() -> Features:
 
 
 def media_column(row: dict[str, Any]) -> str:
-    """Which of the media columns a row sets."""
+    """Return the name of the media column that a row sets."""
     return next(name for name in MEDIA if row.get(name) is not None)

@@ -27,7 +27,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..atomic_io import atomic_write
-from ..data.collection import CollectionError, Record, open_collection
+from ..data.collection import Record, open_collection
+from ..data.schema import CollectionError
 from ..hub import CACHE_FOLDER
 from ..image_processing_m3ret import M3RetImageProcessor
 from ..model_facts import ModelFacts, model_facts

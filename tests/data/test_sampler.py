@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from modeling_m3ret.data.sampler import SeededBatchSampler, TokenBatchSampler
+from modeling_m3ret.errors import InputError
 
 
 @pytest.mark.parametrize("blocks", [None, np.arange(20) // 3], ids=["map-style", "streamed"])
@@ -27,7 +28,7 @@ def test_each_scan_is_seen_once_per_epoch_by_one_rank(blocks: np.ndarray | None,
 
 
 def test_too_few_scans_for_one_batch_per_rank_are_refused() -> None:
-    with pytest.raises(ValueError, match="batch_size"):
+    with pytest.raises(InputError, match="batch_size"):
         SeededBatchSampler(["ct"] * 5, 3, seed=0, world_size=2)
     SeededBatchSampler(["ct"] * 6, 3, seed=0, world_size=2)
 
@@ -171,5 +172,5 @@ def test_resumed_token_batches_equal_uninterrupted_ones() -> None:
 
 
 def test_fewer_scans_than_lanes_are_refused() -> None:
-    with pytest.raises(ValueError, match="stream_lanes"):
+    with pytest.raises(InputError, match="stream_lanes"):
         TokenBatchSampler(["ct"] * 7, np.ones(7), 10, seed=0, world_size=2, blocks=np.zeros(7, int), lanes=4)
