@@ -39,7 +39,7 @@ from modeling_m3ret.evaluation.untrained_baseline import untrained_encoder, whit
 from modeling_m3ret.model_facts import model_facts
 from modeling_m3ret.search.embedding import MAX_TOKENS, Embedded, embed_records, pixel_embedder
 from modeling_m3ret.search.embedding_store import embed_collection
-from modeling_m3ret.search.matching import TOKEN_WHITENING_SCANS, Reranked, fit_token_whitening, scan_tokens
+from modeling_m3ret.search.matching import TOKEN_WHITENING_SCANS, RerankedSearch, fit_token_whitening, scan_tokens
 
 
 def main() -> None:
@@ -136,7 +136,7 @@ def main() -> None:
                         f"{title}: patches are compared by the CLS token's whitening, for lack of training scans"
                     )
                 tokens = scan_tokens(model, own_processor, sources, whitening=own, **most)
-            twice = Reranked(**vars(methods[title]), tokens=tokens, depth=arguments.rerank)
+            twice = RerankedSearch(**vars(methods[title]), tokens=tokens, depth=arguments.rerank)
             reranked[f"{title}, re-ranked {arguments.rerank}"] = twice
 
     # ---- the table --------------------------------------------------------------------------------------------------

@@ -117,7 +117,7 @@ def main() -> None:
         size = len(faiss.serialize_index(built.approximate.index)) / 2**20
         found = built.search(queries, 10).rows
         hits = sum(len(set(a.tolist()) & set(b.tolist())) for a, b in zip(truth, found, strict=True))
-        print(f"{built.approximate.measured}, of new queries {hits / truth.numel():.4f}")
+        print(f"{built.approximate.settings}, of new queries {hits / truth.numel():.4f}")
         print(f"{method}: built in {seconds:.0f} s, {size:,.0f} MiB")
         latencies(method, lambda q, built=built: built.search(q, 10), queries)
     print(f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB")

@@ -1,20 +1,18 @@
-"""The encoder as one graph for serving: arrays in, retrieval embeddings out, no Python and no code of ours needed.
+"""Export the encoder as one graph for serving: arrays in, retrieval embeddings out, without Python or this package.
 
-    python -m modeling_m3ret.export --model m3ret-vitb --output m3ret-vitb-onnx
-    python -m modeling_m3ret.export --model m3ret-vitb --output m3ret-vitb-int8 --format onnx-int8
+    m3ret export --model m3ret-vitb --output m3ret-vitb-onnx
+    m3ret export --model m3ret-vitb --output m3ret-vitb-int8 --format onnx-int8
 
-One graph takes images, clips and volumes: `pixel_values (B, 3, D, H, W)` float32, D from 1, H and W multiples of the
-patch size, every axis but the channels of any length. It gives `embeddings (B, d)`, what `get_image_features` gives.
-Needs `pip install -e ".[export]"`; `docs/export.md` shows how a graph is fed and what int8 costs.
+One graph takes images, clips and volumes. Its input is `pixel_values (B, 3, D, H, W)` float32 with any B and D and with
+H and W multiples of the patch size; its output is `embeddings (B, d)`, equal to `get_image_features`. ONNX needs
+`pip install -e ".[export]"`. See docs/export.md for preprocessing and for what int8 costs.
 """
 
 from __future__ import annotations
 
-import argparse
 import io
 import json
-import os
-import shutil
+import tempfile
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -22,9 +20,11 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoImageProcessor, AutoModel
 
-from .atomic_io import atomic_write_text, sync
+from .atomic_io import atomic_folder, atomic_write_text
+from .command_line import CommandLine, user_errors
+from .errors import InputError
+from .hub import load_pretrained
 from .image_processing_m3ret import M3RetImageProcessor
 from .model_facts import model_facts, sha256_of
 from .modeling_m3ret import M3RetModel
@@ -39,20 +39,20 @@ if TYPE_CHECKING:
 Format = Literal["onnx", "onnx-int8", "torch"]
 MANIFEST = "manifest.json"
 OPSET = 20  # the first with Gelu as one operator
-# bytes of weights up to which they lie inside the .onnx file: protobuf allows 2 GiB in all, the graph takes some MB
-INSIDE_UP_TO = 2**31 - 2**26
-# most that an embedding's coordinate may differ from the model's own, in float32; int8 rounds, its difference is told
+# bytes of weights up to which they are stored in the .onnx file: protobuf's limit is 2 GiB, the graph takes some MB
+MAX_INLINE_BYTES = 2**31 - 2**26
+# largest accepted difference of an embedding's value from the model's, in float32; that of int8 is only reported
 TOLERANCE: dict[str, float] = {"onnx": 1e-4, "torch": 1e-5, "onnx-int8": float("inf")}
-# (B, D, patches down, patches across) of the graph's example, and of what it is compared on: image, clip, volume
-EXAMPLE = (2, 7, 3, 4)
-COMPARED = {"image": (3, 1, 4, 3), "clip": (1, 6, 2, 5), "volume": (2, 13, 5, 2)}
+# (B, D, patches along H, patches along W) of the scans that the graph is traced and then checked with
+TRACED_SHAPE = (2, 7, 3, 4)
+CHECKED_SHAPES = {"image": (3, 1, 4, 3), "clip": (1, 6, 2, 5), "volume": (2, 13, 5, 2)}
 
 
 class DenseEmbedder(nn.Module):
-    """`get_image_features` of dense scans, with the batch and the grid as symbols that a graph can keep.
+    """`get_image_features` of a batch of equal shapes, with symbolic batch, depth, height and width.
 
-    An image is its one slice repeated, as any depth that does not fill a patch: so images, clips and volumes are one
-    graph, and an image pays for the patch embedding of four slices, some 3 % of a ViT-B's work.
+    The depth is padded with the last slice to whole patches. An image is treated the same, so that one graph serves
+    images, clips and volumes; an image then pays for embedding four slices, about 3 % of a ViT-B's work.
     """
 
     def __init__(self, model: M3RetModel):
@@ -60,46 +60,48 @@ class DenseEmbedder(nn.Module):
         self.model = model
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """`(B, C, D, H, W)` -> `(B, d)`, L2-normalised."""
+        """Map `(B, C, D, H, W)` to L2-normalised embeddings `(B, d)`."""
         config, device = self.model.config, pixel_values.device
         B, _, D, H, W = pixel_values.shape
         T = (D + config.patch_depth - 1) // config.patch_depth
         slices = torch.arange(T * config.patch_depth, device=device).clamp(max=D - 1)
         volumes = pixel_values.index_select(2, slices)  # (B, C, T*t, H, W)
         rows = patchify(volumes, config.patch_depth, config.patch_size).flatten(0, 1)  # (P, C*t*p*p)
-        places = grid_coordinates((T, H // config.patch_size, W // config.patch_size), device)  # (T*H*W, 3)
-        # one group of B equal scans; what a layout lists for each scan only mixed packs and training ask for
+        coordinates = grid_coordinates((T, H // config.patch_size, W // config.patch_size), device)  # (T*H*W, 3)
+        # one group of B equal scans; order and row_ranges serve mixed packs and training only
         prefix = config.num_prefix_tokens
-        layout = PackLayout(order=[], row_ranges=[], prefix=prefix, groups=[(B, prefix + places.shape[0])])
-        pooled = self.model.embed_rows(rows, places.repeat(B, 1), layout)
+        layout = PackLayout(order=[], row_ranges=[], prefix=prefix, groups=[(B, prefix + coordinates.shape[0])])
+        pooled = self.model.embed_rows(rows, coordinates.repeat(B, 1), layout)
         return nn.functional.normalize(self.model.whitening(pooled), dim=-1)
 
 
 def trace(model: M3RetModel) -> torch.export.ExportedProgram:
-    """The model as a graph with dynamic B, D, H and W, without the machine's paths and without example inputs.
+    """Trace a model with dynamic B, D, H and W. The graph holds no path of this machine and no example inputs.
 
     Raises:
-        ValueError: if the model is in training, not float32, or not on the CPU.
+        ValueError: if the model is in training mode, not float32, or not on the CPU.
     """
     if model.training or model.dtype != torch.float32 or model.device.type != "cpu":
         raise ValueError(
-            "expected a model in evaluation, float32, on the CPU; found one in "
-            f"{'training' if model.training else 'evaluation'}, {model.dtype}, on {model.device}"
+            "cannot export this model: expected evaluation mode, torch.float32 and cpu, got "
+            f"{'training' if model.training else 'evaluation'} mode, {model.dtype} and {model.device}."
         )
     axis, edge = torch.export.Dim, model.config.patch_size
     shapes = {
         "pixel_values": {
             0: axis("batch", min=1),
             2: axis("depth", min=1),
-            # graphs of torch tell one patch across from several
+            # torch.export specialises sizes of 1, so the minimum is two patches
             3: edge * axis("rows", min=2),
             4: edge * axis("columns", min=2),
         }
     }
-    # else tracing takes for granted that nothing is of length 1, and an image is one patch deep
+    # without this flag tracing assumes that no axis has length 1, but an image is one patch deep
     with torch.no_grad(), torch.fx.experimental._config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
-        program = torch.export.export(DenseEmbedder(model), (_noise(model, EXAMPLE),), dynamic_shapes=shapes)
-    program.example_inputs = None  # else they are pickled into the file
+        program = torch.export.export(
+            DenseEmbedder(model), (_random_scans(model, TRACED_SHAPE),), dynamic_shapes=shapes
+        )
+    program.example_inputs = None  # would be pickled into the file
     for module in program.graph_module.modules():
         for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
             node.meta.pop("stack_trace", None)  # holds paths of this machine
@@ -107,7 +109,7 @@ def trace(model: M3RetModel) -> torch.export.ExportedProgram:
 
 
 def to_onnx(program: torch.export.ExportedProgram) -> onnx.ModelProto:
-    """The graph in ONNX, with axes that have names and nothing of how it was made."""
+    """Convert a traced model to ONNX with named axes and without metadata."""
     converted = torch.onnx.export(
         program,
         dynamo=True,
@@ -118,56 +120,54 @@ def to_onnx(program: torch.export.ExportedProgram) -> onnx.ModelProto:
     )
     assert converted is not None
     proto = converted.model_proto
-    _strip(proto)
+    _strip_metadata(proto)
     for value, axes in (
         (proto.graph.input[0], {0: "batch", 2: "depth", 3: "height", 4: "width"}),
         (proto.graph.output[0], {0: "batch"}),
     ):
-        for place, name in axes.items():
-            value.type.tensor_type.shape.dim[place].dim_param = name
+        for axis, name in axes.items():
+            value.type.tensor_type.shape.dim[axis].dim_param = name
     return proto
 
 
-def to_int8(proto: onnx.ModelProto, folder: Path) -> onnx.ModelProto:
-    """Weights of the linear maps as int8 with a scale a channel, their inputs as uint8 with a scale a call.
+def to_int8(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """Quantise the linear layers: int8 weights with a scale per channel, uint8 inputs with a scale per call.
 
-    Attention, norms and the whitening stay float32: whitening multiplies small differences. Weights use 7 of the 8
-    bits: where a processor has no VNNI, sums of larger products are cut at 16 bits, and nothing tells so.
-
-    Args:
-        folder: for files in between.
+    Attention, norms and the whitening, which amplifies small differences, stay float32. Weights use 7 of 8 bits because
+    processors without VNNI saturate sums of larger products at 16 bits without a warning.
     """
     import onnx
     from onnxruntime.quantization import quantize_dynamic
 
-    source, target = folder / "float32.onnx", folder / "int8.onnx"
-    write_onnx(proto, source)
     whitening = [node.name for node in proto.graph.node if node.op_type == "MatMul"][-1]
-    quantize_dynamic(source, target, ["MatMul"], per_channel=True, reduce_range=True, nodes_to_exclude=[whitening])
-    quantized = onnx.load(target)
-    _strip(quantized)
+    with tempfile.TemporaryDirectory() as folder:
+        source, target = Path(folder) / "float32.onnx", Path(folder) / "int8.onnx"
+        write_onnx(proto, source)
+        quantize_dynamic(source, target, ["MatMul"], per_channel=True, reduce_range=True, nodes_to_exclude=[whitening])
+        quantized = onnx.load(target)
+    _strip_metadata(quantized)
     return quantized
 
 
 def write_onnx(proto: onnx.ModelProto, path: Path) -> None:
-    """One file; of more weights than protobuf allows two, the weights in `path.data`."""
+    """Write an ONNX file; weights beyond protobuf's limit go into a second file, `path` with `.data` appended."""
     import onnx
 
-    large = sum(len(weight.raw_data) for weight in proto.graph.initializer) > INSIDE_UP_TO
+    large = sum(len(weight.raw_data) for weight in proto.graph.initializer) > MAX_INLINE_BYTES
     onnx.save_model(proto, path, save_as_external_data=large, location=f"{path.name}.data")
 
 
-def _strip(proto: onnx.ModelProto) -> None:
-    """Without stack traces, doc strings and inferred shapes: paths of this machine, and names that mean nothing."""
+def _strip_metadata(proto: onnx.ModelProto) -> None:
+    """Remove stack traces, which hold paths of this machine, doc strings and inferred shapes."""
     graph = proto.graph
-    for part in (proto, graph, *graph.node, *graph.input, *graph.output, *graph.initializer):
-        part.ClearField("metadata_props")
-        part.ClearField("doc_string")
+    for element in (proto, graph, *graph.node, *graph.input, *graph.output, *graph.initializer):
+        element.ClearField("metadata_props")
+        element.ClearField("doc_string")
     graph.ClearField("value_info")
 
 
-def runner(path: Path) -> Callable[[Tensor], Tensor]:
-    """What runs a graph's file on the CPU: `pixel_values (B, C, D, H, W)` float32 -> `(B, d)`."""
+def load_graph(path: Path) -> Callable[[Tensor], Tensor]:
+    """Return a function that runs an exported graph on the CPU: `pixel_values (B, C, D, H, W)` float32 to `(B, d)`."""
     if path.suffix != ".onnx":
         return torch.export.load(path).module()
     from onnxruntime import InferenceSession
@@ -179,50 +179,46 @@ def runner(path: Path) -> Callable[[Tensor], Tensor]:
 def export(
     model: M3RetModel, processor: M3RetImageProcessor, output: Path, *, name: str, format: Format = "onnx"
 ) -> dict[str, Any]:
-    """Write the folder `output`: the graph, its weights inside or beside it, and `manifest.json`, which is returned.
+    """Write a folder with the graph and `manifest.json`.
 
-    The file is run before the folder appears, on an image, a clip and a volume of other sizes than it was traced with.
+    The graph is checked on an image, a clip and a volume of other sizes than it was traced with before the folder
+    appears.
 
     Args:
-        model: in evaluation, float32, on the CPU. processor: of the same checkpoint; its settings go into the manifest.
-        name: of the checkpoint; of a path the last part is kept.
+        model: encoder in evaluation mode, float32, on the CPU.
+        processor: its image processor, whose settings are written to the manifest.
+        output: folder to create.
+        name: name, path or Hub id of the checkpoint; the last part is written to the manifest.
+        format: "onnx", "onnx-int8" or "torch".
+
+    Returns:
+        The manifest.
 
     Raises:
-        FileExistsError: if `output` is there already.
-        ValueError: if the model is in training, not float32, or not on the CPU.
-        RuntimeError: if the file's embeddings are not the model's.
+        InputError: if `output` exists.
+        ValueError: if the model is in training mode, not float32, or not on the CPU.
+        RuntimeError: if the graph's embeddings differ from the model's.
     """
     if output.exists():
-        raise FileExistsError(f"{output} is there already; an export goes into a folder of its own")
+        raise InputError(f"output folder {output} exists. Choose a new folder.")
     program = trace(model)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    beside = output.with_name(f".{output.name}.{os.getpid()}.partial")
-    between = beside / "between"
-    try:
-        between.mkdir(parents=True)
-        graph = beside / ("model.pt2" if format == "torch" else "model.onnx")
+    with atomic_folder(output) as folder:
+        graph = folder / ("model.pt2" if format == "torch" else "model.onnx")
         if format == "torch":
-            torch.export.save(program, buffer := io.BytesIO())  # a file's name would be kept in it
+            torch.export.save(program, buffer := io.BytesIO())  # a path would be stored in the file
             graph.write_bytes(buffer.getbuffer())
         else:
             proto = to_onnx(program)
-            write_onnx(to_int8(proto, between) if format == "onnx-int8" else proto, graph)
-        shutil.rmtree(between)
-        manifest = manifest_of(model, processor, name, format)
-        manifest["largest_difference"] = differences(model, runner(graph), format)
-        manifest["files"] = {path.name: sha256_of(path) for path in sorted(beside.iterdir())}
-        atomic_write_text(beside / MANIFEST, json.dumps(manifest, indent=2) + "\n")
-        for path in (*beside.iterdir(), beside):
-            sync(path)
-        beside.rename(output)
-        sync(output.parent)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+            write_onnx(to_int8(proto) if format == "onnx-int8" else proto, graph)
+        manifest = make_manifest(model, processor, name, format)
+        manifest["largest_difference"] = check_graph(model, load_graph(graph), format)
+        manifest["files"] = {path.name: sha256_of(path) for path in sorted(folder.iterdir())}
+        atomic_write_text(folder / MANIFEST, json.dumps(manifest, indent=2) + "\n")
     return manifest
 
 
-def manifest_of(model: M3RetModel, processor: M3RetImageProcessor, name: str, format: Format) -> dict[str, Any]:
-    """What someone must know who has the graph and nothing else: whose it is, what it takes, what it gives."""
+def make_manifest(model: M3RetModel, processor: M3RetImageProcessor, name: str, format: Format) -> dict[str, Any]:
+    """Describe a graph for someone who has nothing else: its model, input, output and preprocessing."""
     config = model.config
     settings = ("size", "num_frames", "max_patches", "patch_size", "patch_depth", "image_mean", "image_std")
     return {
@@ -246,19 +242,30 @@ def manifest_of(model: M3RetModel, processor: M3RetImageProcessor, name: str, fo
     }
 
 
-def differences(model: M3RetModel, embed: Callable[[Tensor], Tensor], format: Format) -> dict[str, float]:
-    """The largest difference of a coordinate to the model's own embeddings, of noise as image, clip and volume."""
-    found = {}
+def check_graph(model: M3RetModel, embed: Callable[[Tensor], Tensor], format: Format) -> dict[str, float]:
+    """Compare a graph with its model on random scans.
+
+    Returns:
+        The largest absolute difference of an embedding's value, by kind of scan.
+
+    Raises:
+        RuntimeError: if a difference is above `TOLERANCE` or not finite.
+    """
+    differences = {}
     with torch.inference_mode():
-        for kind, shape in COMPARED.items():
-            pixel_values = _noise(model, shape)
-            found[kind] = (embed(pixel_values) - model.get_image_features(pixel_values)).abs().max().item()
-    if not max(found.values()) <= TOLERANCE[format]:
-        raise RuntimeError(f"embeddings of the graph differ from the model's by {found}, expected {TOLERANCE[format]}")
-    return found
+        for kind, shape in CHECKED_SHAPES.items():
+            pixel_values = _random_scans(model, shape)
+            difference = embed(pixel_values) - model.get_image_features(pixel_values)
+            differences[kind] = difference.abs().max().item()
+            if not differences[kind] <= TOLERANCE[format]:
+                raise RuntimeError(
+                    f"the graph's embeddings differ from the model's: expected at most {TOLERANCE[format]:g}, "
+                    f"got {differences[kind]:g} for a {kind}. Report it with the versions of torch and onnxruntime."
+                )
+    return differences
 
 
-def _noise(model: M3RetModel, shape: tuple[int, int, int, int]) -> Tensor:
+def _random_scans(model: M3RetModel, shape: tuple[int, int, int, int]) -> Tensor:
     B, D, h, w = shape
     config, generator = model.config, torch.Generator().manual_seed(0)
     size = (B, config.num_channels, D, h * config.patch_size, w * config.patch_size)
@@ -266,15 +273,17 @@ def _noise(model: M3RetModel, shape: tuple[int, int, int, int]) -> Tensor:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="checkpoint folder or Hub id")
-    parser.add_argument("--output", required=True, type=Path, help="folder that will hold the graph and its manifest")
-    parser.add_argument("--format", choices=get_args(Format), default="onnx")
+    parser = CommandLine(__doc__)
+    parser.add_argument("--model", required=True, type=str, help="checkpoint folder or Hub id")
+    parser.add_argument("--output", required=True, type=Path, help="folder to create for the graph and its manifest")
+    parser.add_argument("--format", choices=get_args(Format), default="onnx", help="file format of the graph")
     arguments = parser.parse_args()
-    processor = AutoImageProcessor.from_pretrained(arguments.model)
-    model = AutoModel.from_pretrained(arguments.model, dtype=torch.float32).eval()
-    manifest = export(model, processor, arguments.output, name=arguments.model, format=arguments.format)
-    print(f"{arguments.output}: {', '.join(manifest['files'])}; difference {manifest['largest_difference']}")
+    with user_errors(parser.prog):
+        model, processor = load_pretrained(arguments.model)
+        model = model.float()
+        manifest = export(model, processor, arguments.output, name=arguments.model, format=arguments.format)
+    differences = ", ".join(f"{kind} {value:.1e}" for kind, value in manifest["largest_difference"].items())
+    print(f"{arguments.output}: {', '.join(manifest['files'])}; largest difference from the model: {differences}")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
-"""A collection -> one embedding a scan, by the encoder or by the pixel baseline that every report stands beside."""
+"""Embed collections: one vector per scan, by the encoder or by the pixel baseline."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,26 +18,33 @@ from ..image_processing_m3ret import M3RetImageProcessor
 from ..modeling_m3ret import M3RetModel
 
 
-# 20 X-rays or two CTs: both cores of a small machine are busy, and a ViT-B's activations take some 100 MB
+# patches per forward pass: 20 X-rays or two CTs; keeps two cores busy, and activations of a ViT-B take about 100 MB
 MAX_TOKENS = 4096
 
-# from pixel_values (P, C*t*p*p) and grid_thw (B, 3) to embeddings (B, d)
+# maps the model's inputs, pixel_values (P, C*t*p*p) and grid_thw (B, 3), to vectors (B, d)
 Embedder = Callable[[Mapping[str, Tensor]], Tensor]
 
 
 @dataclass
 class Embedded:
-    """embeddings: `(n, d)` float32, L2-normalised; records: those n, all that could be read; failures: a line each."""
+    """A collection with its embeddings.
+
+    Attributes:
+        embeddings: `(n, d)` float32, L2-normalised.
+        records: the n records that could be read.
+        failures: one line for each record that could not be read.
+    """
 
     embeddings: Tensor
     records: list[Record]
     failures: list[str] = field(default_factory=list)
 
     def similarities(self, queries: Tensor, candidate: Tensor) -> Tensor:
-        """Of the scans at these places `(q,)` with all n, `(q, n)` float32: what ranks them.
+        """Return the similarities by which queries rank all records: `(q, n)` float32.
 
         Args:
-            candidate: bool `(q, n)`, those that will be ranked. A method that looks twice looks at these alone.
+            queries: `(q,)` int64, indices of records.
+            candidate: `(q, n)` bool, records that will be ranked. A re-ranking method compares only these.
         """
         return self.embeddings[queries] @ self.embeddings.T
 
@@ -48,86 +57,107 @@ def embed_records(
     max_tokens: int = MAX_TOKENS,
     num_workers: int = 0,
     progress: bool = True,
+    bar: Any = None,
 ) -> list[Embedded]:
     """Embed every readable scan, in order, with one or several embedders that share each decode.
 
     Args:
-        embedders: each from the model's inputs to `(B, d)`: `encoder_embedder(model)`, `pixel_embedder(processor)`.
-        max_tokens: scans are embedded together up to so many patches. An embedding does not depend on it.
+        embedders: functions from the model's inputs to `(B, d)`, such as `encoder_embedder(model)`.
+        processor: image processor of the encoder.
+        records: scans to embed.
+        max_tokens: patches per forward pass. Embeddings do not depend on it.
         num_workers: processes that decode ahead.
+        progress: show a progress bar.
+        bar: a tqdm bar to advance instead of showing one.
 
     Returns:
-        An `Embedded` for each embedder.
+        One `Embedded` per embedder: float32, or the embedder's own dtype if it is an integer.
+
+    Raises:
+        ValueError: if an embedding is not finite.
     """
-    parts: list[list[Tensor]] = [[] for _ in embedders]
-    kept: list[int] = []
+    vectors: list[list[Tensor]] = [[] for _ in embedders]
+    readable: list[int] = []
     failures: list[str] = []
     loader = embedding_loader(WholeScans(records, processor), 1, num_workers)
-    with torch.inference_mode(), tqdm(total=len(records), desc="embedding", unit="scan", disable=not progress) as bar:
-        for pack in _together(loader, processor, max_tokens):
-            bar.update(len(pack.scans) + len(pack.failures))
+    if bar is None:
+        bar = tqdm(total=len(records), desc="embedding", unit="scan", disable=not progress)
+    else:
+        bar = nullcontext(bar)  # its owner closes it
+    with torch.inference_mode(), bar as shown:
+        for pack in _merge_packs(loader, processor, max_tokens):
+            shown.update(len(pack.scans) + len(pack.failures))
             failures += [message for _, message in pack.failures]
             if pack.scans:
-                kept += pack.scans
+                readable += pack.scans
                 inputs = pack.inputs(processor)
-                for part, embedder in zip(parts, embedders, strict=True):
-                    vectors = embedder(inputs).cpu()
-                    part.append(vectors.float() if vectors.is_floating_point() else vectors)
-    if any(not torch.isfinite(embeddings).all() for part in parts for embeddings in part):
-        raise ValueError("an encoder gave embeddings that are not finite: its weights have diverged")
+                for batches, embedder in zip(vectors, embedders, strict=True):
+                    batch = embedder(inputs).cpu()
+                    batches.append(batch.float() if batch.is_floating_point() else batch)
+    if any(not torch.isfinite(batch).all() for batches in vectors for batch in batches):
+        raise ValueError("embeddings are not finite: the encoder's weights have diverged. Use another checkpoint.")
     return [
-        Embedded(torch.cat(part) if part else torch.empty(0, 0), [records[index] for index in kept], failures)
-        for part in parts
+        Embedded(torch.cat(batches) if batches else torch.empty(0, 0), [records[i] for i in readable], list(failures))
+        for batches in vectors
     ]
 
 
-def _together(packs: Iterable[Pack], processor: M3RetImageProcessor, max_tokens: int) -> Iterator[Pack]:
-    """Neighbouring packs as one, up to a number of patches: an image and a CT differ by a factor of ten."""
-    waiting: list[Pack] = []
-    tokens = 0
+def _merge_packs(packs: Iterable[Pack], processor: M3RetImageProcessor, max_tokens: int) -> Iterator[Pack]:
+    """Merge consecutive packs up to a number of patches; an image and a CT differ by a factor of ten."""
+    pending: list[Pack] = []
+    total = 0
     for pack in packs:
-        own = sum(math.prod(processor.grid_shape(shape)) for shape in pack.shapes)
-        if waiting and tokens + own > max_tokens:
-            yield Pack.concatenate(waiting)
-            waiting, tokens = [], 0
-        waiting.append(pack)
-        tokens += own
-    if waiting:
-        yield Pack.concatenate(waiting)
+        tokens = sum(math.prod(processor.grid_shape(shape)) for shape in pack.shapes)
+        if pending and total + tokens > max_tokens:
+            yield Pack.concatenate(pending)
+            pending, total = [], 0
+        pending.append(pack)
+        total += tokens
+    if pending:
+        yield Pack.concatenate(pending)
 
 
 def encoder_embedder(model: M3RetModel) -> Embedder:
-    """The model's retrieval embedding, on the model's device."""
+    """Return an embedder that computes the model's retrieval embedding, on the model's device."""
     return lambda inputs: model.get_image_features(**{name: value.to(model.device) for name, value in inputs.items()})
 
 
 def pooled_embedder(model: M3RetModel) -> Embedder:
-    """The model's pooled features before whitening, on the model's device."""
+    """Return an embedder that computes the model's pooled features before whitening, on the model's device."""
     return lambda inputs: model(**{name: value.to(model.device) for name, value in inputs.items()}).pooler_output
 
 
-# depth x height x width of the pixel baseline's thumbnail: 16 x 16 as in tiny images (Torralba et al. 2008 use 32 x 32
-# and find 16 to 32 alike), and 4 in depth for volumes and clips
-THUMBNAIL = (4, 16, 16)
+# depth x height x width of the pixel baseline: 16 x 16 as in tiny images (Torralba et al. 2008 use 32 x 32 and find 16
+# to 32 alike), and 4 in depth for volumes and clips
+PIXEL_GRID = (4, 16, 16)
 
 
 def pixel_embedder(processor: M3RetImageProcessor) -> Embedder:
-    """The scan itself as its embedding: a 4 x 16 x 16 thumbnail in colour, minus its mean, L2-normalised."""
+    """Return the pixel baseline: a scan's 4 x 16 x 16 colour miniature minus its mean, L2-normalised."""
 
     def embed(inputs: Mapping[str, Tensor]) -> Tensor:
         grids = inputs["grid_thw"]
-        thumbnails = []
+        miniatures = []
         for rows, grid in zip(inputs["pixel_values"].split(grids.prod(-1).tolist()), grids.tolist(), strict=True):
             volume = unpatchify(rows, grid, processor)
-            thumbnails.append(torch.nn.functional.adaptive_avg_pool3d(volume, THUMBNAIL).flatten())
-        stacked = torch.stack(thumbnails)
+            miniatures.append(torch.nn.functional.adaptive_avg_pool3d(volume, PIXEL_GRID).flatten())
+        stacked = torch.stack(miniatures)
         return torch.nn.functional.normalize(stacked - stacked.mean(-1, keepdim=True), dim=-1)
 
     return embed
 
 
 def unpatchify(rows: Tensor, grid: Sequence[int], processor: M3RetImageProcessor) -> Tensor:
-    """Rows `(T*h*w, C*t*p*p)` of one scan -> `(C, T*t, h*p, w*p)`: undoes `patchify`, padding of the depth included."""
+    """Convert one scan's rows back to a volume; the inverse of `patchify`.
+
+    Args:
+        rows: `(T*h*w, C*t*p*p)`.
+        grid: T, h, w of the scan.
+        processor: its image processor.
+
+    Returns:
+        `(C, T*t, h*p, w*p)`, padding of the depth included.
+    """
     (T, h, w), t, p = grid, processor.patch_depth, processor.patch_size
     patches = rows.view(T, h, w, -1, t, p, p).permute(3, 0, 4, 1, 5, 2, 6)  # (C, T, t, h, p, w, p)
     return patches.reshape(-1, T * t, h * p, w * p)

@@ -1,22 +1,27 @@
-"""Embeddings of a large collection: by several processes, kept on disk, and gone on with where a run was cut.
+"""Cached embeddings: computed in shards by one or several processes, and resumed after an interruption.
 
-A collection is embedded in shards of neighbouring records; each is a file that is whole or not there. The folder's name
-follows from the weights (the whitening among them), the configuration, the processor, the precision and the records, so
-that what was embedded once is found again, whatever the checkpoint is called, and never taken for another model's.
+A collection is embedded in shards of consecutive records. A shard is one safetensors file, written atomically. The
+name of a cache folder is a hash of all that determines the embeddings: weights, configuration, processor, precision and
+records. So embeddings are found again under any name of the checkpoint, and never confused with another model's.
+
+No file in the cache holds a name, a path or an id of a scan: rows are indices into the caller's list of records, and of
+unreadable scans only the absence of their row is stored. Delete `HF_HOME/m3ret/embeddings` to clear the cache.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from safetensors import safe_open
-from safetensors.torch import save
+from safetensors.torch import load_file, save
+from tqdm.auto import tqdm
 
 from ..atomic_io import atomic_write
 from ..configuration_m3ret import M3RetConfig
@@ -26,34 +31,13 @@ from ..hub import CACHE_FOLDER
 from ..image_processing_m3ret import M3RetImageProcessor
 from ..model_facts import model_facts
 from ..modeling_m3ret import M3RetModel
-from .embedding import MAX_TOKENS, Embedded, embed_records, encoder_embedder, pooled_embedder
+from .embedding import MAX_TOKENS, Embedded, Embedder, embed_records, encoder_embedder, pooled_embedder
 
 
-SHARD_SCANS = 512  # some minutes of CTs on a CPU are the most that is done twice after an interruption
+logger = logging.getLogger(__name__)
 
-
-def fingerprint(records: Sequence[Record]) -> str:
-    """Of which scans, and of which bytes: files by their size and time of change, rows by their shard."""
-    digest = hashlib.sha256()
-    shards: dict[str, str] = {}
-    for record in records:
-        if isinstance(record.location, ParquetRow):
-            shard = record.location.shard
-            if shard not in shards:
-                shards[shard] = shard if "://" in shard else _state_of(Path(shard))
-            where = f"{shards[shard]} {record.location.group} {record.location.row}"
-        else:
-            where = _state_of(record.location)
-        digest.update(f"{record.id}\0{where}\n".encode())
-    return digest.hexdigest()
-
-
-def _state_of(path: Path) -> str:
-    try:
-        facts = path.stat()
-        return f"{path.resolve()} {facts.st_size} {facts.st_mtime_ns}"
-    except OSError:  # it will be counted as unreadable
-        return f"{path} missing"
+FORMAT = 2  # of the shard files; part of the cache key
+SHARD_SCANS = 512  # scans that are embedded again after an interruption: some minutes of CTs on a CPU
 
 
 def embed_collection(
@@ -69,78 +53,183 @@ def embed_collection(
     num_workers: int = 0,
     pooled: bool = False,
 ) -> Embedded:
-    """Embeddings of all records that can be read, in order, the same on every process; all of them call at once.
+    """Embed all readable records, in order, or read the embeddings from the cache.
+
+    All processes must call it together; each embeds a part of the shards, and all return the same.
 
     Args:
-        model: in evaluation, on its device. name: of the checkpoint. folder: where embeddings are kept, by default
-            `HF_HOME/m3ret/embeddings`. dtype: of the encoder's arithmetic; bfloat16 is faster where there is hardware.
-        pooled: in place of embeddings the pooled features `(n, pooled)`, neither whitened nor normalised, which a
-            whitening is fitted to.
+        model: encoder in evaluation mode, on its device.
+        processor: its image processor.
+        records: scans to embed.
+        accelerator: of this process.
+        name: name of the checkpoint.
+        folder: of the cache; by default `HF_HOME/m3ret/embeddings`.
+        dtype: precision of the encoder; bfloat16 is faster on hardware that supports it.
+        max_tokens: patches per forward pass.
+        num_workers: processes that decode ahead.
+        pooled: return pooled features `(n, pooled_size)`, neither whitened nor normalised, to fit a whitening to.
     """
-    facts = model_facts(model, processor, name)
-    told = {
-        "weights": facts.revision,
-        # two poolings, or two numbers of heads, have weights of the same shapes: of one seed, untrained, the same ones
-        "config": {key: getattr(model.config, key) for key in M3RetConfig.__annotations__},
-        "processor": facts.processor,
-        "records": fingerprint(records),
-        "dtype": str(dtype),
-        "shard": SHARD_SCANS,
-        "pooled": pooled,
-    }
-    key = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:24]
+    facts = asdict(model_facts(model, processor, name))
+    del facts["model"]
+    key = cache_key(
+        **facts,
+        # two poolings, or two numbers of heads, have weights of the same shapes and, untrained, of the same values
+        config={field: getattr(model.config, field) for field in M3RetConfig.__annotations__},
+        records=fingerprint(records),
+        dtype=str(dtype),
+        shard=SHARD_SCANS,
+        pooled=pooled,
+    )
     folder = (folder or CACHE_FOLDER / "embeddings") / key
+    embedder = pooled_embedder(model) if pooled else encoder_embedder(model)
+    start = time.perf_counter()
+    with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+        embedded = write_shards(
+            {"embeddings": embedder},
+            processor,
+            records,
+            folder,
+            SHARD_SCANS,
+            rank=accelerator.process_index,
+            world_size=accelerator.num_processes,
+            max_tokens=max_tokens,
+            num_workers=num_workers,
+            progress=accelerator.is_main_process,
+        )
+    if embedded:
+        rate = embedded / (time.perf_counter() - start)
+        accelerator.print(f"embedded {embedded:,} scans per process, {rate:.1f} scans/s")
+    accelerator.wait_for_everyone()
+    return read_shards(["embeddings"], records, folder, SHARD_SCANS)["embeddings"]
+
+
+def cache_key(**parts: object) -> str:
+    """Return the name of a cache folder: a hash of JSON-serialisable values and of the file format."""
+    serialized = json.dumps({**parts, "format": FORMAT}, sort_keys=True)
+    return hashlib.sha256(serialized.encode()).hexdigest()[:24]
+
+
+def fingerprint(records: Sequence[Record]) -> str:
+    """Return a hash of the records' ids and contents: size and modification time of files, shard and row of rows."""
+    digest = hashlib.sha256()
+    shards: dict[str, str] = {}
+    for record in records:
+        if isinstance(record.location, ParquetRow):
+            shard = record.location.shard
+            if shard not in shards:
+                shards[shard] = shard if "://" in shard else _file_state(Path(shard))
+            content = f"{shards[shard]} {record.location.group} {record.location.row}"
+        else:
+            content = _file_state(record.location)
+        digest.update(f"{record.id}\0{content}\n".encode())
+    return digest.hexdigest()
+
+
+def _file_state(path: Path) -> str:
+    try:
+        state = path.stat()
+    except OSError:  # the scan will be counted as unreadable
+        return f"{path} missing"
+    return f"{path.resolve()} {state.st_size} {state.st_mtime_ns}"
+
+
+def write_shards(
+    embedders: Mapping[str, Embedder],
+    processor: M3RetImageProcessor,
+    records: Sequence[Record],
+    folder: Path,
+    shard_scans: int,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    max_tokens: int = MAX_TOKENS,
+    num_workers: int = 0,
+    description: str = "embedding",
+    progress: bool = True,
+    log_failures: bool = True,
+) -> int:
+    """Embed those shards of a collection that are not in the folder yet.
+
+    Args:
+        embedders: by name; they share each decode.
+        processor: image processor of the encoder.
+        records: scans to embed.
+        folder: of the shards; created if needed.
+        shard_scans: scans per shard.
+        rank: index of this process; it embeds every `world_size`-th shard.
+        world_size: number of processes.
+        max_tokens: patches per forward pass.
+        num_workers: processes that decode ahead.
+        description: title of the progress bar.
+        progress: show a progress bar.
+        log_failures: log why a scan cannot be read, with its path. Not for logs that others read.
+
+    Returns:
+        The number of scans that this call embedded or could not read.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    shards = [
-        list(range(start, min(start + SHARD_SCANS, len(records)))) for start in range(0, len(records), SHARD_SCANS)
-    ]
-    own = shards[accelerator.process_index :: accelerator.num_processes]
-    places = [shard_place(folder, shard) for shard in own]
-    started, scans = time.perf_counter(), 0
-    for shard, place in zip(own, places, strict=True):
-        if place.is_file():
-            continue
-        with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+    shards = _shards(records, shard_scans)[rank::world_size]
+    missing = [shard for shard in shards if not _shard_path(folder, shard).is_file()]
+    total, remaining = sum(map(len, shards)), sum(map(len, missing))
+    bar = tqdm(total=total, initial=total - remaining, desc=description, unit="scan", disable=not progress)
+    with bar:
+        for shard in missing:
             embedded = embed_records(
-                [pooled_embedder(model) if pooled else encoder_embedder(model)],
+                list(embedders.values()),
                 processor,
                 [records[index] for index in shard],
                 max_tokens=max_tokens,
                 num_workers=num_workers,
-                progress=accelerator.is_main_process,
-            )[0]
-        write_shard(place, shard, embedded, records)
-        scans += len(shard)
-    if scans:
-        accelerator.print(
-            f"{scans} scans embedded by each process, {scans / (time.perf_counter() - started):.1f} a second"
+                bar=bar,
+            )
+            for failure in embedded[0].failures if log_failures else ():
+                logger.warning("cannot read a scan: %s", failure)
+            _write_shard(_shard_path(folder, shard), shard, dict(zip(embedders, embedded, strict=True)), records)
+    return remaining
+
+
+def read_shards(names: Sequence[str], records: Sequence[Record], folder: Path, shard_scans: int) -> dict[str, Embedded]:
+    """Read all shards of a collection.
+
+    Args:
+        names: of the embedders given to `write_shards`.
+        records: as given to `write_shards`.
+        folder: of the shards.
+        shard_scans: scans per shard.
+
+    Returns:
+        For each embedder the embeddings of the readable records, in order, and a line for each
+        record that is not readable.
+    """
+    tensors = [load_file(_shard_path(folder, shard)) for shard in _shards(records, shard_scans)]
+    rows = [row for shard in tensors for row in shard["rows"].tolist()]
+    readable = set(rows)
+    failures = [f"{record.id}: cannot be read" for row, record in enumerate(records) if row not in readable]
+    filled = [shard for shard in tensors if len(shard["rows"])]
+    return {
+        name: Embedded(
+            torch.cat([shard[name] for shard in filled]) if filled else torch.empty(0, 0),
+            [records[row] for row in rows],
+            failures,
         )
-    accelerator.wait_for_everyone()
-    parts = [read_shard(folder, shard, records) for shard in shards]
-    embeddings = [part.embeddings for part in parts if len(part.records)]
-    return Embedded(
-        torch.cat(embeddings) if embeddings else torch.empty(0, 0),
-        [record for part in parts for record in part.records],
-        [failure for part in parts for failure in part.failures],
-    )
+        for name in names
+    }
 
 
-def shard_place(folder: Path, shard: Sequence[int]) -> Path:
-    return folder / f"{shard[0]:09d}.safetensors"
+def _shards(records: Sequence[Record], shard_scans: int) -> list[range]:
+    return [range(start, min(start + shard_scans, len(records))) for start in range(0, len(records), shard_scans)]
 
 
-def write_shard(place: Path, shard: Sequence[int], embedded: Embedded, records: Sequence[Record]) -> None:
+def _shard_path(folder: Path, shard: range) -> Path:
+    return folder / f"{shard.start:09d}.safetensors"
+
+
+def _write_shard(path: Path, shard: range, embedded: Mapping[str, Embedded], records: Sequence[Record]) -> None:
+    """Write the embeddings of one shard with the index of each row's record."""
     index_of = {records[index].id: index for index in shard}
-    rows = torch.tensor([index_of[record.id] for record in embedded.records], dtype=torch.int64)
-    content = save(
-        {"embeddings": embedded.embeddings.contiguous(), "rows": rows}, {"failures": json.dumps(embedded.failures)}
-    )
-    with atomic_write(place) as stream:
+    readable = next(iter(embedded.values())).records
+    tensors = {name: one.embeddings.contiguous() for name, one in embedded.items()}
+    tensors["rows"] = torch.tensor([index_of[record.id] for record in readable], dtype=torch.int64)
+    content = save(tensors)
+    with atomic_write(path) as stream:
         stream.write(content)
-
-
-def read_shard(folder: Path, shard: Sequence[int], records: Sequence[Record]) -> Embedded:
-    with safe_open(shard_place(folder, shard), framework="pt") as content:
-        rows = content.get_tensor("rows").tolist()
-        failures = json.loads(content.metadata()["failures"])
-        return Embedded(content.get_tensor("embeddings"), [records[row] for row in rows], failures)

@@ -1,8 +1,8 @@
-"""The k nearest of a gallery by cosine similarity, exactly, at the speed of half precision.
+"""Exact cosine search: the k nearest rows of a gallery, at the speed of half precision.
 
-Two steps: similarities in half precision, whose error has a bound; then those that may be among the k best by that
-bound once more in float32. So the result is that of float32, at a third of its time: a search of one query is as fast
-as memory can be read, and memory holds half as much. Many queries are multiplied in what the processor does fastest.
+The search has two steps. The first computes all similarities in half precision, with a known bound of the error. The
+second recomputes in float32 those rows that may be among the k best within that bound. The result is that of float32
+at a third of the time: one query is as fast as memory can be read, and half precision halves the memory.
 """
 
 from __future__ import annotations
@@ -15,76 +15,89 @@ import torch
 from torch import Tensor
 
 
-GROUP = 64  # neighbouring rows of which the best alone is looked at first
-ROUGH_VALUES = 2**28  # rough similarities at a time: half a GiB
-# Of the gallery at a time, as it is multiplied: what the last cache holds, or of the slower float32 each core's own.
+GROUP = 64  # consecutive rows that are represented by their best similarity at first
+APPROXIMATE_VALUES = 2**28  # approximate similarities held at a time: 0.5 GiB
+# bytes of the gallery per product: bfloat16 blocks fit the last-level cache, float32 ones a core's own cache
 BLOCK_BYTES = {torch.bfloat16: 12 * 2**20, torch.float32: 3 * 2**19}
-FEW_QUERIES = 4  # up to so many, each is read through memory by itself; more share each block
-# Largest errors of rounding to nearest (IEEE 754): relative, and of a similarity, which is at most 1.
-HALF_RESULT = 2.0**-12
-BRAIN_ROUNDING, BRAIN_RESULT = 2.0**-8, 2.0**-9
-SUM_ERROR = 2.0**-12  # of a sum of products in float32: far less for any dimension in use
+FEW_QUERIES = 4  # up to this number each query reads the gallery by itself; more queries share each block
+# largest errors of rounding to nearest (IEEE 754): relative for a value, absolute for a similarity, which is at most 1
+FLOAT16_RESULT_ERROR = 2.0**-12
+BFLOAT16_ROUNDING, BFLOAT16_RESULT_ERROR = 2.0**-8, 2.0**-9
+SUM_ERROR = 2.0**-12  # of a float32 sum of products; generous for any embedding dimension in use
 
 
 @dataclass(frozen=True)
 class Hits:
-    """scores: `(q, k)` float32, cosine similarity, best first; rows: `(q, k)` int64, of the gallery. Where fewer than k
-    were allowed, rows end in -1 and scores in -inf. Equal scores come in the order of rows."""
+    """Result of a search.
+
+    Attributes:
+        scores: `(q, k)` float32 cosine similarities, best first; -inf where fewer than k rows were allowed.
+        rows: `(q, k)` int64 rows of the gallery; -1 where fewer than k rows were allowed. Rows of equal score are in
+            ascending order.
+    """
 
     scores: Tensor
     rows: Tensor
 
 
-@torch.autocast("cpu", enabled=False)  # within it, no product would be what its bound is of
+@torch.autocast("cpu", enabled=False)  # autocast would change the precision that the error bounds assume
 def search_exactly(
     gallery: Tensor,
     queries: Tensor,
     k: int,
-    banned: list[Tensor] | None = None,
-    rounding: float = BRAIN_ROUNDING,
+    excluded: list[Tensor] | None = None,
+    max_rounding: float = BFLOAT16_ROUNDING,
     allowed: Tensor | None = None,
 ) -> Hits:
-    """The k most similar rows of each query.
+    """Return the k most similar rows of each query.
 
     Args:
-        gallery: `(n, d)` float16, rows of norm 1; may be a map of a file. queries: `(q, d)` float32 of norm 1.
-        banned: for each query, rows that must not be found. rounding: how far a row may move when rounded to bfloat16;
-            `bfloat16_rounding(gallery)` is less than half of what holds for any, and so are the rows to look at twice.
-            Where `block_type()` is float32, and of a few queries, it changes nothing.
-        allowed: `(n,)` bool, which rows may be found; None for all.
+        gallery: `(n, d)` float16 rows of norm 1; may be memory-mapped.
+        queries: `(q, d)` float32 of norm 1.
+        k: number of hits, at least 1.
+        excluded: for each query, int64 rows that are left out.
+        max_rounding: bound of the distance between a gallery row and the same row in bfloat16. The default holds for
+            any gallery; `bfloat16_rounding(gallery)` is less than half of it and halves the rows to recompute. Not
+            used for few queries, nor where `block_dtype()` is float32.
+        allowed: `(n,)` bool, rows that may be found; None for all.
 
     Raises:
-        ValueError: if shapes do not fit, or k is not positive.
+        ValueError: if the shapes do not match or k is not positive.
     """
-    if gallery.ndim != 2 or queries.ndim != 2 or queries.shape[1] != gallery.shape[1] or k < 1:
-        raise ValueError(f"gallery {tuple(gallery.shape)} and queries {tuple(queries.shape)} do not fit, or k is {k}")
+    if gallery.ndim != 2 or queries.ndim != 2 or queries.shape[1] != gallery.shape[1]:
+        raise ValueError(
+            "gallery and queries do not match: expected (n, d) and (q, d), "
+            f"got {tuple(gallery.shape)} and {tuple(queries.shape)}."
+        )
+    if k < 1:
+        raise ValueError(f"k must be positive: got {k}.")
     scores = torch.full((len(queries), k), -torch.inf)
     rows = torch.full((len(queries), k), -1, dtype=torch.int64)
-    together = FEW_QUERIES if len(queries) <= FEW_QUERIES else max(1, ROUGH_VALUES // max(1, len(gallery)))
-    for start in range(0, len(queries), together):
-        part = queries[start : start + together].float()
-        rough, error = (
-            _one_by_one(gallery, part)
-            if len(queries) <= FEW_QUERIES
-            else _in_blocks(gallery, part, rounding, block_type())
-        )
+    few = len(queries) <= FEW_QUERIES
+    batch_size = FEW_QUERIES if few else max(1, APPROXIMATE_VALUES // max(1, len(gallery)))
+    for start in range(0, len(queries), batch_size):
+        batch = queries[start : start + batch_size].float()
+        if few:
+            approximate, errors = _scores_per_query(gallery, batch)
+        else:
+            approximate, errors = _scores_in_blocks(gallery, batch, max_rounding, block_dtype())
         if allowed is not None:
-            rough[:, : len(gallery)].masked_fill_(~allowed, -torch.inf)
-        for place in range(len(part)):
-            if banned is not None:
-                rough[place, banned[start + place]] = -torch.inf
-        best = rough.unflatten(1, (-1, GROUP)).amax(2)  # (q, groups)
-        for place, query in enumerate(part):
-            found = _candidates(rough[place], best[place], float(error[place]), k)
-            exact = gallery[found].float() @ query
+            approximate[:, : len(gallery)].masked_fill_(~allowed, -torch.inf)
+        if excluded is not None:
+            for index, excluded_rows in enumerate(excluded[start : start + batch_size]):
+                approximate[index, excluded_rows] = -torch.inf
+        group_best = approximate.unflatten(1, (-1, GROUP)).amax(2)  # (q, groups)
+        for index, query in enumerate(batch):
+            candidates = _candidates(approximate[index], group_best[index], float(errors[index]), k)
+            exact = gallery[candidates].float() @ query
             order = torch.argsort(exact, descending=True, stable=True)[:k]
-            scores[start + place, : len(order)] = exact[order]
-            rows[start + place, : len(order)] = found[order]
+            scores[start + index, : len(order)] = exact[order]
+            rows[start + index, : len(order)] = candidates[order]
     return Hits(scores, rows)
 
 
 def bfloat16_rounding(gallery: Tensor) -> float:
-    """The largest distance between a row and the same row in bfloat16."""
+    """Return the largest distance between a row and the same row in bfloat16."""
     distances = [
         (block.float() - block.bfloat16().float()).norm(dim=1).max() for block in _blocks(gallery, torch.float32)
     ]
@@ -93,11 +106,11 @@ def bfloat16_rounding(gallery: Tensor) -> float:
 
 @functools.cache
 @torch.autocast("cpu", enabled=False)
-def block_type() -> torch.dtype:
-    """What blocks are multiplied in: bfloat16 where this processor has instructions for it, else float32.
+def block_dtype() -> torch.dtype:
+    """Return the dtype in which blocks are multiplied: bfloat16 if it is faster on this processor, else float32.
 
-    Measured, once and in some milliseconds: nothing that PyTorch tells says it of every processor. Without them (one
-    with AVX2) 100 queries took five times as long in bfloat16; with AMX large products take some half as long in it.
+    It is measured once, in a few milliseconds, because PyTorch does not report it for every processor. With AVX2 only,
+    100 queries took five times as long in bfloat16; with AMX large products take about half the time.
     """
     seconds = {}
     for dtype in (torch.bfloat16, torch.float32):
@@ -115,43 +128,48 @@ def _blocks(gallery: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
     return gallery.split(max(1, BLOCK_BYTES[dtype] // (dtype.itemsize * max(1, gallery.shape[1]))))
 
 
-def _room(queries: int, rows: int, dtype: torch.dtype) -> Tensor:
-    """For rough similarities, `(q, n)` and what fills the last group, where nothing is found."""
-    rough = torch.empty(queries, -(-rows // GROUP) * GROUP, dtype=dtype)
-    rough[:, rows:] = -torch.inf
-    return rough
+def _empty_scores(queries: int, rows: int, dtype: torch.dtype) -> Tensor:
+    """Allocate similarities `(q, n)`, padded with -inf to whole groups."""
+    scores = torch.empty(queries, -(-rows // GROUP) * GROUP, dtype=dtype)
+    scores[:, rows:] = -torch.inf
+    return scores
 
 
-def _one_by_one(gallery: Tensor, queries: Tensor) -> tuple[Tensor, Tensor]:
-    """Similarities in half precision, and of each query how far they can be off."""
+def _scores_per_query(gallery: Tensor, queries: Tensor) -> tuple[Tensor, Tensor]:
+    """Return similarities in float16 and, for each query, the bound of their error."""
     half = queries.half()
-    rough = _room(len(queries), len(gallery), torch.float16)
-    for place, query in enumerate(half):
-        rough[place, : len(gallery)] = torch.mv(gallery, query)
-    return rough, (queries - half.float()).norm(dim=1) + HALF_RESULT + SUM_ERROR
+    scores = _empty_scores(len(queries), len(gallery), torch.float16)
+    for index, query in enumerate(half):
+        scores[index, : len(gallery)] = torch.mv(gallery, query)
+    return scores, (queries - half.float()).norm(dim=1) + FLOAT16_RESULT_ERROR + SUM_ERROR
 
 
-def _in_blocks(gallery: Tensor, queries: Tensor, rounding: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """As above, of blocks that all queries share. In bfloat16 the gallery is rounded too; in float32 only results."""
+def _scores_in_blocks(
+    gallery: Tensor, queries: Tensor, max_rounding: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Return the same for many queries, which share each block of the gallery.
+
+    With bfloat16 the gallery is rounded too; with float32 only the results are.
+    """
     rounded = queries.to(dtype)
-    rough = _room(len(queries), len(gallery), torch.bfloat16 if dtype == torch.bfloat16 else torch.float16)
+    scores = _empty_scores(len(queries), len(gallery), torch.bfloat16 if dtype == torch.bfloat16 else torch.float16)
     start = 0
     for block in _blocks(gallery, dtype):
-        rough[:, start : start + len(block)] = rounded @ block.to(dtype).T
+        scores[:, start : start + len(block)] = rounded @ block.to(dtype).T
         start += len(block)
-    error = (queries - rounded.float()).norm(dim=1) + SUM_ERROR
-    return rough, error + (rounding + BRAIN_RESULT if dtype == torch.bfloat16 else HALF_RESULT)
+    errors = (queries - rounded.float()).norm(dim=1) + SUM_ERROR
+    return scores, errors + (max_rounding + BFLOAT16_RESULT_ERROR if dtype == torch.bfloat16 else FLOAT16_RESULT_ERROR)
 
 
-def _candidates(rough: Tensor, best: Tensor, error: float, k: int) -> Tensor:
-    """Rows that may be among the k best, ascending.
+def _candidates(scores: Tensor, group_best: Tensor, error: float, k: int) -> Tensor:
+    """Return the rows that may be among the k best, ascending.
 
-    The k-th best of the groups' best is no better than the k-th best of all, and found in a fraction of the time. What
-    is among the k best lies within twice the error of it, or above.
+    The k-th best of the groups' best scores is a lower bound of the k-th best score, and much faster to find. A row
+    among the k best is at most twice the error below it.
     """
-    kth = float(torch.topk(best, k).values[-1]) if len(best) >= k else -torch.inf
-    least = kth - 2 * error - BRAIN_RESULT  # a comparison rounds its number to the precision of `rough`
-    groups = torch.nonzero(best >= least).flatten()
+    kth_best = float(torch.topk(group_best, k).values[-1]) if len(group_best) >= k else -torch.inf
+    threshold = kth_best - 2 * error - BFLOAT16_RESULT_ERROR  # a comparison rounds it to the precision of `scores`
+    groups = torch.nonzero(group_best >= threshold).flatten()
     rows = (groups[:, None] * GROUP + torch.arange(GROUP)).flatten()
-    values = rough[rows]
-    return rows[(values >= least) & (values > -torch.inf)]
+    values = scores[rows]
+    return rows[(values >= threshold) & (values > -torch.inf)]

@@ -1,8 +1,8 @@
-"""Do two scans match part by part, and where? The patch tokens of a query meet those of the hits of a first search.
+"""Compare scans patch by patch: re-rank hits by late interaction, and locate matching regions.
 
-`rerank` orders hits by late interaction (ColBERT's MaxSim, Khattab and Zaharia 2020, arXiv 2004.12832): each patch of
-the query looks for its best counterpart anywhere in the hit. `locate` tells where the counterparts lie, in voxels of
-the two scans. Nothing here is learned: tokens are those of the encoder that embeds.
+`rerank` orders the hits of a first search by late interaction (ColBERT's MaxSim, Khattab and Zaharia 2020, arXiv
+2004.12832): the mean over the query's patches of the best match in the hit. `locate` returns where the matches lie, in
+voxels. Nothing is learned: the patch tokens are those of the encoder that embeds.
 """
 
 from __future__ import annotations
@@ -24,28 +24,27 @@ from .embedding import MAX_TOKENS, Embedded
 from .exact import Hits
 
 
-SIMILARITIES = 2**24  # of a query's tokens with those of some hits, at a time: 64 MiB
+MAX_SIMILARITIES = 2**24  # similarities of a query's tokens with those of several hits held at a time: 64 MiB
 
-# a whitening of patch tokens is fitted to 16 patches for each of a ViT-L's 1024 dimensions, 64 MiB
-TOKEN_WHITENING_SCANS, PATCHES_OF_SCAN = 256, 64
+# a token whitening is fitted to 16 patches for each of the 1024 dimensions of a ViT-L, 64 MiB
+TOKEN_WHITENING_SCANS, PATCHES_PER_SCAN = 256, 64
 
-# Of the dual softmax. On shifted crops of phantom scans .01 to .03 found right pairs equally often (.506 to .511 of the
-# first ten), .1 fewer (.487), and .03 spreads confidence most of these.
+# of the dual softmax: 0.01 to 0.03 find correct pairs equally often, 0.1 fewer; 0.03 is the least peaked of these
 TEMPERATURE = 0.03
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Patch tokens, and where their patches lie
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- patch tokens and their positions -------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
 class ScanTokens:
-    """One scan's patches as vectors.
+    """Patch tokens of one scan with the positions of the patches.
 
-    tokens: `(T*h*w, d)` float16, L2-normalised, in raster order. edges: where the T, h and w patches begin and the last
-    one ends along D, H and W, in voxels of the array that the processor reads: `(T+1,)`, `(h+1,)`, `(w+1,)` float64.
-    frames: of each of that array's D slices its number among all of the scan's, since of a clip a part is read.
+    Attributes:
+        tokens: `(T*h*w, d)` float16, L2-normalised, in raster order.
+        edges: boundaries of the patches along D, H and W in voxels of the array that the processor reads: `(T+1,)`,
+            `(h+1,)` and `(w+1,)` float64.
+        frames: for each of the array's D slices its index in the scan. Of a clip only some frames are read.
     """
 
     tokens: Tensor
@@ -54,7 +53,7 @@ class ScanTokens:
 
     @property
     def grid(self) -> tuple[int, int, int]:
-        """Patches along depth, height and width."""
+        """Number of patches along depth, height and width."""
         T, h, w = (len(edges) - 1 for edges in self.edges)
         return T, h, w
 
@@ -65,34 +64,37 @@ class ScanTokens:
         return D, H, W
 
     def centres(self) -> Tensor:
-        """Of each patch, `(T*h*w, 3)` float64, in voxel coordinates: whole numbers are voxels' centres."""
+        """Return the centre of each patch: `(T*h*w, 3)` float64 voxel coordinates, integers at voxel centres."""
         return torch.cartesian_prod(*((edges[1:] + edges[:-1] - 1) / 2 for edges in self.edges))
 
-    def on_voxels(self, values: Tensor) -> Tensor:
-        """Values of the patches `(T*h*w,)` -> `(D, H, W)` float32, linear between the patches' centres."""
+    def to_voxels(self, values: Tensor) -> Tensor:
+        """Interpolate values of the patches `(T*h*w,)` linearly between their centres: `(D, H, W)` float32."""
         depth, height, width = (_interpolation(edges, size) for edges, size in zip(self.edges, self.shape, strict=True))
         planes = height @ (values.float().view(self.grid) @ width.T)  # (T, H, W)
         return (depth @ planes.flatten(1)).view(self.shape)
 
-    def part_inside(self, region: tuple[slice, slice, slice]) -> Tensor:
-        """Which part of each patch lies in a box of voxels: `(T*h*w,)` float32 in [0, 1].
+    def fraction_inside(self, region: tuple[slice, slice, slice]) -> Tensor:
+        """Return the fraction of each patch that lies in a box of voxels: `(T*h*w,)` float32 in [0, 1].
 
         Raises:
-            ValueError: if no voxel of the scan lies in the box.
+            ValueError: if the box is empty, or a slice has a step.
         """
         bounds = [axis.indices(size) for axis, size in zip(region, self.shape, strict=True)]
         if any(step != 1 or start >= stop for start, stop, step in bounds):
-            raise ValueError(f"found the region {region}, expected three slices within {self.shape}, of step 1")
-        parts = [
+            raise ValueError(f"wrong region: expected three slices of step 1 within {self.shape}, got {region}.")
+        fractions = [
             (edges[1:].clamp(max=stop) - edges[:-1].clamp(min=start)).clamp(min=0) / edges.diff()
             for edges, (start, stop, _) in zip(self.edges, bounds, strict=True)
         ]
-        return torch.cartesian_prod(*parts).prod(1).float()
+        return torch.cartesian_prod(*fractions).prod(1).float()
 
 
 def _interpolation(edges: Tensor, size: int) -> Tensor:
-    """Weights `(size, patches)` float32 of the patches at each voxel's centre; beyond the outermost centres it's theirs
-    alone. Along an axis of equal patches that is bilinear resizing, as the processor's, the other way."""
+    """Return linear interpolation weights `(size, patches)` float32 at the centres of voxels.
+
+    Beyond the outermost centres the outermost patch has all the weight. Along an axis of equal patches it is bilinear
+    resizing.
+    """
     centres = ((edges[1:] + edges[:-1]) / 2).numpy()
     one_patch = np.eye(len(centres))
     weights = [np.interp(np.arange(size) + 0.5, centres, values) for values in one_patch]
@@ -107,28 +109,27 @@ def scan_tokens(
     whitening: M3RetWhitening | None = None,
     max_tokens: int = MAX_TOKENS,
 ) -> list[ScanTokens]:
-    """The patch tokens of each scan: last layer, normed, whitened, on the CPU.
+    """Compute the patch tokens of scans: last layer, layer-normalised, whitened, on the CPU.
 
-    A CT of 8 x 14 x 14 patches takes 2.4 MB at a hidden size of 768, an X-ray .3 MB.
+    A CT of 8 x 14 x 14 patches takes 2.4 MB at a hidden size of 768, an X-ray 0.3 MB. Whitened tokens retrieve and
+    localise better than tokens that are not (docs/results.md).
 
     Args:
-        model: in evaluation. sources: whatever the processor takes, one by one; `record.open()` for a collection's.
-        whitening: of `fit_token_whitening`, one for all scans that will be compared; by default that of the embedding.
-        max_tokens: scans are encoded together up to so many patches. Tokens do not depend on it.
+        model: encoder in evaluation mode.
+        processor: its image processor.
+        sources: scans as the processor takes them, such as `record.open()`.
+        whitening: result of `fit_token_whitening`, the same for all scans that will be compared; by default the
+            whitening of the embedding.
+        max_tokens: patches per forward pass. Tokens do not depend on it.
 
     Raises:
-        M3RetReadError: for a scan that cannot be read.
+        M3RetReadError: if a scan cannot be read.
     """
-    # Whitened: late interaction with all of a modality had, on held-out phantom scans, mAP .404, .394, .383 (three MAE
-    # checkpoints) with whitened tokens, .349, .338, .347 with tokens as they are, .345 and .346 (two of them) centred;
-    # earlier layers as they are had .290 to .349. Localisation prefers whitened ones too: of the patches of a shifted
-    # crop .404 found their own place, as they are .371. A CLS checkpoint's is that of other vectors and changes nothing
-    # (.327 to .326): `fit_token_whitening`.
     whitening = whitening or model.whitening
     tokens: list[ScanTokens] = []
     with torch.inference_mode():
-        for patches, (edges, frames) in _patch_tokens(model, processor, sources, max_tokens):
-            # of statistics pooling the columns for the mean: patches that deviate as scans do on average
+        for patches, (edges, frames) in _encode_patches(model, processor, sources, max_tokens):
+            # with statistics pooling, use the columns for the mean: patches that deviate as scans do on average
             width = patches.shape[1]
             whitened = (patches - whitening.mean[:width]) @ whitening.matrix[:, :width].T
             tokens.append(ScanTokens(torch.nn.functional.normalize(whitened, dim=-1).half().cpu(), edges, frames))
@@ -138,77 +139,77 @@ def scan_tokens(
 def fit_token_whitening(
     model: M3RetModel, processor: M3RetImageProcessor, sources: Iterable[Any], *, max_tokens: int = MAX_TOKENS
 ) -> M3RetWhitening:
-    """A whitening by the statistics of patch tokens themselves, for checkpoints that pool the CLS token: the whitening
-    of their embedding is that of other vectors.
+    """Fit a whitening to patch tokens, for checkpoints that pool the CLS token.
 
-    Re-ranking by such a checkpoint (SimDINO, 2 layers, 40 steps) had, on 305 held-out phantom scans, mAP .366 with it,
-    fitted to 112 training scans, .288 with the whitening of the embedding (paired: +.077, .052 to .103), .301 with
-    tokens as they are. Fitted to the gallery it had .367, so it needs none of the scans that are compared. Checkpoints
-    that pool the mean don't need it: on 297 real scans, MAE, .568 and .561 (paired +.007, -.004 to .019).
+    The whitening of their embedding was fitted to CLS tokens and does not suit patch tokens. Checkpoints that pool the
+    mean do not need it (docs/results.md).
 
     Args:
-        sources: of training scans, or of a gallery; of each at most `PATCHES_OF_SCAN` patches are taken, evenly spaced.
+        model: encoder in evaluation mode.
+        processor: its image processor.
+        sources: training scans, or scans of the gallery; at most `PATCHES_PER_SCAN` patches of each are used.
+        max_tokens: patches per forward pass.
 
     Returns:
-        From `(n, d)` to `(n, d)`, on the model's device.
+        A whitening from `(n, d)` to `(n, d)`, on the model's device.
 
     Raises:
-        M3RetReadError: for a scan that cannot be read.
+        M3RetReadError: if a scan cannot be read.
         ValueError: if there is no scan.
     """
     sample = []
     with torch.inference_mode():
-        for patches, _ in _patch_tokens(model, processor, sources, max_tokens):
-            sample.append(patches[:: -(-len(patches) // PATCHES_OF_SCAN)].cpu())
+        for patches, _ in _encode_patches(model, processor, sources, max_tokens):
+            sample.append(patches[:: -(-len(patches) // PATCHES_PER_SCAN)].cpu())
     if not sample:
-        raise ValueError("found no scan, expected some to fit a whitening of patch tokens to")
-    # patches are as wide as their mean, whatever the model pools
+        raise ValueError("cannot fit a token whitening: expected at least one scan, got none.")
+    # a token has hidden_size values, whatever the model pools
     sizes = {name: getattr(model.config, name) for name in ("hidden_size", "num_attention_heads")}
     whitening = M3RetWhitening(M3RetConfig(**sizes, pooling="mean"))
     whitening.fit(torch.cat(sample))
     return whitening.to(model.device)
 
 
-_Place = tuple[tuple[Tensor, Tensor, Tensor], tuple[int, ...]]  # edges and frames of a `ScanTokens`
+_Geometry = tuple[tuple[Tensor, Tensor, Tensor], tuple[int, ...]]  # edges and frames of a `ScanTokens`
 
 
-def _patch_tokens(
+def _encode_patches(
     model: M3RetModel, processor: M3RetImageProcessor, sources: Iterable[Any], max_tokens: int
-) -> Iterator[tuple[Tensor, _Place]]:
-    """Of each scan `(T*h*w, d)` float32, last layer, normed, on the model's device, and where its patches lie."""
-    for volumes, places in _together(processor, sources, max_tokens):
+) -> Iterator[tuple[Tensor, _Geometry]]:
+    """Yield for each scan the last layer's patch tokens, `(T*h*w, d)` float32 on the model's device."""
+    for volumes, geometries in _batches(processor, sources, max_tokens):
         rows, grids = processor.pack(volumes)
         outputs = model(rows.to(model.device), grids.to(model.device))
-        for own, place in zip(model.split_tokens(outputs.last_hidden_state, grids), places, strict=True):
-            yield own[model.config.num_prefix_tokens :].float(), place
+        for tokens, geometry in zip(model.split_tokens(outputs.last_hidden_state, grids), geometries, strict=True):
+            yield tokens[model.config.num_prefix_tokens :].float(), geometry
 
 
-def _together(
+def _batches(
     processor: M3RetImageProcessor, sources: Iterable[Any], max_tokens: int
-) -> Iterator[tuple[list[Tensor], list[_Place]]]:
-    """Neighbouring scans, resized, and their places, up to a number of patches."""
+) -> Iterator[tuple[list[Tensor], list[_Geometry]]]:
+    """Read and resize scans, and batch consecutive ones up to a number of patches."""
     volumes: list[Tensor] = []
-    places: list[_Place] = []
-    patches = 0
+    geometries: list[_Geometry] = []
+    total = 0
     for source in sources:
         scan = processor.read(source)
         volume = processor.resize(scan)
-        own = math.prod(processor.grid_shape(volume.shape))
-        if volumes and patches + own > max_tokens:
-            yield volumes, places
-            volumes, places, patches = [], [], 0
+        patches = math.prod(processor.grid_shape(volume.shape))
+        if volumes and total + patches > max_tokens:
+            yield volumes, geometries
+            volumes, geometries, total = [], [], 0
         volumes.append(volume)
-        places.append((_edges(processor, scan, volume), _frames(scan)))
-        patches += own
+        geometries.append((_edges(processor, scan, volume), _frames(scan)))
+        total += patches
     if volumes:
-        yield volumes, places
+        yield volumes, geometries
 
 
 def _edges(processor: M3RetImageProcessor, scan: Scan, volume: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Where the patches of a resized scan `(C, D, H, W)` begin and end in the voxels of its array.
+    """Return the boundaries of the patches of a resized scan `(C, D, H, W)` in voxels of its array.
 
-    Resizing keeps the corners, so it is one factor along each axis; frames that are taken as they are stand each for an
-    equal part of the clip. The last patch in depth ends where the slices end, not where their repetition fills it.
+    Resizing keeps the corners, so each axis has one scale factor; each frame that is read stands for an equal share of
+    the clip. The last patch in depth ends with the slices, not with the padding.
     """
     steps = (processor.patch_depth, processor.patch_size, processor.patch_size)
     T, h, w = (
@@ -221,117 +222,118 @@ def _edges(processor: M3RetImageProcessor, scan: Scan, volume: Tensor) -> tuple[
 
 
 def _frames(scan: Scan) -> tuple[int, ...]:
-    """Of each slice of a scan's array its number among all: of a clip the reader keeps the centres of equal parts."""
-    kept = scan.array.shape[1]
-    total = scan.description.get("frames_total", kept)
+    """Return the index in the scan of each slice of its array; a clip is read at the centres of equal intervals."""
+    read = scan.array.shape[1]
+    total = scan.description.get("frames_total", read)
     assert isinstance(total, int)
-    return tuple((2 * place + 1) * total // (2 * kept) for place in range(kept))
+    return tuple((2 * index + 1) * total // (2 * read) for index in range(read))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# How alike: late interaction
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- late interaction -----------------------------------------------------------------------------------------------
 
 
 def late_interaction(query: ScanTokens, hits: Sequence[ScanTokens]) -> Tensor:
-    """Mean over the query's patches of the largest cosine to any patch of a hit: `(n,)` float32 for n hits.
+    """Return the mean over the query's patches of the largest cosine to any patch of a hit: `(n,)` float32.
 
-    Every patch of the query weighs the same, and only the query asks. On held-out phantom scans (mAP .404, .394, .383)
-    both directions gave less (.394, .382, .379), and so did weights by a token's norm before it is normalised (.384,
-    .376, .363) and by how few patches of its own scan are like it (.374, .355, .340): how much of a scan is background
-    is part of what it looks like.
+    All patches have equal weight, and only the query's patches search. Both directions, and weights by norm or rarity,
+    retrieved worse (docs/results.md).
     """
-    asking = _unit(query)
+    query_tokens = _normalized(query)
     scores: list[Tensor] = []
     start = 0
     while start < len(hits):
-        stop, rows = start, 0
-        while stop < len(hits) and (stop == start or (rows + len(hits[stop].tokens)) * len(asking) <= SIMILARITIES):
-            rows += len(hits[stop].tokens)
+        stop, total = start, 0
+        while stop < len(hits) and (
+            stop == start or (total + len(hits[stop].tokens)) * len(query_tokens) <= MAX_SIMILARITIES
+        ):
+            total += len(hits[stop].tokens)
             stop += 1
         block = hits[start:stop]
-        cosines = asking @ torch.cat([_unit(hit) for hit in block]).T  # (Lq, Lh of all in the block)
-        scores += [own.amax(1).mean() for own in cosines.split([len(hit.tokens) for hit in block], dim=1)]
+        cosines = query_tokens @ torch.cat([_normalized(hit) for hit in block]).T  # (Lq, Lh of the whole block)
+        scores += [one.amax(1).mean() for one in cosines.split([len(hit.tokens) for hit in block], dim=1)]
         start = stop
     return torch.stack(scores) if scores else torch.empty(0)
 
 
-def _unit(scan: ScanTokens) -> Tensor:
-    """Tokens in float32, of norm 1 again: then a patch is nearest to itself."""
+def _normalized(scan: ScanTokens) -> Tensor:
+    """Return the tokens in float32 of norm 1, without the rounding of float16: a patch is then nearest to itself."""
     return torch.nn.functional.normalize(scan.tokens.float(), dim=-1)
 
 
 def rerank(queries: Sequence[ScanTokens], hits: Hits, gallery: Sequence[ScanTokens] | Mapping[int, ScanTokens]) -> Hits:
-    """The same hits of each query, in the order of late interaction, which becomes their score.
+    """Return the same hits ordered by late interaction, which replaces the score of the first search.
 
-    The first search's similarity has no part in it: mixed in by a fifth it cost .04, .01 and .02 of mAP on held-out
-    phantom scans. Equal scores stay in the order of the first search.
+    Mixing in the first score retrieved worse (docs/results.md). Equal scores keep the order of the first search.
 
     Args:
-        queries: of each row of the hits. hits: of a first search, as `RetrievalIndex.search` gives them. gallery:
-            tokens by row of the gallery, of those rows at least that were hit.
+        queries: tokens of the query of each row of the hits.
+        hits: of a first search, as `RetrievalIndex.search` returns them.
+        gallery: tokens by row of the gallery, at least of the rows that were hit.
 
     Raises:
-        ValueError: if there are not as many queries as rows of hits.
+        ValueError: if the number of queries is not the number of rows of hits.
     """
     if len(queries) != len(hits.rows):
-        raise ValueError(f"found {len(queries)} queries and hits of {len(hits.rows)}, expected as many of both")
+        raise ValueError(f"queries do not match hits: expected {len(hits.rows)} queries, got {len(queries)}.")
     scores, rows = torch.full_like(hits.scores, -torch.inf), torch.full_like(hits.rows, -1)
-    for place, query in enumerate(queries):
-        found = hits.rows[place][hits.rows[place] >= 0]
-        own = late_interaction(query, [gallery[row] for row in found.tolist()])
-        order = own.argsort(descending=True, stable=True)
-        scores[place, : len(order)], rows[place, : len(order)] = own[order], found[order]
+    for index, query in enumerate(queries):
+        found = hits.rows[index][hits.rows[index] >= 0]
+        similarities = late_interaction(query, [gallery[row] for row in found.tolist()])
+        order = similarities.argsort(descending=True, stable=True)
+        scores[index, : len(order)], rows[index, : len(order)] = similarities[order], found[order]
     return Hits(scores, rows)
 
 
 @dataclass
-class Reranked(Embedded):
-    """An embedding's search whose first `depth` candidates are re-ranked, for the table of an evaluation.
+class RerankedSearch(Embedded):
+    """A search by embeddings whose first candidates are re-ranked, as one method of an evaluation.
 
-    tokens: of each record. Those beyond `depth` follow in the order that they had.
+    Attributes:
+        tokens: of each record.
+        depth: number of candidates that are re-ranked; the others follow in their order.
 
     Raises:
-        ValueError: if there are not as many tokens as records, or the depth is not positive.
+        ValueError: if the number of tokens is not the number of records, or the depth is not positive.
     """
 
     tokens: Sequence[ScanTokens] = field(kw_only=True)
     depth: int = field(kw_only=True)
-    _known: dict[tuple[int, ...], Hits] = field(default_factory=dict, init=False, repr=False)
+    _cache: dict[tuple[int, ...], Hits] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        if len(self.tokens) != len(self.records) or self.depth < 1:
+        if len(self.tokens) != len(self.records):
             raise ValueError(
-                f"found tokens of {len(self.tokens)} scans for {len(self.records)} records and depth {self.depth}; "
-                "expected as many, and at least 1"
+                f"tokens do not match records: expected {len(self.records)} scans, got {len(self.tokens)}."
             )
+        if self.depth < 1:
+            raise ValueError(f"depth must be positive: got {self.depth}.")
 
     def similarities(self, queries: Tensor, candidate: Tensor) -> Tensor:
-        """As `Embedded.similarities`; of the re-ranked 3 + their cosine, which is above all others."""
+        """Return similarities as `Embedded` does; re-ranked candidates have 3 + their score, above all others."""
         similarities = super().similarities(queries, candidate)
         first = similarities.masked_fill(~candidate, -torch.inf).sort(dim=1, descending=True, stable=True)
-        for place, query in enumerate(queries.tolist()):
-            rows = first.indices[place, : self.depth]
-            rows = rows[candidate[place, rows]]
-            key = (query, *rows.tolist())  # the table and each difference ask the same again
-            if key not in self._known:
-                found = Hits(similarities[place, rows][None], rows[None])
-                self._known[key] = rerank([self.tokens[query]], found, self.tokens)
-            best = self._known[key]
-            similarities[place, best.rows[0]] = 3 + best.scores[0]
+        for index, query in enumerate(queries.tolist()):
+            rows = first.indices[index, : self.depth]
+            rows = rows[candidate[index, rows]]
+            key = (query, *rows.tolist())  # several protocols and figures ask the same
+            if key not in self._cache:
+                hits = Hits(similarities[index, rows][None], rows[None])
+                self._cache[key] = rerank([self.tokens[query]], hits, self.tokens)
+            reranked = self._cache[key]
+            similarities[index, reranked.rows[0]] = 3 + reranked.scores[0]
         return similarities
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Where: heat maps and pairs
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- localisation ---------------------------------------------------------------------------------------------------
 
 
 class PatchPair(NamedTuple):
-    """A patch of the query and its counterpart in the hit.
+    """A patch of the query and the patch of the hit that matches it.
 
-    query, hit: their centres along D, H, W in voxel coordinates of each scan's own array, where whole numbers are
-    voxels' centres. cosine: of their tokens. confidence: in [0, 1], see `locate`.
+    Attributes:
+        query, hit: centres along D, H, W in voxel coordinates of each scan's array, integers at voxel centres.
+        cosine: of the two tokens.
+        confidence: in [0, 1], see `locate`.
     """
 
     query: tuple[float, float, float]
@@ -344,9 +346,12 @@ class PatchPair(NamedTuple):
 class Match:
     """Where two scans match.
 
-    hit_heat, query_heat: `(D, H, W)` float32 in [0, 1], on the array that the processor reads of each scan: how surely
-    what lies there has a counterpart in the other. hit_slice: the slice of the hit's array that holds the hottest
-    voxel; its number among all of a clip is `frames[hit_slice]` of the hit's tokens. pairs: the surest first.
+    Attributes:
+        hit_heat, query_heat: `(D, H, W)` float32 in [0, 1] on the array that the processor reads: confidence that a
+            voxel has a counterpart in the other scan.
+        hit_slice: slice of the hit's array with the hottest voxel; `frames[hit_slice]` of its tokens is the index in
+            the clip.
+        pairs: matching patches, most confident first.
     """
 
     hit_heat: Tensor
@@ -358,52 +363,49 @@ class Match:
 def locate(
     query: ScanTokens, hit: ScanTokens, region: tuple[slice, slice, slice] | None = None, pairs: int = 10
 ) -> Match:
-    """Where in the hit is what the query shows?
+    """Find where a hit shows what the query, or a region of it, shows.
 
     Confidence is the dual softmax of cosines (LoFTR, Sun et al. 2021, arXiv 2104.00680, equation 2): the softmax of a
-    pair's cosine over the hit's patches times that over the query's. What repeats, background above all, shares its
-    confidence among its many counterparts: of the first ten pairs of two phantom CTs of one class 2 % join empty
-    patches, by cosine alone 28 %. On shifted crops .511, .506, .571 of the first ten pairs are right (three
-    checkpoints), by cosine alone .485, .468, .553. Each patch's counterpart in the pairs is its nearest by cosine.
-
-    The heat of a patch is the sum of its confidences. Of regions of those crops the hottest patch of the hit lies in
-    the right place in .557, .547, .637 of the cases, by the largest cosine in .493, .464, .568 (chance .146). A large
-    region that looks the same all over is hottest at its rim.
+    pair's cosine over the hit's patches times that over the query's. Repeated content, such as background, shares its
+    confidence among its many counterparts. In `pairs` each patch of the query is paired with its nearest by cosine. The
+    heat of a patch is the sum of its confidences. A large uniform region is hottest at its border.
 
     Args:
-        region: a box in voxels of the query's array, `slice(None)` for all of an axis; only patches in it ask, each by
-            the part of it that lies inside. Others still compete for the hit's patches. None: the whole query.
-        pairs: how many to give at most.
+        query: tokens of the query.
+        hit: tokens of the hit, of the same model.
+        region: box in voxels of the query's array, `slice(None)` for a whole axis; None for the whole query. Patches
+            count by the fraction inside; patches outside still compete for the hit's patches.
+        pairs: maximum number of pairs to return.
 
     Raises:
-        ValueError: if the region holds no voxel of the query, or the tokens are of models of different size.
+        ValueError: if the region is empty, or the tokens have different sizes.
     """
     if query.tokens.shape[1] != hit.tokens.shape[1]:
         raise ValueError(
-            f"found tokens of {query.tokens.shape[1]} and {hit.tokens.shape[1]} values, expected those of one model"
+            "tokens are of different models: "
+            f"the query's have {query.tokens.shape[1]} dimensions, the hit's {hit.tokens.shape[1]}."
         )
-    cosines = _unit(query) @ _unit(hit).T  # (Lq, Lh)
+    cosines = _normalized(query) @ _normalized(hit).T  # (Lq, Lh)
     scaled = cosines / TEMPERATURE
     confidence = scaled.softmax(0) * scaled.softmax(1)
-    asking = torch.ones(len(cosines)) if region is None else query.part_inside(region)
-    confidence *= asking[:, None]
-    nearest, counterpart = cosines.max(1)
-    sure = confidence.gather(1, counterpart[:, None])[:, 0]
-    best = sure.argsort(descending=True, stable=True)
-    best = best[asking[best] > 0][:pairs]
-    hit_heat = hit.on_voxels(confidence.sum(0)).clamp(max=1)  # but for rounding it is no more
-    hottest = int(hit_heat.argmax())
+    weights = torch.ones(len(cosines)) if region is None else query.fraction_inside(region)
+    confidence *= weights[:, None]
+    nearest_cosine, nearest = cosines.max(1)
+    pair_confidence = confidence.gather(1, nearest[:, None])[:, 0]
+    best = pair_confidence.argsort(descending=True, stable=True)
+    best = best[weights[best] > 0][:pairs]
+    hit_heat = hit.to_voxels(confidence.sum(0)).clamp(max=1)  # above 1 by rounding only
     return Match(
         hit_heat=hit_heat,
-        query_heat=query.on_voxels(confidence.sum(1)).clamp(max=1),
-        hit_slice=hottest // math.prod(hit.shape[1:]),
+        query_heat=query.to_voxels(confidence.sum(1)).clamp(max=1),
+        hit_slice=int(hit_heat.argmax()) // math.prod(hit.shape[1:]),
         pairs=tuple(
-            PatchPair(_point(here), _point(there), cosine, confidence)
-            for here, there, cosine, confidence in zip(
+            PatchPair(_point(query_centre), _point(hit_centre), cosine, confidence)
+            for query_centre, hit_centre, cosine, confidence in zip(
                 query.centres()[best].tolist(),
-                hit.centres()[counterpart[best]].tolist(),
-                nearest[best].tolist(),
-                sure[best].tolist(),
+                hit.centres()[nearest[best]].tolist(),
+                nearest_cosine[best].tolist(),
+                pair_confidence[best].tolist(),
                 strict=True,
             )
         ),

@@ -1,11 +1,11 @@
-"""The gallery in a Milvus collection, for more scans than one machine holds: searched as `RetrievalIndex` is.
+"""A search index in a Milvus collection, for galleries larger than one machine; searched like `RetrievalIndex`.
 
-Milvus Lite's file serves tests and small galleries, a server's address the large ones. Vectors are what the index on
-disk holds, directions in float16, so scores are the same.
+A file of Milvus Lite serves tests and small galleries, a server large ones. Milvus holds the vectors that an index on
+disk holds (float16 of norm 1), so scores are the same.
 
-A scan's primary key is its row. What a collection is lies in one of its properties, beside the row at which it ends: a
-search looks before that row only, so a build or an addition that was cut off is never seen. Rows of removed scans stay
-empty. One process at a time may change a collection; any number may search it.
+The primary key of a scan is its row. A property of the collection holds the manifest with the row at which the gallery
+ends, and searches look before that row only: an interrupted build or addition is never seen. Rows of removed scans stay
+empty. Only one process at a time may change a collection; any number may search it.
 """
 
 from __future__ import annotations
@@ -24,28 +24,40 @@ from pymilvus import DataType, MilvusClient
 from torch import Tensor
 
 from ..model_facts import ModelFacts
-from .approximate import AIM, TRIED_QUERIES
-from .exact import Hits, bfloat16_rounding, search_exactly
-from .index import IndexFormatError, MetadataFilter, directions, expect_of_each_query, with_all_columns
+from .approximate import TARGET_RECALL, RecallSample
+from .exact import Hits
+from .index import (
+    IndexFormatError,
+    MetadataFilter,
+    check_model,
+    check_queries,
+    complete_metadata,
+    normalize_to_float16,
+)
 
 
 logger = logging.getLogger(__name__)
 
 FORMAT = 1
-PROPERTY = "m3ret"
-TOKEN = "MILVUS_TOKEN"  # the variable that holds "user:password" or a key of the server
-DIGESTED = ("id", "patient", "modality", "anatomy", "source")
-MOST_HITS = 16384  # that Milvus gives to a search, https://milvus.io/docs/limitations.md
-MESSAGE_BYTES = 2**24  # a quarter of the 64 MB that Milvus takes or gives at a time, by the same page
-METADATA_BYTES = 1024  # of a scan, about: some words and digests
-BYTES_OF_A_HIT = 16  # its row and score
-DIGESTS_TOGETHER = 8192  # 35 bytes each in an expression
+PROPERTY = "m3ret"  # property of the collection that holds the manifest
+TOKEN_VARIABLE = "MILVUS_TOKEN"  # environment variable with "user:password" or an API key
+DIGEST_COLUMNS = ("id", "patient", "modality", "anatomy", "source")
+MAX_HITS = 16384  # per search, https://milvus.io/docs/limitations.md
+MESSAGE_BYTES = 2**24  # a quarter of the 64 MB that Milvus allows per message, by the same page
+METADATA_BYTES = 1024  # approximate size of a scan's metadata
+HIT_BYTES = 16  # a row and a score
+DIGESTS_PER_LIST = 8192  # 35 bytes each in an expression
 
 
 @dataclass(frozen=True)
 class MilvusSearch:
-    """How Milvus searches: a type of its vector indices, what it is built with (`nlist`, `M`) and searched with
-    (`nprobe`, `ef`). FLAT compares all, as the index on disk does by default."""
+    """How Milvus searches.
+
+    Attributes:
+        index_type: vector index of Milvus. FLAT compares all vectors, as the index on disk does by default.
+        build: parameters of building the index, such as `nlist` or `M`.
+        search: parameters of searching it, such as `nprobe` or `ef`.
+    """
 
     index_type: str = "FLAT"
     build: Mapping[str, Any] | None = None
@@ -54,8 +66,16 @@ class MilvusSearch:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a collection is. end: the row before which its scans lie. recall: at 10, of scans of the gallery itself,
-    when it was built; None for FLAT, which is exact, and after an addition."""
+    """Description of a collection, stored in one of its properties.
+
+    Attributes:
+        facts: model that made the embeddings.
+        dimension: of the embeddings.
+        end: row before which the scans lie; 0 while the collection is being built.
+        method: how it is searched.
+        recall: recall@10 on scans of the gallery when it was built; None for FLAT, which is exact, and after an
+            addition.
+    """
 
     facts: ModelFacts
     dimension: int
@@ -63,20 +83,30 @@ class Manifest:
     method: MilvusSearch
     recall: float | None = None
 
-    def text(self) -> str:
+    def to_json(self) -> str:
         return json.dumps({"format": FORMAT, **asdict(self)})
 
     @classmethod
-    def of(cls, text: str) -> Manifest:
-        told = json.loads(text)
-        if (found := told.pop("format")) != FORMAT:
-            raise IndexFormatError(f"found format {found}, expected {FORMAT}")
-        facts, method = ModelFacts(**told.pop("facts")), MilvusSearch(**told.pop("method"))
-        return cls(facts=facts, method=method, **told)
+    def from_json(cls, text: str, collection: str) -> Manifest:
+        """Parse a manifest.
+
+        Raises:
+            IndexFormatError: if its format is not supported.
+            ValueError, KeyError, TypeError: if it is not a manifest.
+        """
+        values = json.loads(text)
+        if (found := values.pop("format")) != FORMAT:
+            raise IndexFormatError(
+                collection,
+                "unsupported",
+                f"unsupported index format: expected {FORMAT}, got {found}. Build the index again, or update m3ret.",
+            )
+        facts, method = ModelFacts(**values.pop("facts")), MilvusSearch(**values.pop("method"))
+        return cls(facts=facts, method=method, **values)
 
 
 class MilvusIndex:
-    """Build with `build`, open with `load`."""
+    """A gallery in Milvus. Create it with `build` or `load`."""
 
     def __init__(self, client: MilvusClient, collection: str, manifest: Manifest):
         self.client = client
@@ -93,74 +123,89 @@ class MilvusIndex:
         embeddings: Tensor,
         metadata: pa.Table,
         facts: ModelFacts,
-        place: str,
+        uri: str,
         collection: str,
         method: MilvusSearch = MilvusSearch(),
-        aim: float = AIM,
+        target_recall: float = TARGET_RECALL,
     ) -> MilvusIndex:
-        """Make a collection, which must not be there yet; one that a build left unfinished is made anew.
+        """Create a collection. One that an interrupted build left behind is replaced.
 
         Args:
-            embeddings, metadata: as for `RetrievalIndex.build`. place: a file `….db` of Milvus Lite, or a server's
-                `https://…` or `http://…:19530`, whose token is read from the environment (`MILVUS_TOKEN`).
-            aim: recall@10, below which an approximate search is warned of.
+            embeddings: `(n, d)`, as for `RetrievalIndex.build`; at least one.
+            metadata: one row per scan, as for `RetrievalIndex.build`.
+            facts: model that made the embeddings.
+            uri: a file `*.db` of Milvus Lite, or a server's `https://…` or `http://…:19530`. The token is read from the
+                environment (`MILVUS_TOKEN`).
+            collection: name of the collection.
+            method: how Milvus searches.
+            target_recall: a warning is logged if the recall@10 of an approximate search is below it.
 
         Raises:
-            ValueError: if there is no scan, they do not fit, ids repeat, an embedding has no direction, or there is
-                such a collection.
+            ValueError: if there is no scan, the sizes do not match, ids are missing or repeated, an embedding is zero
+                or not finite, or the collection exists.
         """
-        vectors = directions(embeddings)
-        metadata = with_all_columns(metadata, len(vectors))
-        if not len(vectors):  # what ends at row 0 is unfinished
-            raise ValueError(f"{collection}: found no scan, expected some to build an index of")
-        client = _connect(place)
+        vectors = normalize_to_float16(embeddings)
+        metadata = complete_metadata(metadata, len(vectors))
+        if not len(vectors):  # a collection that ends at row 0 is unfinished
+            raise ValueError(f"cannot build the collection {collection}: expected at least one scan, got none.")
+        client = _connect(uri)
         if client.has_collection(collection):
             if _read_manifest(client, collection).end:
-                raise ValueError(f"{place}: found a collection {collection}, expected none of that name")
+                raise ValueError(f"{uri}: the collection {collection} exists. Choose another name or drop it.")
             client.drop_collection(collection)
         manifest = Manifest(facts, vectors.shape[1], 0, method)
         client.create_collection(
             collection,
             schema=_schema(manifest.dimension),
-            consistency_level="Strong",  # what was added is found by the next search, whoever searches
-            properties={PROPERTY: manifest.text()},
+            consistency_level="Strong",  # every client's next search sees what was added
+            properties={PROPERTY: manifest.to_json()},
         )
         built = cls(client, collection, manifest)
         built._insert(vectors, metadata)
         client.flush(collection)
-        words, nearest = client.prepare_index_params(), client.prepare_index_params()
-        for column in DIGESTED:
-            words.add_index(f"{column}_digest", index_type="INVERTED")
-        nearest.add_index("embedding", index_type=method.index_type, metric_type="IP", params=dict(method.build or {}))
-        client.create_index(collection, words, sync=False)
-        client.create_index(collection, nearest)  # waits until it is built, else recall would be that of no index
+        string_indices, vector_index = client.prepare_index_params(), client.prepare_index_params()
+        for column in DIGEST_COLUMNS:
+            string_indices.add_index(f"{column}_digest", index_type="INVERTED")
+        vector_index.add_index(
+            "embedding", index_type=method.index_type, metric_type="IP", params=dict(method.build or {})
+        )
+        client.create_index(collection, string_indices, sync=False)
+        client.create_index(collection, vector_index)  # waits for the index, which the recall is measured on
         client.load_collection(collection)
         built.manifest = replace(manifest, end=len(vectors))
         if method.index_type != "FLAT":
-            recall = built._recall(vectors)
-            if recall < aim:
-                logger.warning("%s: recall@10 is %.3f, not %.3f: raise %s", collection, recall, aim, method)
+            recall = RecallSample(vectors, torch.Generator().manual_seed(0)).recall(built.search)
+            if recall < target_recall:
+                logger.warning(
+                    "recall@10 of the collection %s is too low: expected %.3f, got %.3f. Raise the parameters of %s.",
+                    collection,
+                    target_recall,
+                    recall,
+                    method,
+                )
             built.manifest = replace(built.manifest, recall=recall)
         built._publish()
         return built
 
     @classmethod
-    def load(cls, place: str, collection: str, expected: ModelFacts | None = None) -> MilvusIndex:
-        """
+    def load(cls, uri: str, collection: str, expected: ModelFacts | None = None) -> MilvusIndex:
+        """Open a collection.
+
         Args:
-            expected: whose embeddings the queries will be; others are refused.
+            uri: as for `build`.
+            collection: name of the collection.
+            expected: model of the queries; a collection of another model is refused. None accepts any.
 
         Raises:
-            IndexFormatError: if there is no such collection, it is no index of ours, unfinished, or another model's.
+            IndexFormatError: if the collection is missing, not an index, unfinished, or of another model.
         """
-        client = _connect(place)
+        client = _connect(uri)
         if not client.has_collection(collection):
-            raise IndexFormatError(f"{place}: found no collection {collection}, expected an index")
+            raise IndexFormatError(collection, "missing", f"no such collection in {uri}.")
         manifest = _read_manifest(client, collection)
         if not manifest.end:
-            raise IndexFormatError(f"{place}: found {collection} unfinished, expected a whole index: build it again")
-        if expected is not None and manifest.facts != expected:
-            raise IndexFormatError(f"{place}: found embeddings of {manifest.facts}, expected those of {expected}")
+            raise IndexFormatError(collection, "unfinished", "the collection was not built to its end. Build it again.")
+        check_model(collection, manifest.facts, expected)
         client.load_collection(collection)
         return cls(client, collection, manifest)
 
@@ -169,10 +214,10 @@ class MilvusIndex:
         return int(counted["count(*)"])
 
     def close(self) -> None:
-        """Let go of the server, or of the file, which only one process may have open."""
+        """Close the connection, or the file, which only one process may have open."""
         self.client.close()
 
-    # ------------------------------------------------------------------------------------------------------ searching
+    # ---- search -----------------------------------------------------------------------------------------------------
 
     def search(
         self,
@@ -182,89 +227,99 @@ class MilvusIndex:
         where: MetadataFilter | None = None,
         query_patients: Sequence[str] | None = None,
     ) -> Hits:
-        """As `RetrievalIndex.search`; of scans as similar as the last hit, any may be missing. Queries of one patient
-        go together, so many patients are many searches.
+        """Return the k most similar scans of each query, as `RetrievalIndex.search` does.
+
+        Which of several scans with the score of the last hit are returned is not defined. Queries of one patient
+        share a request, so queries of many patients take many requests.
 
         Raises:
-            ValueError: if shapes do not fit, k is not from 1 to 16384, or the filter is larger than a message.
+            ValueError: if the shapes do not match, k is not in 1 to 16,384, or the filter is too long for a request.
         """
-        if queries.ndim != 2 or queries.shape[1] != self.manifest.dimension or not 1 <= k <= MOST_HITS:
-            raise ValueError(
-                f"queries {tuple(queries.shape)} do not fit {self.manifest.dimension} dimensions, "
-                f"or k is {k}, not 1 to {MOST_HITS}"
-            )
-        expect_of_each_query(query_patients, queries)
+        check_queries(queries, self.manifest.dimension, query_patients)
+        if not 1 <= k <= MAX_HITS:
+            raise ValueError(f"k must be in 1 to {MAX_HITS}: got {k}.")
         queries = torch.nn.functional.normalize(queries.float(), dim=-1)
         scores = torch.full((len(queries), k), -torch.inf)
         rows = torch.full((len(queries), k), -1, dtype=torch.int64)
-        asking: dict[str, list[int]] = {}
-        for place, patient in enumerate([""] * len(queries) if query_patients is None else query_patients):
-            asking.setdefault(patient, []).append(place)
-        allowed = self._before_end() if where is None else f"{self._before_end()}{_expression(where)}"
-        for patient, places in asking.items():
-            foreign = f'{allowed} and patient_digest != "{_digest(patient)}"' if patient else allowed
-            for some in _batches(places, max(4 * queries.shape[1], BYTES_OF_A_HIT * k)):
+        queries_of: dict[str, list[int]] = {}
+        for index, patient in enumerate([""] * len(queries) if query_patients is None else query_patients):
+            queries_of.setdefault(patient, []).append(index)
+        expression = self._before_end() + (_expression(where) if where else "")
+        for patient, indices in queries_of.items():
+            condition = f'{expression} and patient_digest != "{_digest(patient)}"' if patient else expression
+            for batch in _batches(indices, max(4 * queries.shape[1], HIT_BYTES * k)):
                 found = self.client.search(
                     self.collection,
-                    data=queries[some].tolist(),
+                    data=queries[batch].tolist(),
                     anns_field="embedding",
-                    filter=foreign,
+                    filter=condition,
                     limit=k,
                     search_params={"metric_type": "IP", "params": dict(self.manifest.method.search or {})},
                 )
-                for place, hits in zip(some, found, strict=True):
+                for index, hits in zip(batch, found, strict=True):
                     best = sorted((-hit["distance"], hit["row"]) for hit in hits)
-                    scores[place, : len(best)] = torch.tensor([-distance for distance, _ in best])
-                    rows[place, : len(best)] = torch.tensor([row for _, row in best], dtype=torch.int64)
+                    scores[index, : len(best)] = torch.tensor([-distance for distance, _ in best])
+                    rows[index, : len(best)] = torch.tensor([row for _, row in best], dtype=torch.int64)
         return Hits(scores, rows)
 
-    def rows(self, found: Tensor) -> list[dict[str, Any]]:
-        """The metadata of rows that a search found, without those that are -1.
+    def lookup(self, rows: Tensor) -> list[dict[str, Any]]:
+        """Return the metadata of rows that a search found; rows of -1 are skipped.
 
         Raises:
-            LookupError: if one was removed since it was found.
+            LookupError: if a row was removed since.
         """
-        wanted = found[found >= 0].flatten().tolist()
-        told: dict[int, dict[str, Any]] = {}
-        for some in _batches(sorted(set(wanted)), METADATA_BYTES):
-            answers = self.client.query(self.collection, filter=f"row in {some}", output_fields=["metadata"])
-            told |= {answer["row"]: answer["metadata"] for answer in answers}
-        if gone := set(wanted) - set(told):
-            raise LookupError(f"{self.collection}: row {min(gone)} was removed since it was found: search again")
-        return [told[row] for row in wanted]
+        wanted = rows[rows >= 0].flatten().tolist()
+        metadata: dict[int, dict[str, Any]] = {}
+        for batch in _batches(sorted(set(wanted)), METADATA_BYTES):
+            answers = self.client.query(self.collection, filter=f"row in {batch}", output_fields=["metadata"])
+            metadata |= {answer["row"]: answer["metadata"] for answer in answers}
+        if removed := set(wanted) - set(metadata):
+            raise LookupError(f"row {min(removed)} of {self.collection} was removed after the search. Search again.")
+        return [metadata[row] for row in wanted]
 
-    # ------------------------------------------------------------------------------------------------------- changing
+    # ---- changes ----------------------------------------------------------------------------------------------------
 
     def add(self, embeddings: Tensor, metadata: pa.Table) -> MilvusIndex:
-        """The index with these scans too. Who has it open without them goes on without.
+        """Add scans and return the larger index. Indices that are open already do not see them.
+
+        Args:
+            embeddings: `(m, d)`, as for `build`.
+            metadata: one row per added scan, as for `build`.
 
         Raises:
-            ValueError: as `build` does, or if others were added since this was opened, whose rows these would take.
+            ValueError: as `build`, if an id is in the index already, or if others added scans since this was opened.
         """
-        vectors = directions(embeddings)
-        metadata = with_all_columns(metadata, len(vectors))
+        vectors = normalize_to_float16(embeddings)
+        metadata = complete_metadata(metadata, len(vectors))
         if vectors.shape[1] != self.manifest.dimension:
-            raise ValueError(f"embeddings {tuple(vectors.shape)} are not of {self.manifest.dimension} dimensions")
-        found, expected = _read_manifest(self.client, self.collection).end, self.manifest.end
-        if found != expected:
             raise ValueError(
-                f"{self.collection}: found {found} rows, expected {expected} as when it was opened: load it again"
+                f"embeddings do not match the collection {self.collection}: "
+                f"expected (m, {self.manifest.dimension}), got {tuple(vectors.shape)}."
             )
-        for digests in _digests(metadata.column("id").to_pylist()):
-            filtered = f"{self._before_end()} and id_digest in {digests}"
-            if self.client.query(self.collection, filter=filtered, output_fields=["row"], limit=1):
-                raise ValueError("ids of a gallery are all there and all different")
-        # what an addition left that was cut off
-        self.client.delete(self.collection, filter=f"row >= {self.manifest.end}")
+        end = _read_manifest(self.client, self.collection).end
+        if end != self.manifest.end:
+            raise ValueError(
+                f"the collection {self.collection} changed since it was opened: "
+                f"expected {self.manifest.end} rows, got {end}. Load it again."
+            )
+        for digests in _digest_lists(metadata.column("id").to_pylist()):
+            condition = f"{self._before_end()} and id_digest in {digests}"
+            if found := self.client.query(self.collection, filter=condition, output_fields=["metadata"], limit=1):
+                raise ValueError(f"ids must be unique: {found[0]['metadata']['id']} is in {self.collection} already.")
+        self.client.delete(self.collection, filter=f"row >= {self.manifest.end}")  # of an interrupted addition
         self._insert(vectors, metadata)
-        larger = replace(self.manifest, end=self.manifest.end + len(vectors), recall=None)
-        added = MilvusIndex(self.client, self.collection, larger)
-        added._publish()
-        return added
+        manifest = replace(self.manifest, end=self.manifest.end + len(vectors), recall=None)
+        larger = MilvusIndex(self.client, self.collection, manifest)
+        larger._publish()
+        return larger
 
     def remove(self, ids: Collection[str]) -> MilvusIndex:
-        """The index without these scans, which nobody finds any more; ids that it does not have are passed over."""
-        for digests in _digests(ids):
+        """Remove scans for all who search the collection, and return this index.
+
+        Args:
+            ids: of the scans to remove; unknown ids are ignored.
+        """
+        for digests in _digest_lists(ids):
             self.client.delete(self.collection, filter=f"id_digest in {digests}")
         return self
 
@@ -272,31 +327,21 @@ class MilvusIndex:
         return f"row < {self.manifest.end}"
 
     def _insert(self, vectors: Tensor, metadata: pa.Table) -> None:
-        for some in _batches(range(len(vectors)), 4 * self.manifest.dimension + METADATA_BYTES):
-            told = metadata.slice(some[0], len(some)).to_pylist()
-            scans = [
+        for batch in _batches(range(len(vectors)), 4 * self.manifest.dimension + METADATA_BYTES):
+            scans = metadata.slice(batch[0], len(batch)).to_pylist()
+            entities = [
                 {"row": self.manifest.end + row, "embedding": vector, "metadata": scan}
-                | {f"{column}_digest": _digest(scan[column]) for column in DIGESTED}
-                for row, vector, scan in zip(some, vectors[some].float().tolist(), told, strict=True)
+                | {f"{column}_digest": _digest(scan[column]) for column in DIGEST_COLUMNS}
+                for row, vector, scan in zip(batch, vectors[batch].float().tolist(), scans, strict=True)
             ]
-            self.client.insert(self.collection, scans)
+            self.client.insert(self.collection, entities)
 
     def _publish(self) -> None:
-        self.client.alter_collection_properties(self.collection, {PROPERTY: self.manifest.text()})
-
-    def _recall(self, vectors: Tensor) -> float:
-        """Of the ten nearest of scans of the gallery, itself left out, the part that is found."""
-        tried = torch.randperm(len(vectors), generator=torch.Generator().manual_seed(0))[:TRIED_QUERIES]
-        queries, itself = vectors[tried].float(), [row[None] for row in tried]
-        k = max(1, min(10, len(vectors) - 1))
-        truth = search_exactly(vectors, queries, k, itself, bfloat16_rounding(vectors)).rows
-        found = self.search(queries, k + 1).rows
-        hits = sum(len(set(a.tolist()) & set(b.tolist())) for a, b in zip(truth, found, strict=True))
-        return hits / max(1, truth.numel())
+        self.client.alter_collection_properties(self.collection, {PROPERTY: self.manifest.to_json()})
 
 
-def _connect(place: str) -> MilvusClient:
-    return MilvusClient(place, token=os.environ.get(TOKEN, ""))
+def _connect(uri: str) -> MilvusClient:
+    return MilvusClient(uri, token=os.environ.get(TOKEN_VARIABLE, ""))
 
 
 def _schema(dimension: int) -> Any:
@@ -304,48 +349,53 @@ def _schema(dimension: int) -> Any:
     schema.add_field("row", DataType.INT64, is_primary=True)
     schema.add_field("embedding", DataType.FLOAT_VECTOR, dim=dimension)
     schema.add_field("metadata", DataType.JSON)
-    for column in DIGESTED:
+    for column in DIGEST_COLUMNS:
         schema.add_field(f"{column}_digest", DataType.VARCHAR, max_length=32)
     return schema
 
 
 def _read_manifest(client: MilvusClient, collection: str) -> Manifest:
-    told = client.describe_collection(collection)["properties"].get(PROPERTY)
+    text = client.describe_collection(collection)["properties"].get(PROPERTY)
     try:
-        return Manifest.of(told)
-    except IndexFormatError as error:
-        raise IndexFormatError(f"{collection}: {error}") from error
+        return Manifest.from_json(text, collection)
+    except IndexFormatError:
+        raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise IndexFormatError(f"found a collection {collection} of others, expected an index") from error
+        raise IndexFormatError(
+            collection, "unsupported", "the collection is not an index of m3ret. Choose another name."
+        ) from error
 
 
-def _digest(word: str | None) -> str:
-    """What a word is compared by. Expressions are built of these alone, so no word can be taken for a part of one."""
-    return "" if word is None else hashlib.blake2b(word.encode(), digest_size=16).hexdigest()
+def _digest(value: str | None) -> str:
+    """Return the digest by which a string is compared; expressions hold digests only, so no value can alter one."""
+    return "" if value is None else hashlib.blake2b(value.encode(), digest_size=16).hexdigest()
 
 
-def _digests(words: Collection[str]) -> Iterator[str]:
-    """Lists as an expression has them."""
-    digests = sorted({_digest(word) for word in words})
-    for start in range(0, len(digests), DIGESTS_TOGETHER):
-        yield json.dumps(digests[start : start + DIGESTS_TOGETHER])
+def _digest_lists(values: Collection[str]) -> Iterator[str]:
+    """Yield the digests of values as lists in the syntax of an expression."""
+    digests = sorted({_digest(value) for value in values})
+    for start in range(0, len(digests), DIGESTS_PER_LIST):
+        yield json.dumps(digests[start : start + DIGESTS_PER_LIST])
 
 
 def _expression(where: MetadataFilter) -> str:
-    """What follows another condition; empty if all are allowed."""
+    """Return a filter as conditions that follow another one; empty if it allows all scans."""
     conditions = []
-    for column in ("modality", "anatomy", "source"):
-        if (names := getattr(where, column)) is not None:
-            alternatives = " or ".join(f"{column}_digest in {digests}" for digests in _digests(names))
-            conditions.append(f" and ({alternatives or 'row < 0'})")
-    conditions += [f" and patient_digest not in {digests}" for digests in _digests(where.excluded_patients)]
+    for column, values in where.allowed_values().items():
+        alternatives = " or ".join(f"{column}_digest in {digests}" for digests in _digest_lists(values))
+        conditions.append(f" and ({alternatives or 'row < 0'})")
+    conditions += [f" and patient_digest not in {digests}" for digests in _digest_lists(where.excluded_patients)]
     expression = "".join(conditions)
     if len(expression) > MESSAGE_BYTES:
-        raise ValueError(f"found a filter of {len(expression):,} characters, expected at most {MESSAGE_BYTES:,}")
+        raise ValueError(
+            f"the filter is too long for Milvus: expected at most {MESSAGE_BYTES:,} characters, "
+            f"got {len(expression):,}. Name fewer values."
+        )
     return expression
 
 
-def _batches(places: Sequence[int], bytes_each: int) -> Iterator[list[int]]:
-    together = max(1, min(MOST_HITS, MESSAGE_BYTES // bytes_each))
-    for start in range(0, len(places), together):
-        yield list(places[start : start + together])
+def _batches(items: Sequence[int], bytes_each: int) -> Iterator[list[int]]:
+    """Split items so that each batch fits a message."""
+    size = max(1, min(MAX_HITS, MESSAGE_BYTES // bytes_each))
+    for start in range(0, len(items), size):
+        yield list(items[start : start + size])

@@ -1,51 +1,48 @@
-"""The gallery that is searched: an index, a small picture of each scan, and where the scans lie, if they do.
+"""The gallery of the page: an index, a thumbnail of each scan, and the records of the scans if they can be opened.
 
-It is embedded once and kept under `HF_HOME/m3ret/galleries`, in a folder whose name follows from the model and the
-scans; when that is interrupted, the next start goes on with it. The index calls a scan by its place in the collection
-and a patient by the place of the first scan, so that no name of a file or a person is in it. Visitors are told a scan's
-row, and nothing else by which it could be found.
+A gallery is embedded once and cached under `HF_HOME/m3ret/galleries`, in a folder whose name is a hash of the model and
+the scans; an interrupted run is resumed. The index identifies a scan by its position in the collection, and a patient
+by the position of the patient's first scan, so no file of a gallery holds a name of a file or a person; names of scans
+that cannot be read are not stored either. Visitors see the row of a scan and nothing else that identifies it.
 """
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import io
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypedDict
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 from filelock import FileLock
 from PIL import Image
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from ..atomic_io import atomic_write
+from ..atomic_io import atomic_write, atomic_write_text
 from ..data.collection import Record, open_collection
 from ..data.schema import CollectionError
 from ..hub import CACHE_FOLDER
 from ..image_processing_m3ret import M3RetImageProcessor
 from ..model_facts import ModelFacts, model_facts
 from ..modeling_m3ret import M3RetModel
-from ..search.embedding import Embedded, embed_records, encoder_embedder
-from ..search.embedding_store import fingerprint, read_shard, shard_place, write_shard
+from ..search.embedding import encoder_embedder
+from ..search.embedding_store import cache_key, fingerprint, read_shards, write_shards
 from ..search.exact import Hits
-from ..search.index import IndexFormatError, MetadataFilter, RetrievalIndex
+from ..search.index import CURRENT, IndexFormatError, MetadataFilter, RetrievalIndex, check_model
 from ..search.thumbnails import THUMBNAIL_SIZE, thumbnail_embedder, to_image
 
 
-DEMO = "phantom:48:1"  # six subjects a class; another seed than the phantom of training, so that no scan is known
-PUBLISHED = "gallery"  # the folder of a Space
+DEMO = "phantom:48:1"  # six subjects per class, with another seed than the phantom that models are trained on
+PUBLISHED = "gallery"  # folder in a Space
 ABOUT = "gallery.json"
 THUMBNAILS = "thumbnails.parquet"
-SHARD_SCANS = 32  # half a minute of CTs on two cores is the most that is done twice after an interruption
-# real scans of the package pydicom-data whose pixels name nobody: modality and anatomy, as one sees them
+SHARD_SCANS = 32  # scans that are embedded again after an interruption: half a minute of CTs on two cores
+# real scans of the package pydicom-data without names in their pixels; modality and anatomy as seen by eye
 SAMPLES = {
     "RG1_UNCR.dcm": ("xray", "chest"),
     "RG3_UNCR.dcm": ("xray", "leg"),
@@ -59,7 +56,7 @@ SAMPLES = {
 
 
 class Facts(TypedDict):
-    """What may be shown of a scan."""
+    """What visitors may see of a scan."""
 
     modality: str
     anatomy: str
@@ -69,8 +66,14 @@ class Facts(TypedDict):
 
 @dataclass
 class Gallery:
-    """records: of each row of the index; None where only embeddings are here. thumbnails: WebP of each row, or None.
-    collection: a name by which the records can be opened elsewhere, None where they can't."""
+    """Scans to search in.
+
+    Attributes:
+        index: embeddings and metadata.
+        records: one per row of the index; None if the scans cannot be opened.
+        thumbnails: WebP picture of each row, or None.
+        collection: name by which the records can be opened on another machine, or None.
+    """
 
     index: RetrievalIndex
     records: Sequence[Record] | None = None
@@ -81,22 +84,24 @@ class Gallery:
         return len(self.index)
 
     def facts(self, row: int) -> Facts:
-        (told,) = self.index.metadata.slice(row, 1).to_pylist()
+        """Return what visitors may see of a scan."""
+        (values,) = self.index.metadata.slice(row, 1).to_pylist()
         return Facts(
-            modality=told["modality"] or "",
-            anatomy=told["anatomy"] or "",
-            labels=told["labels"] or [],
-            source=told["source"] or "",
+            modality=values["modality"] or "",
+            anatomy=values["anatomy"] or "",
+            labels=values["labels"] or [],
+            source=values["source"] or "",
         )
 
     def thumbnail(self, row: int) -> Image.Image | None:
+        """Return the thumbnail of a scan, or None if the gallery has none."""
         if self.thumbnails is None:
             return None
         with Image.open(io.BytesIO(self.thumbnails[row].as_py()), formats=["WEBP"]) as image:
             return image.convert("RGB")
 
     def names(self, column: str) -> list[str]:
-        """Those that a column of the metadata holds, in order, without the empty one."""
+        """Return the distinct values of a metadata column, sorted, without empty ones."""
         return sorted(name for name in set(self.index.metadata.column(column).to_pylist()) if name)
 
     def search(
@@ -120,6 +125,8 @@ class Gallery:
         patients = None
         if exclude_same_patient and query_row is not None:
             patients = [self.index.metadata.column("patient")[query_row].as_py() or ""]
+        if where == MetadataFilter():
+            where = None  # so that an approximate index is used
         count = k + (query_row is not None)
         hits = self.index.search(embedding[None], count, where=where, query_patients=patients)
         found = hits.rows[0] >= 0
@@ -128,34 +135,38 @@ class Gallery:
         return Hits(hits.scores[:, found][:, :k], hits.rows[:, found][:, :k])
 
     def save(self, folder: Path) -> None:
+        """Write the gallery to a folder, complete once `gallery.json` is there."""
         self.index.save(folder)
         if self.thumbnails is not None:
             with atomic_write(folder / THUMBNAILS) as stream:
                 pq.write_table(pa.table({"webp": self.thumbnails}), stream, compression="none")
-        with atomic_write(folder / ABOUT) as stream:
-            stream.write(json.dumps({"collection": self.collection}).encode())
+        atomic_write_text(folder / ABOUT, json.dumps({"collection": self.collection}))
 
 
-def open_gallery(what: str | None, model: M3RetModel, processor: M3RetImageProcessor, name: str) -> Gallery:
-    """The gallery `what`: the folder of an index, a collection as `open_collection` takes it, or None for the one that
-    was published with this Space, else the demo.
+def open_gallery(source: str | None, model: M3RetModel, processor: M3RetImageProcessor, name: str) -> Gallery:
+    """Open a gallery, and embed it if needed.
 
     Args:
-        name: of the model.
+        source: folder of an index, or a collection as `open_collection` takes it. None opens the gallery published with
+            this Space, or the demo if there is none.
+        model: encoder of the queries.
+        processor: its image processor.
+        name: name of the model.
 
     Raises:
-        IndexFormatError, CollectionError: if there is none, or it is another model's.
+        IndexFormatError: if the index is damaged or of another model.
+        CollectionError: if there is no such collection, or no scan of it can be read.
     """
-    if what is None and (Path(PUBLISHED) / ABOUT).is_file():
-        what = PUBLISHED
-    if what is not None and (Path(what) / "current.json").is_file():
-        return _load(Path(what), model_facts(model, processor, name))
-    collection = what or DEMO
+    if source is None and (Path(PUBLISHED) / ABOUT).is_file():
+        source = PUBLISHED
+    if source is not None and (Path(source) / CURRENT).is_file():
+        return _load(Path(source), model_facts(model, processor, name))
+    collection = source or DEMO
     records = open_collection(collection)
-    if what is None:
+    if source is None:
         records = [*records, *sample_records()]
-    elsewhere = None if Path(collection).exists() else collection
-    return embed_gallery(records, model, processor, name, elsewhere)
+    portable = None if Path(collection).exists() else collection
+    return embed_gallery(records, model, processor, name, portable)
 
 
 def embed_gallery(
@@ -166,77 +177,69 @@ def embed_gallery(
     collection: str | None = None,
     folder: Path | None = None,
 ) -> Gallery:
-    """The gallery of these records, embedded now or before; what can't be read is left out.
+    """Return the gallery of some records, from the cache if possible. Scans that cannot be read are left out.
 
     Args:
-        folder: where galleries are kept, by default `HF_HOME/m3ret/galleries`.
+        records: scans of the gallery.
+        model: encoder.
+        processor: its image processor.
+        name: name of the model.
+        collection: name by which the records can be opened on another machine, or None.
+        folder: of the cache; by default `HF_HOME/m3ret/galleries`.
 
     Raises:
         CollectionError: if no scan can be read.
     """
     facts = model_facts(model, processor, name)
-    told = json.dumps([facts.revision, facts.processor, fingerprint(records), THUMBNAIL_SIZE, SHARD_SCANS])
-    folder = (folder or CACHE_FOLDER / "galleries") / hashlib.sha256(told.encode()).hexdigest()[:24]
-    if (folder / ABOUT).is_file():  # needs no lock, which a folder that is only read does not allow
-        return _embed_or_load(folder, facts, records, model, processor, collection)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_suffix(".lock")):  # another start waits until this one has embedded it
-        return _embed_or_load(folder, facts, records, model, processor, collection)
-
-
-def _embed_or_load(
-    folder: Path,
-    facts: ModelFacts,
-    records: Sequence[Record],
-    model: M3RetModel,
-    processor: M3RetImageProcessor,
-    collection: str | None,
-) -> Gallery:
-    if (folder / ABOUT).is_file():
-        shutil.rmtree(folder / "shards", ignore_errors=True)  # of a start that ended between saving and this
-        kept = _load(folder, facts, records)
-        kept.collection = collection
-        return kept
-    embedded, pictures = _embed_in_shards(records, model, processor, folder / "shards")
-    if not embedded.records:
-        raise CollectionError(f"found no scan that can be read among {len(records)}, expected a gallery")
-    place_of = {record.id: place for place, record in enumerate(records)}
-    places = [place_of[record.id] for record in embedded.records]
-    index = RetrievalIndex.build(embedded.embeddings, _metadata(records, places), facts)
-    gallery = Gallery(index, embedded.records, pa.chunked_array([pictures]), collection)
-    gallery.save(folder)
-    shutil.rmtree(folder / "shards")
+    key = cache_key(
+        weights=facts.revision,
+        processor=facts.processor,
+        records=fingerprint(records),
+        thumbnail=THUMBNAIL_SIZE,
+        shard=SHARD_SCANS,
+    )
+    folder = (folder or CACHE_FOLDER / "galleries") / key
+    if not (folder / ABOUT).is_file():  # a complete gallery is read without a lock, so it may be read-only
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.with_suffix(".lock")):  # another process waits, and then reads this one's result
+            if not (folder / ABOUT).is_file():
+                return _embed(records, model, processor, facts, collection, folder)
+    shutil.rmtree(folder / "shards", ignore_errors=True)  # left if the process ended just after saving
+    gallery = _load(folder, facts, records)
+    gallery.collection = collection
     return gallery
 
 
-def _embed_in_shards(
-    records: Sequence[Record], model: M3RetModel, processor: M3RetImageProcessor, folder: Path
-) -> tuple[Embedded, list[bytes]]:
-    """Embeddings and WebP pictures of the scans that can be read. Shards that are in the folder are not made again."""
-    kinds = {kind: folder / kind for kind in ("embeddings", "pictures")}
-    for kept in kinds.values():
-        kept.mkdir(parents=True, exist_ok=True)
-    embedders = [encoder_embedder(model), thumbnail_embedder(processor)]
-    parts: list[Embedded] = []
-    pictures: list[bytes] = []
-    with tqdm(total=len(records), desc="embedding the gallery", unit="scan") as bar:
-        for start in range(0, len(records), SHARD_SCANS):
-            shard = range(start, min(start + SHARD_SCANS, len(records)))
-            if not all(shard_place(kept, shard).is_file() for kept in kinds.values()):
-                encoded, drawn = embed_records(embedders, processor, records[shard.start : shard.stop], progress=False)
-                for kept, part in zip(kinds.values(), (encoded, drawn), strict=True):
-                    part.failures.clear()  # they hold names
-                    write_shard(shard_place(kept, shard), shard, part, records)
-            parts.append(read_shard(kinds["embeddings"], shard, records))
-            pictures += [_webp(pixels) for pixels in read_shard(kinds["pictures"], shard, records).embeddings]
-            bar.update(len(shard))
-    readable = [part for part in parts if part.records]
-    embeddings = torch.cat([part.embeddings for part in readable]) if readable else torch.empty(0, 0)
-    return Embedded(embeddings, [record for part in readable for record in part.records]), pictures
+def _embed(
+    records: Sequence[Record],
+    model: M3RetModel,
+    processor: M3RetImageProcessor,
+    facts: ModelFacts,
+    collection: str | None,
+    folder: Path,
+) -> Gallery:
+    """Embed a gallery in shards and save it."""
+    embedders = {"embeddings": encoder_embedder(model), "thumbnails": thumbnail_embedder(processor)}
+    shards = folder / "shards"
+    write_shards(
+        embedders, processor, records, shards, SHARD_SCANS, description="embedding the gallery", log_failures=False
+    )
+    embedded = read_shards(list(embedders), records, shards, SHARD_SCANS)
+    readable = embedded["embeddings"].records
+    if not readable:
+        raise CollectionError(f"no scan of the gallery can be read: tried {len(records)}.")
+    position_of = {record.id: position for position, record in enumerate(records)}
+    metadata = _metadata(readable, [position_of[record.id] for record in readable])
+    index = RetrievalIndex.build(embedded["embeddings"].embeddings, metadata, facts)
+    thumbnails = pa.chunked_array([[_webp(pixels) for pixels in embedded["thumbnails"].embeddings]])
+    gallery = Gallery(index, readable, thumbnails, collection)
+    gallery.save(folder)
+    shutil.rmtree(shards)
+    return gallery
 
 
 def sample_records() -> list[Record]:
-    """Real scans of the installed package `pydicom-data`; none where it isn't."""
+    """Return real scans of the package `pydicom-data`; none if it is not installed."""
     found = importlib.util.find_spec("data_store")
     if found is None or not found.submodule_search_locations:
         return []
@@ -250,9 +253,8 @@ def sample_records() -> list[Record]:
 
 def _load(folder: Path, facts: ModelFacts, records: Sequence[Record] | None = None) -> Gallery:
     index = RetrievalIndex.load(folder)
-    # not by the model's name: a folder may have been renamed, and a Space names it anew
-    if (index.facts.revision, index.facts.processor) != (facts.revision, facts.processor):
-        raise IndexFormatError(f"{folder}: found embeddings of {index.facts}, expected those of {facts}")
+    # names may differ: folders are renamed, and a Space names its model anew
+    check_model(folder, replace(index.facts, model=facts.model), facts)
     collection = None
     if (folder / ABOUT).is_file():
         collection = json.loads((folder / ABOUT).read_text(encoding="utf-8"))["collection"]
@@ -260,30 +262,41 @@ def _load(folder: Path, facts: ModelFacts, records: Sequence[Record] | None = No
     if (folder / THUMBNAILS).is_file():
         thumbnails = pq.read_table(folder / THUMBNAILS).column("webp")
         if len(thumbnails) != len(index):
-            raise IndexFormatError(f"{folder}: found {len(thumbnails)} thumbnails, expected {len(index)}")
+            raise IndexFormatError(
+                folder,
+                "damaged",
+                f"{THUMBNAILS} does not match the index: expected {len(index)} rows, got {len(thumbnails)}.",
+                THUMBNAILS,
+            )
     if records is None and collection is not None:
         records = open_collection(collection)
     if records is not None:
-        places = [int(place) for place in index.metadata.column("id").to_pylist()]
-        if max(places) >= len(records):
-            raise IndexFormatError(f"{folder}: found {len(records)} scans in {collection}, expected {max(places) + 1}")
-        records = [records[place] for place in places]
+        positions = [int(position) for position in index.metadata.column("id").to_pylist()]
+        if max(positions) >= len(records):
+            raise IndexFormatError(
+                folder,
+                "damaged",
+                f"the collection {collection} does not match the index: "
+                f"expected at least {max(positions) + 1} scans, got {len(records)}.",
+            )
+        records = [records[position] for position in positions]
     return Gallery(index, records, thumbnails, collection)
 
 
-def _metadata(records: Sequence[Record], places: Sequence[int]) -> pa.Table:
-    kept = [records[place] for place in places]
-    first: dict[str, int] = {}
-    for place, record in zip(places, kept, strict=True):
-        first.setdefault(record.group, place)
+def _metadata(readable: Sequence[Record], positions: Sequence[int]) -> pa.Table:
+    """Return the index's metadata, with positions in place of ids and patients."""
+    first_position: dict[str, int] = {}
+    for record, position in zip(readable, positions, strict=True):
+        first_position.setdefault(record.group, position)
+    labels = [[label for label in record.label.split("|") if label] for record in readable]
     return pa.table(
         {
-            "id": [str(place) for place in places],
-            "patient": [str(first[record.group]) if record.group else "" for record in kept],
-            "modality": [record.modality for record in kept],
-            "anatomy": [record.anatomy for record in kept],
-            "labels": pa.array([[label for label in r.label.split("|") if label] for r in kept], pa.list_(pa.string())),
-            "source": [record.source for record in kept],
+            "id": [str(position) for position in positions],
+            "patient": [str(first_position[record.group]) if record.group else "" for record in readable],
+            "modality": [record.modality for record in readable],
+            "anatomy": [record.anatomy for record in readable],
+            "labels": pa.array(labels, pa.list_(pa.string())),
+            "source": [record.source for record in readable],
         }
     )
 

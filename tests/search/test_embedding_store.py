@@ -1,4 +1,4 @@
-"""Embeddings kept on disk: the same from one process or two, after a cut, and never another model's."""
+"""Cached embeddings: independent of the number of processes, resumed after a kill, and never another model's."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ ROOT = Path(__file__).parents[2]
 PROCESSOR = M3RetImageProcessor(size=32, num_frames=8)
 
 
-def model(seed: int = 0, **overrides: object) -> M3RetModel:
+def make_model(seed: int = 0, **overrides: object) -> M3RetModel:
     torch.manual_seed(seed)
     return M3RetModel(tiny_config(**overrides)).eval()
 
 
-def whitened() -> M3RetModel:
-    encoder = model()
+def make_whitened() -> M3RetModel:
+    encoder = make_model()
     encoder.whitening.fit(torch.randn(100, 48))
     return encoder
 
@@ -46,7 +46,7 @@ def records(tmp_path: Path) -> list[Record]:
         depth = 4 if number % 2 else 9
         np.save(path, np.random.default_rng(number).integers(0, 255, (depth, 40, 36), dtype=np.uint8))
         made.append(Record(f"id-{number}", path, "ct", "chest", "l", f"p{number}"))
-    made[5].location.write_bytes(b"cut")  # type: ignore[union-attr]
+    made[5].location.write_bytes(b"damaged")  # type: ignore[union-attr]
     return made
 
 
@@ -55,67 +55,82 @@ def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(embedding_store, "SHARD_SCANS", 5)
 
 
-def test_kept_embeddings_are_those_of_a_plain_run_and_are_not_made_twice(
+def test_cached_embeddings_are_those_of_a_plain_run(
     records: list[Record], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected = embed_records([encoder_embedder(model())], PROCESSOR, records, progress=False)[0]
-    settings = {"name": "m3ret-tiny", "folder": tmp_path / "kept"}
-    first = embed_collection(model(), PROCESSOR, records, Accelerator(cpu=True), **settings)
+    expected = embed_records([encoder_embedder(make_model())], PROCESSOR, records, progress=False)[0]
+    settings = {"name": "m3ret-tiny", "folder": tmp_path / "cache"}
+    first = embed_collection(make_model(), PROCESSOR, records, Accelerator(cpu=True), **settings)
     assert torch.allclose(first.embeddings, expected.embeddings, atol=1e-6)
-    assert first.records == expected.records
-    assert len(first.records) == 11
-    assert first.failures == expected.failures
-    assert "5.npy" in first.failures[0]
+    assert first.records == expected.records == [*records[:5], *records[6:]]
+    assert len(first.failures) == len(expected.failures) == 1
+    assert records[5].id in first.failures[0]
+
+    class EmbeddedAgainError(Exception):
+        pass
 
     def refuse(*arguments: object, **options: object) -> None:
-        raise AssertionError("embedded again")
+        raise EmbeddedAgainError
 
     monkeypatch.setattr(embedding_store, "embed_records", refuse)
-    again = embed_collection(model(), PROCESSOR, records, Accelerator(cpu=True), **settings)
-    assert torch.equal(again.embeddings, first.embeddings)
-    assert (again.records, again.failures) == (first.records, first.failures)
-    renamed = embed_collection(model(), PROCESSOR, records, Accelerator(cpu=True), **settings | {"name": "step-000100"})
-    assert torch.equal(renamed.embeddings, first.embeddings)
-    same_weights = model(pooling="cls")
-    assert all(torch.equal(a, b) for a, b in zip(same_weights.parameters(), model().parameters(), strict=True))
+    for name in ("m3ret-tiny", "step-000100"):  # the name of the checkpoint does not matter
+        cached = embed_collection(make_model(), PROCESSOR, records, Accelerator(cpu=True), **settings | {"name": name})
+        assert torch.equal(cached.embeddings, first.embeddings)
+        assert (cached.records, cached.failures) == (first.records, first.failures)
+    same_weights = make_model(pooling="cls")
+    assert all(torch.equal(a, b) for a, b in zip(same_weights.parameters(), make_model().parameters(), strict=True))
     for other in (
-        {"model": model(seed=1)},
+        {"model": make_model(seed=1)},
         {"model": same_weights},
-        {"model": model(num_attention_heads=2)},
-        {"model": whitened()},
+        {"model": make_model(num_attention_heads=2)},
+        {"model": make_whitened()},
         {"pooled": True},
         {"processor": M3RetImageProcessor(size=48, num_frames=8)},
         {"records": records[:-1]},
         {"dtype": torch.bfloat16},
     ):
-        changed = {"model": model(), "processor": PROCESSOR, "records": records} | other
-        with pytest.raises(AssertionError, match="embedded again"):
+        changed = {"model": make_model(), "processor": PROCESSOR, "records": records} | other
+        with pytest.raises(EmbeddedAgainError):
             embed_collection(accelerator=Accelerator(cpu=True), **changed, **settings)  # type: ignore[arg-type]
 
 
-def test_pooled_features_are_kept_as_they_are_before_whitening(records: list[Record], tmp_path: Path) -> None:
-    expected = embed_records([pooled_embedder(model())], PROCESSOR, records, progress=False)[0].embeddings
-    kept = embed_collection(
-        whitened(), PROCESSOR, records, Accelerator(cpu=True), name="m", folder=tmp_path / "kept", pooled=True
+def test_cache_holds_no_names_of_scans(records: list[Record], tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    embed_collection(make_model(), PROCESSOR, records, Accelerator(cpu=True), name="m", folder=cache)
+    files = [path for path in cache.rglob("*") if path.is_file()]
+    assert len(files) == 3
+    for path in files:
+        content = path.read_bytes()
+        for name in ("5.npy", "id-5", "id-4", str(tmp_path)):
+            assert name.encode() not in content
+
+
+def test_pooled_features_are_not_whitened(records: list[Record], tmp_path: Path) -> None:
+    expected = embed_records([pooled_embedder(make_model())], PROCESSOR, records, progress=False)[0].embeddings
+    cached = embed_collection(
+        make_whitened(), PROCESSOR, records, Accelerator(cpu=True), name="m", folder=tmp_path / "cache", pooled=True
     )
-    assert torch.allclose(kept.embeddings, expected, atol=1e-5)
+    assert torch.allclose(cached.embeddings, expected, atol=1e-5)
 
 
-def test_a_collection_of_which_nothing_can_be_read_has_no_embeddings(tmp_path: Path) -> None:
-    missing = [Record("x", tmp_path / "x.npy", "ct", "", "", "p")]
-    kept = embed_collection(model(), PROCESSOR, missing, Accelerator(cpu=True), name="m", folder=tmp_path / "kept")
-    assert (len(kept.embeddings), kept.records, len(kept.failures)) == (0, [], 1)
+@pytest.mark.parametrize("count", [0, 1])
+def test_collection_without_readable_scans_has_no_embeddings(tmp_path: Path, count: int) -> None:
+    missing = [Record("x", tmp_path / "x.npy", "ct", "", "", "p")][:count]
+    cached = embed_collection(
+        make_model(), PROCESSOR, missing, Accelerator(cpu=True), name="m", folder=tmp_path / "cache"
+    )
+    assert (len(cached.embeddings), cached.records, len(cached.failures)) == (0, [], count)
 
 
-def test_a_file_that_changed_is_embedded_anew(records: list[Record]) -> None:
+def test_fingerprint_changes_with_a_file(records: list[Record]) -> None:
     before = fingerprint(records)
     assert fingerprint(records) == before
     np.save(records[3].location, np.zeros((4, 40, 36), np.uint8))  # type: ignore[arg-type]
     assert fingerprint(records) != before
 
 
-def test_facts_are_those_of_the_weights_wherever_they_lie(tmp_path: Path) -> None:
-    first = model()
+def test_model_facts_do_not_depend_on_the_folder(tmp_path: Path) -> None:
+    first = make_model()
     first.save_pretrained(tmp_path / "here" / "m3ret-tiny")
     loaded = M3RetModel.from_pretrained(tmp_path / "here" / "m3ret-tiny")
     facts = model_facts(first, PROCESSOR, "m3ret-tiny")
@@ -126,10 +141,10 @@ def test_facts_are_those_of_the_weights_wherever_they_lie(tmp_path: Path) -> Non
     assert model_facts(loaded, PROCESSOR, "m3ret-tiny").revision != facts.revision
 
 
-def test_bfloat16_gives_nearly_the_same_directions(records: list[Record], tmp_path: Path) -> None:
+def test_bfloat16_changes_directions_little(records: list[Record], tmp_path: Path) -> None:
     full, half = (
         embed_collection(
-            model(), PROCESSOR, records, Accelerator(cpu=True), name="m", folder=tmp_path / "kept", dtype=dtype
+            make_model(), PROCESSOR, records, Accelerator(cpu=True), name="m", folder=tmp_path / "cache", dtype=dtype
         ).embeddings
         for dtype in (torch.float32, torch.bfloat16)
     )
@@ -139,48 +154,49 @@ def test_bfloat16_gives_nearly_the_same_directions(records: list[Record], tmp_pa
 
 PROCESS = """
 import os, signal, sys
-sys.path[:0] = [{root!r}, {root!r} + "/tests", {root!r} + "/tests/retrieval"]
+sys.path[:0] = [{root!r}, {root!r} + "/tests", {root!r} + "/tests/search"]
 from pathlib import Path
 import torch
 from accelerate import Accelerator
-from test_embedding_store import PROCESSOR, model
+from test_embedding_store import PROCESSOR, make_model
 from modeling_m3ret.data.collection import Record
-from modeling_m3ret.model_facts import model_facts
 from modeling_m3ret.search import embedding_store
 embedding_store.SHARD_SCANS = 5
-places = sorted(Path(sys.argv[1]).iterdir(), key=lambda path: int(path.stem))
-records = [Record(f"id-{{p.stem}}", p, "ct", "chest", "l", f"p{{p.stem}}") for p in places]
-write = embedding_store.write_shard
-def die_in_the_second(place, *arguments):
-    if sys.argv[3] == "die" and place.name.startswith("000000005"):
+paths = sorted(Path(sys.argv[1]).iterdir(), key=lambda path: int(path.stem))
+records = [Record(f"id-{{path.stem}}", path, "ct", "chest", "l", f"p{{path.stem}}") for path in paths]
+atomic_write, written = embedding_store.atomic_write, []
+def die_in_the_second(path):
+    if sys.argv[3] == "die" and written:
         os.kill(os.getpid(), signal.SIGKILL)
-    write(place, *arguments)
-embedding_store.write_shard = die_in_the_second
+    written.append(path)
+    return atomic_write(path)
+embedding_store.atomic_write = die_in_the_second
 accelerator = Accelerator(cpu=True)
 torch.set_num_threads(1)
 settings = {{"name": "m3ret-tiny", "folder": Path(sys.argv[2])}}
-embedded = embedding_store.embed_collection(model(), PROCESSOR, records, accelerator, **settings)
+embedded = embedding_store.embed_collection(make_model(), PROCESSOR, records, accelerator, **settings)
 if accelerator.is_main_process:
     torch.save([embedded.embeddings, [record.id for record in embedded.records]], sys.argv[4])
 """
 
 
-def test_two_processes_and_a_run_that_was_killed_give_the_same(records: list[Record], tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_result_does_not_depend_on_processes_or_a_kill(records: list[Record], tmp_path: Path) -> None:
     script = tmp_path / "process.py"
     script.write_text(PROCESS.format(root=str(ROOT)))
     scans = str(records[0].location.parent)  # type: ignore[union-attr]
 
-    def run(ranks: int, folder: str, what: str, result: str) -> int:
-        words = [str(script), scans, str(tmp_path / folder), what, str(tmp_path / result)]
-        return Script(words, tmp_path, ranks, ACCELERATE_USE_CPU="true").finish()
+    def run(ranks: int, folder: str, end: str, result: str) -> int:
+        argv = [str(script), scans, str(tmp_path / folder), end, str(tmp_path / result)]
+        return Script(argv, tmp_path, ranks, ACCELERATE_USE_CPU="true").finish()
 
     assert run(1, "one", "live", "one.pt") == 0
     assert run(2, "two", "live", "two.pt") == 0
-    assert run(1, "cut", "die", "none.pt") == -signal.SIGKILL
-    assert len(list((tmp_path / "cut").rglob("*.safetensors"))) == 1  # the first shard
-    assert run(1, "cut", "live", "cut.pt") == 0
-    one, two, cut = (torch.load(tmp_path / f"{name}.pt") for name in ("one", "two", "cut"))
+    assert run(1, "killed", "die", "none.pt") == -signal.SIGKILL
+    assert len(list((tmp_path / "killed").rglob("*.safetensors"))) == 1  # the first shard
+    assert run(1, "killed", "live", "resumed.pt") == 0
+    one, two, resumed = (torch.load(tmp_path / f"{name}.pt") for name in ("one", "two", "resumed"))
     assert len(one[1]) == 11
-    for other in (two, cut):
+    for other in (two, resumed):
         assert torch.equal(other[0], one[0])
         assert other[1] == one[1]

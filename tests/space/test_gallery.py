@@ -1,11 +1,11 @@
-"""A gallery: embedded once, searched exactly, named by nobody's name; two scans compared where they match."""
+"""The gallery: embedded once, resumed after a kill, without names; and the searches of the page over it."""
 
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +20,7 @@ from served import small_gallery, small_phantom
 
 from modeling_m3ret import M3RetImageProcessor, M3RetModel, M3RetReadError
 from modeling_m3ret.data.collection import Record
+from modeling_m3ret.search import embedding_store
 from modeling_m3ret.search.index import IndexFormatError, MetadataFilter, RetrievalIndex
 from modeling_m3ret.search.matching import late_interaction, locate, scan_tokens
 from modeling_m3ret.search.thumbnails import THUMBNAIL_SIZE
@@ -28,9 +29,6 @@ from modeling_m3ret.space.explore import SIDE, GalleryMap
 from modeling_m3ret.space.gallery import Gallery, embed_gallery, open_gallery
 from modeling_m3ret.space.isolation import IsolatedReaders
 from modeling_m3ret.space.searching import PutAwayError, Searching
-
-
-PATIENCE = 300.0  # s, of a machine that is busy with other things
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +57,7 @@ def searching(parts: tuple[M3RetModel, M3RetImageProcessor, Gallery], readers: I
     return Searching(*parts, readers)
 
 
-def test_search_is_brute_force_within_the_filters(searching: Searching, records: list[Record]) -> None:
+def test_filtered_search_equals_brute_force(searching: Searching, records: list[Record]) -> None:
     embeddings = searching.gallery.index.embeddings.float()
     query = torch.nn.functional.normalize(torch.randn(embeddings.shape[1]), dim=0)
     similarities = embeddings @ query
@@ -67,103 +65,100 @@ def test_search_is_brute_force_within_the_filters(searching: Searching, records:
         MetadataFilter(): lambda record: True,
         MetadataFilter(modality=("ct", "xray")): lambda record: record.modality in ("ct", "xray"),
         MetadataFilter(anatomy=(records[7].anatomy,)): lambda record: record.anatomy == records[7].anatomy,
-        MetadataFilter(modality=("none such",)): lambda record: False,
+        MetadataFilter(modality=("unknown",)): lambda record: False,
     }.items():
         expected = [row for row in similarities.argsort(descending=True).tolist() if allowed(records[row])][:5]
         assert searching.gallery.search(query, 5, filters).rows[0].tolist() == expected
 
 
-def test_the_second_time_nothing_is_embedded(
+def test_gallery_is_read_from_the_cache(
     folder: Path,
     records: list[Record],
     parts: tuple[M3RetModel, M3RetImageProcessor, Gallery],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model, processor, first = parts
-    monkeypatch.setattr(gallery_module, "embed_records", lambda *_: pytest.fail("embedded again"))
+    monkeypatch.setattr(gallery_module, "write_shards", lambda *_, **__: pytest.fail("embedded again"))
     again = embed_gallery(records, model, processor, "renamed", folder=folder / "galleries")
     torch.testing.assert_close(again.index.embeddings, first.index.embeddings, rtol=0, atol=0)
     assert again.records == first.records
 
 
-def test_another_models_index_is_refused(folder: Path, parts: tuple[M3RetModel, M3RetImageProcessor, Gallery]) -> None:
+def test_index_of_another_model_is_refused(
+    folder: Path, parts: tuple[M3RetModel, M3RetImageProcessor, Gallery]
+) -> None:
     model, processor, gallery = parts
     gallery.index.save(folder / "index")
     found = open_gallery(str(folder / "index"), model, processor, "m3ret-tiny")
     assert (len(found), found.records) == (len(gallery), None)
     torch.manual_seed(1)
     other = M3RetModel(model.config).eval()
-    with pytest.raises(IndexFormatError, match="expected those of"):
+    with pytest.raises(IndexFormatError) as raised:
         open_gallery(str(folder / "index"), other, processor, "m3ret-tiny")
+    assert raised.value.reason == "other model"
 
 
-def test_an_interrupted_embedding_is_gone_on_with(
+@pytest.fixture
+def embedded(monkeypatch: pytest.MonkeyPatch) -> list[Record]:
+    """The records that the test embeds, in order."""
+    embed, embedded = embedding_store.embed_records, []
+
+    def record(embedders: Any, processor: Any, records: list[Record], **options: Any) -> Any:
+        embedded.extend(records)
+        return embed(embedders, processor, records, **options)
+
+    monkeypatch.setattr(embedding_store, "embed_records", record)
+    return embedded
+
+
+@pytest.mark.slow
+def test_killed_embedding_is_resumed(
     records: list[Record],
     parts: tuple[M3RetModel, M3RetImageProcessor, Gallery],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
+    embedded: list[Record],
 ) -> None:
-    """Killed in the middle: what was embedded is not embedded again, and the gallery is that of one that was not."""
     model, processor, _ = parts
-    kept, shard, done = tmp_path / "galleries", 3, 2
+    cache, shard, done = tmp_path / "galleries", 3, 2
     monkeypatch.setattr(gallery_module, "SHARD_SCANS", shard)
-    embed = gallery_module.embed_records
 
-    def stuck_after_some(*arguments: Any, **named: Any) -> Any:
-        while len(list(kept.glob("*/shards/pictures/*.safetensors"))) >= done:
-            time.sleep(1)
-        return embed(*arguments, **named)
+    def embed_and_die() -> None:
+        write, written = embedding_store.atomic_write, []
 
-    def until_killed() -> None:
-        gallery_module.embed_records = stuck_after_some
-        embed_gallery(records, model, processor, "tiny", folder=kept)
+        def die_after_some(path: Path) -> Any:
+            if len(written) == done:
+                os.kill(os.getpid(), signal.SIGKILL)
+            written.append(path)
+            return write(path)
 
-    killed = multiprocessing.get_context("fork").Process(target=until_killed)
+        embedding_store.atomic_write = die_after_some
+        embed_gallery(records, model, processor, "tiny", folder=cache)
+
+    killed = multiprocessing.get_context("fork").Process(target=embed_and_die)
     killed.start()
-    deadline = time.monotonic() + PATIENCE
-    while len(list(kept.glob("*/shards/pictures/*.safetensors"))) < done and time.monotonic() < deadline:
-        assert killed.is_alive()
-        time.sleep(0.02)
-    killed.kill()
     killed.join()
     assert killed.exitcode == -signal.SIGKILL
-    assert not list(kept.glob("*/gallery.json")), "it is not taken for a whole one"
-    assert "embedding the gallery" in capfd.readouterr().err, "progress is shown"
-
-    whole = embed_gallery(records, model, processor, "tiny", folder=tmp_path / "not interrupted")
-    embedded: list[Record] = []
-
-    def counted(embedders: Any, processor: Any, some: list[Record], **named: Any) -> Any:
-        embedded.extend(some)
-        return embed(embedders, processor, some, **named)
-
-    monkeypatch.setattr(gallery_module, "embed_records", counted)
-    resumed = embed_gallery(records, model, processor, "tiny", folder=kept)
+    assert not list(cache.glob("*/gallery.json"))
+    resumed = embed_gallery(records, model, processor, "tiny", folder=cache)
     assert embedded == records[done * shard :]
+    whole = embed_gallery(records, model, processor, "tiny", folder=tmp_path / "whole")
     assert resumed.records == whole.records == records
     torch.testing.assert_close(resumed.index.embeddings, whole.index.embeddings, rtol=0, atol=1e-3)
     for row in range(len(records)):
         one, other = (np.asarray(gallery.thumbnail(row), int) for gallery in (resumed, whole))
         assert np.abs(one - other).max() <= 2
     assert resumed.index.metadata.equals(whole.index.metadata)
-    assert not list(kept.glob("*/shards")), "the shards are no longer needed"
+    assert not list(cache.glob("*/shards"))
 
 
-def test_of_two_starts_at_once_one_embeds(
+def test_concurrent_starts_embed_once(
     records: list[Record],
     parts: tuple[M3RetModel, M3RetImageProcessor, Gallery],
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    embedded: list[Record],
 ) -> None:
     model, processor, gallery = parts
-    embed, embedded = gallery_module.embed_records, []
-
-    def counted(embedders: Any, processor: Any, some: list[Record], **named: Any) -> Any:
-        embedded.extend(some)
-        return embed(embedders, processor, some, **named)
-
-    monkeypatch.setattr(gallery_module, "embed_records", counted)
     with ThreadPoolExecutor(2) as starts:
         both = [starts.submit(embed_gallery, records, model, processor, "tiny", folder=tmp_path) for _ in range(2)]
     assert embedded == records
@@ -172,30 +167,31 @@ def test_of_two_starts_at_once_one_embeds(
 
 
 def test_unreadable_scans_are_left_out(folder: Path, records: list[Record], tmp_path: Path) -> None:
-    (tmp_path / "broken.png").write_bytes(b"nothing")
-    broken = Record("broken", tmp_path / "broken.png", "xray", "chest", "", "nobody")
-    several = [records[0], broken, records[1]]
-    _, _, gallery = small_gallery(tmp_path / "galleries", several)
+    (tmp_path / "damaged.png").write_bytes(b"nothing")
+    damaged = Record("damaged", tmp_path / "damaged.png", "xray", "chest", "", "patient-of-damaged")
+    _, _, gallery = small_gallery(tmp_path / "galleries", [records[0], damaged, records[1]])
     assert gallery.records == [records[0], records[1]]
     assert gallery.index.metadata.column("id").to_pylist() == ["0", "2"]
+    files = [path for path in (tmp_path / "galleries").rglob("*") if path.is_file()]
+    assert not any(b"damaged" in path.read_bytes() for path in files)
 
 
-def test_what_is_kept_names_no_file_and_no_patient(folder: Path, records: list[Record], parts: object) -> None:
-    kept = [path for path in (folder / "galleries").rglob("*") if path.is_file()]
-    assert kept
-    for path in kept:
+def test_gallery_stores_no_name_of_a_file_or_patient(folder: Path, records: list[Record], parts: object) -> None:
+    files = [path for path in (folder / "galleries").rglob("*") if path.is_file()]
+    assert files
+    for path in files:
         content = path.read_bytes()
         for name in (records[0].id, records[0].group, "secret-ward", str(folder)):
             assert name.encode() not in content, (path.name, name)
 
 
-def test_subjects_stay_subjects(records: list[Record], searching: Searching) -> None:
+def test_scans_of_one_patient_share_a_patient_in_the_index(records: list[Record], searching: Searching) -> None:
     patients = searching.gallery.index.metadata.column("patient").to_pylist()
     for row, record in enumerate(records):
         assert [patient == patients[row] for patient in patients] == [r.group == record.group for r in records]
 
 
-def test_a_thumbnail_is_the_middle_of_the_scan_on_a_black_square(tmp_path: Path) -> None:
+def test_thumbnail_is_the_middle_slice_on_a_black_square(tmp_path: Path) -> None:
     pixels = np.zeros((24, 48), np.uint8)
     pixels[:, :24] = 255
     Image.fromarray(pixels).save(tmp_path / "half.png")
@@ -204,12 +200,12 @@ def test_a_thumbnail_is_the_middle_of_the_scan_on_a_black_square(tmp_path: Path)
     assert thumbnail is not None
     shown = np.asarray(thumbnail)[..., 0]
     quarter = THUMBNAIL_SIZE // 4
-    assert shown[2 * quarter - 8 : 2 * quarter + 8, 8 : 2 * quarter - 8].min() > 200, "the white half"
-    assert shown[2 * quarter - 8 : 2 * quarter + 8, 2 * quarter + 8 : -8].max() < 50, "the black half"
-    assert shown[: quarter - 8].max() < 50, "nothing above a picture that is twice as wide as high"
+    assert shown[2 * quarter - 8 : 2 * quarter + 8, 8 : 2 * quarter - 8].min() > 200
+    assert shown[2 * quarter - 8 : 2 * quarter + 8, 2 * quarter + 8 : -8].max() < 50
+    assert shown[: quarter - 8].max() < 50  # above the picture
 
 
-def test_heat_is_where_the_scan_meets_itself(searching: Searching, records: list[Record]) -> None:
+def test_heat_of_a_scan_with_itself_is_symmetric(searching: Searching, records: list[Record]) -> None:
     row = next(row for row, record in enumerate(records) if record.modality == "ct")
     heat = searching.heat(searching.query_of_row(row), row)
     shape = searching.scan(f"row-{row}").array.shape[1:]
@@ -220,7 +216,7 @@ def test_heat_is_where_the_scan_meets_itself(searching: Searching, records: list
     np.testing.assert_allclose(heat.query.astype(int), heat.hit.astype(int), atol=1)
 
 
-def test_heat_of_a_region_is_that_of_its_patches_alone(searching: Searching, records: list[Record]) -> None:
+def test_heat_of_a_region_is_zero_outside_it(searching: Searching, records: list[Record]) -> None:
     row = next(row for row, record in enumerate(records) if record.modality == "ct")
     query = searching.query_of_row(row)
     tokens = scan_tokens(searching.model, searching.processor, [searching.scan(f"row-{row}")])[0]
@@ -232,10 +228,11 @@ def test_heat_of_a_region_is_that_of_its_patches_alone(searching: Searching, rec
         heat = searching.heat(query, row, region)
         hottest = np.unravel_index(heat.query.argmax(), heat.query.shape)
         edges = [
-            (float(own[own <= at][-1]), float(own[own > at][0])) for own, at in zip(tokens.edges, hottest, strict=True)
+            (float(axis[axis <= voxel][-1]), float(axis[axis > voxel][0]))
+            for axis, voxel in zip(tokens.edges, hottest, strict=True)
         ]
         for (low, high), axis in zip(edges, region, strict=True):
-            assert low < axis.stop, "the hottest patch reaches into the region"
+            assert low < axis.stop  # the hottest patch overlaps the region
             assert high > axis.start
         outside = heat.query.copy()
         outside[region] = 0
@@ -248,7 +245,7 @@ def test_heat_of_a_region_is_that_of_its_patches_alone(searching: Searching, rec
     assert searching.heat(query, row).confidence >= heat.confidence
 
 
-def test_a_slab_is_what_the_encoder_sees_in_one_patch(searching: Searching, records: list[Record]) -> None:
+def test_slab_is_the_slices_of_one_patch(searching: Searching, records: list[Record]) -> None:
     for modality in ("ct", "endoscopy", "xray"):
         row = next(row for row, record in enumerate(records) if record.modality == modality)
         query = searching.query_of_row(row)
@@ -261,12 +258,12 @@ def test_a_slab_is_what_the_encoder_sees_in_one_patch(searching: Searching, reco
             assert searching.slab(query, place) == slice(together[0], together[-1] + 1)
 
 
-def test_reranking_is_late_interaction_of_the_first_hits(searching: Searching, records: list[Record]) -> None:
+def test_reranking_sorts_the_first_hits_by_late_interaction(searching: Searching, records: list[Record]) -> None:
     query = searching.query_of_row(2)
     first = [hit["item"] for hit in searching.search(query, 6)]
-    (own,) = scan_tokens(searching.model, searching.processor, [records[2].open()])
+    (query_tokens,) = scan_tokens(searching.model, searching.processor, [records[2].open()])
     others = scan_tokens(searching.model, searching.processor, [records[row].open() for row in first])
-    scores = dict(zip(first, late_interaction(own, others).tolist(), strict=True))
+    scores = dict(zip(first, late_interaction(query_tokens, others).tolist(), strict=True))
     reranked = searching.search(query, 6, rerank=True)
     assert [hit["item"] for hit in reranked] == sorted(first, key=lambda row: -scores[row])
     assert [hit["similarity"] for hit in reranked] == pytest.approx(sorted(scores.values(), reverse=True), abs=1e-4)
@@ -311,14 +308,14 @@ def test_an_upload_that_nobody_looks_at_is_put_away(searching: Searching, record
             gone()
 
 
-def test_zerogpu_lends_a_gpu_to_the_encoder_alone(
+def test_zerogpu_runs_only_the_encoder_on_the_gpu(
     parts: tuple[M3RetModel, M3RetImageProcessor, Gallery],
     records: list[Record],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     readers: IsolatedReaders,
 ) -> None:
-    """As the package does it: in another process, to which arguments are pickled, and which alone sees a GPU."""
+    """A stand-in for the package `spaces`, which pickles arguments to another process; only that one sees a GPU."""
     (tmp_path / "spaces.py").write_text(
         "import pickle, torch\n"
         "calls = []\n"
@@ -341,15 +338,15 @@ def test_zerogpu_lends_a_gpu_to_the_encoder_alone(
     moved: list[str] = []
     monkeypatch.setattr(type(parts[0]), "to", lambda self, device: moved.append(device) or self)
     searching = Searching(*parts, readers)
-    spaces = sys.modules.pop("spaces")  # what is tested after this finds none
-    assert not spaces.calls, "nothing is lent before it is needed"
+    spaces = sys.modules.pop("spaces")  # later tests must not find it
+    assert not spaces.calls
     torch.testing.assert_close(searching.query_of_files([place]).embedding, embedding, rtol=0, atol=0)
     assert (len(spaces.calls), moved) == (1, ["cuda"])
     np.testing.assert_array_equal(searching.heat(searching.query_of_row(0), 1).hit, heat.hit)
-    assert len(spaces.calls) == len(moved) == 3, "one for each of the two scans that are tokenised"
+    assert len(spaces.calls) == len(moved) == 3  # plus one per scan of the pair
 
 
-def test_the_map_is_the_two_main_axes() -> None:
+def test_map_shows_the_first_two_principal_components() -> None:
     generator = np.random.default_rng(0)
     axes = np.linalg.qr(generator.normal(size=(16, 2)))[0]
     flat = generator.normal(size=(50, 2)) * [5.0, 2.0]
@@ -363,15 +360,15 @@ def test_the_map_is_the_two_main_axes() -> None:
     assert gallery_map.nearest(-200, -200) is None
 
 
-def test_one_scan_is_a_map_too() -> None:
+def test_map_of_one_scan_can_be_drawn() -> None:
     assert GalleryMap.of(torch.ones(1, 8)).picture(["ct"], 0).size[0] == SIDE
 
 
-def test_names_of_the_filters_are_those_of_the_gallery(searching: Searching, records: list[Record]) -> None:
+def test_filter_names_are_those_of_the_gallery(searching: Searching, records: list[Record]) -> None:
     assert searching.gallery.names("modality") == sorted({record.modality for record in records})
 
 
-def test_an_index_without_scans_is_searched(
+def test_index_without_scans_can_be_searched(
     parts: tuple[M3RetModel, M3RetImageProcessor, Gallery], readers: IsolatedReaders
 ) -> None:
     model, processor, gallery = parts
@@ -384,7 +381,7 @@ def test_an_index_without_scans_is_searched(
         searching.scan("row-0")
 
 
-def test_the_page_of_an_index_without_scans_offers_no_comparison(
+def test_page_of_an_index_without_scans_hides_the_comparison(
     parts: tuple[M3RetModel, M3RetImageProcessor, Gallery],
     readers: IsolatedReaders,
 ) -> None:
