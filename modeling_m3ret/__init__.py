@@ -1,6 +1,7 @@
 """M3Ret: one vision transformer that embeds any medical scan.
 
-Importing this package registers the model with transformers, so that `AutoModel.from_pretrained` needs no remote code.
+Importing this package registers the model with the Auto classes of transformers, so that checkpoints load without
+remote code. `save_pretrained` copies the model code into the checkpoint, so that they also load without the package.
 """
 
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForPreTraining
@@ -13,13 +14,13 @@ from .reading_m3ret import M3RetReadError, ReadLimits, Scan, read_scan
 from .version import __version__
 
 
-# with the installed package: found by model_type
+# with the package: the Auto classes find the classes by model_type
 AutoConfig.register("m3ret", M3RetConfig, exist_ok=True)
 AutoModel.register(M3RetConfig, M3RetModel, exist_ok=True)
 AutoModelForPreTraining.register(M3RetConfig, M3RetForPreTraining, exist_ok=True)
 AutoImageProcessor.register(M3RetConfig, image_processor_classes={"pil": M3RetImageProcessor}, exist_ok=True)
 
-# without it: save_pretrained copies the code into the checkpoint
+# without the package: save_pretrained copies the code into the checkpoint
 M3RetConfig.register_for_auto_class()
 M3RetModel.register_for_auto_class("AutoModel")
 M3RetForPreTraining.register_for_auto_class("AutoModelForPreTraining")

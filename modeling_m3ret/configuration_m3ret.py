@@ -1,8 +1,9 @@
-"""The shape of an M3Ret encoder and of its masked-autoencoder decoder, with where each default comes from.
+"""Configuration of the M3Ret encoder and its masked-autoencoder decoder, with the source of each default.
 
-This file travels inside every checkpoint, so it imports nothing of the rest of the project. (No postponed annotations
-here: `@strict` checks values against the types that it finds, and would take a string for one that allows anything.)
+This file is copied into every checkpoint and imports nothing else of the project.
 """
+
+# no `from __future__ import annotations`: @strict checks values against the annotations, which must not be strings
 
 from typing import Any, Self
 
@@ -12,48 +13,65 @@ from transformers import PreTrainedConfig
 
 @strict
 class M3RetConfig(PreTrainedConfig):
-    r"""
-    Configuration of [`M3RetModel`] and [`M3RetForPreTraining`]. The defaults give ViT-B; `vitt()`, `vits()` and
-    `vitl()` give the other sizes.
+    """Configuration of [`M3RetModel`] and [`M3RetForPreTraining`].
 
-    hidden_size, num_hidden_layers, num_attention_heads, intermediate_size (`int`):
-        Width, depth, heads and MLP width. ViT-B of Dosovitskiy et al., arXiv 2010.11929, table 1.
-    patch_size (`int`, defaults to 16):
-        Edge of a patch within a slice, in pixels (ViT-B/16).
-    patch_depth (`int`, defaults to 4):
-        Slices or frames in a patch. M3Ret, arXiv 2509.01360, cuts every scan into 4x16x16 patches.
-    num_channels (`int`, defaults to 3):
-        Grey scans are repeated to RGB, so that one patch embedding serves colour video and CT alike.
-    num_register_tokens (`int`, defaults to 4):
-        Darcet et al., arXiv 2309.16588: four registers take the artefacts out of the patch features.
-    hidden_act, layer_norm_eps:
-        GELU and 1e-6, as in ViT and DINOv2.
-    qkv_bias (`bool`, defaults to `True`):
-        As in ViT.
-    attention_dropout, drop_path_rate (`float`, default to 0):
-        MAE trains without either (arXiv 2111.06377, table 8); SimDINO sets `drop_path_rate` to 0.1.
-    layer_scale_init (`float`, defaults to 0.1):
-        Start of the per-channel residual gain, CaiT, arXiv 2103.17239, section 2: 0.1 up to 18 layers, 1e-5 up to 24.
-    rope_theta (`float`, defaults to 100):
-        Longest over shortest period of the rotary position, DINOv3, arXiv 2508.10104.
-    pooling (`"mean"`, `"cls"` or `"statistics"`, defaults to `"mean"`):
-        What `pooler_output` is: the mean of a scan's patch tokens, its CLS token, or mean and standard deviation of its
-        patch tokens side by side (statistics pooling, Snyder et al., Interspeech 2017), twice as wide. Masked
-        autoencoding gives the CLS token no target of its own, so its checkpoints pool patches (He et al. call it
-        `global_pool`); SimDINO as published trains the CLS token. The deviation
-        sees texture, which a mean over patches averages away; README, Results, has both.
-    initializer_range (`float`, defaults to 0.02):
-        Standard deviation of the truncated normal of ViT.
-    mask_ratio (`float`, defaults to 0.75):
-        Part of each scan's patches that the encoder does not see in pretraining (MAE 2D; SPECTRE 3D CT uses the same).
-    decoder_hidden_size, decoder_num_hidden_layers, decoder_num_attention_heads:
-        512 wide, 4 blocks as for video in MAE-ST (arXiv 2205.09113) and VideoMAE (arXiv 2203.12602). Eight heads
-        and not MAE's 16, so that a head has 64 channels to turn in three axes.
-    norm_pixel_eps (`float`, defaults to 1e-6):
-        Added to each patch's variance before its pixels are normalised (MAE reference code).
-    loss_weighting (`"scan"` or `"patch"`, defaults to `"scan"`):
-        What weighs the same in the loss of masked autoencoding. By scan, since a CT has eight times the patches of an
-        X-ray and more, and would outweigh it so.
+    The defaults give ViT-B; `vitt()`, `vits()` and `vitl()` give the other sizes.
+
+    Args:
+        hidden_size (`int`, defaults to 768):
+            Width of the tokens. ViT-B (Dosovitskiy et al., arXiv 2010.11929, table 1).
+        num_hidden_layers (`int`, defaults to 12):
+            Number of transformer blocks. ViT-B.
+        num_attention_heads (`int`, defaults to 12):
+            Attention heads of each block. ViT-B.
+        intermediate_size (`int`, defaults to 3072):
+            Width of the MLP. ViT-B.
+        patch_size (`int`, defaults to 16):
+            Edge of a patch within a slice, in pixels. ViT-B/16.
+        patch_depth (`int`, defaults to 4):
+            Slices or frames in a patch. M3Ret (arXiv 2509.01360) uses patches of 4 x 16 x 16.
+        num_channels (`int`, defaults to 3):
+            Channels of a patch. Grey scans are repeated to RGB, so that colour video and CT share one patch embedding.
+        num_register_tokens (`int`, defaults to 4):
+            Extra tokens that remove artefacts from the patch features. Darcet et al. (arXiv 2309.16588) use four.
+        hidden_act (`str`, defaults to `"gelu"`):
+            Activation of the MLP. GELU as in ViT.
+        layer_norm_eps (`float`, defaults to 1e-6):
+            Epsilon of the layer norms. As in ViT and DINOv2.
+        qkv_bias (`bool`, defaults to `True`):
+            Whether queries, keys and values have a bias. As in ViT.
+        attention_dropout (`float`, defaults to 0):
+            Dropout of the attention weights. MAE trains without it (arXiv 2111.06377, table 8).
+        drop_path_rate (`float`, defaults to 0):
+            Stochastic depth rate of the last layer; rates grow linearly from 0. MAE trains without it; SimDINO runs set
+            0.1.
+        layer_scale_init (`float`, defaults to 0.1):
+            Initial gain of the residual branches. CaiT (arXiv 2103.17239, section 2): 0.1 up to 18 layers, 1e-5 up to
+            24.
+        rope_theta (`float`, defaults to 100):
+            Ratio of the longest to the shortest period of the rotary position embedding. DINOv3 (arXiv 2508.10104).
+        pooling (`"mean"`, `"cls"` or `"statistics"`, defaults to `"mean"`):
+            What `pooler_output` holds: the mean of a scan's patch tokens, its CLS token, or the mean and standard
+            deviation of its patch tokens, concatenated (statistics pooling, Snyder et al., Interspeech 2017). The
+            standard deviation captures texture, which the mean averages away. Masked autoencoding has no loss on the
+            CLS token, so its checkpoints pool patches (`global_pool` in MAE); SimDINO as published trains the CLS
+            token. See docs/results.md for a comparison.
+        initializer_range (`float`, defaults to 0.02):
+            Standard deviation of the truncated normal that initialises the weights. As in ViT.
+        mask_ratio (`float`, defaults to 0.75):
+            Fraction of each scan's patches that pretraining hides from the encoder. MAE for images; SPECTRE uses the
+            same for 3D CT.
+        decoder_hidden_size (`int`, defaults to 512):
+            Width of the decoder. MAE-ST (arXiv 2205.09113), which pretrains on video.
+        decoder_num_hidden_layers (`int`, defaults to 4):
+            Blocks of the decoder. MAE-ST and VideoMAE (arXiv 2203.12602).
+        decoder_num_attention_heads (`int`, defaults to 8):
+            Attention heads of the decoder. Half of MAE's 16, so that a head has 64 channels to rotate in three axes.
+        norm_pixel_eps (`float`, defaults to 1e-6):
+            Added to the variance of a patch before its pixels are normalised. MAE reference code.
+        loss_weighting (`"scan"` or `"patch"`, defaults to `"scan"`):
+            What counts equally in the loss of masked autoencoding. With `"patch"`, a CT has at least eight times the
+            weight of an X-ray and would dominate the loss.
     """
 
     model_type = "m3ret"
@@ -83,7 +101,11 @@ class M3RetConfig(PreTrainedConfig):
     loss_weighting: str = "scan"
 
     def validate_architecture(self) -> None:
-        """Cross-checks that single fields cannot express; called by `@strict` after the types are checked."""
+        """Check the values of the fields. Called by `@strict` after it has checked their types.
+
+        Raises:
+            StrictDataclassClassValidationError: by `@strict`, with the message of the `ValueError` raised here.
+        """
         for width, heads in (
             ("hidden_size", "num_attention_heads"),
             ("decoder_hidden_size", "decoder_num_attention_heads"),
@@ -91,34 +113,34 @@ class M3RetConfig(PreTrainedConfig):
             head_dim, rest = divmod(getattr(self, width), getattr(self, heads))
             if rest or head_dim % 2 or head_dim < 6:
                 raise ValueError(
-                    f"{width}={getattr(self, width)} over {heads}={getattr(self, heads)} must give each head an even "
-                    "number of channels, at least 6 (one rotary pair for each of depth, height and width)"
+                    f"{width} does not fit {heads}: expected an even number of channels per head, at least 6 (a rotary "
+                    f"pair for each of depth, height and width), got {getattr(self, width)} / {getattr(self, heads)}"
                 )
         if self.pooling not in ("mean", "cls", "statistics"):
-            raise ValueError(f"pooling is 'mean', 'cls' or 'statistics', not {self.pooling!r}")
+            raise ValueError(f"unknown pooling: expected 'mean', 'cls' or 'statistics', got {self.pooling!r}")
         if self.loss_weighting not in ("scan", "patch"):
-            raise ValueError(f"loss_weighting is 'scan' or 'patch', not {self.loss_weighting!r}")
+            raise ValueError(f"unknown loss_weighting: expected 'scan' or 'patch', got {self.loss_weighting!r}")
         if not 0 < self.mask_ratio < 1:
-            raise ValueError(f"mask_ratio lies strictly between 0 and 1, not {self.mask_ratio}")
+            raise ValueError(f"invalid mask_ratio: expected a number between 0 and 1, got {self.mask_ratio}")
 
     @property
     def patch_values(self) -> int:
-        """Numbers in one patch row: channels x depth x height x width."""
+        """Number of values in one patch row: channels x depth x height x width."""
         return self.num_channels * self.patch_depth * self.patch_size**2
 
     @property
     def pooled_size(self) -> int:
-        """Width of `pooler_output`: the hidden size, or of statistics twice that."""
+        """Width of `pooler_output`: the hidden size, or twice that for statistics pooling."""
         return self.hidden_size * (2 if self.pooling == "statistics" else 1)
 
     @property
     def num_prefix_tokens(self) -> int:
-        """Tokens in front of a scan's patches: CLS and the registers."""
+        """Number of tokens before a scan's patches: CLS and registers."""
         return 1 + self.num_register_tokens
 
     @classmethod
     def vitt(cls, **overrides: Any) -> Self:
-        """ViT-Ti of DeiT (arXiv 2012.12877), 5.4 M encoder parameters plus the patch embedding; a decoder to match."""
+        """Return ViT-Ti of DeiT (arXiv 2012.12877) with a small decoder: 5.4 M parameters in the encoder's layers."""
         return cls(
             **{
                 "hidden_size": 192,
@@ -133,7 +155,7 @@ class M3RetConfig(PreTrainedConfig):
 
     @classmethod
     def vits(cls, **overrides: Any) -> Self:
-        """ViT-S of DeiT (arXiv 2012.12877), 21 M parameters; VideoMAE's decoder of half the encoder's width or more."""
+        """Return ViT-S of DeiT (arXiv 2012.12877), 21 M parameters. Its decoder is two thirds as wide."""
         return cls(
             **{
                 "hidden_size": 384,
@@ -147,12 +169,12 @@ class M3RetConfig(PreTrainedConfig):
 
     @classmethod
     def vitb(cls, **overrides: Any) -> Self:
-        """ViT-B of arXiv 2010.11929, 86 M parameters."""
+        """Return ViT-B (arXiv 2010.11929), 86 M parameters."""
         return cls(**overrides)
 
     @classmethod
     def vitl(cls, **overrides: Any) -> Self:
-        """ViT-L of arXiv 2010.11929, 304 M parameters; layer scale 1e-5 as CaiT asks for 24 layers."""
+        """Return ViT-L (arXiv 2010.11929), 304 M parameters, with the layer scale of CaiT for 24 layers."""
         return cls(
             **{
                 "hidden_size": 1024,

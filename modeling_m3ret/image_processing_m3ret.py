@@ -37,19 +37,16 @@ class M3RetImageProcessor(BaseImageProcessor):
     """Read scans and pack them: `processor(["ct.nii.gz", "clip.mp4", "chest.dcm", "series/"], return_tensors="pt")`.
 
     A scan is a path, bytes, a PIL image, an array or tensor (`H W`, `H W C`, `D H W` or `D H W C`), a folder with a
-    DICOM series, a list of DICOM slices, a `datasets` row, or a `Scan`. Channels come last: a tensor of shape `(3, H,
-    W)` is read as three slices. A call takes one scan or a list of scans of any kinds. Wrap the slices of one series in
-    a list of their own: `processor([[slice_1, slice_2]])`.
+    DICOM series, a list of DICOM slices, a `datasets` row, or a `Scan`. Channels come last: a tensor `(3, H, W)` is
+    read as three slices. A call takes one scan or a list of scans of any kinds. Wrap the slices of one series in a list
+    of their own: `processor([[slice_1, slice_2]])`.
 
-    Size policy, the same for every scan:
+    The same size policy applies to every scan:
 
-    1. A slice is resized to the area `size` x `size` at its physical aspect ratio; each side is rounded to whole
-    patches.
-    2. The depth keeps its slices or frames, at most `num_frames`, and at most as many as make voxels as deep as wide.
-    If
-       the slice spacing is known, slices are resampled by averaging; otherwise (video) evenly spaced frames are
-       selected.
-    3. A scan that still exceeds `max_patches` is scaled down by one factor on every axis.
+    1. A slice gets the area `size` x `size` at its physical aspect ratio. Its sides are rounded to whole patches.
+    2. The depth is limited to `num_frames`, and to the number of slices that makes voxels as deep as wide. It never
+       grows. Slices of known spacing are resampled with antialiasing; frames of a video are selected evenly.
+    3. A scan that still exceeds `max_patches` is scaled down by one factor along every axis.
 
     Args:
         size (`int`, defaults to 224):
@@ -165,7 +162,7 @@ class M3RetImageProcessor(BaseImageProcessor):
         Returns:
             `pixel_values (P, C*t*p*p)`, or `(P, C*p*p)` for compact images, and `grid_thw (B, 3)` int64.
         """
-        grids = [self.grid_shape(tuple(volume.shape)) for volume in volumes]
+        grids = [self.grid_shape(volume.shape) for volume in volumes]
         depth = 1 if compact_images and all(volume.shape[1] == 1 for volume in volumes) else self.patch_depth
         values = self.num_channels * depth * self.patch_size**2
         rows = volumes[0].new_empty(sum(math.prod(grid) for grid in grids), values)
@@ -235,15 +232,15 @@ class M3RetImageProcessor(BaseImageProcessor):
                 f"{size}, {num_frames} and {max_patches}"
             )
         D, H, W = shape
-        through, down, across = (mm if mm is not None and 0 < mm < math.inf else None for mm in spacing)
-        if down is None or across is None:
-            down = across = 1.0
-            through = None  # without a pixel size there is nothing to compare it with
-        aspect = math.sqrt((H * down) / (W * across))
+        slice_mm, row_mm, column_mm = (mm if mm is not None and 0 < mm < math.inf else None for mm in spacing)
+        if row_mm is None or column_mm is None:
+            row_mm = column_mm = 1.0
+            slice_mm = None  # without a pixel size there is nothing to compare it with
+        aspect = math.sqrt((H * row_mm) / (W * column_mm))
         depth = min(D, num_frames)
-        if through is not None and D > 1:
-            pixel = math.sqrt(H * down * W * across) / size  # mm
-            depth = max(1, min(depth, math.ceil(D * through / pixel)))
+        if slice_mm is not None and D > 1:
+            pixel_mm = math.sqrt(H * row_mm * W * column_mm) / size
+            depth = max(1, min(depth, math.ceil(D * slice_mm / pixel_mm)))
 
         shrink = 1.0
         while True:

@@ -1,4 +1,4 @@
-"""A CPU process gets its share of the cores, and keeps the memory that it freed."""
+"""Test the CPU settings of a process: its share of the cores, and the reuse of freed memory."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 
 
+pytestmark = pytest.mark.slow  # starts processes
+
 ROOT = Path(__file__).parents[1]
-# the file alone: the package imports transformers too
+# loads the file without the package, whose import takes seconds
 LOAD = """
 import importlib.util, sys, torch
 spec = importlib.util.spec_from_file_location("cpu", sys.argv[1])
@@ -33,26 +35,22 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
-def run(code: str, *words: str) -> str:
-    command = [sys.executable, "-c", LOAD + code, str(ROOT / "modeling_m3ret" / "cpu.py"), *words]
+def run(code: str, *arguments: str) -> str:
+    command = [sys.executable, "-c", LOAD + code, str(ROOT / "modeling_m3ret" / "cpu.py"), *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a setting of glibc")
-def test_freed_memory_is_not_faulted_in_again() -> None:
-    """Twenty blocks of 64 MiB are 327,680 pages of 4 KiB when each is mapped anew, and none when they are kept."""
-
-    def faults(mode: str) -> int:
-        return int(run(COUNT_FAULTS, mode))
-
-    kept, given_back = faults("keep"), faults("give back")
+def test_kept_memory_causes_no_page_faults() -> None:
+    """Twenty blocks of 64 MiB have 327,680 pages of 4 KiB, each of which faults if the block is mapped anew."""
+    kept, returned = int(run(COUNT_FAULTS, "keep")), int(run(COUNT_FAULTS, "default"))
     assert kept < 1000
-    assert given_back > 10 * max(kept, 1)
+    assert returned > 10 * max(kept, 1)
 
 
-def test_processes_share_the_cores() -> None:
-    """Whatever number of threads a launcher has set; of a run on several machines those of this one do."""
+def test_processes_share_the_cores_of_their_machine() -> None:
+    """`OMP_NUM_THREADS` does not limit them, and `LOCAL_WORLD_SIZE` counts the processes of this machine."""
     shares = """
 import os
 for processes in (1, 2, 1000):
