@@ -78,7 +78,7 @@ def test_help_shows_docstring_type_and_default_of_a_field(
     "error",
     [
         lambda path: InputError(f"{path}: expected a folder"),
-        lambda path: M3RetReadError(str(path), "text", "a scan"),
+        lambda path: M3RetReadError(str(path), "unsupported", "a scan", "text"),
         lambda path: path.read_bytes(),
         lambda path: list((Path(__file__) / path.name).iterdir()),
     ],

@@ -1,3 +1,3 @@
-"""A synthetic collection: one random anatomy per subject, rendered in five modalities and written as real files."""
+"""A synthetic collection: one random anatomy per subject, rendered in five modalities and written to real formats."""
 
-SYNTHETIC_SOURCE = "phantom (synthetic)"  # value of the `source` column of every phantom scan
+SYNTHETIC_SOURCE = "phantom (synthetic)"  # value of the column `source` of every phantom scan

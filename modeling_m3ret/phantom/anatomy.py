@@ -1,10 +1,11 @@
-"""What is inside a phantom subject: one random, synthetic 3D body part as a volume of tissue labels.
+"""Generate the anatomy of a phantom subject: one random, synthetic 3D body region as a volume of tissue labels.
 
-Nothing here comes from a patient. A class (head, chest, ...) is told by what it is made of and how that is structured,
-at scales of a few voxels (gyri, trabeculae, lung vessels, bowel gas, muscle fibres), rather than by where things lie or
-how bright they are: renderings (`phantom.py`) change pose, crop and contrast, and the structure survives that.
+Nothing here comes from a patient. A class (head, chest, ...) is defined by its tissues and their structure at scales of
+a few voxels (gyri, trabeculae, lung vessels, bowel gas, muscle fibres), not by position or brightness: `rendering.py`
+varies pose, crop and contrast, and the structure remains.
 
-Axes are (z, y, x) = (towards the head, towards the back, towards the left), as in DICOM; voxels are cubes.
+Axes are (z, y, x) = (superior, posterior, left), as in DICOM; voxels are cubes. The output for a given seed is part of
+the phantom's version (`dataset.VERSION`): no change here may alter it.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ Array = NDArray[np.float32]
 Mask = NDArray[np.bool_]
 Box = tuple[slice, slice, slice]
 
-# 96 x 128 x 128: fine enough that a structure of 3-8 voxels is 3-15 px in an image of 112 px, and small enough that
-# a subject takes a fraction of a second.
+# Fine enough that a structure of 3-8 voxels spans 3-15 px in an image of 112 px, and small enough to generate a subject
+# in a fraction of a second.
 SHAPE = (96, 128, 128)
 
-STREAM_ANATOMY = 0  # first key after (seed, subject); the renderings take the following ones
+ANATOMY_STREAM = 0  # random stream of the anatomy; the renderings use the following ones
 
 
 class Tissue(IntEnum):
@@ -51,9 +52,14 @@ class Tissue(IntEnum):
 
 @dataclass(frozen=True)
 class Anatomy:
-    """The known truth of one synthetic subject.
+    """Ground truth of one synthetic subject.
 
-    `labels` (96, 128, 128) uint8 holds `Tissue` values; `voxel_mm` is the edge of a voxel along (z, y, x).
+    Attributes:
+        seed: seed of the collection.
+        subject: index of the subject.
+        name: class, one of `CLASSES`.
+        labels: (96, 128, 128) uint8 with `Tissue` values.
+        voxel_mm: edge of a voxel in mm along (z, y, x).
     """
 
     seed: int
@@ -64,53 +70,65 @@ class Anatomy:
 
 
 def random_stream(seed: int, subject: int, stream: int) -> np.random.Generator:
-    """A generator that depends on these keys alone, never on the order or the number of workers."""
+    """Return a generator that depends only on these keys, not on the order of calls or the number of workers."""
     return np.random.default_rng(np.random.SeedSequence((seed, subject, stream)))
 
 
 def smooth_noise(
     rng: np.random.Generator, shape: tuple[int, ...], cell: float | tuple[float, ...], periodic: bool = False
 ) -> Array:
-    """Float32 noise of mean 0 and variance 1 that varies over `cell` voxels (one number, or one per axis).
+    """Return float32 noise with mean 0 and variance 1.
 
-    Random knots under a quadratic B-spline, axis by axis: no BLAS, whose threads could change the last bit.
-    `periodic` noise tiles without a seam, if every length is a multiple of its cell.
+    Random knots are interpolated by a quadratic B-spline along one axis after the other. BLAS is avoided, as its
+    threads could change the last bit.
+
+    Args:
+        rng: source of randomness.
+        shape: shape of the noise.
+        cell: distance between knots in voxels, one number or one per axis.
+        periodic: whether the noise tiles without a seam. Every length must then be a multiple of its cell.
     """
     cells = (cell,) * len(shape) if isinstance(cell, int | float) else cell
     knots = [round(n / c) if periodic else int(np.ceil(n / c)) + 3 for n, c in zip(shape, cells, strict=True)]
     noise = rng.standard_normal(knots, dtype=np.float32)
     for axis, (length, c) in enumerate(zip(shape, cells, strict=True)):
-        place = np.arange(length) / c + (0.0 if periodic else rng.random())
-        left = place.astype(int)
-        t = (place - left).astype(np.float32).reshape([-1 if a == axis else 1 for a in range(len(shape))])
+        position = np.arange(length) / c + (0.0 if periodic else rng.random())
+        left = position.astype(int)
+        t = (position - left).astype(np.float32).reshape([-1 if a == axis else 1 for a in range(len(shape))])
         taps = [noise.take((left + step) % knots[axis], axis) for step in range(3)]
         noise = 0.5 * (1 - t) ** 2 * taps[0] + (0.75 - (t - 0.5) ** 2) * taps[1] + 0.5 * t**2 * taps[2]
-    # The three weights squared and summed are 0.55 on average over t: this brings the variance back to 1.
+    # The sum of the squared weights is 0.55 on average over t; dividing by its root restores a variance of 1.
     return noise / np.float32(0.55 ** (len(shape) / 2))
 
 
 class Canvas:
-    """A label volume being painted; coordinates are voxels from the middle of the volume."""
+    """A label volume that is painted in steps. Coordinates are voxels from the centre of the volume."""
 
     def __init__(self, rng: np.random.Generator) -> None:
         self.rng = rng
         self.labels = np.zeros(SHAPE, np.uint8)
         axes = [np.arange(n, dtype=np.float32) - (n - 1) / 2 for n in SHAPE]
         self.z, self.y, self.x = axes[0][:, None, None], axes[1][None, :, None], axes[2][None, None, :]
-        self.spongy: Mask | None = None  # where trabeculae are, for a class whose bone is its mark
-        self.wobble = smooth_noise(rng, SHAPE, 24)  # 24 voxels: organs are irregular, not rough
+        self.trabeculae: Mask | None = None  # where trabeculae are, for a class that is defined by its bone
+        self.wobble = smooth_noise(rng, SHAPE, 24)  # a cell of 24 voxels makes organs irregular, not rough
 
     def jitter(self, spread: float) -> float:
+        """Return a random offset in [-spread, spread]."""
         return float(self.rng.uniform(-spread, spread))
 
     def noise(self, cell: float | tuple[float, ...], box: Box | None = None) -> Array:
+        """Return smooth noise over a box, by default the whole volume."""
         return smooth_noise(self.rng, SHAPE if box is None else self.labels[box].shape, cell)
 
     def waves(self, length: float, plane: tuple[float, float, float] = (1, 1, 1)) -> Array:
-        """Noise of one wavelength (voxels), with a sharp scale and long-range order, where `noise` has neither.
+        """Return the sum of four plane waves of random directions.
 
-        Four plane waves of random directions; `plane` zeroes the axes along which nothing changes (fibres along z).
-        Long-range order is what lets a masked patch be guessed from its neighbours, as in real tissue.
+        Unlike `noise`, they have a sharp scale and long-range order. As in real tissue, the order makes a masked patch
+        predictable from its neighbours.
+
+        Args:
+            length: wavelength in voxels.
+            plane: factor per axis of the wave vectors; 0 keeps an axis constant (fibres along z).
         """
         total = np.zeros(SHAPE, np.float32)
         for _ in range(4):
@@ -121,15 +139,15 @@ class Canvas:
         return total * np.float32(0.5**0.5)
 
     def sheets(self, cell: float | tuple[float, ...], width: float, box: Box | None = None) -> Mask:
-        """Folded sheets: the surroundings of a noise field's zero set (septa, folds, trabeculae)."""
+        """Return the mask of folded sheets, where noise is close to 0 (septa, folds, trabeculae)."""
         return np.abs(self.noise(cell, box)) < width
 
     def strands(self, cell: float | tuple[float, ...], width: float, box: Box | None = None) -> Mask:
-        """A net of curved tubes: where two such sheets cross (vessels, ducts)."""
+        """Return the mask of a net of curved tubes, where two sheets cross (vessels, ducts)."""
         return self.noise(cell, box) ** 2 + self.noise(cell, box) ** 2 < width**2
 
     def box(self, low: tuple[float, ...], high: tuple[float, ...]) -> Box:
-        """The part of the volume between two corners, cut at its borders, so that small shapes cost little."""
+        """Return the slices between two corners, clipped to the volume: small shapes are computed in small boxes."""
         slices = []
         for a, b, n in zip(low, high, SHAPE, strict=True):
             start = int(np.clip(np.floor(a + n / 2), 0, n - 1))
@@ -139,7 +157,7 @@ class Canvas:
     def ellipsoid(
         self, centre: tuple[float, float, float], radii: tuple[float, float, float], rough: float = 0.12
     ) -> tuple[Box, Array]:
-        """A box and, in it, the squared relative radius: below 1 is inside."""
+        """Return a box and the squared relative radius in it, which is below 1 inside the ellipsoid."""
         reach = [r * 1.3 for r in radii]
         box = self.box(
             tuple(c - r for c, r in zip(centre, reach, strict=True)),
@@ -153,48 +171,49 @@ class Canvas:
     def tube(
         self, start: tuple[float, float, float], end: tuple[float, float, float], radius: float
     ) -> tuple[Box, Array]:
-        """A box and, in it, the squared distance from the segment over `radius` squared: below 1 is inside."""
+        """Return a box and the squared relative distance from a segment in it, which is below 1 inside the tube."""
         low = tuple(min(a, b) - radius * 1.3 for a, b in zip(start, end, strict=True))
         high = tuple(max(a, b) + radius * 1.3 for a, b in zip(start, end, strict=True))
         box = self.box(low, high)
         offset = [c - s for c, s in zip((self.z[box[0]], self.y[:, box[1]], self.x[:, :, box[2]]), start, strict=True)]
         along = [e - s for s, e in zip(start, end, strict=True)]
         length = max(sum(a * a for a in along), 1e-6)
-        part = np.clip(sum(o * a for o, a in zip(offset, along, strict=True)) / length, 0, 1)
-        distance = sum((o - part * a) ** 2 for o, a in zip(offset, along, strict=True))
+        fraction = np.clip(sum(o * a for o, a in zip(offset, along, strict=True)) / length, 0, 1)
+        distance = sum((o - fraction * a) ** 2 for o, a in zip(offset, along, strict=True))
         return box, np.asarray(distance / radius**2 + np.float32(0.1) * self.wobble[box], np.float32)
 
     def paint(self, box: Box, inside: Mask, tissue: Tissue | NDArray[np.uint8], within: Tissue | None = None) -> None:
+        """Set the tissue of a box where `inside` is true, and only over the tissue `within` if it is given."""
         region = self.labels[box]
         if within is not None:
             inside = inside & (region == within)
         region[inside] = tissue[inside] if isinstance(tissue, np.ndarray) else tissue
 
-    def bone(self, box: Box, relative: Array, shell: float, cell: float | tuple[float, ...] = 3.5) -> None:
-        """A cortical shell (a part `shell` of the radius) round trabeculae of the given cell size."""
-        trabeculae = self.sheets(cell, 0.45, box) if self.spongy is None else self.spongy[box]
-        spongy = np.where(trabeculae, Tissue.TRABECULAR_BONE, Tissue.MARROW).astype(np.uint8)
+    def paint_bone(self, box: Box, relative: Array, shell: float, cell: float | tuple[float, ...] = 3.5) -> None:
+        """Paint trabeculae of a cell size in a cortical shell, which takes the fraction `shell` of the radius."""
+        trabeculae = self.sheets(cell, 0.45, box) if self.trabeculae is None else self.trabeculae[box]
+        spongiosa = np.where(trabeculae, Tissue.TRABECULAR_BONE, Tissue.MARROW).astype(np.uint8)
         self.paint(box, relative < 1, Tissue.CORTICAL_BONE)
-        self.paint(box, relative < (1 - shell) ** 2, spongy)
+        self.paint(box, relative < (1 - shell) ** 2, spongiosa)
 
-    def body(self, radius_y: float, radius_x: float, fat: float) -> Array:
-        """Fat round muscle in an elliptic column; returns the relative radius over the volume."""
+    def paint_body(self, radius_y: float, radius_x: float, fat: float) -> Array:
+        """Paint an elliptic column of muscle in fat, and return the relative radius over the volume."""
         relative = np.sqrt((self.y / radius_y) ** 2 + (self.x / radius_x) ** 2) + np.float32(0.04) * self.wobble
         self.labels[relative < 1] = Tissue.FAT
         self.labels[relative < 1 - fat] = Tissue.MUSCLE
         return relative
 
-    def fibres(self, cell: tuple[float, float, float], width: float, septa: Tissue = Tissue.FASCIA) -> None:
-        """Divide all muscle into bundles; the longest edge of `cell` is the direction of the fibres."""
+    def paint_fibres(self, cell: tuple[float, float, float], width: float, septa: Tissue = Tissue.FASCIA) -> None:
+        """Divide all muscle into bundles along the longest edge of `cell`."""
         self.labels[(self.labels == Tissue.MUSCLE) & self.sheets(cell, width)] = septa
 
-    def spine(self, centre_y: float, radius: float, pitch: float) -> None:
-        """Vertebral bodies and discs of period `pitch`, the canal behind them, and spinous processes."""
+    def paint_spine(self, centre_y: float, radius: float, pitch: float) -> None:
+        """Paint vertebral bodies and discs with the period `pitch`, the spinal canal and spinous processes."""
         box, relative = self.ellipsoid((0, centre_y, self.jitter(4)), (900, radius, radius * 1.15), 0.06)
         box = (slice(None), box[1], box[2])
         phase = np.mod(self.z / pitch + self.rng.random(), 1)
         near_disc = np.broadcast_to((phase < 0.3) | (phase > 0.95), relative.shape)
-        self.bone(box, np.where(near_disc, np.maximum(relative, 0.75), relative), 0.14)
+        self.paint_bone(box, np.where(near_disc, np.maximum(relative, 0.75), relative), 0.14)
         self.paint(box, np.broadcast_to(phase < 0.22, relative.shape) & (relative < 0.95), Tissue.CARTILAGE)
         behind = centre_y + radius * 1.45
         box, relative = self.tube((-60, behind, 0), (60, behind, 0), radius * 0.7)
@@ -203,18 +222,18 @@ class Canvas:
         box, relative = self.ellipsoid((0, behind + radius, 0), (900, radius * 0.9, radius * 0.28), 0.0)
         box = (slice(None), box[1], box[2])
         process = np.broadcast_to(np.mod(phase + 0.3, 1) < 0.5, relative.shape) & (self.labels[box] != Tissue.AIR)
-        self.bone(box, np.where(process, relative, 2), 0.4)
+        self.paint_bone(box, np.where(process, relative, 2), 0.4)
 
 
-def _head(c: Canvas) -> None:
-    """A skull with a spongy diploe round a folded brain with ventricles; air cells below the front."""
+def _paint_head(c: Canvas) -> None:
+    """Paint a skull with diploe, a folded brain with ventricles, and air cells in the face."""
     centre = (c.jitter(4), c.jitter(4), c.jitter(4))
     box, relative = c.ellipsoid(centre, (52 + c.jitter(5), 58 + c.jitter(5), 47 + c.jitter(5)), 0.05)
     c.paint(box, relative < 1, Tissue.FAT)
-    c.bone(box, np.where(relative < 0.92, np.maximum(relative, 0), 2).astype(np.float32), 0.03, 3)
+    c.paint_bone(box, np.where(relative < 0.92, np.maximum(relative, 0), 2).astype(np.float32), 0.03, 3)
     c.paint(box, relative < 0.77, Tissue.CORTICAL_BONE)
     c.paint(box, relative < 0.73, Tissue.FLUID)
-    folds = np.abs(c.waves(22))[box]  # half of 22 voxels from sulcus to sulcus: 15-20 px in an image of 112 px
+    folds = np.abs(c.waves(22))[box]  # 11 voxels between sulci are 15-20 px in an image of 112 px
     c.paint(box, (relative < 0.72) & (folds > 0.2), Tissue.GREY_MATTER)
     c.paint(box, (relative < 0.68) & (folds > 0.62), Tissue.WHITE_MATTER)
     for side in (-1, 1):
@@ -226,11 +245,11 @@ def _head(c: Canvas) -> None:
     c.paint(box, relative < 1, np.where(cells, Tissue.AIR, Tissue.CORTICAL_BONE).astype(np.uint8))
 
 
-def _neck(c: Canvas) -> None:
-    """Many small vertebrae, bundles of long muscles in fat, and a windpipe held open by rings."""
-    c.body(54 + c.jitter(6), 56 + c.jitter(6), 0.1)
+def _paint_neck(c: Canvas) -> None:
+    """Paint many small vertebrae, bundles of long muscles in fat, and a trachea with rings."""
+    c.paint_body(54 + c.jitter(6), 56 + c.jitter(6), 0.1)
     c.labels[(c.labels == Tissue.MUSCLE) & (np.abs(c.waves(16, (0, 1, 1))) < 0.4)] = Tissue.FAT
-    c.spine(10 + c.jitter(4), 13 + c.jitter(1.5), 15)
+    c.paint_spine(10 + c.jitter(4), 13 + c.jitter(1.5), 15)
     centre_y, radius = -26 + c.jitter(4), 10 + c.jitter(1.5)
     box, relative = c.tube((-60, centre_y, 0), (60, centre_y + c.jitter(6), 0), radius)
     rings = np.broadcast_to(np.mod(c.z / 8, 1) < 0.55, c.labels.shape)[box]
@@ -246,11 +265,11 @@ def _neck(c: Canvas) -> None:
             c.paint(box, relative < 0.7, Tissue.BLOOD)
 
 
-def _chest(c: Canvas) -> None:
-    """Two lungs with a net of vessels, oblique ribs, a heart with blood in it, and the spine."""
+def _paint_chest(c: Canvas) -> None:
+    """Paint two lungs with a net of vessels, oblique ribs, a heart filled with blood, and the spine."""
     radius_y, radius_x = 50 + c.jitter(5), 61 + c.jitter(4)
-    relative = c.body(radius_y, radius_x, 0.06)
-    c.fibres((8, 8, 30), 0.2)
+    relative = c.paint_body(radius_y, radius_x, 0.06)
+    c.paint_fibres((8, 8, 30), 0.2)
     lung = relative < 0.8
     vessels = c.waves(20) ** 2 + c.waves(20) ** 2 < 0.3
     c.labels[lung & (np.abs(c.x) > 7)] = Tissue.LUNG
@@ -260,7 +279,7 @@ def _chest(c: Canvas) -> None:
     shell = ((relative - 0.875) / 0.06) ** 2 + (phase / 0.42) ** 2
     c.labels[shell < 1] = Tissue.CORTICAL_BONE
     c.labels[shell < 0.4] = Tissue.MARROW
-    c.spine(radius_y * 0.6, 12 + c.jitter(1), 22)
+    c.paint_spine(radius_y * 0.6, 12 + c.jitter(1), 22)
     box, heart = c.ellipsoid((-16 + c.jitter(5), -12 + c.jitter(4), 12 + c.jitter(5)), (30, 21, 25))
     c.paint(box, heart < 1, Tissue.MUSCLE)
     c.paint(box, (heart < 0.7) & ~c.sheets(16, 0.3, box), Tissue.BLOOD)
@@ -268,18 +287,18 @@ def _chest(c: Canvas) -> None:
     c.paint(box, tube < 1, Tissue.AIR)
 
 
-def _abdomen(c: Canvas) -> None:
-    """A smooth liver with few vessels, kidneys with pyramids, and bowel: gas bubbles and contents in walls."""
+def _paint_abdomen(c: Canvas) -> None:
+    """Paint a smooth liver with few vessels, kidneys with pyramids, and bowel with gas, contents and walls."""
     radius_y, radius_x = 50 + c.jitter(5), 61 + c.jitter(4)
-    relative = c.body(radius_y, radius_x, 0.14)
+    relative = c.paint_body(radius_y, radius_x, 0.14)
     c.labels[relative < 0.76] = Tissue.FAT
     loops = c.waves(26)
     cavity = (relative < 0.74) & (c.y < 14)
     c.labels[cavity & (loops > -0.6)] = Tissue.MUSCLE
     c.labels[cavity & (loops > -0.1)] = Tissue.FLUID
     c.labels[cavity & (loops > 0.45)] = Tissue.AIR
-    c.spine(radius_y * 0.42, 14 + c.jitter(1), 27)
-    side = 1 if c.rng.random() < 0.9 else -1  # now and then situs inversus: the side says nothing
+    c.paint_spine(radius_y * 0.42, 14 + c.jitter(1), 27)
+    side = 1 if c.rng.random() < 0.9 else -1  # situs inversus in 10 %, so that the side is not a cue
     box, liver = c.ellipsoid((22 + c.jitter(6), -4 + c.jitter(4), -side * 32), (28, 30, 24))
     c.paint(box, liver < 1, Tissue.PARENCHYMA)
     c.paint(box, (liver < 0.9) & c.strands(15, 0.22, box), Tissue.BLOOD)
@@ -290,40 +309,40 @@ def _abdomen(c: Canvas) -> None:
         c.paint(box, kidney < 0.15, Tissue.FLUID)
 
 
-def _pelvis(c: Canvas) -> None:
-    """Wide curved plates of coarse spongy bone, ball joints, a bladder, and broad oblique muscles."""
-    c.body(48 + c.jitter(5), 61 + c.jitter(4), 0.12)
+def _paint_pelvis(c: Canvas) -> None:
+    """Paint wide curved plates of coarse trabecular bone, ball joints, a bladder, and broad oblique muscles."""
+    c.paint_body(48 + c.jitter(5), 61 + c.jitter(4), 0.12)
     layers = np.mod((c.y + 0.3 * c.x) / 9 + 0.5 * c.wobble, 1) < 0.35  # sheets of muscle with fat between them
     c.labels[(c.labels == Tissue.MUSCLE) & layers] = Tissue.FAT
-    c.spongy = np.abs(c.waves(13)) < 0.55
+    c.trabeculae = np.abs(c.waves(13)) < 0.55
     for side in (-1, 1):
         centre = (26 + c.jitter(4), 2 + c.jitter(4), side * 14)
         box, wing = c.ellipsoid(centre, (56, 38, 34), 0.1)
         half = np.broadcast_to(c.x[:, :, box[2]] * side > 8, wing.shape)
         plate = np.where(half, ((np.sqrt(np.maximum(wing, 0)) - 0.86) / 0.13) ** 2, 2).astype(np.float32)
-        c.bone(box, plate, 0.25)
+        c.paint_bone(box, plate, 0.25)
         joint = (-18 + c.jitter(5), -6 + c.jitter(4), side * (40 + c.jitter(3)))
         box, socket = c.ellipsoid(joint, (21, 21, 20), 0.05)
-        c.bone(box, socket, 0.15)
+        c.paint_bone(box, socket, 0.15)
         c.paint(box, socket < 0.64, Tissue.CARTILAGE)
         box, ball = c.ellipsoid(joint, (15, 15, 15), 0.03)
-        c.bone(box, ball, 0.1)
+        c.paint_bone(box, ball, 0.1)
         box, shaft = c.tube(joint, (-60, joint[1], side * 50), 10)
-        c.bone(box, shaft, 0.25)
+        c.paint_bone(box, shaft, 0.25)
     box, sacrum = c.ellipsoid((22, 30, 0), (40, 11, 20), 0.1)
-    c.bone(box, sacrum, 0.15)
+    c.paint_bone(box, sacrum, 0.15)
     box, bladder = c.ellipsoid((-14 + c.jitter(5), -14 + c.jitter(3), c.jitter(4)), (19, 16, 20))
     c.paint(box, bladder < 1.15, Tissue.MUSCLE)
     c.paint(box, bladder < 0.9, Tissue.FLUID)
 
 
-def _knee(c: Canvas) -> None:
-    """Two thick bones full of fine trabeculae, cartilage and fluid between them, thin tendons in fat."""
-    c.body(50 + c.jitter(6), 50 + c.jitter(6), 0.3)
-    c.fibres((50, 4, 4), 0.5)
-    # A lattice along the lines of load, bent a little: the fine regular bone that no other class has.
+def _paint_knee(c: Canvas) -> None:
+    """Paint two thick bones with fine trabeculae, cartilage and fluid between them, and thin tendons in fat."""
+    c.paint_body(50 + c.jitter(6), 50 + c.jitter(6), 0.3)
+    c.paint_fibres((50, 4, 4), 0.5)
+    # A slightly bent lattice along the lines of load. No other class has such fine regular bone.
     bars = [np.mod(axis / 6.5 + 0.25 * c.wobble, 1) < 0.3 for axis in (c.z, c.y, c.x)]
-    c.spongy = bars[0] | bars[1] | bars[2]
+    c.trabeculae = bars[0] | bars[1] | bars[2]
     gap, centre_y, flexion = c.jitter(8), c.jitter(5), c.jitter(20)
     radius = 28 + c.jitter(3)
     box, joint = c.ellipsoid((gap, centre_y - 2, 0), (14, 36, 42))
@@ -333,16 +352,16 @@ def _knee(c: Canvas) -> None:
         box, shaft = c.tube(
             (gap + sign * 30, centre_y, lateral), (sign * 70 + gap, centre_y + flexion, 0), radius * 0.9
         )
-        c.bone(box, shaft, 0.12)
+        c.paint_bone(box, shaft, 0.12)
         for side in (-1, 1):
             box, condyle = c.ellipsoid((gap + sign * 24, centre_y, side * 15), (22, radius, 22), 0.06)
-            c.bone(box, condyle, 0.07)
+            c.paint_bone(box, condyle, 0.07)
     box, cap = c.ellipsoid((gap + 14, centre_y - 36, c.jitter(4)), (15, 8, 14), 0.05)
-    c.bone(box, cap, 0.15)
+    c.paint_bone(box, cap, 0.15)
 
 
-def _hand(c: Canvas) -> None:
-    """Five rays of slim, hollow bones with joints, a cluster of small wrist bones, and tendons."""
+def _paint_hand(c: Canvas) -> None:
+    """Paint five rays of slim, hollow bones with joints, a cluster of small wrist bones, and tendons."""
     palm, relative = c.ellipsoid((-30, 0, 0), (44, 26, 60), 0.08)
     c.paint(palm, relative < 1, Tissue.FAT)
     c.paint(palm, relative < 0.85, Tissue.MUSCLE)
@@ -351,29 +370,29 @@ def _hand(c: Canvas) -> None:
     for finger in range(5):
         x, low = (finger - 2) * (23 + c.jitter(1)), -26.0 + c.jitter(3)
         joints = [low, low + 26, low + 46, low + 62, low + 76]
-        places = [(z, curl * ((z - low) / 70) ** 2 + c.jitter(2), x * (1 + spread * (z - low) / 70)) for z in joints]
-        box, flesh = c.tube(places[0], places[-1], 12.5)
+        points = [(z, curl * ((z - low) / 70) ** 2 + c.jitter(2), x * (1 + spread * (z - low) / 70)) for z in joints]
+        box, flesh = c.tube(points[0], points[-1], 12.5)
         c.paint(box, flesh < 1, Tissue.FAT, within=Tissue.AIR)
-        for number, (start, end) in enumerate(pairwise(places)):
+        for number, (start, end) in enumerate(pairwise(points)):
             radius = 7.5 - number + c.jitter(0.5)
             box, tendon = c.tube(
                 (start[0], start[1] - radius - 3, start[2]), (end[0], end[1] - radius - 3, end[2]), 2.5
             )
             c.paint(box, tendon < 1, Tissue.FASCIA)
-            for place in (start, end):
-                box, knuckle = c.ellipsoid((place[0], place[1], place[2]), (4.5, radius, radius), 0.0)
+            for point in (start, end):
+                box, knuckle = c.ellipsoid((point[0], point[1], point[2]), (4.5, radius, radius), 0.0)
                 c.paint(box, knuckle < 1, Tissue.CARTILAGE)
             box, shaft = c.tube((start[0] + radius, *start[1:]), (end[0] - radius, *end[1:]), radius)
-            c.bone(box, shaft, 0.38, 9)
+            c.paint_bone(box, shaft, 0.38, 9)
     for row in range(2):
         for column in range(4):
             centre = (-44 + row * 13 + c.jitter(1.5), c.jitter(4), (column - 1.5) * 21 + c.jitter(2))
             box, small = c.ellipsoid(centre, (6.5, 9, 9), 0.1)
-            c.bone(box, small, 0.3, 5)
+            c.paint_bone(box, small, 0.3, 5)
 
 
-def _breast(c: Canvas) -> None:
-    """Fat with curved ligaments, islands of gland round ducts, and specks of calcium; no bone and no air."""
+def _paint_breast(c: Canvas) -> None:
+    """Paint fat with curved ligaments, islands of gland around ducts, and specks of calcium; no bone and no air."""
     radius = 60 + c.jitter(6)
     box, relative = c.ellipsoid((c.jitter(5), 20 + c.jitter(6), c.jitter(5)), (56 + c.jitter(6), radius, radius), 0.08)
     c.paint(box, relative < 1, Tissue.MUSCLE)
@@ -384,29 +403,34 @@ def _breast(c: Canvas) -> None:
     c.paint(box, (relative < 0.9) & c.sheets(10, 0.16, box), Tissue.FASCIA)
     c.paint(box, (relative < 0.7) & c.strands(11, 0.25, box), Tissue.FLUID)
     c.paint(box, (relative < 0.75) & (c.noise(3, box) > 2.6), Tissue.CORTICAL_BONE)
-    c.labels[(c.labels != Tissue.AIR) & (c.y > 46 + 3 * c.wobble)] = Tissue.MUSCLE  # the wall that it lies on
-    c.fibres((6, 6, 40), 0.2)
+    c.labels[(c.labels != Tissue.AIR) & (c.y > 46 + 3 * c.wobble)] = Tissue.MUSCLE  # chest wall
+    c.paint_fibres((6, 6, 40), 0.2)
 
 
 PAINTERS: dict[str, Callable[[Canvas], None]] = {
-    "head": _head,
-    "neck": _neck,
-    "chest": _chest,
-    "abdomen": _abdomen,
-    "pelvis": _pelvis,
-    "knee": _knee,
-    "hand": _hand,
-    "breast": _breast,
+    "head": _paint_head,
+    "neck": _paint_neck,
+    "chest": _paint_chest,
+    "abdomen": _paint_abdomen,
+    "pelvis": _paint_pelvis,
+    "knee": _paint_knee,
+    "hand": _paint_hand,
+    "breast": _paint_breast,
 }
 CLASSES = tuple(PAINTERS)
 
 
-def subject_anatomy(seed: int, subject: int) -> Anatomy:
-    """The subject's anatomy; classes take turns, so that any eight neighbours hold each class once."""
-    rng = random_stream(seed, subject, STREAM_ANATOMY)
+def generate_anatomy(seed: int, subject: int) -> Anatomy:
+    """Return the anatomy of a subject. Classes cycle, so that any eight consecutive subjects are of all classes."""
+    rng = random_stream(seed, subject, ANATOMY_STREAM)
     name = CLASSES[subject % len(CLASSES)]
-    # One distribution of sizes for all classes (280-410 mm across): the spacing must not give the class away.
+    # All classes have the same distribution of sizes (280-410 mm), so that the spacing is not a cue.
     edge = round(float(rng.uniform(2.2, 3.2)), 3)
     canvas = Canvas(rng)
     PAINTERS[name](canvas)
     return Anatomy(seed, subject, name, canvas.labels, (edge, edge, edge))
+
+
+def format_index(subject: int) -> int:
+    """Return the number by which file formats cycle. It advances within each class, so no format is tied to a class."""
+    return subject % len(CLASSES) + subject // len(CLASSES)

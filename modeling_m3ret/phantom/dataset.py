@@ -1,9 +1,8 @@
-"""The phantom collection: a synthetic data set that any fresh machine can make in about a minute, in real file formats.
+"""Write the phantom collection: a synthetic data set in real file formats that takes about a minute on any machine.
 
-It lets every command run without a download: classes, subjects and cross-modal truth (the same subject in another
-modality). NOTHING IN IT COMES FROM A PATIENT, and figures on it say nothing about the clinic. `phantom_anatomy.py` says
-what a subject is made of, `phantom_rendering.py` how it looks in each modality; here the renderings become DICOM,
-NIfTI, PNG and MP4 files with a manifest.
+It lets every command run without a download. It has classes, subjects and cross-modal ground truth: the same subject in
+five modalities. Nothing in it comes from a patient, and results on it have no clinical meaning. `anatomy.py` generates
+subjects and `rendering.py` their scans; this file writes them as DICOM, NIfTI, PNG and MP4 with a manifest.
 """
 
 from __future__ import annotations
@@ -12,8 +11,6 @@ import csv
 import gzip
 import json
 import os
-import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -25,20 +22,38 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..atomic_io import atomic_folder
+from ..errors import InputError
 from ..worker_process import initialise_worker, worker_context
 from . import SYNTHETIC_SOURCE
-from .anatomy import Anatomy, random_stream, subject_anatomy
-from .rendering import RENDERERS, Rendering, format_turn
+from .anatomy import Anatomy, format_index, generate_anatomy, random_stream
+from .rendering import RENDERERS, Rendering
 
 
-VERSION = 1  # raise it when a byte of the output changes: a folder of another version is never taken for this one
+VERSION = 1  # increase it if a byte of the output changes; a folder of another version is never reused
 COLUMNS = ("id", "file", "modality", "anatomy", "label", "group", "source", "licence", "extra")
 LICENCE, PATIENT_NAME = "Apache-2.0", "PHANTOM^SYNTHETIC"
 COMMENT = "Synthetic phantom, no patient"
+SUBJECTS_PER_WORKER = 24  # with fewer, starting a process takes longer than its work
 
 
-def _dicom(anatomy: Anatomy, modality: str, number: int = 0) -> Any:
-    """A DICOM data set of patient, study and series level, whose identifiers follow from the subject alone."""
+class OccupiedFolderError(InputError, FileExistsError):
+    """The output folder contains something other than the requested phantom.
+
+    Attributes:
+        folder: the folder.
+    """
+
+    def __init__(self, folder: Path, expected: str) -> None:
+        super().__init__(
+            f"{folder} is occupied: expected an empty folder or the phantom of {expected}, got other content. "
+            "Choose another folder or remove this one."
+        )
+        self.folder = folder
+
+
+def _dicom_header(anatomy: Anatomy, modality: str, number: int = 0) -> Any:
+    """Return a DICOM data set with patient, study and series modules. Its identifiers depend only on the subject."""
     from pydicom.dataset import FileDataset, FileMetaDataset
     from pydicom.uid import (
         CTImageStorage,
@@ -48,8 +63,8 @@ def _dicom(anatomy: Anatomy, modality: str, number: int = 0) -> Any:
         generate_uid,
     )
 
-    def uid(*parts: object) -> str:
-        return generate_uid(entropy_srcs=["m3ret-phantom", *map(str, (VERSION, anatomy.seed, anatomy.subject, *parts))])
+    def uid(*keys: object) -> str:
+        return generate_uid(entropy_srcs=["m3ret-phantom", *map(str, (VERSION, anatomy.seed, anatomy.subject, *keys))])
 
     storage = {
         "CT": CTImageStorage,
@@ -70,7 +85,7 @@ def _dicom(anatomy: Anatomy, modality: str, number: int = 0) -> Any:
 
 
 def _write_dicom(path: Path, header: Any, pixels: NDArray[Any], stored_bits: int) -> None:
-    """Set the pixel module for (H, W) or, with frames, (D, H, W) and write; `header` holds all the rest."""
+    """Add the pixel module for (H, W), or (D, H, W) with frames, to a header and write the file."""
     header.Rows, header.Columns = pixels.shape[-2:]
     header.SamplesPerPixel, header.PixelRepresentation = 1, int(pixels.dtype.kind == "i")
     header.BitsAllocated, header.BitsStored, header.HighBit = pixels.itemsize * 8, stored_bits, stored_bits - 1
@@ -80,13 +95,13 @@ def _write_dicom(path: Path, header: Any, pixels: NDArray[Any], stored_bits: int
 
 
 def _write_series(folder: Path, anatomy: Anatomy, scan: Rendering, rng: np.random.Generator) -> None:
-    """One file per slice; the names are shuffled, so that only ImagePositionPatient gives the order."""
+    """Write one file per slice. Names are shuffled, so that only ImagePositionPatient defines the order."""
     folder.mkdir()
     names = rng.permutation(len(scan.array))
     spacing, slope, intercept = scan.spacing_mm, 1, -1024
     corner = -np.array(spacing) * (np.array(scan.array.shape) - 1) / 2
     for number, pixels in enumerate(scan.array):
-        header = _dicom(anatomy, "CT", number)
+        header = _dicom_header(anatomy, "CT", number)
         header.ImageOrientationPatient = [1, 0, 0, 0, 1, 0]
         header.ImagePositionPatient = [f"{v:.6g}" for v in (corner[2], corner[1], corner[0] + number * spacing[0])]
         header.PixelSpacing, header.SliceThickness = [spacing[1], spacing[2]], spacing[0]
@@ -96,10 +111,10 @@ def _write_series(folder: Path, anatomy: Anatomy, scan: Rendering, rng: np.rando
 
 
 def _write_nifti(path: Path, scan: Rendering, flip: bool) -> None:
-    """int16 NIfTI-1 in (x, y, z) order with the affine in RAS; `flip` stores the first axis the other way round."""
+    """Write int16 NIfTI-1 in (x, y, z) order with a RAS affine. `flip` stores the first axis in reverse."""
     import nibabel
 
-    # Columns of the affine: the array's axes from last to first; rows: (z, y, x) of DICOM to (right, front, up).
+    # Columns of the affine are the array's axes from last to first; rows change from (z, y, x) in DICOM to RAS.
     axes = (scan.directions * np.array(scan.spacing_mm))[::-1, ::-1] * np.array([[-1], [-1], [1]])
     data, affine = scan.array.transpose(2, 1, 0), np.eye(4)
     if flip:
@@ -110,7 +125,7 @@ def _write_nifti(path: Path, scan: Rendering, flip: bool) -> None:
     image.header["descrip"] = COMMENT.encode()
     image.header.set_xyzt_units("mm")
     content = image.to_bytes()
-    # Level 1 is four times faster than the default and 5 % larger; no time stamp, or two runs would differ.
+    # Level 1 is four times faster than the default and 5 % larger. A time stamp would make runs differ.
     path.write_bytes(gzip.compress(content, 1, mtime=0) if path.suffix == ".gz" else content)
 
 
@@ -124,7 +139,7 @@ def _write_png(path: Path, pixels: NDArray[Any]) -> None:
 
 
 def _write_mp4(path: Path, frames: NDArray[np.uint8]) -> None:
-    """H.264 in yuv420p from (D, H, W) or (D, H, W, 3)."""
+    """Write H.264 in yuv420p from (D, H, W) or (D, H, W, 3)."""
     import av
 
     if frames.ndim == 3:
@@ -132,7 +147,7 @@ def _write_mp4(path: Path, frames: NDArray[np.uint8]) -> None:
     frames = frames[:, : frames.shape[1] // 2 * 2, : frames.shape[2] // 2 * 2]  # yuv420p needs even sides
     with av.open(str(path), "w", format="mp4") as container:
         container.metadata["comment"] = COMMENT
-        # A fixed quantiser and one thread: x264's rate control (crf) does not give the same bytes twice.
+        # With a fixed quantiser and one thread x264 is deterministic; with rate control (crf) it is not.
         stream = container.add_stream("libx264", rate=10, options={"preset": "veryfast", "qp": "22", "threads": "1"})
         stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
         for frame in frames:
@@ -141,18 +156,18 @@ def _write_mp4(path: Path, frames: NDArray[np.uint8]) -> None:
 
 
 def _write_scan(folder: Path, anatomy: Anatomy, modality: str, scan: Rendering, rng: np.random.Generator) -> str:
-    """Write one rendering; returns its path in the collection."""
-    turn = format_turn(anatomy.subject)
+    """Write one rendering in a format that depends on the subject, and return its path in the collection."""
+    index = format_index(anatomy.subject)
     stem = f"{modality}/subject-{anatomy.subject:04d}"
-    if modality == "ct" and turn % 2:
+    if modality == "ct" and index % 2:
         _write_series(folder / stem, anatomy, scan, rng)
         return stem
     if modality in ("ct", "mri"):
-        name = stem + (".nii" if turn % 4 == 0 else ".nii.gz")
-        _write_nifti(folder / name, scan, flip=turn // 4 % 2 == 1)
-    elif modality == "xray" and turn % 2:
-        name, header, pixels = stem + ".dcm", _dicom(anatomy, "DX"), scan.array
-        dark_bone = turn % 4 == 1
+        name = stem + (".nii" if index % 4 == 0 else ".nii.gz")
+        _write_nifti(folder / name, scan, flip=index // 4 % 2 == 1)
+    elif modality == "xray" and index % 2:
+        name, header, pixels = stem + ".dcm", _dicom_header(anatomy, "DX"), scan.array
+        dark_bone = index % 4 == 1
         header.PhotometricInterpretation = "MONOCHROME1" if dark_bone else "MONOCHROME2"
         header.PresentationLUTShape = "INVERSE" if dark_bone else "IDENTITY"
         header.PixelSpacing = [f"{v:.6g}" for v in scan.spacing_mm[1:]]
@@ -160,11 +175,11 @@ def _write_scan(folder: Path, anatomy: Anatomy, modality: str, scan: Rendering, 
         _write_dicom(folder / name, header, 4095 - pixels if dark_bone else pixels, 12)
     elif modality == "xray":
         name = stem + ".png"
-        _write_png(folder / name, scan.array * np.uint16(16))  # 12 bits at the top of 16, as PNG asks for full scale
-    elif modality == "ultrasound" and turn % 3 == 0:
+        _write_png(folder / name, scan.array * np.uint16(16))  # PNG samples use the full scale of 16 bits
+    elif modality == "ultrasound" and index % 3 == 0:
         from pydicom.dataset import Dataset
 
-        name, header, region = stem + ".dcm", _dicom(anatomy, "US"), Dataset()
+        name, header, region = stem + ".dcm", _dicom_header(anatomy, "US"), Dataset()
         header.PhotometricInterpretation, header.NumberOfFrames, header.FrameTime = "MONOCHROME2", len(scan.array), 100
         region.RegionSpatialFormat, region.RegionDataType, region.RegionFlags = 1, 1, 0
         region.RegionLocationMinX0, region.RegionLocationMinY0 = 0, 0
@@ -173,7 +188,7 @@ def _write_scan(folder: Path, anatomy: Anatomy, modality: str, scan: Rendering, 
         region.PhysicalDeltaX, region.PhysicalDeltaY = scan.spacing_mm[2] / 10, scan.spacing_mm[1] / 10
         header.SequenceOfUltrasoundRegions = [region]
         _write_dicom(folder / name, header, scan.array, 8)
-    elif modality == "ultrasound" and turn % 3 == 1:
+    elif modality == "ultrasound" and index % 3 == 1:
         name = stem + ".png"
         _write_png(folder / name, scan.array[len(scan.array) // 2])
     else:
@@ -183,8 +198,8 @@ def _write_scan(folder: Path, anatomy: Anatomy, modality: str, scan: Rendering, 
 
 
 def _write_subject(subject: int, *, folder: Path, seed: int) -> list[dict[str, str]]:
-    """Write a subject's five scans; returns their rows of the manifest."""
-    anatomy, rows = subject_anatomy(seed, subject), []
+    """Write the five scans of a subject and return their rows of the manifest."""
+    anatomy, rows = generate_anatomy(seed, subject), []
     for stream, (modality, render) in enumerate(RENDERERS.items(), start=1):
         rng = random_stream(seed, subject, stream)
         scan = render(anatomy, rng)
@@ -205,70 +220,76 @@ def _write_subject(subject: int, *, folder: Path, seed: int) -> list[dict[str, s
     return rows
 
 
-def _is_this_phantom(folder: Path, description: dict[str, Any]) -> bool:
-    try:
-        found = json.loads((folder / "phantom.json").read_text())
-        return all(found.get(key) == description[key] for key in ("version", "seed", "subjects"))
-    except (OSError, ValueError, AttributeError):
-        return False
-
-
 def write_phantom(folder: Path, *, subjects: int = 200, seed: int = 0, workers: int | None = None) -> Path:
-    """Write the collection to `folder` and return it: five scans per subject, `manifest.csv` and `phantom.json`.
+    """Write the collection: five scans per subject, `manifest.csv` and `phantom.json`.
 
-    Everything is written beside `folder` and renamed at the end, so a folder of this name is always whole. If it
-    already holds this very collection nothing happens; if it holds anything else, `FileExistsError`.
-    The defaults: 200 subjects are 25 per class, enough for a ranking and about a minute on two cores; `workers=None`
-    takes one process per core, or none for a handful of subjects, where starting processes takes longer than the work.
-    They import the script that calls this again, which therefore needs `if __name__ == "__main__":`.
+    The folder is written atomically. If it already contains this very collection, nothing is written; several processes
+    may write the same collection at the same time. The calling script needs `if __name__ == "__main__":`, as worker
+    processes import it.
+
+    Args:
+        folder: output folder.
+        subjects: number of subjects. The default, 25 per class, suffices for a ranking and takes about a minute on two
+            cores.
+        seed: seed of everything random.
+        workers: number of processes; None starts one per core, or none for a few subjects.
+
+    Returns:
+        The folder.
+
+    Raises:
+        OccupiedFolderError: if the folder contains anything else. It is a `FileExistsError`.
+        InputError: if `subjects` or `seed` is out of range.
     """
     folder = Path(folder)
     if subjects < 1 or seed < 0:
-        raise ValueError(f"subjects must be at least 1 and seed at least 0, not {subjects} and {seed}")
+        raise InputError(f"invalid phantom: expected subjects >= 1 and seed >= 0, got {subjects} and {seed}.")
     description: dict[str, Any] = {
         "what": "synthetic phantom collection: no patient data, not for clinical conclusions",
         "version": VERSION,
         "seed": seed,
         "subjects": subjects,
     }
-    if _is_this_phantom(folder, description):
+    if _contains_phantom(folder, description):
         return folder
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(
-            f"{folder} holds something other than the phantom of version {VERSION}, seed {seed}, {subjects} subjects; "
-            "it is left alone: choose another folder, or remove it yourself"
-        )
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", suffix=".part", dir=folder.parent))
+        raise OccupiedFolderError(folder, f"version {VERSION}, seed {seed}, {subjects} subjects")
     try:
-        for modality in RENDERERS:
-            (part / modality).mkdir()
-        write = partial(_write_subject, folder=part, seed=seed)
-        if workers is None:
-            workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-            workers = min(workers, subjects // 24)
-        if workers > 1:
-            rows = list(chain.from_iterable(_in_processes(write, range(subjects), workers)))
-        else:
-            rows = list(chain.from_iterable(map(write, range(subjects))))
-        with (part / "manifest.csv").open("w", newline="") as file:
-            table = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-            table.writeheader()
-            table.writerows(rows)
-        description["counts"] = {key: dict(Counter(row[key] for row in rows)) for key in ("modality", "anatomy")}
-        (part / "phantom.json").write_text(json.dumps(description, indent=2) + "\n")
-        part.chmod(0o755)  # mkdtemp's 0o700 would hide the collection from everyone else
-        try:
-            part.rename(folder)
-        except OSError:
-            if not _is_this_phantom(folder, description):  # else another process wrote the same one meanwhile
-                raise
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+        with atomic_folder(folder) as partial_folder:
+            _write_collection(partial_folder, description, _default_workers(subjects) if workers is None else workers)
+    except OSError:
+        if not _contains_phantom(folder, description):  # unless another process has written the same one meanwhile
+            raise
     return folder
 
 
-def _in_processes(function: Callable[[int], Any], items: range, workers: int) -> list[Any]:
-    """Map in processes of their own."""
+def _contains_phantom(folder: Path, description: dict[str, Any]) -> bool:
+    try:
+        existing = json.loads((folder / "phantom.json").read_text())
+        return all(existing.get(key) == description[key] for key in ("version", "seed", "subjects"))
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def _default_workers(subjects: int) -> int:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, subjects // SUBJECTS_PER_WORKER)
+
+
+def _write_collection(folder: Path, description: dict[str, Any], workers: int) -> None:
+    for modality in RENDERERS:
+        (folder / modality).mkdir()
+    write = partial(_write_subject, folder=folder, seed=description["seed"])
+    run = partial(_map_in_processes, workers=workers) if workers > 1 else map
+    rows = list(chain.from_iterable(run(write, range(description["subjects"]))))
+    with (folder / "manifest.csv").open("w", newline="") as file:
+        table = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        table.writeheader()
+        table.writerows(rows)
+    counts = {key: dict(Counter(row[key] for row in rows)) for key in ("modality", "anatomy")}
+    (folder / "phantom.json").write_text(json.dumps(description | {"counts": counts}, indent=2) + "\n")
+
+
+def _map_in_processes(function: Callable[[int], Any], items: range, workers: int) -> list[Any]:
     with ProcessPoolExecutor(workers, mp_context=worker_context([__name__]), initializer=initialise_worker) as pool:
         return list(pool.map(function, items, chunksize=4))

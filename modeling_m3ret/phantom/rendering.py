@@ -1,8 +1,9 @@
-"""How a phantom subject looks in each modality: CT, X-ray, ultrasound, endoscopy and MRI as arrays.
+"""Render a phantom subject as arrays in each modality: CT, MRI, X-ray, ultrasound and endoscopy.
 
 Each rendering draws its own pose, field of view, contrast, noise and borders, so that comparing pixels fails while the
-structure of the tissue stays. The physics is the first term of each modality's: Beer-Lambert line integrals, echoes at
-impedance steps with speckle, loss and shadow, Rician magnitude images, a lamp that moves with the camera.
+structure of the tissue remains. The physics is of first order: Beer-Lambert line integrals; echoes at impedance steps
+with speckle, attenuation and shadow; Rician magnitude images; a light source at the camera. The output for a given seed
+is part of the phantom's version (`dataset.VERSION`): no change here may alter it.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from .anatomy import CLASSES, Anatomy, Array, Tissue, random_stream, smooth_noise
+from .anatomy import Anatomy, Array, Tissue, format_index, random_stream, smooth_noise
 
 
-# A row per tissue: HU | T1-weighted signal | T2-weighted signal | echogenicity | impedance | ultrasound loss a voxel.
-# Textbook orders of magnitude; grey against white matter is widened in CT so that gyri stand out of the noise.
+# Per tissue: HU, T1-weighted signal, T2-weighted signal, echogenicity, impedance, ultrasound attenuation per voxel.
+# Textbook orders of magnitude, except that the contrast of grey and white matter in CT is raised above the noise.
 PROPERTIES = {
     Tissue.AIR: (-1000, 0.00, 0.00, 0.60, 0.0, 0.060),
     Tissue.FAT: (-100, 0.90, 0.65, 0.45, 1.35, 0.010),
@@ -41,20 +42,22 @@ PROPERTIES = {
 TABLE = np.array([PROPERTIES[tissue] for tissue in Tissue], np.float32)
 HU, T1, T2, ECHO, IMPEDANCE, LOSS = TABLE.T
 
-AXIAL = np.eye(3)  # columns: the patient directions (z, y, x) of an array's axes (slice, row, column)
-SAGITTAL = np.array([[0, -1, 0], [0, 0, 1], [1, 0, 0]], float)  # slices towards the left, rows towards the feet
+AXIAL = np.eye(3)  # column n: patient direction (z, y, x) of array axis n (slice, row, column)
+SAGITTAL = np.array([[0, -1, 0], [0, 0, 1], [1, 0, 0]], float)  # slices to the left, rows downwards
 CORONAL = np.array([[0, -1, 0], [1, 0, 0], [0, 0, 1]], float)
 
 
 @dataclass(frozen=True)
 class Rendering:
-    """One scan as an array, before it becomes a file.
+    """One scan as an array, before it is written to a file.
 
-    CT: (D, H, W) int16 in HU. MRI: (D, H, W) int16. X-ray: (H, W) uint16 of 12 bits, bone bright.
-    Ultrasound: (D, H, W) uint8, frames first. Endoscopy: (D, H, W, 3) uint8 RGB.
-    `spacing_mm` is (D, H, W) in mm (0 where there is none). `directions` (3, 3) holds in its columns the patient
-    directions (z, y, x) of the array's axes; `to_anatomy` (4, 4) maps an index (d, h, w, 1) of a CT or MRI volume to
-    voxels of the anatomy's label volume. `note` says what was drawn.
+    Attributes:
+        array: CT (D, H, W) int16 in HU; MRI (D, H, W) int16; X-ray (H, W) uint16 with 12 bits and bright bone;
+            ultrasound (D, H, W) uint8 with D frames; endoscopy (D, H, W, 3) uint8 RGB with D frames.
+        spacing_mm: spacing along D, H, W in mm; 0 if there is none.
+        directions: (3, 3); column n is the patient direction (z, y, x) of array axis n.
+        to_anatomy: (4, 4); maps an index (d, h, w, 1) of a CT or MRI volume to voxels of the label volume.
+        note: the random choice that was made, such as the view.
     """
 
     array: NDArray[Any]
@@ -65,20 +68,21 @@ class Rendering:
 
 
 def _rotation(z: float, y: float, x: float) -> NDArray[np.float64]:
-    """A rotation matrix on (z, y, x) vectors, from angles in degrees about the three axes."""
+    """Return the rotation matrix of (z, y, x) vectors from angles in degrees about the three axes."""
     result = np.eye(3)
     for angle, (first, second) in zip(np.deg2rad((z, y, x)), ((1, 2), (0, 2), (0, 1)), strict=True):
-        turn = np.eye(3)
-        turn[first, first] = turn[second, second] = np.cos(angle)
-        turn[first, second], turn[second, first] = -np.sin(angle), np.sin(angle)
-        result = turn @ result
+        step = np.eye(3)
+        step[first, first] = step[second, second] = np.cos(angle)
+        step[first, second], step[second, first] = -np.sin(angle), np.sin(angle)
+        result = step @ result
     return result
 
 
 def _pose(rng: np.random.Generator, tilt: float = 15, roll: float = 20, shift: float = 0.1) -> tuple[Any, Any]:
-    """How the patient lies: a rotation, and the shift of the centre as a part of the label volume.
+    """Return a random pose: a rotation matrix, and a shift of the centre as a fraction of the label volume.
 
-    15 degrees of tilt is a badly positioned patient; 20 of roll about the body's axis breaks a comparison of pixels.
+    A tilt of 15 degrees is a badly positioned patient; a roll of 20 degrees about the body's axis defeats a comparison
+    of pixels.
     """
     return _rotation(rng.uniform(-roll, roll), *rng.uniform(-tilt, tilt, 2)), rng.uniform(-shift, shift, 3)
 
@@ -90,7 +94,7 @@ def _to_anatomy(
     spacing_mm: tuple[float, ...],
     directions: NDArray[np.float64],
 ) -> NDArray[np.float64]:
-    """The matrix from an index of the rendered array to an index of the label volume."""
+    """Return the matrix that maps an index of the rendered array to an index of the label volume."""
     rotation, shift = pose
     size = np.array(anatomy.labels.shape)
     matrix = np.eye(4)
@@ -106,13 +110,13 @@ def _sample(volume: Array, matrix: NDArray[np.float64], shape: tuple[int, ...], 
     )
 
 
-def _in_plane(anatomy: Anatomy, rng: np.random.Generator, pixels: int) -> float:
-    """Pixel edge in mm for a field of view of 0.5 to 0.7 of the volume's width: a crop of most of the part."""
+def _draw_pixel_edge(anatomy: Anatomy, rng: np.random.Generator, pixels: int) -> float:
+    """Return a pixel edge in mm for a field of view of 0.5 to 0.7 of the width of the volume."""
     return round(float(rng.uniform(0.5, 0.7)) * anatomy.voxel_mm[2] * anatomy.labels.shape[2] / pixels, 3)
 
 
-def _jittered_hu(rng: np.random.Generator) -> Array:
-    """HU per tissue for one scan: beam energy scales bone, contrast agent lifts blood and organs."""
+def _draw_hu(rng: np.random.Generator) -> Array:
+    """Return HU per tissue for one scan: beam energy scales bone, contrast agent raises blood and organs."""
     table = HU + rng.normal(0, 20, len(HU)).astype(np.float32)
     bone = [Tissue.CORTICAL_BONE, Tissue.TRABECULAR_BONE]
     table[bone] *= rng.uniform(0.7, 1.2)
@@ -122,20 +126,15 @@ def _jittered_hu(rng: np.random.Generator) -> Array:
     return table
 
 
-def format_turn(subject: int) -> int:
-    """Formats take turns by this number, which runs on within a class: no format goes with a class."""
-    return subject % len(CLASSES) + subject // len(CLASSES)
-
-
 def render_ct(anatomy: Anatomy, rng: np.random.Generator) -> Rendering:
-    """A CT volume (64 or 28, 96, 96) int16 in HU: tilted, cropped, with table, kernel, noise, maybe a round field."""
-    # Every other subject becomes a DICOM series, where each slice is a file: fewer of them, and thicker.
-    shape = (28 if format_turn(anatomy.subject) % 2 else 64, 96, 96)
-    edge = _in_plane(anatomy, rng, shape[2])
+    """Render a CT volume (64 or 28, 96, 96) int16 in HU with a table, a kernel, noise, and in some a round field."""
+    # Every other subject is written as a DICOM series with one file per slice, so it has fewer and thicker slices.
+    shape = (28 if format_index(anatomy.subject) % 2 else 64, 96, 96)
+    edge = _draw_pixel_edge(anatomy, rng, shape[2])
     thickness = round(float(rng.uniform(1.5, 2.6)) * (64 / shape[0]) ** 0.5, 3)
     spacing = (thickness, edge, edge)
     matrix = _to_anatomy(anatomy, _pose(rng), shape, spacing, AXIAL)
-    volume = _sample(_jittered_hu(rng)[anatomy.labels], matrix, shape, -1000)
+    volume = _sample(_draw_hu(rng)[anatomy.labels], matrix, shape, -1000)
     rows, columns = np.ogrid[: shape[1], : shape[2]]
     if rng.random() < 0.7:
         table = rows - (rng.uniform(0.8, 0.97) * shape[1] - rng.uniform(0, 0.004) * (columns - shape[2] / 2) ** 2)
@@ -150,18 +149,18 @@ def render_ct(anatomy: Anatomy, rng: np.random.Generator) -> Rendering:
 
 
 def render_mri(anatomy: Anatomy, rng: np.random.Generator) -> Rendering:
-    """A magnitude MR volume (D, H, W) int16 of 3-5 mm slices, T1- or T2-weighted, axial, sagittal or coronal."""
+    """Render a magnitude MR volume (D, H, W) int16 with slices of 3-5 mm: T1 or T2, axial, sagittal or coronal."""
     pixels = 112
     directions, plane = ((AXIAL, "axial"), (SAGITTAL, "sagittal"), (CORONAL, "coronal"))[
         rng.choice(3, p=(0.7, 0.2, 0.1))
     ]
-    edge = _in_plane(anatomy, rng, pixels)
+    edge = _draw_pixel_edge(anatomy, rng, pixels)
     spacing = (round(float(rng.uniform(3, 5)), 3), edge, edge)
     shape = (int(rng.integers(20, 29)), pixels, pixels)
     matrix = _to_anatomy(anatomy, _pose(rng), shape, spacing, directions)
     weighting = "T1" if rng.random() < 0.5 else "T2"
     signal = (T1 if weighting == "T1" else T2) * np.exp(rng.normal(0, 0.08, len(T1))).astype(np.float32)
-    # A slice is an average over its thickness: two half-slices, at a quarter of the spacing from its middle.
+    # A slice averages over its thickness: it is the mean of two half-slices.
     fine = matrix.copy()
     fine[:3, 0] /= 2
     fine[:3, 3] -= fine[:3, 0] / 2
@@ -178,14 +177,14 @@ def render_mri(anatomy: Anatomy, rng: np.random.Generator) -> Rendering:
 
 
 def render_xray(anatomy: Anatomy, rng: np.random.Generator) -> Rendering:
-    """A radiograph (H, W) uint16 of 12 bits, bone bright: line integrals of attenuation, processed as detectors do."""
-    view, turn = (("AP", 0), ("lateral", 90), ("oblique", 45))[rng.integers(3)]
+    """Render a radiograph (H, W) uint16 with 12 bits and bright bone, from line integrals of attenuation."""
+    view, angle = (("AP", 0), ("lateral", 90), ("oblique", 45))[rng.integers(3)]
     grid, rows, columns = 144, int(rng.integers(208, 273)), int(rng.integers(208, 273))
-    edge = _in_plane(anatomy, rng, grid)
+    edge = _draw_pixel_edge(anatomy, rng, grid)
     shape, spacing = (64, grid, grid), (anatomy.voxel_mm[1] * 2, edge, edge)
     rotation, shift = _pose(rng, tilt=12, roll=25, shift=0.15)
-    matrix = _to_anatomy(anatomy, (_rotation(turn, 0, 0) @ rotation, shift), shape, spacing, CORONAL)
-    attenuation = np.maximum(_jittered_hu(rng) + 1000, 0) * np.float32(1.7e-5)  # per mm; water: 0.017
+    matrix = _to_anatomy(anatomy, (_rotation(angle, 0, 0) @ rotation, shift), shape, spacing, CORONAL)
+    attenuation = np.maximum(_draw_hu(rng) + 1000, 0) * np.float32(1.7e-5)  # per mm; water: 0.017
     attenuation[Tissue.CORTICAL_BONE : Tissue.MARROW] *= rng.uniform(1.6, 2.2)  # photoelectric
     path = _sample(attenuation[anatomy.labels], matrix, shape, 0).sum(0) * spacing[0]
     photons = np.exp(-path)
@@ -193,14 +192,14 @@ def render_xray(anatomy: Anatomy, rng: np.random.Generator) -> Rendering:
     dose = 10 ** rng.uniform(5.5, 6.5)
     photons = np.maximum(photons + rng.standard_normal(photons.shape, dtype=np.float32) * np.sqrt(photons / dose), 1e-6)
     image = -np.log(photons)
-    # What a detector's software does: part of the slow background goes, then an operator's window and gamma.
+    # Detector software removes most of the slow background; window and gamma vary as between operators.
     image -= rng.uniform(0.8, 1.0) * ndimage.gaussian_filter(image, rng.uniform(5, 7))
     image /= (ndimage.gaussian_filter(image**2, 12) + 1e-3) ** rng.uniform(0.15, 0.25)
     image = ndimage.zoom(image, (rows / grid, columns / grid), order=1)
     low, high = np.percentile(image, (rng.uniform(0.5, 4), rng.uniform(97, 99.7)))
     image = np.clip((image - low) / (high - low), 0, 1) ** rng.uniform(0.8, 1.25)
     image = np.clip(image + rng.standard_normal(image.shape, dtype=np.float32) * rng.uniform(0.003, 0.008), 0, 1)
-    if rng.random() < 0.4:  # collimated, one side or more
+    if rng.random() < 0.4:  # collimation of some sides
         for side in np.flatnonzero(rng.random(4) < 0.5):
             np.rot90(image, int(side))[: rng.integers(5, 30)] = 0
     if rng.random() < 0.6:  # a lead marker
@@ -211,7 +210,7 @@ def render_xray(anatomy: Anatomy, rng: np.random.Generator) -> Rendering:
 
 
 def render_ultrasound(anatomy: Anatomy, rng: np.random.Generator, frames: int = 10) -> Rendering:
-    """A sweep (D, H, W) uint8 of sector images: echoes with speckle, loss with depth, shadow behind bone and gas."""
+    """Render a sweep (D, H, W) uint8 of sector images with speckle, attenuation, and shadow behind bone and gas."""
     samples, lines, columns = 192, 160, int(rng.choice((192, 208, 224)))
     rotation, _ = _pose(rng, tilt=20, roll=70)
     size = np.array(anatomy.labels.shape)
@@ -222,31 +221,31 @@ def render_ultrasound(anatomy: Anatomy, rng: np.random.Generator, frames: int = 
     )
     target = (size - 1) / 2 + rng.uniform(-0.15, 0.15, 3) * size * (1, 0.7, 0.7)
 
-    def labels_at(places: NDArray[np.float64]) -> NDArray[np.uint8]:
-        index = np.rint(places).astype(int)
+    def labels_at(points: NDArray[np.float64]) -> NDArray[np.uint8]:
+        index = np.rint(points).astype(int)
         inside = ((index >= 0) & (index < size)).all(-1)
         z, y, x = np.moveaxis(np.clip(index, 0, size - 1), -1, 0)
         return np.where(inside, anatomy.labels[z, y, x], Tissue.AIR)
 
-    # The probe stands where the line towards the target enters the skin; 3 voxels in, so that gel closes the gap.
-    way = np.arange(-110, 20)
-    skin = labels_at(target + way[:, None] * down) != Tissue.AIR
-    probe = target + (way[int(np.argmax(skin))] + 3 if skin.any() else 0) * down
+    # The probe is where the line to the target enters the skin, 3 voxels deeper to close the gap as gel does.
+    offsets = np.arange(-110, 20)
+    skin = labels_at(target + offsets[:, None] * down) != Tissue.AIR
+    probe = target + (offsets[int(np.argmax(skin))] + 3 if skin.any() else 0) * down
     depth, half_angle, radius = rng.uniform(46, 58), np.deg2rad(rng.uniform(34, 42)), rng.uniform(10, 24)
     r = radius + np.linspace(0, depth, samples)[:, None]
     angle = np.linspace(-half_angle, half_angle, lines)[None, :]
     plane = probe - radius * down + (r * np.cos(angle))[..., None] * down + (r * np.sin(angle))[..., None] * across
     step = rng.uniform(0.8, 2.0)
     sweep = (np.arange(frames) - (frames - 1) / 2) * step
-    places = plane[None] + sweep[:, None, None, None] * along
-    # A beam is wider than a point: a jitter of 0.4 voxels softens the steps of the label grid.
-    labels = labels_at(places + 0.4 * rng.standard_normal(places.shape, dtype=np.float32))
+    points = plane[None] + sweep[:, None, None, None] * along
+    # A beam has a width: a jitter of 0.4 voxels softens the steps of the label grid.
+    labels = labels_at(points + 0.4 * rng.standard_normal(points.shape, dtype=np.float32))
 
     impedance = IMPEDANCE[labels]
     jump = np.abs(np.diff(impedance, axis=1, prepend=impedance[:, :1])) / (impedance + 0.5)
     loss = np.cumsum(LOSS[labels] * (depth / samples) * rng.uniform(0.6, 1.0) + 0.08 * np.minimum(jump, 1.2), axis=1)
     transmitted = 0.12 + 0.88 * np.exp(-loss)
-    # Speckle of so many looks (compounding), smeared by the pulse along and by the beam across.
+    # Compounding averages the speckle of several looks; pulse and beam blur it along and across.
     looks = int(rng.integers(2, 5))
     grain = (0, float(rng.uniform(0.6, 1.2)), float(rng.uniform(1.0, 2.0)))
     speckle = ndimage.gaussian_filter(rng.standard_exponential(labels.shape, dtype=np.float32), grain)
@@ -260,9 +259,9 @@ def render_ultrasound(anatomy: Anatomy, rng: np.random.Generator, frames: int = 
     dynamic_range, top = rng.uniform(32, 40), rng.uniform(-2, 1)
     brightness = np.clip(1 + (decibels - top) / dynamic_range, 0, 1) ** rng.uniform(0.85, 1.2)
 
-    # Scan conversion: each pixel looks up its depth and line.
+    # Scan conversion: look up the sample and the line of each pixel.
     reach, mm = radius + depth, anatomy.voxel_mm[0]
-    width = 2 * reach * np.sin(half_angle) * rng.uniform(0.7, 0.8)  # the flanks are cut, as on many machines
+    width = 2 * reach * np.sin(half_angle) * rng.uniform(0.7, 0.8)  # many machines crop the sides
     rows = round((reach - radius * np.cos(half_angle)) / width * columns * rng.uniform(0.9, 1.05))
     y, x = np.meshgrid(*[(np.arange(n) + 0.5) / columns * width for n in (rows, columns)], indexing="ij")
     y, x = y + radius * np.cos(half_angle) - 0.02 * width, x - width / 2 + rng.uniform(-0.04, 0.04) * width
@@ -270,17 +269,17 @@ def render_ultrasound(anatomy: Anatomy, rng: np.random.Generator, frames: int = 
     line = np.rint((np.arctan2(x, y) / half_angle + 1) / 2 * (lines - 1)).astype(int)
     seen = (row >= 0) & (row < samples) & (line >= 0) & (line < lines)
     images = np.where(seen, brightness[:, np.clip(row, 0, samples - 1), np.clip(line, 0, lines - 1)], 0)
-    images[:, 2:6, 2 : int(rng.integers(10, 60)) : 2] = rng.uniform(0.4, 1)  # a caption
+    images[:, 2:6, 2 : int(rng.integers(10, 60)) : 2] = rng.uniform(0.4, 1)  # imitates a caption
     array = (images * 255).astype(np.uint8)
     spacing = (step * mm, width / columns * mm, width / columns * mm)
     return Rendering(array, spacing, CORONAL, np.eye(4), f"sector {np.rad2deg(half_angle) * 2:.0f} degrees")
 
 
-def lumen_wall(anatomy: Anatomy) -> tuple[Array, Array]:
-    """Relief and blood (vessels, openings) of a subject's lumen: both (512, 512) float32 over (depth, angle), periodic.
+def _draw_lumen_wall(anatomy: Anatomy) -> tuple[Array, Array]:
+    """Return relief and blood of the wall of a subject's lumen, each (512, 512) float32 over (depth, angle), periodic.
 
-    What an endoscope would meet there: turbinates, tracheal rings, bronchial openings, haustra, bladder vessels,
-    cartilage fronds, tendon fibres, papillae.
+    By class: turbinates, tracheal rings, bronchial openings, haustra, bladder vessels, cartilage fronds, tendon fibres,
+    papillae.
     """
     rng = random_stream(anatomy.seed, anatomy.subject, len(RENDERERS) + 1)
     size = (512, 512)
@@ -308,7 +307,7 @@ def lumen_wall(anatomy: Anatomy) -> tuple[Array, Array]:
         relief = 1.6 * spiral + 0.5 * noise(64)
     elif anatomy.name == "hand":
         relief = 0.5 * noise(64)
-        blood = 1.2 * (np.sin(rng.integers(30, 41) * angle + noise(64)) > 0)  # fibres, pale on dark
+        blood = 1.2 * (np.sin(rng.integers(30, 41) * angle + noise(64)) > 0)  # pale fibres on a dark ground
     else:
         bumps = np.sin(28 * depth + noise(64)) * np.sin(20 * angle + noise(64))
         relief = 2.2 * np.clip(bumps, 0, 1)
@@ -316,21 +315,21 @@ def lumen_wall(anatomy: Anatomy) -> tuple[Array, Array]:
 
 
 def render_endoscopy(anatomy: Anatomy, rng: np.random.Generator) -> Rendering:
-    """A fly-through (D, H, W, 3) uint8 RGB of the subject's lumen, lit from the camera, with highlights and a mask."""
-    relief, blood = lumen_wall(anatomy)
+    """Render a fly-through (D, H, W, 3) uint8 RGB of the lumen, lit from the camera, with highlights and a mask."""
+    relief, blood = _draw_lumen_wall(anatomy)
     frames, pixels = int(rng.integers(16, 25)), int(rng.choice((160, 176, 192, 208, 224)))
     slope = np.roll(relief, -2, 0) - np.roll(relief, 2, 0)
     light = np.clip(1 + rng.uniform(0.4, 0.6) * slope + 0.12 * relief, 0.1, 2.2)
     wet = 0.7 * slope + smooth_noise(rng, relief.shape, 8, periodic=True)
     highlight = np.clip((wet - rng.uniform(1.9, 2.6)) * 2, 0, 1) * rng.uniform(0.4, 1)
-    # Mucosa from pale to deep red, under a white balance of its own; joints and tendons are a little paler.
+    # Mucosa is pale to deep red with a random white balance; joints and tendons are paler.
     colour = rng.uniform(0.6, 0.9) * np.array([1, rng.uniform(0.55, 0.75), rng.uniform(0.45, 0.7)])
     colour += (0.12 if anatomy.name in ("knee", "hand") else 0.0) * (1 - colour)
     dark = np.exp(-blood[..., None] * np.array([0.4, 1.0, 0.9]))
     wall = np.clip(light[..., None] * colour * dark + highlight[..., None], 0, 1.3).astype(np.float32)
 
-    # Looking down a tube: a pixel at distance p from the vanishing point sees the wall at depth 1 / p. The vanishing
-    # point wanders, at times out of the picture, where the camera sees one side of the wall alone.
+    # In a tube, a pixel at distance p from the vanishing point shows the wall at depth 1 / p. The vanishing point moves
+    # and may leave the image, in which case the camera faces one side of the wall.
     start, end = rng.uniform(-0.6, 0.6, (2, 2))
     path = np.linspace(0, 1, frames)[:, None]
     centre = start + (end - start) * rng.uniform(0.1, 0.5) * path + 0.05 * np.sin(6 * path + rng.uniform(0, 6, 2))
