@@ -23,9 +23,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from dataset_scripts.builder import Names, ScanBuilder
+from dataset_scripts.builder import Pseudonyms, ScanBuilder
 from dataset_scripts.entries import Entry
-from dataset_scripts.shards import build_shards, plan, write_index
+from dataset_scripts.shards import build_shards, plan_shards, write_index
 from dataset_scripts.sources.folder import Folder
 from modeling_m3ret import M3RetImageProcessor
 from modeling_m3ret.cpu import keep_freed_memory
@@ -97,15 +97,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "built"
         builder = ScanBuilder(Folder(), root, salt=SALT, cache_dir=folder)
-        shards = plan({"train": [entry for entries in kinds.values() for entry in entries]})
+        shards = plan_shards({"train": [entry for entries in kinds.values() for entry in entries]})
         build_shards(builder, output, shards)
         write_index(output, shards)
         records = {record.id: record for record in open_collection(output)}
-        names = Names(Folder.name, SALT)
+        pseudonyms = Pseudonyms(Folder.name, SALT)
         print(f"| {'scans/s':16} | scans |     read |   packed |  decoder | read / decoder    | packed / decoder  |")
         print(f"|{'-' * 18}|------:|---------:|---------:|---------:|------------------:|------------------:|")
         for kind, entries in sorted(kinds.items()):
-            compare(kind, [records[names.id(entry)] for entry in entries], entries, processor, arguments.rounds)
+            compare(kind, [records[pseudonyms.scan(entry)] for entry in entries], entries, processor, arguments.rounds)
 
 
 def compare(

@@ -1,8 +1,7 @@
-"""How does an entry of a collection become a row that may leave the machine?
+"""Turn entries of a collection into de-identified rows: open, encode, hash the names, assign the split.
 
-The one base of all sources: it opens, stores and de-identifies a scan, hashes the names, and says on which side of the
-split a patient stands. `build.py` runs it shard by shard (`shards.py`); as a `GeneratorBasedBuilder` it can also be
-used like any other builder of `datasets`.
+`build.py` runs a `ScanBuilder` shard by shard (`shards.py`). As a `GeneratorBasedBuilder`, it can also be used like any
+other builder of `datasets`.
 """
 
 from __future__ import annotations
@@ -17,9 +16,10 @@ from typing import Any
 
 from datasets import DatasetInfo, GeneratorBasedBuilder, Split, SplitGenerator
 
-from dataset_scripts.row_encoding import Row, store_scan
+from dataset_scripts.row_encoding import EncodedScan, encode_scan
 from modeling_m3ret.atomic_io import read_or_create_secret
 from modeling_m3ret.data.schema import MODALITIES, SPLITS, features, media_column
+from modeling_m3ret.errors import InputError
 from modeling_m3ret.hub import CACHE_FOLDER
 from modeling_m3ret.reading_m3ret import M3RetReadError
 
@@ -27,17 +27,20 @@ from .duplicates import perceptual_hash
 from .entries import Entry, Source
 
 
-SHORTEST_SALT = 16  # bytes
-# of one scan: a column of Parquet in memory counts its bytes in 31 bits, the small scans before it among them
-LARGEST_MEDIA = 2**31 - 2**22
+MIN_SALT_BYTES = 16
+# Arrow addresses the bytes of a column with 31 bits; 4 MiB are left for the small scans in the same row group.
+MAX_MEDIA_BYTES = 2**31 - 2**22
 
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """
-    validation, test: parts of the patients, where a collection has no official split.
-    max_size: slices and frames of more than max_size^2 pixels become as small; null keeps all as they are.
-    blank_outside_regions: blank an ultrasound DICOM outside the regions that its header declares.
+    """Options that change the rows of a data set.
+
+    Attributes:
+        validation: fraction of patients in the validation split, if the collection has no official split.
+        test: fraction of patients in the test split, if the collection has no official split.
+        max_size: slices and frames of more than max_size**2 pixels are reduced to that area; None keeps all sizes.
+        blank_outside_regions: blank an ultrasound DICOM outside the regions that its header declares.
     """
 
     validation: float = 0.1
@@ -47,62 +50,75 @@ class BuildOptions:
 
     def __post_init__(self) -> None:
         if not (self.validation >= 0 and self.test >= 0 and self.validation + self.test <= 1):
-            raise ValueError(
-                f"validation and test are parts of one, which {self.validation} and {self.test} together are not"
+            raise InputError(
+                f"validation and test: expected fractions that sum to at most 1, got {self.validation} and {self.test}"
             )
         if self.max_size is not None and self.max_size < 16:
-            raise ValueError(f"max_size is at least 16, a patch's side, not {self.max_size}")
+            raise InputError(f"max_size: expected at least 16, the size of a patch, got {self.max_size}")
 
 
-class Names:
-    """Names of a collection -> names that say nothing to who has not the salt, and the same each time to who has.
+class Pseudonyms:
+    """Replace names by pseudonyms that are stable, but cannot be reversed without the salt.
 
-    HMAC-SHA256 (RFC 2104), 64 bits of it. A plain hash would not do: there are few enough patient ids to try them all.
+    A pseudonym is the first 64 bits of HMAC-SHA256 (RFC 2104). A plain hash would not suffice, as all patient numbers
+    could be tried.
+
+    Args:
+        source: name of the collection. Equal names in two collections have different pseudonyms.
+        salt: see `read_salt`.
     """
 
     def __init__(self, source: str, salt: bytes):
         self.source = source
         self.salt = salt
 
-    def hashed(self, kind: str, name: str) -> str:
-        told = f"{self.source}\0{kind}\0{name}".encode(errors="surrogateescape")  # names of files need not be UTF-8
-        return hmac.new(self.salt, told, hashlib.sha256).hexdigest()[:16]
+    def pseudonym(self, kind: str, name: str) -> str:
+        """Return 16 hexadecimal digits; equal names of different kinds have different pseudonyms."""
+        message = f"{self.source}\0{kind}\0{name}".encode(errors="surrogateescape")  # file names may not be UTF-8
+        return hmac.new(self.salt, message, hashlib.sha256).hexdigest()[:16]
 
-    def id(self, entry: Entry) -> str:
-        return self.hashed("scan", entry.id)
+    def scan(self, entry: Entry) -> str:
+        """Return the pseudonym of the scan."""
+        return self.pseudonym("scan", entry.id)
 
     def patient(self, entry: Entry) -> str:
-        """A scan of no known patient is a patient of its own."""
-        return self.hashed("patient", entry.patient) if entry.patient else self.hashed("scan's patient", entry.id)
+        """Return the pseudonym of the patient; a scan of an unknown patient is a patient of its own."""
+        if not entry.patient:
+            return self.pseudonym("scan's patient", entry.id)
+        return self.pseudonym("patient", entry.patient)
 
     def split(self, entry: Entry, options: BuildOptions) -> str:
-        """The official one, or by the patient's hash, so that nobody changes sides when data is added."""
+        """Return the official split, or one that depends on the patient's pseudonym only.
+
+        Patients therefore keep their split when data is added.
+        """
         if entry.split is not None:
             return entry.split
-        part = int(self.patient(entry), 16) / 2**64
-        if part < options.test:
+        fraction = int(self.patient(entry), 16) / 2**64
+        if fraction < options.test:
             return "test"
-        return "validation" if part < options.test + options.validation else "train"
+        return "validation" if fraction < options.test + options.validation else "train"
 
 
 def read_salt(path: Path | None) -> bytes:
-    """The secret that names are hashed with; made where there is none yet, readable by its owner alone.
+    """Return the secret salt of the pseudonyms; create it, readable by its owner only, if there is none.
 
-    path: by default `HF_HOME/m3ret/salt`. Keep it as long as data may be added, and keep it secret.
+    Args:
+        path: by default `HF_HOME/m3ret/salt`. Keep the file secret, and keep it as long as data may be added.
 
     Raises:
-        ValueError: if the file holds too little to be a secret.
+        InputError: if the file is too short for a secret.
     """
     path = path or CACHE_FOLDER / "salt"
     salt = read_or_create_secret(path)
-    if len(salt) < SHORTEST_SALT:
-        raise ValueError(f"{path}: found {len(salt)} bytes, expected a secret of at least {SHORTEST_SALT}")
+    if len(salt) < MIN_SALT_BYTES:
+        raise InputError(f"{path}: expected a secret of at least {MIN_SALT_BYTES} bytes, got {len(salt)}")
     return salt
 
 
 @dataclass(frozen=True)
-class Failure:
-    """An entry that could not be read. Names the file, so it stays on this machine."""
+class SkippedEntry:
+    """An entry that could not be read, and why. It names the file, so it is never published."""
 
     entry: str
     file: str
@@ -110,8 +126,8 @@ class Failure:
 
 
 @dataclass(frozen=True)
-class Built:
-    """A row of the schema, and what the report wants to know of it."""
+class BuiltRow:
+    """A row of the schema, and what duplicate detection and the report need."""
 
     columns: dict[str, Any]
     digest: str
@@ -120,10 +136,14 @@ class Built:
 
 
 class ScanBuilder(GeneratorBasedBuilder):
-    """One collection as a builder of `datasets`. Nothing is downloaded: it runs where the data is.
+    """Build one collection as a `datasets` builder. It downloads nothing and runs where the data is.
 
     Args:
-        salt: see `read_salt`. cache_dir: where `download_and_prepare` would write by default.
+        source: the collection.
+        root: its folder.
+        salt: see `read_salt`.
+        options: options that change the rows.
+        cache_dir: folder into which `download_and_prepare` writes.
     """
 
     def __init__(
@@ -138,10 +158,12 @@ class ScanBuilder(GeneratorBasedBuilder):
         self.source = source
         self.root = root
         self.options = options
-        self.names = Names(source.name, salt)
-        # datasets keeps what was prepared by this hash: other scans, options or names are another data set
-        told = f"{root.resolve()} {options} {source.title} {sorted(vars(source).items())}"
-        super().__init__(cache_dir=cache_dir, dataset_name=source.name, hash=self.names.hashed("cache", told))
+        self.pseudonyms = Pseudonyms(source.name, salt)
+        # `datasets` caches by this hash, so it must change with the scans, the options and the pseudonyms
+        arguments = f"{root.resolve()} {options} {source.title} {sorted(vars(source).items())}"
+        super().__init__(
+            cache_dir=cache_dir, dataset_name=source.name, hash=self.pseudonyms.pseudonym("cache", arguments)
+        )
 
     def _info(self) -> DatasetInfo:
         source = self.source
@@ -162,69 +184,73 @@ class ScanBuilder(GeneratorBasedBuilder):
 
     def _generate_examples(self, entries: Sequence[Entry]) -> Iterator[tuple[str, dict[str, Any]]]:
         for entry in entries:
-            built = self.build_row(entry)
-            if isinstance(built, Built):
-                yield built.columns["id"], built.columns
+            row = self.build_row(entry)
+            if isinstance(row, BuiltRow):
+                yield row.columns["id"], row.columns
 
     def split_entries(self) -> dict[str, list[Entry]]:
-        """The entries of each split, in the order of their hashed ids: a shard, and any part of one, is a mix.
+        """Return the entries of each split, ordered by pseudonym so that every shard is a random mix.
 
-        What is for evaluation only is all in the test split, which no training reads. Where only some scans of a
-        patient have an official split, the others follow them.
+        If only some scans of a patient have an official split, the patient's other scans follow them. All entries of a
+        source for evaluation only are in the test split.
 
         Raises:
-            SourceError: if the folder is not this collection.
+            SourceError: if the folder does not have the layout of the collection.
         """
-        found = list(self.source.entries(self.root))
-        official = {entry.patient: entry.split for entry in found if entry.patient and entry.split is not None}
+        all_entries = list(self.source.entries(self.root))
+        official = {entry.patient: entry.split for entry in all_entries if entry.patient and entry.split is not None}
         splits: dict[str, list[Entry]] = {split: [] for split in SPLITS}
-        for entry in found:
-            split = entry.split or official.get(entry.patient) or self.names.split(entry, self.options)
+        for entry in all_entries:
+            split = entry.split or official.get(entry.patient) or self.pseudonyms.split(entry, self.options)
             splits["test" if self.source.evaluation_only else split].append(entry)
-        return {split: sorted(entries, key=self.names.id) for split, entries in splits.items()}
+        return {split: sorted(entries, key=self.pseudonyms.scan) for split, entries in splits.items()}
 
-    def build_row(self, entry: Entry) -> Built | Failure:
-        """Open, store and hash one scan. Whatever is wrong with it, the build goes on."""
+    def build_row(self, entry: Entry) -> BuiltRow | SkippedEntry:
+        """Open and encode one scan. A scan that cannot be read is returned as a `SkippedEntry`, never raised."""
         if not entry.modality:
-            return self._failure(
-                entry, f"found nothing that says which it is of {', '.join(MODALITIES)}; see --modality"
+            return self._skip(
+                entry, f"unknown modality: expected one of {', '.join(MODALITIES)}, got none. Set --modality."
             )
         try:
-            row = store_scan(
+            scan = encode_scan(
                 self.source.open(entry),
                 max_size=self.options.max_size,
                 blank_outside=self.options.blank_outside_regions,
             )
         except M3RetReadError as error:
-            return self._failure(entry, error.detail)
-        except Exception as error:  # a decoder's own, or a file that went away
-            return self._failure(entry, f"found damaged or unsupported data ({type(error).__name__})")
-        size = len(row.columns[media_column(row.columns)]["bytes"])
-        if size > LARGEST_MEDIA:
-            return self._failure(entry, f"found {size:,} bytes; expected at most {LARGEST_MEDIA:,}, see --max_size")
-        return Built(
-            columns=self._columns(entry, row),
-            digest=row.digest,
-            picture_hash=perceptual_hash(row.picture),
-            burned_in=row.burned_in,
+            return self._skip(entry, error.detail)
+        except Exception as error:  # raised by a decoder, or because the file was removed
+            return self._skip(
+                entry, f"data cannot be decoded: expected a readable scan, got an error of type {type(error).__name__}."
+            )
+        size = len(scan.columns[media_column(scan.columns)]["bytes"])
+        if size > MAX_MEDIA_BYTES:
+            return self._skip(
+                entry, f"scan is too large: expected at most {MAX_MEDIA_BYTES:,} bytes, got {size:,}. Set --max_size."
+            )
+        return BuiltRow(
+            columns=self._columns(entry, scan),
+            digest=scan.digest,
+            picture_hash=perceptual_hash(scan.picture),
+            burned_in=scan.burned_in,
         )
 
-    def _columns(self, entry: Entry, row: Row) -> dict[str, Any]:
+    def _columns(self, entry: Entry, scan: EncodedScan) -> dict[str, Any]:
         return {
             "image": None,
             "video": None,
             "volume": None,
-            **row.columns,
-            "id": self.names.id(entry),
+            **scan.columns,
+            "id": self.pseudonyms.scan(entry),
             "modality": MODALITIES.index(entry.modality),
             "anatomy": entry.anatomy or None,
             "labels": list(entry.labels),
-            "patient": self.names.patient(entry),
+            "patient": self.pseudonyms.patient(entry),
             "source": self.source.title,
             "licence": entry.licence or self.source.licence,
         }
 
-    def _failure(self, entry: Entry, reason: str) -> Failure:
+    def _skip(self, entry: Entry, reason: str) -> SkippedEntry:
         first = os.path.relpath(entry.files[0], self.root)
         more = f" and {len(entry.files) - 1} more" if len(entry.files) > 1 else ""
-        return Failure(self.names.id(entry), first + more, reason)
+        return SkippedEntry(self.pseudonyms.scan(entry), first + more, reason)

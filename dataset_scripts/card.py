@@ -1,4 +1,4 @@
-"""The data set card, filled in from the report. It leaves the machine, so it knows counts and never a file's name."""
+"""Write the data set card from the report. The card is published, so it contains counts and no file name."""
 
 from __future__ import annotations
 
@@ -18,15 +18,22 @@ from .builder import ScanBuilder
 
 
 TEMPLATE = Path(__file__).with_name("dataset_card.md")
-SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
+SIZE_CATEGORIES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
 
 
-def write_card(builder: ScanBuilder, report: dict[str, Any], index: pa.Table, repository: str) -> str:
-    """The text of the card, with the YAML by which the Hub's viewer and `load_dataset` find splits and features."""
+def make_card(builder: ScanBuilder, report: dict[str, Any], index: pa.Table, repository: str) -> str:
+    """Return the card, with the YAML header from which the Hub's viewer and `load_dataset` read splits and features.
+
+    Args:
+        builder: builder of the collection.
+        report: see `make_report`.
+        index: index of the rows.
+        repository: Hub repository or local folder to load the data set from, for the example code.
+    """
     counts: dict[str, int] = report["counts"]["split"]
     splits = [split for split in SPLITS if split in counts]
     source = builder.source
-    size = report["bytes"]["parquet"]
+    size, built = report["bytes"]["parquet"], report["scans"]["built"]
     infos = SplitDict(
         {
             split: SplitInfo(split, num_bytes=_bytes_of(index, split), num_examples=counts[split], dataset_name=None)
@@ -40,7 +47,7 @@ def write_card(builder: ScanBuilder, report: dict[str, Any], index: pa.Table, re
         license_name=source.licence[:64].lower().replace(" ", "-"),
         tags=["medical-imaging", "m3ret", *report["counts"]["modality"]],
         task_categories=["image-feature-extraction"],
-        size_categories=[next((name for most, name in SIZES if report["scans"]["built"] < most), "1M<n<10M")],
+        size_categories=[next((name for limit, name in SIZE_CATEGORIES if built < limit), "1M<n<10M")],
         configs=[
             {
                 "config_name": "default",
@@ -60,7 +67,7 @@ def write_card(builder: ScanBuilder, report: dict[str, Any], index: pa.Table, re
             licences=sorted(set(index.column("licence").to_pylist())),
             synthetic=source.title == SYNTHETIC_SOURCE,
             repository=repository,
-            scans=report["scans"]["built"],
+            scans=built,
             patients=report["patients"],
             several=report["patients_in_several_splits"],
             failed=report["scans"]["failed"],
@@ -69,11 +76,11 @@ def write_card(builder: ScanBuilder, report: dict[str, Any], index: pa.Table, re
             exact=report["duplicates"]["exact_groups_across_splits"],
             splits=splits,
             table=report["counts"]["modality_and_split"],
-            burned_in=", ".join(f"{count} say {name}" for name, count in sorted(burned_in.items())),
+            burned_in=", ".join(f"{answer}: {count}" for answer, count in sorted(burned_in.items())),
         )
     )
 
 
 def _bytes_of(index: pa.Table, split: str) -> int:
-    """Of the rows whose shard's name begins with `split`."""
+    """Return the media bytes of a split, or of all rows if `split` is empty."""
     return sum(row["size"] for row in index.select(["shard", "size"]).to_pylist() if row["shard"].startswith(split))

@@ -1,8 +1,8 @@
-"""What must a collection declare to be built? Its scans, one `Entry` each, and where it comes from.
+"""What a source of scans declares: its licence and origin, and one `Entry` per scan.
 
-A `Source` finds the scans of one collection in the layout in which it is published, and says whose they are. It reads
-tables and lists folders, and never opens a scan: reading, hashing of names, splitting and de-identification are the
-builder's (`builder.py`).
+A `Source` finds the scans of one collection in its published layout and says which patient each belongs to. It reads
+tables and lists folders but never opens a scan. Reading, hashing, splitting and de-identification happen in
+`builder.py`.
 """
 
 from __future__ import annotations
@@ -20,30 +20,45 @@ from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar, TextIO, TypeVar
 
 from modeling_m3ret.data.schema import MODALITIES, SPLITS
+from modeling_m3ret.errors import InputError
 
 
-LONGEST_LINE = 2**20  # characters; so that a table of any size, packed or not, takes little memory
-LARGEST_JSON = 2**28  # bytes
+MAX_LINE_CHARACTERS = 2**20  # of a table: bounds the memory that a damaged or compressed table can take
+MAX_JSON_BYTES = 2**28
 
 AnySource = TypeVar("AnySource", bound="Source")
 
 
-class SourceError(ValueError):
-    """A folder that is not the collection it should be: names the place, what was found and what was expected."""
+class SourceError(InputError):
+    """A folder or table that does not have the layout of its collection.
+
+    Attributes:
+        location: the folder, file or entry at fault.
+        expected: what the layout requires.
+        got: what is there instead.
+    """
+
+    def __init__(self, location: Path | str, expected: str, got: str):
+        super().__init__(location, expected, got)
+        self.location, self.expected, self.got = str(location), expected, got
+
+    def __str__(self) -> str:
+        return f"{self.location}: expected {self.expected}, got {self.got}"
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One scan of a collection, before it is opened.
+    """One scan of a collection, not yet opened.
 
-    id: as the collection names it, unique in it; hashed before it leaves the machine, as `patient` is.
-    files: the file, or the slices of one DICOM series; a folder counts as the series in it.
-    labels: words of the collection for what the scan shows, none where it says nothing.
-    patient: empty where the collection does not say whose scan it is; the scan is then a patient of its own.
-    split: the official one, or None where there is none; the builder then splits by a hash of the patient.
-    part: which scan of a file that holds several, for `Source.open`.
-    licence: of this scan, where the scans of a collection have several.
-    modality: empty where nothing says what it is; such a scan is reported, and not built.
+    Attributes:
+        id: name of the scan, unique in its collection. Only a hash of it is published; the same holds for `patient`.
+        files: the file, or the slices of one DICOM series. A folder stands for the series in it.
+        modality: one of `MODALITIES`; empty if unknown, in which case the scan is reported and skipped.
+        labels: findings as the collection names them; empty if it has none.
+        patient: empty if the collection does not say. The scan then counts as a patient of its own.
+        split: the official split, or None. The builder then splits by a hash of the patient.
+        member: which scan of a file that holds several, for `Source.open`.
+        licence: licence of this scan, if it differs from that of the collection.
     """
 
     id: str
@@ -53,23 +68,23 @@ class Entry:
     labels: tuple[str, ...] = ()
     patient: str = ""
     split: str | None = None
-    part: int | str | None = None
+    member: str | None = None
     licence: str = ""
 
     def __post_init__(self) -> None:
         if self.modality not in ("", *MODALITIES):
-            raise SourceError(
-                f"{self.id}: found the modality {self.modality!r}, expected one of {', '.join(MODALITIES)}"
-            )
+            raise SourceError(self.id, f"a modality out of {', '.join(MODALITIES)}", repr(self.modality))
         if self.split is not None and self.split not in SPLITS:
-            raise SourceError(f"{self.id}: found the split {self.split!r}, expected one of {', '.join(SPLITS)}")
+            raise SourceError(self.id, f"a split out of {', '.join(SPLITS)}", repr(self.split))
 
 
 class Source(ABC):
-    """One collection. Subclasses state the facts below and find the entries.
+    """One collection. A subclass sets the attributes below and implements `entries`.
 
-    name: for `--source`. title, homepage (where to get it), licence, citation: as its authors state them, for the card.
-    evaluation_only: never part of a pretraining mix, as the unseen modality.
+    Attributes:
+        name: value of `--source`.
+        title, homepage, licence, citation: as the authors of the collection state them, for the data set card.
+        evaluation_only: put every scan into the test split, so that the modality stays unseen in pretraining.
     """
 
     name: ClassVar[str]
@@ -81,129 +96,144 @@ class Source(ABC):
 
     @abstractmethod
     def entries(self, root: Path) -> Iterator[Entry]:
-        """All scans under `root`, in an order that is the same each time.
+        """Yield all scans under `root`, in the same order every time.
 
         Raises:
-            SourceError: if a table that the layout needs is missing or lacks a column.
+            SourceError: if a table that the layout requires is missing or lacks a column.
         """
 
     def folder(self, root: str) -> Path:
-        """The folder that `--root` means."""
+        """Return the folder that `--root` refers to."""
         return Path(root)
 
     def open(self, entry: Entry) -> Any:
-        """What `read_scan` takes: the file, or the list of slices. A source whose files hold several scans differs."""
+        """Return the input of `read_scan`: the file, or the list of slices.
+
+        Sources whose files hold several scans override this.
+        """
         return entry.files[0] if len(entry.files) == 1 else list(entry.files)
 
 
-def read_table(path: Path, columns: Sequence[str], delimiter: str = ",") -> Iterator[dict[str, str]]:
-    """The rows of a CSV file, or of its `.gz`, as dictionaries; empty cells are empty strings.
+def read_table(path: Path, columns: Sequence[str]) -> Iterator[dict[str, str]]:
+    """Yield the rows of a CSV file, or of the same file with `.gz` appended, as dictionaries. Empty cells are "".
 
     Raises:
-        SourceError: if there is no such file, it can't be read as UTF-8 text, or it lacks one of `columns`.
+        SourceError: if the file is missing, damaged or not UTF-8, or lacks one of `columns`.
     """
-    packed = path.with_name(path.name + ".gz")
-    if not path.is_file() and packed.is_file():
-        path = packed
+    compressed = path.with_name(path.name + ".gz")
+    if not path.is_file() and compressed.is_file():
+        path = compressed
     if not path.is_file():
-        raise SourceError(f"{path}: found no such file, expected a table with the columns {', '.join(columns)}")
+        raise SourceError(path, f"a table with the columns {', '.join(columns)}", "no such file")
     try:
-        with _text(path) as stream:
-            reader = csv.DictReader(_lines(stream, path), delimiter=delimiter)
-            found = reader.fieldnames or []
-            if missing := [column for column in columns if column not in found]:
-                raise SourceError(f"{path}: found the columns {list(found)}, expected also {', '.join(missing)}")
+        with _open_text(path) as stream:
+            reader = csv.DictReader(_bounded_lines(stream, path))
+            header = reader.fieldnames or []
+            if missing := [column for column in columns if column not in header]:
+                raise SourceError(path, f"also the columns {', '.join(missing)}", ", ".join(header) or "none")
             for row in reader:
                 yield {key: (value or "").strip() for key, value in row.items() if key is not None}
     except UnicodeDecodeError as error:
-        raise SourceError(f"{path}: found text that is not UTF-8, expected UTF-8") from error
+        raise SourceError(path, "text encoded as UTF-8", "another encoding") from error
     except (csv.Error, EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise SourceError(f"{path}: found a damaged table ({error}), expected CSV") from error
+        raise SourceError(path, "a CSV table", f"a damaged file ({error})") from error
 
 
-def _text(path: Path) -> TextIO:
+def _open_text(path: Path) -> TextIO:
     if path.suffix == ".gz":
         return gzip.open(path, "rt", encoding="utf-8-sig", newline="")
     return path.open(encoding="utf-8-sig", newline="")
 
 
-def _lines(stream: TextIO, path: Path) -> Iterator[str]:
-    while line := stream.readline(LONGEST_LINE):
-        if len(line) == LONGEST_LINE:
-            raise SourceError(f"{path}: found a line of {LONGEST_LINE:,} characters or more, expected a table")
+def _bounded_lines(stream: TextIO, path: Path) -> Iterator[str]:
+    while line := stream.readline(MAX_LINE_CHARACTERS):
+        if len(line) == MAX_LINE_CHARACTERS:
+            raise SourceError(path, f"lines of fewer than {MAX_LINE_CHARACTERS:,} characters", "a longer line")
         yield line
 
 
 def read_json(path: Path) -> Any:
-    """What a JSON file holds.
+    """Return the content of a JSON file.
 
     Raises:
-        SourceError: if there is no such file, it is not JSON or too large to be a list of scans.
+        SourceError: if the file is missing, not JSON, or larger than any list of scans.
     """
     if not path.is_file():
-        raise SourceError(f"{path}: found no such file, expected JSON")
-    if path.stat().st_size > LARGEST_JSON:
-        raise SourceError(f"{path}: found {path.stat().st_size:,} bytes, expected at most {LARGEST_JSON:,}")
+        raise SourceError(path, "a JSON file", "no such file")
+    if (size := path.stat().st_size) > MAX_JSON_BYTES:
+        raise SourceError(path, f"at most {MAX_JSON_BYTES:,} bytes", f"{size:,}")
     try:
         return json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
-        raise SourceError(f"{path}: found text that is not JSON, expected JSON") from error
+        raise SourceError(path, "JSON", "other content") from error
 
 
-def inside(folder: Path, name: str) -> Path:
-    """The file that a table names, under `folder`. Tables are hostile until shown otherwise: none may point elsewhere.
+def path_inside(folder: Path, name: str) -> Path:
+    """Return the path that a table names relative to `folder`.
+
+    The check looks at the name only: a table cannot point outside the folder, but symbolic links in it are followed.
 
     Raises:
-        SourceError: if the name is empty or absolute, or leads up and out.
+        SourceError: if the name is empty, absolute, or contains `..`.
     """
     parts = PurePosixPath(name).parts
     if not parts or ".." in parts or "\0" in name or "\\" in name or Path(name).is_absolute():
-        raise SourceError(f"{folder}: found the file name {name!r} in a table, expected one under this folder")
+        raise SourceError(folder, "file names relative to this folder, without '..'", repr(name))
     return folder.joinpath(*parts)
 
 
-def within(root: Path, *names: str) -> Path:
-    """`root`, or the folder of the collection in it: archives are unpacked in it as often as beside it."""
+def descend(root: Path, *names: str) -> Path:
+    """Enter each of the named subfolders that exists: `--root` may be the folder of the collection or its parent."""
     for name in names:
         root = root / name if (root / name).is_dir() else root
     return root
 
 
-def folders_in(folder: Path) -> list[Path]:
-    """The folders in one, sorted, without hidden ones."""
+def list_folders(folder: Path) -> list[Path]:
+    """Return the visible subfolders of `folder`, sorted; none if there is no such folder."""
+    if not folder.is_dir():
+        return []
     return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
 
 
-def files_under(folder: Path, suffixes: tuple[str, ...]) -> Iterator[Path]:
-    """The files at any depth with one of these endings (lower case), folder by folder, sorted, without hidden ones:
-    macOS leaves a `._name` beside each file."""
-    for place, folders, names in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+def find_files(folder: Path, suffixes: tuple[str, ...]) -> Iterator[Path]:
+    """Yield the files below `folder` with one of these lower-case suffixes, sorted within each folder.
+
+    Hidden files and folders are skipped: macOS writes a `._name` for each file. Links to folders are not followed.
+    """
+    for parent, subfolders, names in os.walk(folder):
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         for name in sorted(names):
             if name.lower().endswith(suffixes) and not name.startswith("."):
-                yield Path(place, name)
+                yield Path(parent, name)
 
 
-def positive(row: dict[str, str], columns: Iterable[str]) -> tuple[str, ...]:
-    """The columns that hold a 1. A 0 is "no", a -1 "uncertain", an empty cell "not mentioned": none of them a label."""
+def positive_labels(row: dict[str, str], columns: Iterable[str]) -> tuple[str, ...]:
+    """Return the columns that hold 1. 0 means absent, -1 uncertain and an empty cell not mentioned."""
     return tuple(column for column in columns if row[column] in ("1", "1.0"))
 
 
-def expecting(what: str) -> Callable[[Callable[[AnySource, Path], Iterator[Entry]]], Callable[..., Iterator[Entry]]]:
-    """For `Source.entries`: a folder that is missing, or without any scan, is an error that says what was expected."""
+def requires_layout(
+    layout: str,
+) -> Callable[[Callable[[AnySource, Path], Iterator[Entry]]], Callable[..., Iterator[Entry]]]:
+    """Decorate `Source.entries`: a missing folder, or one without any scan, raises a `SourceError`.
 
-    def wrap(entries: Callable[[AnySource, Path], Iterator[Entry]]) -> Callable[..., Iterator[Entry]]:
+    Args:
+        layout: the files that the folder should hold, for the message.
+    """
+
+    def decorate(entries: Callable[[AnySource, Path], Iterator[Entry]]) -> Callable[..., Iterator[Entry]]:
         @functools.wraps(entries)
-        def found(self: AnySource, root: Path) -> Iterator[Entry]:
+        def checked(self: AnySource, root: Path) -> Iterator[Entry]:
             if not root.is_dir():
-                raise SourceError(f"{root}: found no such folder, expected {what}")
-            none = True
+                raise SourceError(root, layout, "no such folder")
+            empty = True
             for entry in entries(self, root):
-                none = False
+                empty = False
                 yield entry
-            if none:
-                raise SourceError(f"{root}: found no scan of {self.name}, expected {what}")
+            if empty:
+                raise SourceError(root, layout, f"no scan of {self.name}")
 
-        return found
+        return checked
 
-    return wrap
+    return decorate

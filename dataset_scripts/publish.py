@@ -1,4 +1,4 @@
-"""A built data set to the Hub: its card, index and shards, and nothing else of the folder."""
+"""Upload a built data set to the Hub: card, index and shards, and nothing else from its folder."""
 
 from __future__ import annotations
 
@@ -14,8 +14,15 @@ PUBLISHED = ("README.md", INDEX, "data/*.parquet")
 
 
 def push(folder: Path, repository: str) -> None:
-    """Upload, to a private repository if it is new. What was uploaded before an interruption is not sent again; shards
-    of an older build that the new one has not go with the same commit."""
+    """Upload a built data set in one commit; a new repository is private.
+
+    Files that are on the Hub already are not sent again. Shards of an older build that the new one lacks are deleted in
+    the same commit.
+
+    Args:
+        folder: output folder of the build.
+        repository: `ORG/NAME`.
+    """
     api = HfApi()
     for attempt in hub_retries(f"upload to {repository}"):
         with attempt:

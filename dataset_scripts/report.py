@@ -1,12 +1,12 @@
-"""What came of a build: counts for the card, and for who ran it every file that failed or is there twice.
+"""Summarise a build: counts for the data set card, and the skipped and duplicate files for whoever ran it.
 
-`report.json` names files and stays on this machine; what the card says of it are numbers.
+`report.json` names files and stays on this machine. The card contains only its numbers.
 """
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -16,50 +16,53 @@ from modeling_m3ret.data.schema import MODALITIES
 from modeling_m3ret.version import __version__
 
 from .builder import ScanBuilder
-from .duplicates import Fingerprint, exact_groups, near_pairs
+from .duplicates import Fingerprint, find_exact_duplicates, find_near_duplicates
 from .shards import ShardReport
 
 
-MOST_LISTED = 1000  # pairs of duplicates that a report lists; all of them are counted
+MAX_LISTED_DUPLICATES = 1000  # all of them are counted
 
 
-def write_report(
+def make_report(
     builder: ScanBuilder, reports: Sequence[ShardReport], index: pa.Table | None, parquet_bytes: int
 ) -> dict[str, Any]:
-    """The report as one JSON object. The same build gives the same report, so it holds no time.
+    """Return the report as a JSON object. It contains no time, so that the same build gives the same report.
 
-    Media bytes and duplicates are of all scans that were read, those that were left out as duplicates too.
+    Media bytes and duplicates count all scans that were read, including dropped duplicates.
 
     Args:
-        index: of the rows as they are now. parquet_bytes: of their shards.
+        builder: builder of the collection.
+        reports: reports of all shards.
+        index: index of the rows after duplicates were dropped; None if there is no row.
+        parquet_bytes: size of all shards.
     """
-    prints = fingerprints(reports)
+    fingerprints = collect_fingerprints(reports)
     files = {name: file for report in reports for name, file in report.files.items()}
     failures = [failure for report in reports for failure in report.failures]
-    exact, near = exact_groups(prints), list(near_pairs(prints))
+    exact, near = find_exact_duplicates(fingerprints), list(find_near_duplicates(fingerprints))
     columns = ["modality", "anatomy", "labels", "patient", "shard"]
     rows = [] if index is None else index.select(columns).to_pylist()
     dropped = sum(report.rows for report in reports) - len(rows)
-    splits = [split["split"] for row in rows if (split := SHARD_NAME.fullmatch(row["shard"]))]
-    names = [MODALITIES[row["modality"]] for row in rows]
-    patients: dict[str, set[str]] = defaultdict(set)
-    for row, own in zip(rows, splits, strict=True):
-        patients[row["patient"]].add(own)
+    splits = [match["split"] for row in rows if (match := SHARD_NAME.fullmatch(row["shard"]))]
+    modalities = [MODALITIES[row["modality"]] for row in rows]
+    splits_of_patient: dict[str, set[str]] = defaultdict(set)
+    for row, split in zip(rows, splits, strict=True):
+        splits_of_patient[row["patient"]].add(split)
     return {
         "m3ret": __version__,
         "source": builder.source.name,
         "scans": {"built": len(rows), "failed": len(failures), "duplicates_dropped": dropped},
-        "patients": len(patients),
-        "patients_in_several_splits": sum(len(found) > 1 for found in patients.values()),
+        "patients": len(splits_of_patient),
+        "patients_in_several_splits": sum(len(splits) > 1 for splits in splits_of_patient.values()),
         "counts": {
-            "split": _counted(splits),
-            "modality": _counted(names),
+            "split": _count(splits),
+            "modality": _count(modalities),
             "modality_and_split": {
-                name: _counted(split for split, other in zip(splits, names, strict=True) if other == name)
-                for name in sorted(set(names))
+                modality: _count(split for split, other in zip(splits, modalities, strict=True) if other == modality)
+                for modality in sorted(set(modalities))
             },
-            "anatomy": _counted(row["anatomy"] or "" for row in rows),
-            "label": _counted(label for row in rows for label in row["labels"] or [""]),
+            "anatomy": _count(row["anatomy"] or "" for row in rows),
+            "label": _count(label for row in rows for label in row["labels"] or [""]),
         },
         "bytes": {
             "parquet": parquet_bytes,
@@ -68,38 +71,41 @@ def write_report(
         "burned_in_annotation": dict(sum((Counter(report.burned_in) for report in reports), Counter())),
         "duplicates": {
             "exact_groups": len(exact),
-            "exact_groups_across_splits": sum(len({p.split for p in group}) > 1 for group in exact),
+            "exact_groups_across_splits": sum(len({scan.split for scan in group}) > 1 for group in exact),
             "near_pairs_across_splits": len(near),
-            "exact": [[files[p.id] for p in group] for group in exact[:MOST_LISTED]],
-            "near": [[files[one.id], files[other.id], bits] for one, other, bits in near[:MOST_LISTED]],
+            "exact": [[files[scan.id] for scan in group] for group in exact[:MAX_LISTED_DUPLICATES]],
+            "near": [
+                [files[one.id], files[other.id], distance] for one, other, distance in near[:MAX_LISTED_DUPLICATES]
+            ],
         },
         "failures": failures,
     }
 
 
-def fingerprints(reports: Sequence[ShardReport]) -> list[Fingerprint]:
-    return [Fingerprint(**told) for report in reports for told in report.fingerprints]
+def collect_fingerprints(reports: Sequence[ShardReport]) -> list[Fingerprint]:
+    """Return the fingerprints of all scans that were read."""
+    return [Fingerprint(**fields) for report in reports for fields in report.fingerprints]
 
 
-def summary(report: dict[str, Any]) -> str:
-    """What the terminal says at the end."""
+def format_summary(report: dict[str, Any]) -> str:
+    """Return the lines that are printed after a build."""
     scans, duplicates = report["scans"], report["duplicates"]
+    modalities = ", ".join(f"{count} {name}" for name, count in report["counts"]["modality"].items())
     lines = [
-        f"{scans['built']} scans of {report['patients']} patients, "
-        + ", ".join(f"{count} {name}" for name, count in report["counts"]["modality"].items()),
-        f"{scans['failed']} files failed, each with its reason in report.json",
+        f"scans: {scans['built']} of {report['patients']} patients ({modalities})",
+        f"skipped: {scans['failed']} (reasons in report.json)",
         f"duplicates: {duplicates['exact_groups']} groups of equal scans "
         f"({duplicates['exact_groups_across_splits']} across splits), {duplicates['near_pairs_across_splits']} pairs "
         f"across splits that look the same; {scans['duplicates_dropped']} dropped",
     ]
     if several := report["patients_in_several_splits"]:
-        lines.append(f"{several} patients are in several of the official splits")
-    unsure = {name: count for name, count in report["burned_in_annotation"].items() if name != "no"}
-    if unsure:
-        told = ", ".join(f"{count} {name}" for name, count in sorted(unsure.items()))
-        lines.append(f"text may be burned into the pixels of DICOM files ({told}): look before you share them")
+        lines.append(f"warning: {several} patients are in more than one official split")
+    uncertain = {answer: count for answer, count in report["burned_in_annotation"].items() if answer != "no"}
+    if uncertain:
+        counts = ", ".join(f"{count} {answer}" for answer, count in sorted(uncertain.items()))
+        lines.append(f"warning: DICOM images may have text burned in ({counts}); inspect them before you share them")
     return "\n".join(lines)
 
 
-def _counted(values: Any) -> dict[str, int]:
+def _count(values: Iterable[str]) -> dict[str, int]:
     return dict(sorted(Counter(values).items()))

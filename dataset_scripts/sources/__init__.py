@@ -1,4 +1,4 @@
-"""Which collections are declared? `SOURCES` has each by the name that `--source` takes."""
+"""All declared collections, by the name that `--source` takes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from dataset_scripts.sources.pocus_lung import PocusLung
 SOURCES: dict[str, type[Source]] = {
     source.name: source
     for source in (
-        # of one's own, and of the project's own making
+        # local folders, and the synthetic collection of this project
         Folder,
         Phantom,
         # X-ray
@@ -48,7 +48,7 @@ SOURCES: dict[str, type[Source]] = {
         Brats,
         MsdMri,
         Oasis,
-        # several
+        # several modalities
         MedMnist,
     )
 }

@@ -1,4 +1,4 @@
-"""BraTS: MRI of the brain with a glioma, four sequences of each patient."""
+"""BraTS: brain MRI of patients with glioma, four sequences each."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
 
-from dataset_scripts.entries import Entry, Source, expecting, files_under
+from dataset_scripts.entries import Entry, Source, find_files, requires_layout
 
 
 SEQUENCES = ("flair", "t1", "t1ce", "t2")
@@ -16,7 +16,7 @@ SPLITS = {"TrainingData": "train", "ValidationData": "validation"}
 class Brats(Source):
     """`BraTS2021_00000/BraTS2021_00000_{flair,t1,t1ce,t2}.nii.gz` at any depth; BraTS 2020 has `.nii`.
 
-    Each sequence is an entry. A folder above with "TrainingData" or "ValidationData" in its name is the split.
+    Each sequence is one entry. The split comes from a parent folder named "*TrainingData" or "*ValidationData".
     """
 
     name = "brats"
@@ -26,21 +26,21 @@ class Brats(Source):
     citation = "Baid et al., The RSNA-ASNR-MICCAI BraTS 2021 Benchmark, 2021, arXiv 2107.02314"
     evaluation_only = True
 
-    @expecting("BraTS2021_00000/BraTS2021_00000_flair.nii.gz")
+    @requires_layout("BraTS2021_00000/BraTS2021_00000_flair.nii.gz")
     def entries(self, root: Path) -> Iterator[Entry]:
-        for folder, files in groupby(files_under(root, (".nii.gz", ".nii")), key=lambda path: path.parent):
+        for folder, files in groupby(find_files(root, (".nii.gz", ".nii")), key=lambda path: path.parent):
             case = folder.name
-            found = {path.name.removeprefix(f"{case}_").split(".")[0]: path for path in files}
-            if not case.startswith("BraTS") or not found.keys() & set(SEQUENCES):
+            by_sequence = {path.name.removeprefix(f"{case}_").split(".")[0]: path for path in files}
+            if not case.startswith("BraTS") or not by_sequence.keys() & set(SEQUENCES):
                 continue
-            above = "/".join(folder.relative_to(root).parts[:-1])
+            parents = "/".join(folder.relative_to(root).parts[:-1])
             for sequence in SEQUENCES:
                 yield Entry(
                     id=f"{case}_{sequence}",
-                    files=(found.get(sequence, folder / f"{case}_{sequence}.nii.gz"),),
+                    files=(by_sequence.get(sequence, folder / f"{case}_{sequence}.nii.gz"),),
                     modality="mri",
                     anatomy="brain",
                     labels=("glioma",),
                     patient=case,
-                    split=next((split for mark, split in SPLITS.items() if mark in above), None),
+                    split=next((split for marker, split in SPLITS.items() if marker in parents), None),
                 )

@@ -1,20 +1,20 @@
-"""BUSI: ultrasound of the breast, normal or with a lesion."""
+"""BUSI: breast ultrasound, normal or with a lesion."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
 
-from dataset_scripts.entries import Entry, Source, expecting, files_under, within
+from dataset_scripts.entries import Entry, Source, descend, find_files, requires_layout
 
 
 LABELS = ("benign", "malignant", "normal")
 
 
 class Busi(Source):
-    """`Dataset_BUSI_with_GT/benign/benign (1).png`, with masks `benign (1)_mask.png` beside it, which are no scans.
+    """`Dataset_BUSI_with_GT/benign/benign (1).png`; its masks `benign (1)_mask.png` are skipped.
 
-    Some patients have several images, but the collection does not say which.
+    Some patients have several images, but the collection does not say which ones.
     """
 
     name = "busi"
@@ -23,10 +23,10 @@ class Busi(Source):
     licence = "Not stated with the data; the article is CC BY 4.0"
     citation = "Al-Dhabyani et al., Dataset of breast ultrasound images, Data in Brief 2020"
 
-    @expecting("Dataset_BUSI_with_GT/benign|malignant|normal/*.png")
+    @requires_layout("Dataset_BUSI_with_GT/benign|malignant|normal/*.png")
     def entries(self, root: Path) -> Iterator[Entry]:
-        root = within(root, "Dataset_BUSI_with_GT")
+        root = descend(root, "Dataset_BUSI_with_GT")
         for label in LABELS:
-            for path in files_under(root / label, (".png",)):
+            for path in find_files(root / label, (".png",)):
                 if "_mask" not in path.stem:
                     yield Entry(f"{label}/{path.stem}", (path,), "ultrasound", "breast", (label,))

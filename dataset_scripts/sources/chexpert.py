@@ -1,11 +1,19 @@
-"""CheXpert: chest radiographs, with findings mined from their reports; the validation set is labelled by hand."""
+"""CheXpert: chest radiographs, with findings extracted from their reports. The validation set is labelled by hand."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
-from dataset_scripts.entries import Entry, Source, SourceError, expecting, inside, positive, read_table
+from dataset_scripts.entries import (
+    Entry,
+    Source,
+    SourceError,
+    path_inside,
+    positive_labels,
+    read_table,
+    requires_layout,
+)
 
 
 FINDINGS = (
@@ -28,7 +36,7 @@ TABLES = {"train": "train.csv", "validation": "valid.csv"}
 
 
 class CheXpert(Source):
-    """`train.csv`, `valid.csv` and `train|valid/patient00001/study1/view1_frontal.jpg`, full size or small."""
+    """`train.csv`, `valid.csv` and `train|valid/patient00001/study1/view1_frontal.jpg`, of full or small size."""
 
     name = "chexpert"
     title = "CheXpert"
@@ -36,22 +44,22 @@ class CheXpert(Source):
     licence = "Stanford University Dataset Research Use Agreement"
     citation = "Irvin et al., CheXpert, AAAI 2019, arXiv 1901.07031"
 
-    @expecting("train.csv and valid.csv with a row per image")
+    @requires_layout("train.csv and valid.csv with a row per image")
     def entries(self, root: Path) -> Iterator[Entry]:
         for split, table in TABLES.items():
             for row in read_table(root / table, ["Path", *FINDINGS]):
-                parts = PurePosixPath(row["Path"]).parts[1:]  # the first is the release, whatever `root` is called
+                parts = PurePosixPath(row["Path"]).parts[1:]  # the first is the name of the release
                 if len(parts) != 4:
                     raise SourceError(
-                        f"{root / table}: found the path {row['Path']!r}, expected release/train/patient/study/view.jpg"
+                        root / table, "paths such as RELEASE/train/PATIENT/STUDY/VIEW.jpg", repr(row["Path"])
                     )
                 name = "/".join(parts)
                 yield Entry(
                     id=name,
-                    files=(inside(root, name),),
+                    files=(path_inside(root, name),),
                     modality="xray",
                     anatomy="chest",
-                    labels=positive(row, FINDINGS),
+                    labels=positive_labels(row, FINDINGS),
                     patient=parts[1],
                     split=split,
                 )

@@ -1,11 +1,20 @@
-"""CT-RATE: CT of the chest, with abnormalities mined from the reports."""
+"""CT-RATE: chest CT, with abnormalities extracted from the reports."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
 
-from dataset_scripts.entries import Entry, Source, SourceError, expecting, files_under, positive, read_table, within
+from dataset_scripts.entries import (
+    Entry,
+    Source,
+    SourceError,
+    descend,
+    find_files,
+    positive_labels,
+    read_table,
+    requires_layout,
+)
 
 
 SPLITS = {"train": "train", "valid": "validation"}
@@ -14,9 +23,9 @@ SPLITS = {"train": "train", "valid": "validation"}
 class CtRate(Source):
     """`dataset/train_fixed/train_1/train_1_a/train_1_a_1.nii.gz` and `dataset/multi_abnormality_labels/*.csv`.
 
-    patient_scan_reconstruction: the reconstructions of one scan are entries of their own. The volumes lead, not the
-    tables, as nobody has room for all of them. Those in `train` and `valid`, without "fixed", are refused: they are
-    neither in Hounsfield units nor with the true spacing in their headers.
+    File names are patient_scan_reconstruction; each reconstruction is one entry. Only volumes that were downloaded are
+    listed. The folders `train` and `valid` without "_fixed" are refused: their volumes are not in Hounsfield units and
+    their headers lack the true spacing.
     """
 
     name = "ct_rate"
@@ -25,24 +34,24 @@ class CtRate(Source):
     licence = "CC BY-NC-SA 4.0"
     citation = "Hamamci et al., CT-RATE and CT-CLIP, 2024, arXiv 2403.17834"
 
-    @expecting("dataset/train_fixed or valid_fixed with train_1/train_1_a/train_1_a_1.nii.gz")
+    @requires_layout("dataset/train_fixed or valid_fixed with train_1/train_1_a/train_1_a_1.nii.gz")
     def entries(self, root: Path) -> Iterator[Entry]:
-        root = within(root, "dataset")
-        for part, split in SPLITS.items():
-            volumes = root / f"{part}_fixed"
+        root = descend(root, "dataset")
+        for prefix, split in SPLITS.items():
+            volumes = root / f"{prefix}_fixed"
             if not volumes.is_dir():
-                if (root / part).is_dir():
-                    raise SourceError(f"{root}: found {part}, expected {part}_fixed, the volumes with correct headers")
+                if (root / prefix).is_dir():
+                    raise SourceError(root, f"{prefix}_fixed, the volumes with correct headers", prefix)
                 continue
-            labels = _labels(root / "multi_abnormality_labels" / f"{part}_predicted_labels.csv")
-            elsewhere = _elsewhere(root / "metadata" / f"no_chest_{part}.txt")
-            for path in files_under(volumes, (".nii.gz",)):
+            labels = _labels(root / "multi_abnormality_labels" / f"{prefix}_predicted_labels.csv")
+            not_chest = _read_not_chest(root / "metadata" / f"no_chest_{prefix}.txt")
+            for path in find_files(volumes, (".nii.gz",)):
                 name = path.name.removesuffix(".nii.gz")
                 yield Entry(
                     id=name,
                     files=(path,),
                     modality="ct",
-                    anatomy="" if elsewhere & {name, name.rpartition("_")[0]} else "chest",
+                    anatomy="" if not_chest & {name, name.rpartition("_")[0]} else "chest",
                     labels=labels.get(name, ()),
                     patient="_".join(name.split("_")[:2]),
                     split=split,
@@ -51,13 +60,15 @@ class CtRate(Source):
 
 def _labels(table: Path) -> dict[str, tuple[str, ...]]:
     return {
-        row["VolumeName"].removesuffix(".nii.gz"): positive(row, [column for column in row if column != "VolumeName"])
+        row["VolumeName"].removesuffix(".nii.gz"): positive_labels(
+            row, [column for column in row if column != "VolumeName"]
+        )
         for row in read_table(table, ["VolumeName"])
     }
 
 
-def _elsewhere(path: Path) -> set[str]:
-    """Volumes or scans that are of the head and the like; none where the list was not downloaded."""
+def _read_not_chest(path: Path) -> set[str]:
+    """Return volumes and scans of other body parts; none if the list was not downloaded."""
     if not path.is_file():
         return set()
     return {line.split("/")[-1].removesuffix(".nii.gz") for line in path.read_text(encoding="utf-8").split()}

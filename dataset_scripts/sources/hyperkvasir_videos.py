@@ -1,11 +1,11 @@
-"""HyperKvasir: clips of gastroscopies and colonoscopies, by what they show. (Its still images are not taken.)"""
+"""HyperKvasir: clips of gastroscopies and colonoscopies, by finding. Its still images are not used."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
 
-from dataset_scripts.entries import Entry, Source, expecting, files_under, read_table, within
+from dataset_scripts.entries import Entry, Source, descend, find_files, read_table, requires_layout
 
 
 TRACTS = {"lower-gi-tract": "colon", "upper-gi-tract": "upper gastrointestinal tract"}
@@ -14,7 +14,7 @@ TRACTS = {"lower-gi-tract": "colon", "upper-gi-tract": "upper gastrointestinal t
 class HyperKvasirVideos(Source):
     """`labeled-videos/lower-gi-tract/<category>/<finding>/*.avi` and `labeled-videos/video-labels.csv`.
 
-    The table may name a second finding. Neither says which clips are of one patient.
+    The table may name a second finding. The collection does not say which clips belong to one patient.
     """
 
     name = "hyperkvasir_videos"
@@ -23,17 +23,17 @@ class HyperKvasirVideos(Source):
     licence = "CC BY 4.0; the authors ask for written permission before commercial use and competitions"
     citation = "Borgli et al., HyperKvasir, Scientific Data 2020"
 
-    @expecting("labeled-videos/lower-gi-tract|upper-gi-tract/<category>/<finding>/*.avi")
+    @requires_layout("labeled-videos/lower-gi-tract|upper-gi-tract/<category>/<finding>/*.avi")
     def entries(self, root: Path) -> Iterator[Entry]:
-        root = within(root, "labeled-videos")
+        root = descend(root, "labeled-videos")
         findings = {
             Path(row["Video file"]).stem: [row[column] for column in sorted(row) if column.startswith("Finding")]
             for row in read_table(root / "video-labels.csv", ["Video file"])
         }
         for tract, anatomy in TRACTS.items():
-            for path in files_under(root / tract, (".avi",)):
-                words = [path.parent.name, *findings.get(path.stem, [])]
-                labels = dict.fromkeys(" ".join(word.replace("-", " ").lower().split()) for word in words)
+            for path in find_files(root / tract, (".avi",)):
+                names = [path.parent.name, *findings.get(path.stem, [])]
+                labels = dict.fromkeys(" ".join(name.replace("-", " ").lower().split()) for name in names)
                 yield Entry(
                     id=path.relative_to(root).as_posix(),
                     files=(path,),

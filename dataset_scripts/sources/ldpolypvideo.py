@@ -1,20 +1,20 @@
-"""LDPolypVideo: frames of colonoscopies, each with boxes around its polyps."""
+"""LDPolypVideo: frames of colonoscopies with polyp bounding boxes."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
 
-from dataset_scripts.entries import Entry, Source, expecting, files_under, folders_in, within
+from dataset_scripts.entries import Entry, Source, descend, find_files, list_folders, requires_layout
 
 
 SPLITS = {"TrainValid": "train", "Test": "test"}
 
 
 class LDPolypVideo(Source):
-    """`TrainValid/Images/<video>/*.jpg` with `TrainValid/Annotations/<video>/*.txt`, and `Test` alike.
+    """`TrainValid/Images/<video>/*.jpg` with `TrainValid/Annotations/<video>/*.txt`; the same in `Test`.
 
-    A video stands for its patient, whom the collection does not name. The videos without boxes are not taken.
+    Patients are not named, so each video counts as one. Videos without annotations are not used.
     """
 
     name = "ldpolypvideo"
@@ -23,26 +23,26 @@ class LDPolypVideo(Source):
     licence = "Not stated"
     citation = "Ma et al., LDPolypVideo Benchmark, MICCAI 2021"
 
-    @expecting("TrainValid/Images/<video>/*.jpg or Test/Images/<video>/*.jpg")
+    @requires_layout("TrainValid/Images/<video>/*.jpg or Test/Images/<video>/*.jpg")
     def entries(self, root: Path) -> Iterator[Entry]:
-        root = within(root, "LDPolypVideo")
-        for part, split in SPLITS.items():
-            images, boxes = root / part / "Images", root / part / "Annotations"
-            for video in folders_in(images) if images.is_dir() else []:
-                for path in files_under(video, (".jpg",)):
+        root = descend(root, "LDPolypVideo")
+        for folder, split in SPLITS.items():
+            images, boxes = root / folder / "Images", root / folder / "Annotations"
+            for video in list_folders(images):
+                for path in find_files(video, (".jpg",)):
                     yield Entry(
                         id=path.relative_to(root).as_posix(),
                         files=(path,),
                         modality="endoscopy",
                         anatomy="colon",
                         labels=_labels(boxes / video.name, path.stem),
-                        patient=f"{part}/{video.name}",
+                        patient=f"{folder}/{video.name}",
                         split=split,
                     )
 
 
 def _labels(boxes: Path, frame: str) -> tuple[str, ...]:
-    """The first line counts the polyps. The boxes of `vp_1_23.jpg` are in `23.txt` in some releases."""
+    """Read the number of polyps from the first line. Some releases annotate `vp_1_23.jpg` in `23.txt`."""
     for name in (frame, frame.rsplit("_", 1)[-1]):
         path = boxes / f"{name}.txt"
         if path.is_file():

@@ -1,4 +1,4 @@
-"""LIDC-IDRI: CT of the chest, of patients with lung nodules or in screening for them."""
+"""LIDC-IDRI: chest CT of lung cancer screening and diagnosis."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
 
-from dataset_scripts.entries import Entry, Source, expecting, files_under, folders_in, within
+from dataset_scripts.entries import Entry, Source, descend, find_files, list_folders, requires_layout
 
 
-FEWEST_SLICES = 20  # the folders of radiographs, segmentations and reports hold fewer files, every CT holds more
+MIN_SLICES = 20  # every CT has more; folders of radiographs, segmentations and reports have fewer files
 
 
 class LidcIdri(Source):
-    """`LIDC-IDRI/LIDC-IDRI-0001/<study>/<series>/*.dcm`, as the archive names studies and series, then or now.
+    """`LIDC-IDRI/LIDC-IDRI-0001/<study>/<series>/*.dcm`, with the old or the new folder names of the archive.
 
-    The marks of the readers, in XML files or segmentations, are not taken: the scans have no labels.
+    The readers' annotations (XML files or segmentations) are not used, so the scans have no labels.
     """
 
     name = "lidc_idri"
@@ -24,14 +24,14 @@ class LidcIdri(Source):
     licence = "CC BY 3.0"
     citation = "Armato et al., The Lung Image Database Consortium, Medical Physics 2011"
 
-    @expecting("LIDC-IDRI-0001/<study>/<series>/*.dcm")
+    @requires_layout("LIDC-IDRI-0001/<study>/<series>/*.dcm")
     def entries(self, root: Path) -> Iterator[Entry]:
-        root = within(root, "LIDC-IDRI")
-        for patient in folders_in(root):
+        root = descend(root, "LIDC-IDRI")
+        for patient in list_folders(root):
             if not patient.name.startswith("LIDC-IDRI-"):
                 continue
-            for series, slices in groupby(files_under(patient, (".dcm",)), key=lambda path: path.parent):
+            for series, slices in groupby(find_files(patient, (".dcm",)), key=lambda path: path.parent):
                 files = tuple(slices)
-                if len(files) >= FEWEST_SLICES:
+                if len(files) >= MIN_SLICES:
                     name = series.relative_to(root).as_posix()
                     yield Entry(name, files, "ct", "chest", patient=patient.name)

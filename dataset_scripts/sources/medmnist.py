@@ -1,4 +1,4 @@
-"""MedMNIST+: small images and volumes, many to a file; the subsets of radiographs, ultrasound and CT."""
+"""MedMNIST+: small images and volumes, many per file; the subsets of radiographs, ultrasound and CT."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from dataset_scripts.entries import Entry, Source, SourceError, expecting
+from dataset_scripts.entries import Entry, Source, SourceError, requires_layout
 
 
 SPLITS = {"train": "train", "val": "validation", "test": "test"}
 SIZES = ("_224", "_128", "_64", "")
-LARGEST = 2**33  # bytes of one array; ChestMNIST at 224 has half of that
-DAMAGES = (ValueError, EOFError, OSError, RuntimeError, zipfile.BadZipFile, zlib.error)  # of an archive, as they show
+MAX_ARRAY_BYTES = 2**33  # ChestMNIST at 224 has half of that
+ARCHIVE_ERRORS = (ValueError, EOFError, OSError, RuntimeError, zipfile.BadZipFile, zlib.error)
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Subset:
     modality: str
     anatomy: str
     labels: tuple[str, ...]
-    several: bool = False  # a column a label, 1 where it holds; else one column with the number of the label
+    multi_label: bool = False  # one 0/1 column per label; otherwise one column with the index of the label
 
 
 CHEST = (
@@ -44,7 +44,7 @@ ORGANS_3D = (
 )
 SUBSETS = {
     "breastmnist": Subset("ultrasound", "breast", ("malignant", "normal, benign")),
-    "chestmnist": Subset("xray", "chest", CHEST, several=True),
+    "chestmnist": Subset("xray", "chest", CHEST, multi_label=True),
     "fracturemnist3d": Subset(
         "ct", "rib", ("buckle rib fracture", "nondisplaced rib fracture", "displaced rib fracture")
     ),
@@ -58,13 +58,13 @@ SUBSETS = {
 
 
 class MedMnist(Source):
-    """`chestmnist_224.npz` and the like; of each subset the largest size that is there.
+    """`chestmnist_224.npz` and similar files; the largest size of each subset that was downloaded.
 
-    The arrays of a split stay unpacked while it is built, 8 GB a process for all subsets at 224: on a small machine
-    build a few at a time, from a folder with fewer files.
+    The arrays of a split stay in memory while it is built: 8 GB per process for all subsets at 224. On a small machine,
+    build a few subsets at a time from a folder with fewer files.
 
-    Left out: what is no radiograph, ultrasound or CT; and AdrenalMNIST3D and VesselMNIST3D, which are shapes that were
-    segmented, not scans. Patients are not named; the official split is by patient where the original one is.
+    Left out are subsets that are not radiographs, ultrasound or CT, and AdrenalMNIST3D and VesselMNIST3D, which are
+    segmented shapes. Patients are not named; the official split is by patient where the original one is.
     """
 
     name = "medmnist"
@@ -73,65 +73,70 @@ class MedMnist(Source):
     licence = "CC BY 4.0"
     citation = "Yang et al., MedMNIST v2, Scientific Data 2023, arXiv 2110.14795"
 
-    @expecting(f"at least one of {', '.join(SUBSETS)}, as name.npz or name_224.npz")
+    @requires_layout(f"at least one of {', '.join(SUBSETS)}, as NAME.npz or NAME_224.npz")
     def entries(self, root: Path) -> Iterator[Entry]:
         for name, subset in SUBSETS.items():
             path = next((file for size in SIZES if (file := root / f"{name}{size}.npz").is_file()), None)
             if path is None:
                 continue
             for key, split in SPLITS.items():
-                images, labels = _shape(path, f"{key}_images"), _load(path, f"{key}_labels")
-                if labels.shape != (expected := (images[0], len(subset.labels) if subset.several else 1)):
-                    raise SourceError(f"{path}: found {key}_labels of shape {labels.shape}, expected {expected}")
+                images, labels = read_shape(path, f"{key}_images"), load_array(path, f"{key}_labels")
+                if labels.shape != (expected := (images[0], len(subset.labels) if subset.multi_label else 1)):
+                    raise SourceError(path, f"{key}_labels of shape {expected}", str(labels.shape))
                 for index, row in enumerate(labels):
-                    part = f"{key}/{index}"
+                    member = f"{key}/{index}"
                     yield Entry(
-                        id=f"{path.stem}/{part}",
+                        id=f"{path.stem}/{member}",
                         files=(path,),
                         modality=subset.modality,
                         anatomy=subset.anatomy,
                         labels=_labels(row, subset),
                         split=split,
-                        part=part,
+                        member=member,
                     )
 
     def open(self, entry: Entry) -> Any:
-        """The image or the volume, uint8."""
-        key, _, index = str(entry.part).partition("/")
-        return _images(entry.files[0], f"{key}_images")[int(index)].copy()
+        """Return the image or volume as a uint8 array."""
+        key, _, index = str(entry.member).partition("/")
+        return cached_images(entry.files[0], f"{key}_images")[int(index)].copy()
 
 
 def _labels(row: np.ndarray, subset: Subset) -> tuple[str, ...]:
-    if subset.several:
+    if subset.multi_label:
         return tuple(label for label, value in zip(subset.labels, row, strict=True) if value == 1)
     return (subset.labels[int(row[0])],) if 0 <= int(row[0]) < len(subset.labels) else ()
 
 
-@lru_cache(maxsize=len(SUBSETS))  # scans are built split by split, but in an order that mixes the subsets
-def _images(path: Path, key: str) -> np.ndarray:
-    """All images of a split: an archive is packed, so that a single one can't be picked from it."""
-    return _load(path, key)
+@lru_cache(maxsize=len(SUBSETS))  # within a split, the builder alternates between subsets
+def cached_images(path: Path, key: str) -> np.ndarray:
+    """Return all images of a split: a compressed archive gives no access to a single one."""
+    return load_array(path, key)
 
 
-def _shape(path: Path, key: str) -> tuple[int, ...]:
-    """What the header says, without unpacking what follows; refused before memory is taken if it's no array of ours."""
+def read_shape(path: Path, key: str) -> tuple[int, ...]:
+    """Read the shape of an array from its header, and check type and size before memory is allocated."""
     readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
     try:
         with zipfile.ZipFile(path) as archive, archive.open(f"{key}.npy") as stream:
             shape, _, dtype = readers[np.lib.format.read_magic(stream)](stream)
-    except (KeyError, *DAMAGES) as error:
-        raise SourceError(f"{path}: found no array {key} that can be read, expected a file of MedMNIST") from error
-    if dtype.kind not in "iu" or not shape or math.prod(shape) * dtype.itemsize > LARGEST:
-        raise SourceError(f"{path}: found {key} of type {dtype} and shape {shape}, expected small images")
+    except (KeyError, *ARCHIVE_ERRORS) as error:
+        raise SourceError(
+            path, f"an archive with the array {key}", f"damaged or other data ({type(error).__name__})"
+        ) from error
+    if dtype.kind not in "iu" or not shape or math.prod(shape) * dtype.itemsize > MAX_ARRAY_BYTES:
+        raise SourceError(
+            path, f"{key} as integers of at most {MAX_ARRAY_BYTES:,} bytes", f"type {dtype} and shape {shape}"
+        )
     if key.endswith("_images") and (dtype != np.uint8 or len(shape) not in (3, 4)):
-        raise SourceError(f"{path}: found {key} of type {dtype} and shape {shape}, expected uint8, N H W or N D H W")
+        raise SourceError(path, f"{key} as uint8 of shape (N, H, W) or (N, D, H, W)", f"type {dtype} and shape {shape}")
     return tuple(shape)
 
 
-def _load(path: Path, key: str) -> np.ndarray:
-    _shape(path, key)
+def load_array(path: Path, key: str) -> np.ndarray:
+    """Load one array of an archive, after `read_shape`."""
+    read_shape(path, key)
     try:
         with np.load(path, allow_pickle=False) as arrays:
             return arrays[key]
-    except DAMAGES as error:
-        raise SourceError(f"{path}: found {key} damaged, expected the file as published") from error
+    except ARCHIVE_ERRORS as error:
+        raise SourceError(path, "the file as published", f"a damaged array {key}") from error

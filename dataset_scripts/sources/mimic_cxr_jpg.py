@@ -1,12 +1,20 @@
-"""MIMIC-CXR-JPG: chest radiographs of an emergency department, with findings mined from their reports."""
+"""MIMIC-CXR-JPG: chest radiographs of an emergency department, with findings extracted from their reports."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
 
-from dataset_scripts.entries import Entry, Source, SourceError, expecting, inside, positive, read_table
-from dataset_scripts.sources.chexpert import FINDINGS  # the same labeller was run over these reports
+from dataset_scripts.entries import (
+    Entry,
+    Source,
+    SourceError,
+    path_inside,
+    positive_labels,
+    read_table,
+    requires_layout,
+)
+from dataset_scripts.sources.chexpert import FINDINGS  # the same labeller processed these reports
 
 
 SPLITS = {"train": "train", "validate": "validation", "test": "test"}
@@ -21,23 +29,23 @@ class MimicCxrJpg(Source):
     licence = "PhysioNet Credentialed Health Data License 1.5.0"
     citation = "Johnson et al., MIMIC-CXR-JPG, 2019, arXiv 1901.07042"
 
-    @expecting("mimic-cxr-2.0.0-split.csv.gz and files/p10/p10000032/s50414267/*.jpg")
+    @requires_layout("mimic-cxr-2.0.0-split.csv.gz and files/p10/p10000032/s50414267/*.jpg")
     def entries(self, root: Path) -> Iterator[Entry]:
         findings = {
-            row["study_id"]: positive(row, FINDINGS)
+            row["study_id"]: positive_labels(row, FINDINGS)
             for row in read_table(root / "mimic-cxr-2.0.0-chexpert.csv", ["study_id", *FINDINGS])
         }
         table = root / "mimic-cxr-2.0.0-split.csv"
         for row in read_table(table, ["dicom_id", "study_id", "subject_id", "split"]):
             name, study, subject = row["dicom_id"], row["study_id"], row["subject_id"]
             if row["split"] not in SPLITS:
-                raise SourceError(f"{table}: found the split {row['split']!r}, expected one of {', '.join(SPLITS)}")
-            group = inside(root, f"files/p{subject[:2]}")
-            if not group.is_dir():  # the ten groups of patients are downloaded one by one
+                raise SourceError(table, f"a split out of {', '.join(SPLITS)}", repr(row["split"]))
+            group = path_inside(root, f"files/p{subject[:2]}")
+            if not group.is_dir():  # each of the ten groups of patients is a separate download
                 continue
             yield Entry(
                 id=name,
-                files=(inside(group, f"p{subject}/s{study}/{name}.jpg"),),
+                files=(path_inside(group, f"p{subject}/s{study}/{name}.jpg"),),
                 modality="xray",
                 anatomy="chest",
                 labels=findings.get(study, ()),

@@ -1,4 +1,4 @@
-"""Medical Segmentation Decathlon: ten tasks, six of them CT; those of MRI are a source of their own."""
+"""Medical Segmentation Decathlon: six CT tasks and, as a separate source, four MRI tasks."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
-from dataset_scripts.entries import Entry, Source, SourceError, expecting, inside, read_json
+from dataset_scripts.entries import Entry, Source, SourceError, path_inside, read_json, requires_layout
 
 
 SPLITS = {"training": "train", "test": "test"}
 
 
 class Msd(Source):
-    """`Task03_Liver/dataset.json`, which lists `./imagesTr/liver_1.nii.gz` and `./imagesTs/…`; masks are not taken.
+    """`Task03_Liver/dataset.json`, which lists `./imagesTr/liver_1.nii.gz` and `./imagesTs/…`; masks are not used.
 
-    Each task is an archive of its own: those that are not there were not downloaded.
+    Each task is a separate download; missing ones are skipped.
     """
 
     name = "msd"
@@ -33,19 +33,19 @@ class Msd(Source):
         "Task10_Colon": "colon",
     }
 
-    @expecting("a task such as Task03_Liver or, of MRI, Task01_BrainTumour, with its dataset.json")
+    @requires_layout("a task folder such as Task03_Liver (CT) or Task01_BrainTumour (MRI), with its dataset.json")
     def entries(self, root: Path) -> Iterator[Entry]:
         for task, anatomy in self.tasks.items():
             folder = root / task
             if not folder.is_dir():
                 continue
-            for name, split in _images(folder / "dataset.json"):
-                path = inside(folder, name)
+            for name, split in _list_images(folder / "dataset.json"):
+                path = path_inside(folder, name)
                 yield Entry(f"{task}/{path.name.split('.')[0]}", (path,), self.modality, anatomy, split=split)
 
 
 class MsdMri(Msd):
-    """As `Msd`. The images with several sequences are 4D, and their first volume is what is read."""
+    """Same layout as `Msd`. Of the 4D images with several sequences, only the first volume is read."""
 
     name = "msd_mri"
     title = "Medical Segmentation Decathlon, MRI"
@@ -59,17 +59,17 @@ class MsdMri(Msd):
     }
 
 
-def _images(path: Path) -> list[tuple[str, str]]:
-    """What `dataset.json` lists: names of files, and the split of each. Test images have no mask and no dictionary."""
+def _list_images(path: Path) -> list[tuple[str, str]]:
+    """Return file name and split of each image in `dataset.json`. Test images have no mask and are plain strings."""
     table: Any = read_json(path)
     try:
-        found = [
+        images = [
             (item["image"] if isinstance(item, dict) else item, split)
-            for part, split in SPLITS.items()
-            for item in table[part]
+            for key, split in SPLITS.items()
+            for item in table[key]
         ]
     except (KeyError, TypeError) as error:
-        raise SourceError(f"{path}: found another structure, expected lists training and test") from error
-    if not all(isinstance(name, str) for name, _ in found):
-        raise SourceError(f"{path}: found images that are not file names, expected ./imagesTr/name.nii.gz")
-    return sorted(found)
+        raise SourceError(path, "JSON with the lists training and test", "another structure") from error
+    if not all(isinstance(name, str) for name, _ in images):
+        raise SourceError(path, "file names such as ./imagesTr/NAME.nii.gz", "images that are not strings")
+    return sorted(images)

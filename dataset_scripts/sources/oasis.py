@@ -1,4 +1,4 @@
-"""OASIS-3: MRI of the brain in ageing and Alzheimer's disease."""
+"""OASIS-3: brain MRI in ageing and Alzheimer's disease."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from dataset_scripts.entries import Entry, Source, expecting, files_under
+from dataset_scripts.entries import Entry, Source, find_files, requires_layout
 
 
 NAME = re.compile(r"sub-(OAS3\d{4})(_[\w-]+)?_(T1w|T2w|FLAIR)\.nii(\.gz)?", re.ASCII)
@@ -15,8 +15,8 @@ NAME = re.compile(r"sub-(OAS3\d{4})(_[\w-]+)?_(T1w|T2w|FLAIR)\.nii(\.gz)?", re.A
 class Oasis(Source):
     """`OAS30001_MR_d0129/anat2/sub-OAS30001_ses-d0129_run-01_T1w.nii.gz`, or the same files in BIDS folders.
 
-    Only T1w, T2w and FLAIR: the others are series through time, maps, or PET. OASIS-1 and OASIS-2 come as `.hdr` and
-    `.img` pairs, which are not read. Diagnoses are of visits, not of scans, so that there are no labels.
+    Only T1w, T2w and FLAIR are used; the other files are time series, maps or PET. OASIS-1 and OASIS-2 come as pairs of
+    `.hdr` and `.img`, which are not supported. Diagnoses belong to visits, not to scans, so there are no labels.
     """
 
     name = "oasis"
@@ -26,8 +26,8 @@ class Oasis(Source):
     citation = "LaMontagne et al., OASIS-3, medRxiv 2019.12.13.19014902"
     evaluation_only = True
 
-    @expecting("OASIS-3 as NIfTI, OAS30001_MR_d0129/anat2/sub-OAS30001_*_T1w.nii.gz; not the .hdr and .img of OASIS-1")
+    @requires_layout("OAS30001_MR_d0129/anat2/sub-OAS30001_*_T1w.nii.gz of OASIS-3 (OASIS-1 is not supported)")
     def entries(self, root: Path) -> Iterator[Entry]:
-        for path in files_under(root, (".nii.gz", ".nii")):
+        for path in find_files(root, (".nii.gz", ".nii")):
             if match := NAME.fullmatch(path.name):
                 yield Entry(path.relative_to(root).as_posix(), (path,), "mri", "brain", patient=match[1])

@@ -1,4 +1,4 @@
-"""PadChest: chest radiographs of Hospital San Juan, with findings from their Spanish reports."""
+"""PadChest: chest radiographs of Hospital San Juan, with findings extracted from their Spanish reports."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import ast
 from collections.abc import Iterator
 from pathlib import Path
 
-from dataset_scripts.entries import Entry, Source, expecting, inside, read_table
+from dataset_scripts.entries import Entry, Source, path_inside, read_table, requires_layout
 
 
 TABLE = "PADCHEST_chest_x_ray_images_labels_160K_01.02.19.csv"
-NO_FINDINGS = ("", "exclude", "suboptimal study", "unchanged")  # of the examination, not of what the image shows
+NO_FINDINGS = ("", "exclude", "suboptimal study", "unchanged")  # about the examination, not about the image
 
 
 class PadChest(Source):
@@ -22,15 +22,15 @@ class PadChest(Source):
     licence = "PadChest Dataset Research Use Agreement"
     citation = "Bustos et al., PadChest, Medical Image Analysis 2020, arXiv 1901.07441"
 
-    @expecting(f"{TABLE} and folders 0 to 54 of *.png")
+    @requires_layout(f"{TABLE} and folders 0 to 54 of *.png")
     def entries(self, root: Path) -> Iterator[Entry]:
         for row in read_table(root / TABLE, ["ImageID", "ImageDir", "PatientID", "Labels"]):
-            folder = inside(root, row["ImageDir"])
-            if not folder.is_dir():  # each folder is an archive of many GB, and most downloads lack some
+            folder = path_inside(root, row["ImageDir"])
+            if not folder.is_dir():  # each folder is a separate download of many GB
                 continue
             yield Entry(
                 id=row["ImageID"],
-                files=(inside(folder, row["ImageID"]),),
+                files=(path_inside(folder, row["ImageID"]),),
                 modality="xray",
                 anatomy="chest",
                 labels=_labels(row["Labels"]),
@@ -39,12 +39,12 @@ class PadChest(Source):
 
 
 def _labels(cell: str) -> tuple[str, ...]:
-    """The words of a cell such as "['cardiomegaly', ' pleural effusion']"; none where it holds no such list."""
+    """Parse a cell such as "['cardiomegaly', ' pleural effusion']"; return nothing for any other content."""
     try:
-        words = ast.literal_eval(cell)
+        findings = ast.literal_eval(cell)
     except (ValueError, SyntaxError, RecursionError, MemoryError):
         return ()
-    if not isinstance(words, list):
+    if not isinstance(findings, list):
         return ()
-    found = dict.fromkeys(word.strip() for word in words if isinstance(word, str))
-    return tuple(word for word in found if word not in NO_FINDINGS)
+    unique = dict.fromkeys(finding.strip() for finding in findings if isinstance(finding, str))
+    return tuple(finding for finding in unique if finding not in NO_FINDINGS)

@@ -1,4 +1,4 @@
-"""The synthetic phantom collection that the project makes itself."""
+"""The synthetic phantom collection of this project."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from dataset_scripts.entries import Entry, Source, expecting
+from dataset_scripts.entries import Entry, Source, requires_layout
 from dataset_scripts.sources.folder import Folder
 from modeling_m3ret.data.collection import phantom_folder
 from modeling_m3ret.phantom import SYNTHETIC_SOURCE
 
 
 class Phantom(Source):
-    """A folder that `make_phantom.py` wrote, or `phantom[:SUBJECTS[:SEED]]`, made on first use. No patient is in it."""
+    """A folder written by `make_phantom.py`, or `phantom[:SUBJECTS[:SEED]]`, which is created on first use."""
 
     name = "phantom"
     title = SYNTHETIC_SOURCE
@@ -24,7 +24,7 @@ class Phantom(Source):
     def folder(self, root: str) -> Path:
         return Path(root) if Path(root).exists() else phantom_folder(root)
 
-    @expecting("a folder that make_phantom.py wrote, or phantom[:SUBJECTS[:SEED]]")
+    @requires_layout("a folder written by make_phantom.py, or phantom[:SUBJECTS[:SEED]]")
     def entries(self, root: Path) -> Iterator[Entry]:
         for entry in Folder().entries(root):
             yield replace(entry, licence=self.licence)

@@ -1,11 +1,11 @@
-"""COVID-19 Lung Ultrasound: images and clips of the lung at the point of care, gathered from public places."""
+"""COVID-19 Lung Ultrasound: point-of-care images and clips, gathered from public websites."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
 
-from dataset_scripts.entries import Entry, Source, expecting, files_under, read_table, within
+from dataset_scripts.entries import Entry, Source, descend, find_files, read_table, requires_layout
 
 
 LABELS = {"cov": "COVID-19", "pneu": "bacterial pneumonia", "reg": "regular", "vir": "viral pneumonia"}
@@ -18,7 +18,7 @@ MEDIA = {
 class PocusLung(Source):
     """`data/pocus_images` and `data/pocus_videos`, each with `convex` and `linear`: `Cov-Atlas-Day+1.gif`, `Pneu_…`.
 
-    The beginning of a name is its label, but not in `label_uncertain`; `dataset_metadata.csv` has the patients.
+    The first part of a file name is its label, except in `label_uncertain`. `dataset_metadata.csv` has the patients.
     """
 
     name = "pocus_lung"
@@ -27,15 +27,15 @@ class PocusLung(Source):
     licence = "CC BY-NC 4.0 for most files; dataset_metadata.csv has the licence of each"
     citation = "Born et al., Accelerating Detection of Lung Pathologies, Applied Sciences 2021, arXiv 2004.12084"
 
-    @expecting("data/pocus_images|pocus_videos/convex|linear/Cov|Pneu|Reg|Vir*")
+    @requires_layout("data/pocus_images|pocus_videos/convex|linear/Cov|Pneu|Reg|Vir*")
     def entries(self, root: Path) -> Iterator[Entry]:
-        root = within(root, "data")
+        root = descend(root, "data")
         patients = {
             row["Filename"]: row["Patient ID / Name"]
             for row in read_table(root / "dataset_metadata.csv", ["Filename", "Patient ID / Name"])
         }
         for folder, suffixes in MEDIA.items():
-            for path in files_under(root / folder, suffixes):
+            for path in find_files(root / folder, suffixes):
                 label = LABELS.get(path.stem.replace("_", "-").split("-")[0].lower())
                 yield Entry(
                     id=path.relative_to(root).as_posix(),

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from dataset_scripts.row_encoding import nifti_bytes
+from dataset_scripts.row_encoding import encode_nifti
 from modeling_m3ret import M3RetImageProcessor, M3RetReadError
 from modeling_m3ret.data.collection import Record, open_collection
 from modeling_m3ret.data.loading import (
@@ -109,7 +109,7 @@ def test_expected_tokens_are_the_mean_of_sampled_views(tmp_path: Path) -> None:
         ((60, 50, 50), unknown, "hounsfield"),
     ]:
         voxels = generator.integers(0, 255, (1, *shape)).astype(np.int16 if intensity == "hounsfield" else np.uint8)
-        volume = {"bytes": nifti_bytes(voxels, spacing), "path": None}
+        volume = {"bytes": encode_nifti(voxels, spacing), "path": None}
         declared = {"id": str(len(rows)), "modality": 0, "patient": "p", "shape": shape, "spacing": spacing}
         rows.append({"volume": volume, "intensity": intensity} | declared)
     (tmp_path / "data").mkdir()

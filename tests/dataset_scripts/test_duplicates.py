@@ -16,10 +16,17 @@ from PIL import Image
 from scan_files import dicom, dicom_bytes, nifti_bytes
 from scan_folders import SALT, picture_bytes, put, texture, volume_bytes
 
-from dataset_scripts.builder import Built, ScanBuilder
-from dataset_scripts.duplicates import NEAR, Fingerprint, exact_groups, near_pairs, perceptual_hash, to_drop
+from dataset_scripts.builder import BuiltRow, ScanBuilder
+from dataset_scripts.duplicates import (
+    MAX_DISTANCE,
+    Fingerprint,
+    choose_duplicates_to_drop,
+    find_exact_duplicates,
+    find_near_duplicates,
+    perceptual_hash,
+)
 from dataset_scripts.entries import Entry
-from dataset_scripts.row_encoding import store_scan
+from dataset_scripts.row_encoding import encode_scan
 from dataset_scripts.sources.folder import Folder
 
 
@@ -64,7 +71,7 @@ CHANGED: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 def test_the_same_picture_changed_is_near(change: str) -> None:
     for seed in range(60):
         pixels = texture(seed, (300, 260))
-        assert distance(perceptual_hash(pixels), perceptual_hash(CHANGED[change](pixels))) <= NEAR
+        assert distance(perceptual_hash(pixels), perceptual_hash(CHANGED[change](pixels))) <= MAX_DISTANCE
 
 
 def test_the_unit_of_grey_levels_does_not_matter() -> None:
@@ -75,7 +82,7 @@ def test_the_unit_of_grey_levels_does_not_matter() -> None:
 
 def test_other_pictures_are_far() -> None:
     hashes = [perceptual_hash(texture(seed, (300, 260))) for seed in range(80)]
-    assert min(distance(*pair) for pair in combinations(hashes, 2)) > 3 * NEAR
+    assert min(distance(*pair) for pair in combinations(hashes, 2)) > 3 * MAX_DISTANCE
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (7, 3), (28, 28), (33, 1000), (2000, 1501)])
@@ -88,15 +95,15 @@ def test_the_development_scans_are_told_apart_and_found_again(devset: Path) -> N
     """30 X-rays recompressed, halved and brightened are each near their own; of pairs of two people's hardly any is."""
     with (devset / "manifest.csv").open(newline="", encoding="utf-8") as stream:
         listed = [row for row in csv.DictReader(stream) if row["modality"] == "xray"]
-    pictures = [(row["group"], store_scan(devset / row["file"]).picture) for row in listed]
+    pictures = [(row["group"], encode_scan(devset / row["file"]).picture) for row in listed]
     hashes = [(group, perceptual_hash(picture)) for group, picture in pictures]
     for (_, picture), (_, own) in zip(pictures[::6][:30], hashes[::6][:30], strict=True):
         pixels = (picture * (255 / picture.max())).astype(np.uint8)
         for change in ("half", "JPEG", "noisy", "half and JPEG"):
-            assert distance(own, perceptual_hash(CHANGED[change](pixels))) <= NEAR
+            assert distance(own, perceptual_hash(CHANGED[change](pixels))) <= MAX_DISTANCE
     others = [distance(one[1], other[1]) for one, other in combinations(hashes, 2) if one[0] != other[0]]
     assert len(others) > 10_000
-    assert sum(bits <= NEAR for bits in others) < 0.001 * len(others)
+    assert sum(bits <= MAX_DISTANCE for bits in others) < 0.001 * len(others)
 
 
 # --------------------------------------------------------------------------------------------------------- equal voxels
@@ -117,9 +124,9 @@ def test_equal_voxels_are_a_group_in_whatever_format(tmp_path: Path) -> None:
     prints = []
     for name in files:
         row = builder.build_row(Entry(name, (tmp_path / "scans" / name,), "xray"))
-        assert isinstance(row, Built)
+        assert isinstance(row, BuiltRow)
         prints.append(Fingerprint(name, "train", name, row.digest, row.picture_hash))
-    groups = [[fingerprint.id for fingerprint in group] for group in exact_groups(prints)]
+    groups = [[fingerprint.id for fingerprint in group] for group in find_exact_duplicates(prints)]
     assert groups == [["grey.png", "grey.dcm", "colour.png"], ["volume.nii", "volume.nii.gz"]]
 
 
@@ -156,7 +163,7 @@ def brute_force(prints: list[Fingerprint], most: int) -> set[tuple[str, str, int
 @pytest.mark.parametrize("likeness", [0.5, 0.97])
 def test_exactly_the_pairs_of_a_comparison_of_all_with_all_are_found(most: int, likeness: float) -> None:
     prints = random_prints(900, seed=most, planted=340, likeness=likeness)
-    found = list(near_pairs(prints, most))
+    found = list(find_near_duplicates(prints, most))
     truth = brute_force(prints, most)
     assert {(one.id, other.id, bits) for one, other, bits in found} == truth
     assert len(found) == len(truth)  # each once
@@ -168,17 +175,17 @@ def test_blank_pictures_same_patients_and_same_splits_are_no_pairs() -> None:
         return Fingerprint(id, split, patient, id, picture)
 
     blank, seen = "0" * 64, "0" * 60 + "00f1"
-    assert [*near_pairs([shown("a", "train", "p", blank), shown("b", "test", "q", blank)])] == []
-    assert [*near_pairs([shown("a", "train", "p", seen), shown("b", "test", "p", seen)])] == []
-    assert [*near_pairs([shown("a", "test", "p", seen), shown("b", "test", "q", seen)])] == []
-    (pair,) = near_pairs([shown("a", "test", "p", seen), shown("b", "train", "q", seen[:-1] + "0")])
+    assert [*find_near_duplicates([shown("a", "train", "p", blank), shown("b", "test", "q", blank)])] == []
+    assert [*find_near_duplicates([shown("a", "train", "p", seen), shown("b", "test", "p", seen)])] == []
+    assert [*find_near_duplicates([shown("a", "test", "p", seen), shown("b", "test", "q", seen)])] == []
+    (pair,) = find_near_duplicates([shown("a", "test", "p", seen), shown("b", "train", "q", seen[:-1] + "0")])
     assert (pair[0].id, pair[1].id, pair[2]) == ("a", "b", 1)
-    assert [*near_pairs([])] == []
+    assert [*find_near_duplicates([])] == []
 
 
 def test_more_bits_than_the_bands_find_are_refused() -> None:
-    with pytest.raises(ValueError, match="up to 15 bits, not of 16"):
-        list(near_pairs([], 16))
+    with pytest.raises(ValueError, match="16"):
+        list(find_near_duplicates([], 16))
 
 
 @pytest.mark.parametrize("likeness", [0.5, 0.8], ids=["random", "alike"])
@@ -186,7 +193,7 @@ def test_twenty_thousand_scans_are_compared_in_seconds(likeness: float) -> None:
     """Those of one collection look alike in parts, so that many share a band: all with all there would take minutes."""
     prints = random_prints(20_000, seed=1, planted=160, likeness=likeness)
     start = time.perf_counter()
-    found = list(near_pairs(prints))
+    found = list(find_near_duplicates(prints))
     assert time.perf_counter() - start < 10
     assert len(found) > 20
 
@@ -197,17 +204,17 @@ def test_twenty_thousand_scans_are_compared_in_seconds(likeness: float) -> None:
 @pytest.mark.parametrize("seed", range(5))
 def test_nothing_is_left_twice_and_the_side_that_is_measured_on_keeps_its_scans(seed: int) -> None:
     prints = random_prints(600, seed=seed, planted=200)
-    dropped = to_drop(prints)
+    dropped = choose_duplicates_to_drop(prints)
     kept = [fingerprint for fingerprint in prints if fingerprint.id not in dropped]
-    assert exact_groups(kept) == []
-    assert brute_force(kept, NEAR) == set()
+    assert find_exact_duplicates(kept) == []
+    assert brute_force(kept, MAX_DISTANCE) == set()
     rank = {"test": 0, "validation": 1, "train": 2}
     equal: dict[str, set[str]] = defaultdict(set)
-    for group in exact_groups(prints):
+    for group in find_exact_duplicates(prints):
         for one in group:
             equal[one.id] |= {other.id for other in group if rank[other.split] <= rank[one.split]} - {one.id}
     by_id = {fingerprint.id: fingerprint for fingerprint in prints}
-    for one, other, _ in brute_force(prints, NEAR):
+    for one, other, _ in brute_force(prints, MAX_DISTANCE):
         first, second = sorted((one, other), key=lambda id: rank[by_id[id].split])
         equal[second].add(first)
     assert all(equal[id] for id in dropped)  # each for one of no lower rank that is or looks the same
@@ -215,14 +222,18 @@ def test_nothing_is_left_twice_and_the_side_that_is_measured_on_keeps_its_scans(
 
 def test_test_is_kept_over_validation_over_train() -> None:
     equal = [Fingerprint(split, split, split, "digest", f"{number:064x}") for number, split in enumerate(SPLITS, 1)]
-    assert to_drop(equal) == {"train", "validation"}
+    assert choose_duplicates_to_drop(equal) == {"train", "validation"}
     far = ["f" * 32 + "0" * 32, "0" * 32 + "f" * 32]
     for low, high in combinations(SPLITS, 2):
         prints = [Fingerprint("low", low, "p", "a", far[0]), Fingerprint("high", high, "q", "b", far[0][:-1] + "3")]
         others = [Fingerprint("other", low, "r", "c", far[1])]
-        assert to_drop([*prints, *others]) == to_drop([*others, *prints[::-1]]) == {"low"}
+        assert (
+            choose_duplicates_to_drop([*prints, *others])
+            == choose_duplicates_to_drop([*others, *prints[::-1]])
+            == {"low"}
+        )
 
 
 def test_of_equal_scans_in_one_split_the_first_stays() -> None:
     prints = [Fingerprint(id, "train", id, "digest", "0" * 64) for id in ("b", "a", "c")]
-    assert to_drop(prints) == {"a", "c"}
+    assert choose_duplicates_to_drop(prints) == {"a", "c"}

@@ -22,7 +22,7 @@ from pydicom.uid import RLELossless
 from scan_files import CINE, CT, dicom, dicom_bytes, nifti_bytes, reorient, series
 from test_reading_limits import BAD, png_claiming
 
-from dataset_scripts.row_encoding import Row, store_scan
+from dataset_scripts.row_encoding import EncodedScan, encode_scan
 from modeling_m3ret.reading_m3ret import M3RetReadError, ReadLimits, read_scan
 
 
@@ -329,7 +329,7 @@ SCALED_AS_A_WHOLE = ("npy of float", "npy wider than 16 bits")
 VIDEOS = [*KINDS][[*KINDS].index("mp4 h264 with b-frames") :]
 
 
-def media(row: Row) -> bytes:
+def media(row: EncodedScan) -> bytes:
     (given,) = (row.columns[key] for key in ("image", "video", "volume") if row.columns.get(key) is not None)
     assert given["path"] is None
     return given["bytes"]
@@ -339,7 +339,7 @@ def media(row: Row) -> bytes:
 def test_a_row_gives_the_scan_of_its_source(kind: str) -> None:
     make, tolerance = KINDS[kind]
     source = make()
-    row = store_scan(source)
+    row = encode_scan(source)
     for num_frames in (None,) if kind in SCALED_AS_A_WHOLE else (None, 1, 3):
         expected, got = (read_scan(given, num_frames=num_frames) for given in (source, row.columns))
         assert got.array.shape == expected.array.shape
@@ -357,14 +357,14 @@ def test_a_row_gives_the_scan_of_its_source(kind: str) -> None:
     assert row.columns["spacing"] == [*read_scan(source).spacing]
     assert row.picture.shape == (*row.columns["shape"][1:],)
     assert set(row.columns) == {"shape", "spacing", "intensity", *({"image", "video", "volume"} & set(row.columns))}
-    again = store_scan(source)
+    again = encode_scan(source)
     assert (again.digest, media(again)) == (row.digest, media(row))
 
 
 def test_a_row_can_be_stored_again() -> None:
     for make in (lambda: jpeg(), lambda: dicom_bytes(dicom(PLANE, **WINDOW)), hounsfield_series):
-        row = store_scan(make())
-        again = store_scan(row.columns)
+        row = encode_scan(make())
+        again = encode_scan(row.columns)
         np.testing.assert_array_equal(read_scan(again.columns).array, read_scan(row.columns).array)
         assert again.columns["spacing"] == row.columns["spacing"]
 
@@ -372,7 +372,7 @@ def test_a_row_can_be_stored_again() -> None:
 def test_a_path_and_its_bytes_give_one_row(tmp_path: Path) -> None:
     for name, data in (("a.jpg", jpeg()), ("b.dcm", dicom_bytes(dicom(GREY))), ("c.mp4", clip("mp4", "libx264"))):
         (tmp_path / name).write_bytes(data)
-        by_path, by_name, by_bytes = (store_scan(source) for source in (tmp_path / name, str(tmp_path / name), data))
+        by_path, by_name, by_bytes = (encode_scan(source) for source in (tmp_path / name, str(tmp_path / name), data))
         assert by_path.columns == by_name.columns == by_bytes.columns
         assert by_path.digest == by_bytes.digest
 
@@ -381,7 +381,7 @@ def test_a_folder_is_one_series(tmp_path: Path) -> None:
     slices = series(VOLUME, AFFINE)
     for index, ds in enumerate(slices):
         (tmp_path / f"{index}.dcm").write_bytes(dicom_bytes(ds))
-    assert store_scan(tmp_path).columns == store_scan(slices).columns
+    assert encode_scan(tmp_path).columns == encode_scan(slices).columns
 
 
 # ------------------------------------------------------------------------------------------ what kind of row it becomes
@@ -406,7 +406,7 @@ def test_a_folder_is_one_series(tmp_path: Path) -> None:
     ],
 )
 def test_a_source_becomes_one_kind_of_media(kind: str, column: str, intensity: str) -> None:
-    row = store_scan(KINDS[kind][0]())
+    row = encode_scan(KINDS[kind][0]())
     assert column in row.columns
     assert row.columns["intensity"] == intensity
 
@@ -414,21 +414,21 @@ def test_a_source_becomes_one_kind_of_media(kind: str, column: str, intensity: s
 @pytest.mark.parametrize("kind", ["avi mpeg4", "avi mjpeg", "mp4 h264 with b-frames", "transport stream", "mkv vp9"])
 def test_a_stream_keeps_its_compressed_size(kind: str) -> None:
     source = KINDS[kind][0]()
-    assert len(media(store_scan(source))) < 1.1 * len(source)
+    assert len(media(encode_scan(source))) < 1.1 * len(source)
 
 
 def test_digest_is_equal_for_equal_voxels_and_for_no_others() -> None:
     lossless = [png(GREY), dicom_bytes(dicom(GREY)), dicom_bytes(dicom(GREY, PixelSpacing=[2, 3])), npy(GREY)]
     lossless += [encode(Image.fromarray(GREY), "TIFF"), png(np.repeat(GREY[..., None], 3, axis=2))]
-    assert len({store_scan(source).digest for source in lossless}) == 1
+    assert len({encode_scan(source).digest for source in lossless}) == 1
     deep = [png(PLANE), dicom_bytes(dicom(PLANE, **TWELVE)), npy(PLANE)]
-    assert len({store_scan(source).digest for source in deep}) == 1
+    assert len({encode_scan(source).digest for source in deep}) == 1
     volumes = [nifti_bytes(*reorient(VOLUME, AFFINE, codes)) for codes in ("RAS", "PIR", "LPS")]
-    assert len({store_scan(source).digest for source in (*volumes, series(VOLUME, AFFINE))}) == 1
+    assert len({encode_scan(source).digest for source in (*volumes, series(VOLUME, AFFINE))}) == 1
     other = GREY.copy()
     other[3, 4] ^= 1
     different = [png(GREY), png(other), png(GREY.T), npy(GREY[None].repeat(2, 0)), deep[0], volumes[0], HU, VOLUME]
-    assert len({store_scan(source).digest for source in different}) == len(different)
+    assert len({encode_scan(source).digest for source in different}) == len(different)
 
 
 def test_burned_in_is_what_dicom_says() -> None:
@@ -436,8 +436,8 @@ def test_burned_in_is_what_dicom_says() -> None:
         ds = dicom(GREY)
         if said:
             ds.add(DataElement(0x00280301, "CS", said, validation_mode=IGNORE))
-        assert store_scan(ds).burned_in == expected
-    assert store_scan(png(GREY)).burned_in is None
+        assert encode_scan(ds).burned_in == expected
+    assert encode_scan(png(GREY)).burned_in is None
 
 
 # --------------------------------------------------------------------------------------------------- others can open it
@@ -456,7 +456,7 @@ def test_burned_in_is_what_dicom_says() -> None:
 @pytest.mark.parametrize("values", [VOLUME, HU, VOLUME.astype(np.uint8)], ids=["int16", "hu", "uint8"])
 def test_nibabel_opens_the_same_anatomy(affine: np.ndarray, codes: str, expected: str, values: np.ndarray) -> None:
     source = nib.Nifti1Image(*reorient(values, affine, codes))
-    row = store_scan(source.to_bytes())
+    row = encode_scan(source.to_bytes())
     image = nib.Nifti1Image.from_bytes(media(row))
     assert "".join(nib.aff2axcodes(image.affine)) == expected
     assert image.get_data_dtype() == values.dtype
@@ -474,18 +474,18 @@ def test_nibabel_opens_the_same_anatomy(affine: np.ndarray, codes: str, expected
 
 
 def test_nibabel_opens_colour_and_long_clips() -> None:
-    image = nib.Nifti1Image.from_bytes(media(store_scan(dicom(RGB[None].repeat(3, 0), sop=CINE))))
+    image = nib.Nifti1Image.from_bytes(media(encode_scan(dicom(RGB[None].repeat(3, 0), sop=CINE))))
     voxels = np.asarray(image.dataobj)[..., 1].T
     np.testing.assert_array_equal(np.stack([voxels[name] for name in "RGB"], axis=2), RGB)
     long = RNG.integers(0, 256, (33_000, 2, 5), dtype=np.uint8)
-    np.testing.assert_array_equal(np.asarray(nib.Nifti2Image.from_bytes(media(store_scan(long))).dataobj).T, long)
+    np.testing.assert_array_equal(np.asarray(nib.Nifti2Image.from_bytes(media(encode_scan(long))).dataobj).T, long)
 
 
 @pytest.mark.parametrize(
     ("source", "pixels"), [(dicom(GREY), GREY), (dicom(RGB), RGB), (dicom(PLANE, **TWELVE), PLANE), (npy(RGB), RGB)]
 )
 def test_pillow_opens_the_same_pixels(source: Any, pixels: np.ndarray) -> None:
-    with Image.open(io.BytesIO(media(store_scan(source)))) as image:
+    with Image.open(io.BytesIO(media(encode_scan(source)))) as image:
         assert image.format == "PNG"
         assert not image.info
         np.testing.assert_array_equal(np.asarray(image), pixels)
@@ -495,7 +495,7 @@ def test_pillow_opens_the_same_pixels(source: Any, pixels: np.ndarray) -> None:
 def test_av_opens_the_same_frames(kind: str) -> None:
     source = KINDS[kind][0]()
     frames = []
-    for data in (source, media(store_scan(source))):
+    for data in (source, media(encode_scan(source))):
         with av.open(io.BytesIO(data)) as container:
             assert len(container.streams) == 1
             rate = float(container.streams.video[0].average_rate)
@@ -507,11 +507,11 @@ def test_av_opens_the_same_frames(kind: str) -> None:
 @pytest.mark.parametrize("kind", VIDEOS)
 def test_frames_asked_for_are_the_centres_of_equal_parts(kind: str) -> None:
     source = KINDS[kind][0]()
-    total = store_scan(source).columns["shape"][0]
+    total = encode_scan(source).columns["shape"][0]
     assert total == (1 if kind == "mp4 of one frame" else 20)
     for count in (1, 2, 3, 7, 12):
         kept = [(2 * i + 1) * total // (2 * min(count, total)) for i in range(min(count, total))]
-        for given in (source, store_scan(source).columns):
+        for given in (source, encode_scan(source).columns):
             levels = read_scan(given, num_frames=count).array[:, :, :16].mean((0, 2, 3))
             np.testing.assert_allclose(levels, 10 * np.array(kept), atol=4)
 
@@ -523,7 +523,7 @@ def test_frames_asked_for_are_the_centres_of_equal_parts(kind: str) -> None:
 @pytest.mark.parametrize("max_size", [16, 40, 70])
 def test_max_size_bounds_the_area_and_keeps_the_aspect(shape: tuple[int, int], max_size: int) -> None:
     source = dicom(RNG.integers(0, 4096, shape, dtype=np.uint16), PixelSpacing=[0.5, 0.25], **TWELVE)
-    row = store_scan(source, max_size=max_size)
+    row = encode_scan(source, max_size=max_size)
     _, height, width = row.columns["shape"]
     shrink = max_size / np.sqrt(shape[0] * shape[1])
     assert abs(height - shape[0] * shrink) <= 0.5
@@ -536,11 +536,11 @@ def test_max_size_bounds_the_area_and_keeps_the_aspect(shape: tuple[int, int], m
 
 def test_max_size_averages() -> None:
     blocks = RNG.integers(-900, 900, (4, 5, 6)).astype(np.int16)
-    row = store_scan(nifti_bytes(blocks.repeat(8, 0).repeat(8, 1), np.diag([-1.0, -1, 3, 1])), max_size=20)
+    row = encode_scan(nifti_bytes(blocks.repeat(8, 0).repeat(8, 1), np.diag([-1.0, -1, 3, 1])), max_size=20)
     assert row.columns["shape"][0] == 6
     mean = float(np.asarray(nib.Nifti1Image.from_bytes(media(row)).dataobj).mean())
     assert mean == pytest.approx(blocks.mean(), abs=40)
-    whole = store_scan(np.full((64, 64), 90, np.uint8) + np.tri(64, dtype=np.uint8), max_size=16)
+    whole = encode_scan(np.full((64, 64), 90, np.uint8) + np.tri(64, dtype=np.uint8), max_size=16)
     with Image.open(io.BytesIO(media(whole))) as image:
         assert set(np.unique(np.asarray(image))) <= {90, 91}
 
@@ -548,16 +548,16 @@ def test_max_size_averages() -> None:
 @pytest.mark.parametrize("kind", ["jpeg rgb", "png 16-bit", "mp4 h264 with b-frames", "series hu", "cine rgb"])
 def test_max_size_leaves_what_is_no_larger_as_it_is(kind: str) -> None:
     source = KINDS[kind][0]()
-    height, width = store_scan(source).columns["shape"][1:]
+    height, width = encode_scan(source).columns["shape"][1:]
     fits = int(np.ceil(np.sqrt(height * width)))
-    assert store_scan(source, max_size=fits).columns == store_scan(source).columns
-    assert store_scan(source, max_size=10_000).columns == store_scan(source).columns
+    assert encode_scan(source, max_size=fits).columns == encode_scan(source).columns
+    assert encode_scan(source, max_size=10_000).columns == encode_scan(source).columns
 
 
 @pytest.mark.parametrize("kind", ["jpeg rgb", "jpeg turned by exif", "png palette", "mp4 h264 with b-frames", "gif"])
 def test_max_size_applies_to_compressed_files_too(kind: str) -> None:
     source = KINDS[kind][0]()
-    small, whole = read_scan(store_scan(source, max_size=8).columns), read_scan(source)
+    small, whole = read_scan(encode_scan(source, max_size=8).columns), read_scan(source)
     assert small.array.shape[:2] == whole.array.shape[:2]
     assert small.array.shape[2] * small.array.shape[3] <= 72
     np.testing.assert_allclose(small.array.mean(), whole.array.mean(), atol=4)
@@ -584,9 +584,9 @@ def test_what_lies_outside_the_regions_is_blanked_through_every_door(tmp_path: P
     expected[:, 3:11, 2:8] = frames[:, 3:11, 2:8]
     row = {"image": {"bytes": data, "path": None}}
     for source in (ds, data, path, str(path), [path], [data], path.parent, {"bytes": data}, {"path": path}, row):
-        blanked = read_scan(store_scan(source, blank_outside=True).columns)
+        blanked = read_scan(encode_scan(source, blank_outside=True).columns)
         np.testing.assert_array_equal(blanked.array[0], expected)
-        np.testing.assert_array_equal(read_scan(store_scan(source).columns).array[0], frames)
+        np.testing.assert_array_equal(read_scan(encode_scan(source).columns).array[0], frames)
 
 
 def test_slices_with_regions_of_their_own_keep_what_all_of_them_declare() -> None:
@@ -594,14 +594,14 @@ def test_slices_with_regions_of_their_own_keep_what_all_of_them_declare() -> Non
     slices = [dicom(frame, InstanceNumber=index) for index, frame in enumerate(frames)]
     slices[0].SequenceOfUltrasoundRegions = [region(2, 3, 7, 10)]
     slices[2].SequenceOfUltrasoundRegions = [region(0, 5, 6, 15)]
-    got = read_scan(store_scan(slices, blank_outside=True).columns).array[0]
+    got = read_scan(encode_scan(slices, blank_outside=True).columns).array[0]
     np.testing.assert_array_equal(got[:, 5:11, 2:7], frames[:, 5:11, 2:7])
     assert (got != frames.min()).sum() <= 3 * 6 * 5
 
 
 def test_blanking_leaves_what_declares_no_region_as_it_is() -> None:
     for source in (png(GREY), dicom(GREY), series(VOLUME, AFFINE), npy(FRAMES)):
-        assert store_scan(source, blank_outside=True).columns == store_scan(source).columns
+        assert encode_scan(source, blank_outside=True).columns == encode_scan(source).columns
 
 
 # ---------------------------------------------------------------------------------------------------------- bad sources
@@ -613,16 +613,17 @@ def test_bad_file_is_refused_by_name(name: str, tmp_path: Path) -> None:
     path = tmp_path / name
     path.write_bytes(data() if callable(data) else data)
     for options in ({}, {"max_size": 16, "blank_outside": True}):
-        with pytest.raises(M3RetReadError, match=name):
-            store_scan(path, **options)  # type: ignore[arg-type]
+        with pytest.raises(M3RetReadError) as caught:
+            encode_scan(path, **options)  # type: ignore[arg-type]
+        assert caught.value.file == name
     with pytest.raises(M3RetReadError):
-        store_scan(path.read_bytes())
+        encode_scan(path.read_bytes())
 
 
 @pytest.mark.parametrize("source", ["absent.dcm", "a\0b.png", [], None, 3.5, {"image": None}, np.zeros(5)])
 def test_bad_source_is_refused(source: Any) -> None:
     with pytest.raises(M3RetReadError):
-        store_scan(source, blank_outside=True)
+        encode_scan(source, blank_outside=True)
 
 
 @pytest.mark.parametrize("part", [0.3, 0.6, 0.9, 0.99])
@@ -634,27 +635,27 @@ def test_file_cut_short_is_refused_where_reading_refuses_it(kind: str, part: flo
         expected = read_scan(cut)
     except M3RetReadError:
         with pytest.raises(M3RetReadError):
-            store_scan(cut)
+            encode_scan(cut)
     else:
-        np.testing.assert_array_equal(read_scan(store_scan(cut).columns).array, expected.array)
+        np.testing.assert_array_equal(read_scan(encode_scan(cut).columns).array, expected.array)
         assert kind == "gif" or part > 0.9
 
 
 def test_size_is_judged_before_pixels_are_decoded() -> None:
     with pytest.raises(M3RetReadError) as caught:
-        store_scan(png_claiming(10_000, 10_000))
+        encode_scan(png_claiming(10_000, 10_000))
     assert "10000 x 10000 pixels" in caught.value.got  # decoding it would find it cut short
     for limits in (ReadLimits(max_pixels_per_image=1000), ReadLimits(max_decoded_bytes=1000)):
         for source in (png(GREY), jpeg(), dicom(GREY), clip("mp4", "mpeg4")):
-            store_scan(source)
+            encode_scan(source)
             with pytest.raises(M3RetReadError):
-                store_scan(source, limits=limits)
+                encode_scan(source, limits=limits)
 
 
 def test_odd_regions_and_odd_headers_are_no_error() -> None:
     empty = Dataset()
     empty.RegionLocationMinX0 = None
     ds = dicom(GREY, sop=CINE, SequenceOfUltrasoundRegions=[empty, Dataset()])
-    assert store_scan(dicom_bytes(ds), blank_outside=True).columns == store_scan(dicom(GREY)).columns
+    assert encode_scan(dicom_bytes(ds), blank_outside=True).columns == encode_scan(dicom(GREY)).columns
     packed = gzip.compress(nifti_bytes(VOLUME, AFFINE))
-    assert store_scan(packed, blank_outside=True).columns == store_scan(packed).columns
+    assert encode_scan(packed, blank_outside=True).columns == encode_scan(packed).columns

@@ -9,6 +9,7 @@ import pytest
 from source_trees import found, kinds, write
 
 from dataset_scripts.entries import SourceError
+from dataset_scripts.sources.padchest import TABLE
 
 
 NIH = """Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age
@@ -58,14 +59,16 @@ def test_nih_in_one_folder_and_without_the_lists_has_no_split(tmp_path: Path) ->
     root = nih(tmp_path, "images/00000003_000.png")
     assert found("nih_chestxray14", root) == [("00000003_000.png", "images/00000003_000.png", ("Hernia",), "3", None)]
     write(root, "test_list.txt", text="00000003_000.png\n")
-    with pytest.raises(SourceError, match="expected both or neither"):
+    with pytest.raises(SourceError) as caught:
         found("nih_chestxray14", root)
+    assert caught.value.location == str(root)
 
 
 def test_nih_without_its_table_is_refused(tmp_path: Path) -> None:
     write(tmp_path, "images/00000003_000.png")
-    with pytest.raises(SourceError, match=r"found no Data_Entry_2017\*\.csv, expected the table"):
+    with pytest.raises(SourceError) as caught:
         found("nih_chestxray14", tmp_path)
+    assert caught.value.location == str(tmp_path)
 
 
 # ------------------------------------------------------------------------------------------------------------ CheXpert
@@ -96,19 +99,19 @@ def test_chexpert_counts_no_uncertain_label(tmp_path: Path) -> None:
     assert kinds("chexpert", root) == {("xray", "chest")}
 
 
-@pytest.mark.parametrize(
-    ("path", "message"), [("r/train/../../x.jpg", "expected one under"), ("x.jpg", "expected release/train")]
-)
-def test_chexpert_with_a_path_that_leads_elsewhere_is_refused(tmp_path: Path, path: str, message: str) -> None:
+@pytest.mark.parametrize(("path", "got"), [("r/train/../../x.jpg", "train/../../x.jpg"), ("x.jpg", "x.jpg")])
+def test_chexpert_with_an_invalid_path_is_refused(tmp_path: Path, path: str, got: str) -> None:
     write(tmp_path, "train.csv", text=CHEXPERT + path + "," * 18)
-    with pytest.raises(SourceError, match=message):
+    with pytest.raises(SourceError) as caught:
         found("chexpert", tmp_path)
+    assert caught.value.got == repr(got)
 
 
 def test_chexpert_without_its_table_is_refused(tmp_path: Path) -> None:
     write(tmp_path, "train.csv", text=CHEXPERT)
-    with pytest.raises(SourceError, match=r"valid\.csv: found no such file"):
+    with pytest.raises(SourceError) as caught:
         found("chexpert", tmp_path)
+    assert caught.value.location == str(tmp_path / "valid.csv")
 
 
 # ------------------------------------------------------------------------------------------------------------ PadChest
@@ -138,8 +141,9 @@ def test_padchest_reads_its_lists_without_running_them(tmp_path: Path) -> None:
 
 def test_padchest_without_its_table_is_refused(tmp_path: Path) -> None:
     write(tmp_path, "0/1_a.png")
-    with pytest.raises(SourceError, match=r"PADCHEST_.*\.csv: found no such file"):
+    with pytest.raises(SourceError) as caught:
         found("padchest", tmp_path)
+    assert caught.value.location == str(tmp_path / TABLE)
 
 
 # ------------------------------------------------------------------------------------------------------- MIMIC-CXR-JPG
@@ -176,15 +180,17 @@ def test_mimic_joins_its_packed_tables(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("row", "message"),
-    [("a,1,10,later", "found the split 'later'"), ("../../../../a,1,10,train", "expected one under this folder")],
+    ("row", "got"),
+    [("a,1,10,later", "'later'"), ("../../../../a,1,10,train", "'p10/s1/../../../../a.jpg'")],
 )
-def test_mimic_with_a_row_that_is_none_is_refused(tmp_path: Path, row: str, message: str) -> None:
-    with pytest.raises(SourceError, match=message):
+def test_mimic_with_an_invalid_row_is_refused(tmp_path: Path, row: str, got: str) -> None:
+    with pytest.raises(SourceError) as caught:
         found("mimic_cxr_jpg", mimic(tmp_path, row))
+    assert caught.value.got == got
 
 
 def test_mimic_without_its_tables_is_refused(tmp_path: Path) -> None:
     write(tmp_path, "files/p10/p10000032/s50414267/02aa804e.jpg")
-    with pytest.raises(SourceError, match=r"mimic-cxr-2\.0\.0-chexpert\.csv: found no such file"):
+    with pytest.raises(SourceError) as caught:
         found("mimic_cxr_jpg", tmp_path)
+    assert caught.value.location == str(tmp_path / "mimic-cxr-2.0.0-chexpert.csv")
