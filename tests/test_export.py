@@ -26,7 +26,7 @@ from modeling_m3ret.model_facts import model_facts
 
 
 ROOT = Path(__file__).parents[1]
-# (B, D, H, W), none of them traced: an image, a batch of images, a clip, a volume whose depth fills its patches
+# (B, D, H, W), not the traced ones: an image, a batch of images, a clip, a volume whose depth fills its patches
 SHAPES = [(1, 1, 64, 48), (5, 1, 32, 80), (2, 6, 96, 32), (1, 16, 48, 48), (3, 9, 32, 32)]
 TOLERANCE = {"onnx": 1e-4, "onnx-int8": 0.1, "torch": 1e-5}
 slow = pytest.mark.slow  # tracing takes seconds, converting to ONNX tens of seconds

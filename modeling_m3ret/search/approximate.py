@@ -74,7 +74,7 @@ class ApproximateSettings:
         return cls(**{name: values[key] for name, key in DISK_KEYS.items()})
 
 
-# of a field its key in files, which stays as it was when the first index was written
+# key of each field in the index's files; fixed, so that indices written by older versions can be read
 DISK_KEYS = {
     "method": "method",
     "cells": "cells",

@@ -49,16 +49,20 @@ SCHEMA = pa.schema([(name, pa.list_(pa.string()) if name == "labels" else pa.str
 FILTER_COLUMNS = ("modality", "anatomy", "source")
 
 
+Reason = Literal["not_found", "damaged", "unsupported", "unfinished", "other_model"]
+
+
 class IndexFormatError(InputError):
     """An index cannot be used.
 
     Attributes:
         location: folder of the index, or name of the collection.
-        reason: "missing", "damaged", "unsupported", "unfinished" or "other model".
+        reason: kind of failure. "damaged" indices break their own format; "unsupported" ones are of another version or
+            another program; "unfinished" ones were not built to their end.
         file: name of the missing or damaged file, if it is one file.
     """
 
-    def __init__(self, location: object, reason: str, details: str, file: str | None = None):
+    def __init__(self, location: object, reason: Reason, details: str, file: str | None = None):
         super().__init__(f"{location}: {details}")
         self.location, self.reason, self.file = str(location), reason, file
 
@@ -411,7 +415,7 @@ def check_model(location: object, found: ModelFacts, expected: ModelFacts | None
     if expected is not None and found != expected:
         raise IndexFormatError(
             location,
-            "other model",
+            "other_model",
             f"embeddings of another model: expected {expected}, got {found}. Build the index again with this model.",
         )
 
@@ -506,7 +510,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
             ApproximateSettings.from_dict(manifest["approximate"])
         return manifest
     except OSError as error:
-        raise IndexFormatError(folder, "missing", f"no index found: expected a file {CURRENT}.", CURRENT) from error
+        raise IndexFormatError(folder, "not_found", f"no index found: expected a file {CURRENT}.", CURRENT) from error
     except IndexFormatError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -201,7 +201,7 @@ class MilvusIndex:
         """
         client = _connect(uri)
         if not client.has_collection(collection):
-            raise IndexFormatError(collection, "missing", f"no such collection in {uri}.")
+            raise IndexFormatError(collection, "not_found", f"no such collection in {uri}.")
         manifest = _read_manifest(client, collection)
         if not manifest.end:
             raise IndexFormatError(collection, "unfinished", "the collection was not built to its end. Build it again.")

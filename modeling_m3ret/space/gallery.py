@@ -284,7 +284,7 @@ def _load(folder: Path, facts: ModelFacts, records: Sequence[Record] | None = No
 
 
 def _metadata(readable: Sequence[Record], positions: Sequence[int]) -> pa.Table:
-    """Return the index's metadata, with positions in place of ids and patients."""
+    """Return the index's metadata; positions in the collection replace ids and patients."""
     first_position: dict[str, int] = {}
     for record, position in zip(readable, positions, strict=True):
         first_position.setdefault(record.group, position)

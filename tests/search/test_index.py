@@ -410,7 +410,7 @@ def damage(folder: Path, kind: str) -> None:
         ("truncated", "damaged", "embeddings.safetensors"),
         ("missing", "damaged", "embeddings.safetensors"),
         ("metadata missing", "damaged", "metadata.parquet"),
-        ("no manifest", "missing", "current.json"),
+        ("no manifest", "not_found", "current.json"),
         ("format", "unsupported", "current.json"),
         ("path", "damaged", "current.json"),
         ("scans", "damaged", None),
@@ -432,7 +432,7 @@ def test_index_of_another_model_is_refused(index: RetrievalIndex, tmp_path: Path
     other = ModelFacts("m3ret-tiny", "f" * 40, FACTS.processor)
     with pytest.raises(IndexFormatError) as raised:
         RetrievalIndex.load(tmp_path, other)
-    assert raised.value.reason == "other model"
+    assert raised.value.reason == "other_model"
     assert len(RetrievalIndex.load(tmp_path)) == 600  # without an expected model any is accepted
 
 

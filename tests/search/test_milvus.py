@@ -154,8 +154,8 @@ def reason_of(load: Any) -> str:
 def test_collections_that_are_not_an_index_of_this_model_are_refused(index: Any, uri: str) -> None:
     name, load, build = index.collection, milvus.MilvusIndex.load, milvus.MilvusIndex.build
     other = ModelFacts("m3ret-tiny", "f" * 40, FACTS.processor)
-    assert reason_of(lambda: load(uri, name, other)) == "other model"
-    assert reason_of(lambda: load(uri, "unknown")) == "missing"
+    assert reason_of(lambda: load(uri, name, other)) == "other_model"
+    assert reason_of(lambda: load(uri, "unknown")) == "not_found"
     with pytest.raises(ValueError, match=name):
         build(embeddings(), metadata(), FACTS, uri, name)
     index.client.create_collection("of_others", dimension=4)
@@ -211,10 +211,10 @@ def test_token_is_read_from_the_environment_and_never_stored(monkeypatch: pytest
     monkeypatch.setattr(milvus, "MilvusClient", lambda uri, token: given.append((uri, token)) or connect(uri))
     milvus.MilvusClient.create_schema = connect.create_schema  # of the class, not of a client
     monkeypatch.setenv("MILVUS_TOKEN", "root:a-secret")
-    index = milvus.MilvusIndex.build(embeddings(20), metadata(20), FACTS, str(tmp_path / "own.db"), "scans")
-    assert given == [(str(tmp_path / "own.db"), "root:a-secret")]
+    index = milvus.MilvusIndex.build(embeddings(20), metadata(20), FACTS, str(tmp_path / "gallery.db"), "scans")
+    assert given == [(str(tmp_path / "gallery.db"), "root:a-secret")]
     assert "a-secret" not in index.manifest.to_json()
     index.close()
-    files = [path for path in (tmp_path / "own.db").rglob("*") if path.is_file()]
+    files = [path for path in (tmp_path / "gallery.db").rglob("*") if path.is_file()]
     assert files
     assert not any(b"a-secret" in path.read_bytes() for path in files)

@@ -1,4 +1,4 @@
-"""The gallery: embedded once, resumed after a kill, without names; and the searches of the page over it."""
+"""The gallery is embedded once, resumed after a kill, and holds no names; the page searches and compares its scans."""
 
 from __future__ import annotations
 
@@ -42,23 +42,28 @@ def records(folder: Path) -> list[Record]:
 
 
 @pytest.fixture(scope="module")
-def parts(folder: Path, records: list[Record]) -> tuple[M3RetModel, M3RetImageProcessor, Gallery]:
+def opened(folder: Path, records: list[Record]) -> tuple[M3RetModel, M3RetImageProcessor, Gallery]:
+    """A model, its processor, and the gallery of all records."""
     torch.manual_seed(0)
     return small_gallery(folder / "galleries", records)
 
 
 @pytest.fixture(scope="module")
 def readers() -> IsolatedReaders:
+    """Reader processes, so tests that use them are slow."""
     return IsolatedReaders()
 
 
 @pytest.fixture
-def searching(parts: tuple[M3RetModel, M3RetImageProcessor, Gallery], readers: IsolatedReaders) -> Searching:
-    return Searching(*parts, readers)
+def searching(opened: tuple[M3RetModel, M3RetImageProcessor, Gallery], readers: IsolatedReaders) -> Searching:
+    return Searching(*opened, readers)
 
 
-def test_filtered_search_equals_brute_force(searching: Searching, records: list[Record]) -> None:
-    embeddings = searching.gallery.index.embeddings.float()
+def test_filtered_search_equals_brute_force(
+    opened: tuple[M3RetModel, M3RetImageProcessor, Gallery], records: list[Record]
+) -> None:
+    gallery = opened[2]
+    embeddings = gallery.index.embeddings.float()
     query = torch.nn.functional.normalize(torch.randn(embeddings.shape[1]), dim=0)
     similarities = embeddings @ query
     for filters, allowed in {
@@ -68,16 +73,16 @@ def test_filtered_search_equals_brute_force(searching: Searching, records: list[
         MetadataFilter(modality=("unknown",)): lambda record: False,
     }.items():
         expected = [row for row in similarities.argsort(descending=True).tolist() if allowed(records[row])][:5]
-        assert searching.gallery.search(query, 5, filters).rows[0].tolist() == expected
+        assert gallery.search(query, 5, filters).rows[0].tolist() == expected
 
 
 def test_gallery_is_read_from_the_cache(
     folder: Path,
     records: list[Record],
-    parts: tuple[M3RetModel, M3RetImageProcessor, Gallery],
+    opened: tuple[M3RetModel, M3RetImageProcessor, Gallery],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    model, processor, first = parts
+    model, processor, first = opened
     monkeypatch.setattr(gallery_module, "write_shards", lambda *_, **__: pytest.fail("embedded again"))
     again = embed_gallery(records, model, processor, "renamed", folder=folder / "galleries")
     torch.testing.assert_close(again.index.embeddings, first.index.embeddings, rtol=0, atol=0)
@@ -85,9 +90,9 @@ def test_gallery_is_read_from_the_cache(
 
 
 def test_index_of_another_model_is_refused(
-    folder: Path, parts: tuple[M3RetModel, M3RetImageProcessor, Gallery]
+    folder: Path, opened: tuple[M3RetModel, M3RetImageProcessor, Gallery]
 ) -> None:
-    model, processor, gallery = parts
+    model, processor, gallery = opened
     gallery.index.save(folder / "index")
     found = open_gallery(str(folder / "index"), model, processor, "m3ret-tiny")
     assert (len(found), found.records) == (len(gallery), None)
@@ -95,7 +100,7 @@ def test_index_of_another_model_is_refused(
     other = M3RetModel(model.config).eval()
     with pytest.raises(IndexFormatError) as raised:
         open_gallery(str(folder / "index"), other, processor, "m3ret-tiny")
-    assert raised.value.reason == "other model"
+    assert raised.value.reason == "other_model"
 
 
 @pytest.fixture
@@ -114,12 +119,12 @@ def embedded(monkeypatch: pytest.MonkeyPatch) -> list[Record]:
 @pytest.mark.slow
 def test_killed_embedding_is_resumed(
     records: list[Record],
-    parts: tuple[M3RetModel, M3RetImageProcessor, Gallery],
+    opened: tuple[M3RetModel, M3RetImageProcessor, Gallery],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     embedded: list[Record],
 ) -> None:
-    model, processor, _ = parts
+    model, processor, _ = opened
     cache, shard, done = tmp_path / "galleries", 3, 2
     monkeypatch.setattr(gallery_module, "SHARD_SCANS", shard)
 
@@ -154,11 +159,11 @@ def test_killed_embedding_is_resumed(
 
 def test_concurrent_starts_embed_once(
     records: list[Record],
-    parts: tuple[M3RetModel, M3RetImageProcessor, Gallery],
+    opened: tuple[M3RetModel, M3RetImageProcessor, Gallery],
     tmp_path: Path,
     embedded: list[Record],
 ) -> None:
-    model, processor, gallery = parts
+    model, processor, gallery = opened
     with ThreadPoolExecutor(2) as starts:
         both = [starts.submit(embed_gallery, records, model, processor, "tiny", folder=tmp_path) for _ in range(2)]
     assert embedded == records
@@ -176,7 +181,7 @@ def test_unreadable_scans_are_left_out(folder: Path, records: list[Record], tmp_
     assert not any(b"damaged" in path.read_bytes() for path in files)
 
 
-def test_gallery_stores_no_name_of_a_file_or_patient(folder: Path, records: list[Record], parts: object) -> None:
+def test_gallery_stores_no_name_of_a_file_or_patient(folder: Path, records: list[Record], opened: object) -> None:
     files = [path for path in (folder / "galleries").rglob("*") if path.is_file()]
     assert files
     for path in files:
@@ -185,8 +190,10 @@ def test_gallery_stores_no_name_of_a_file_or_patient(folder: Path, records: list
             assert name.encode() not in content, (path.name, name)
 
 
-def test_scans_of_one_patient_share_a_patient_in_the_index(records: list[Record], searching: Searching) -> None:
-    patients = searching.gallery.index.metadata.column("patient").to_pylist()
+def test_scans_of_one_patient_share_a_patient_in_the_index(
+    opened: tuple[M3RetModel, M3RetImageProcessor, Gallery], records: list[Record]
+) -> None:
+    patients = opened[2].index.metadata.column("patient").to_pylist()
     for row, record in enumerate(records):
         assert [patient == patients[row] for patient in patients] == [r.group == record.group for r in records]
 
@@ -205,6 +212,7 @@ def test_thumbnail_is_the_middle_slice_on_a_black_square(tmp_path: Path) -> None
     assert shown[: quarter - 8].max() < 50  # above the picture
 
 
+@pytest.mark.slow
 def test_heat_of_a_scan_with_itself_is_symmetric(searching: Searching, records: list[Record]) -> None:
     row = next(row for row, record in enumerate(records) if record.modality == "ct")
     heat = searching.heat(searching.query_of_row(row), row)
@@ -216,6 +224,7 @@ def test_heat_of_a_scan_with_itself_is_symmetric(searching: Searching, records: 
     np.testing.assert_allclose(heat.query.astype(int), heat.hit.astype(int), atol=1)
 
 
+@pytest.mark.slow
 def test_heat_of_a_region_is_zero_outside_it(searching: Searching, records: list[Record]) -> None:
     row = next(row for row, record in enumerate(records) if record.modality == "ct")
     query = searching.query_of_row(row)
@@ -245,19 +254,21 @@ def test_heat_of_a_region_is_zero_outside_it(searching: Searching, records: list
     assert searching.heat(query, row).confidence >= heat.confidence
 
 
+@pytest.mark.slow
 def test_slab_is_the_slices_of_one_patch(searching: Searching, records: list[Record]) -> None:
     for modality in ("ct", "endoscopy", "xray"):
         row = next(row for row, record in enumerate(records) if record.modality == modality)
         query = searching.query_of_row(row)
         edges = scan_tokens(searching.model, searching.processor, [searching.scan(query.key)])[0].edges[0]
         slices = searching.scan(query.key).array.shape[1]
-        for place in range(slices):
-            middles = np.arange(slices) + 0.5
-            patch = int((edges.numpy() <= middles[place]).sum())  # the one that begins before its middle, and the last
-            together = np.flatnonzero((edges.numpy()[:, None] <= middles).sum(0) == patch)
-            assert searching.slab(query, place) == slice(together[0], together[-1] + 1)
+        centres = np.arange(slices) + 0.5
+        patch_of = (edges.numpy()[:, None] <= centres).sum(0)
+        for index in range(slices):
+            same_patch = np.flatnonzero(patch_of == patch_of[index])
+            assert searching.slab(query, index) == slice(same_patch[0], same_patch[-1] + 1)
 
 
+@pytest.mark.slow
 def test_reranking_sorts_the_first_hits_by_late_interaction(searching: Searching, records: list[Record]) -> None:
     query = searching.query_of_row(2)
     first = [hit["item"] for hit in searching.search(query, 6)]
@@ -269,47 +280,53 @@ def test_reranking_sorts_the_first_hits_by_late_interaction(searching: Searching
     assert [hit["similarity"] for hit in reranked] == pytest.approx(sorted(scores.values(), reverse=True), abs=1e-4)
 
 
-def test_an_upload_that_was_put_away_is_told_and_a_scan_of_the_gallery_comes_back(
-    parts: tuple[M3RetModel, M3RetImageProcessor, Gallery], records: list[Record], readers: IsolatedReaders
+@pytest.mark.slow
+def test_closed_upload_is_an_error_and_a_gallery_scan_is_opened_again(
+    opened: tuple[M3RetModel, M3RetImageProcessor, Gallery], records: list[Record], readers: IsolatedReaders
 ) -> None:
-    searching = Searching(*parts, readers, shelf_bytes=1)
-    place = records[0].location
-    assert isinstance(place, Path)
-    query = searching.query_of_files([place])
+    searching = Searching(*opened, readers, shelf_bytes=1)
+    file = records[0].location
+    assert isinstance(file, Path)
+    query = searching.query_of_files([file])
     assert searching.scan(query.key) is searching.scan(query.key)
     searching.scan("row-1")
-    with pytest.raises(PutAwayError, match="upload it again"):
+    with pytest.raises(PutAwayError):
         searching.scan(query.key)
     assert searching.scan("row-1").array.size
 
 
-def test_a_scan_of_the_gallery_that_is_gone_is_told_without_its_name(
-    parts: tuple[M3RetModel, M3RetImageProcessor, Gallery], tmp_path: Path, readers: IsolatedReaders
+@pytest.mark.slow
+def test_error_of_a_missing_gallery_scan_does_not_name_the_file(
+    opened: tuple[M3RetModel, M3RetImageProcessor, Gallery], tmp_path: Path, readers: IsolatedReaders
 ) -> None:
-    model, processor, gallery = parts
+    model, processor, gallery = opened
     assert gallery.records is not None
-    gone = [replace(gallery.records[0], location=tmp_path / "patient-name.png"), *gallery.records[1:]]
-    searching = Searching(model, processor, Gallery(gallery.index, gone), readers)
-    with pytest.raises(M3RetReadError, match="item 0 of the gallery: source not found") as told:
+    missing = [replace(gallery.records[0], location=tmp_path / "patient-name.png"), *gallery.records[1:]]
+    searching = Searching(model, processor, Gallery(gallery.index, missing), readers)
+    with pytest.raises(M3RetReadError) as raised:
         searching.scan("row-0")
-    assert "patient-name" not in str(told.value)
+    assert raised.value.reason == "not_found"
+    assert "item 0" in str(raised.value)
+    assert "patient-name" not in str(raised.value)
 
 
-def test_an_upload_that_nobody_looks_at_is_put_away(searching: Searching, records: list[Record]) -> None:
-    place = records[0].location
-    assert isinstance(place, Path)
-    query = searching.query_of_files([place])
+@pytest.mark.slow
+def test_unused_upload_is_closed(searching: Searching, records: list[Record]) -> None:
+    file = records[0].location
+    assert isinstance(file, Path)
+    query = searching.query_of_files([file])
     searching.heat(query, 1)
     searching.put_away_unused(3600)
     assert searching.scan(query.key).array.size
     searching.put_away_unused(0)
-    for gone in (lambda: searching.scan(query.key), lambda: searching.heat(query, 1)):
-        with pytest.raises(PutAwayError, match="upload it again"):
-            gone()
+    for access in (lambda: searching.scan(query.key), lambda: searching.heat(query, 1)):
+        with pytest.raises(PutAwayError):
+            access()
 
 
+@pytest.mark.slow
 def test_zerogpu_runs_only_the_encoder_on_the_gpu(
-    parts: tuple[M3RetModel, M3RetImageProcessor, Gallery],
+    opened: tuple[M3RetModel, M3RetImageProcessor, Gallery],
     records: list[Record],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -320,7 +337,7 @@ def test_zerogpu_runs_only_the_encoder_on_the_gpu(
         "import pickle, torch\n"
         "calls = []\n"
         "def GPU(function):\n"
-        "    def lent(*arguments):\n"
+        "    def wrapped(*arguments):\n"
         "        before, torch.cuda.is_available = torch.cuda.is_available, lambda: True\n"
         "        try:\n"
         "            calls.append(function)\n"
@@ -328,19 +345,19 @@ def test_zerogpu_runs_only_the_encoder_on_the_gpu(
         "        finally:\n"
         "            torch.cuda.is_available = before\n"
         "        return pickle.loads(pickle.dumps(result))\n"
-        "    return lent\n"
+        "    return wrapped\n"
     )
-    place = records[0].location
-    assert isinstance(place, Path)
-    without = Searching(*parts, readers)
-    embedding, heat = without.query_of_files([place]).embedding, without.heat(without.query_of_row(0), 1)
+    file = records[0].location
+    assert isinstance(file, Path)
+    without = Searching(*opened, readers)
+    embedding, heat = without.query_of_files([file]).embedding, without.heat(without.query_of_row(0), 1)
     monkeypatch.syspath_prepend(tmp_path)
     moved: list[str] = []
-    monkeypatch.setattr(type(parts[0]), "to", lambda self, device: moved.append(device) or self)
-    searching = Searching(*parts, readers)
+    monkeypatch.setattr(type(opened[0]), "to", lambda self, device: moved.append(device) or self)
+    searching = Searching(*opened, readers)
     spaces = sys.modules.pop("spaces")  # later tests must not find it
     assert not spaces.calls
-    torch.testing.assert_close(searching.query_of_files([place]).embedding, embedding, rtol=0, atol=0)
+    torch.testing.assert_close(searching.query_of_files([file]).embedding, embedding, rtol=0, atol=0)
     assert (len(spaces.calls), moved) == (1, ["cuda"])
     np.testing.assert_array_equal(searching.heat(searching.query_of_row(0), 1).hit, heat.hit)
     assert len(spaces.calls) == len(moved) == 3  # plus one per scan of the pair
@@ -364,14 +381,17 @@ def test_map_of_one_scan_can_be_drawn() -> None:
     assert GalleryMap.of(torch.ones(1, 8)).picture(["ct"], 0).size[0] == SIDE
 
 
-def test_filter_names_are_those_of_the_gallery(searching: Searching, records: list[Record]) -> None:
-    assert searching.gallery.names("modality") == sorted({record.modality for record in records})
-
-
-def test_index_without_scans_can_be_searched(
-    parts: tuple[M3RetModel, M3RetImageProcessor, Gallery], readers: IsolatedReaders
+def test_filter_names_are_those_of_the_gallery(
+    opened: tuple[M3RetModel, M3RetImageProcessor, Gallery], records: list[Record]
 ) -> None:
-    model, processor, gallery = parts
+    assert opened[2].names("modality") == sorted({record.modality for record in records})
+
+
+@pytest.mark.slow
+def test_index_without_scans_can_be_searched(
+    opened: tuple[M3RetModel, M3RetImageProcessor, Gallery], readers: IsolatedReaders
+) -> None:
+    model, processor, gallery = opened
     table = pa.table({"id": ["a", "b"]})
     bare = Gallery(RetrievalIndex.build(gallery.index.embeddings[:2], table, gallery.index.facts))
     searching = Searching(model, processor, bare, readers)
@@ -381,27 +401,34 @@ def test_index_without_scans_can_be_searched(
         searching.scan("row-0")
 
 
+@pytest.mark.slow
 def test_page_of_an_index_without_scans_hides_the_comparison(
-    parts: tuple[M3RetModel, M3RetImageProcessor, Gallery],
+    opened: tuple[M3RetModel, M3RetImageProcessor, Gallery],
     readers: IsolatedReaders,
 ) -> None:
     gr = pytest.importorskip("gradio", reason="the Space needs gradio: pip install m3ret[app]")
     from modeling_m3ret.space.explore_page import ExplorePage
     from modeling_m3ret.space.search_page import SearchPage
 
-    model, processor, gallery = parts
+    model, processor, gallery = opened
     table = pa.table({"id": ["a", "b"], "modality": pa.array([None, "ct"])})
     bare = Gallery(RetrievalIndex.build(gallery.index.embeddings[:2], table, gallery.index.facts))
-    for own, visible in ((bare, False), (gallery, True)):
-        searching = Searching(model, processor, own, readers)
+    for shown_gallery, visible in ((bare, False), (gallery, True)):
+        searching = Searching(model, processor, shown_gallery, readers)
         with gr.Blocks(), gr.Tabs() as tabs, gr.Tab() as tab:
             search = SearchPage(searching)
             explore = ExplorePage(searching, search, tab, tabs)
-        beside = search.beside
-        for control in (beside.heated, beside.linked, beside.query_slice, beside.hit_slice, beside.to_best):
-            inner, shown = control, []
-            while inner is not None and inner is not beside.column:
-                shown.append(inner.visible)
-                inner = inner.parent
-            assert all(shown) == visible, control.label
-        assert explore._show(0, "modality")[explore.map].size, "unknown names are a colour too"
+        comparison = search.beside
+        for control in (
+            comparison.heated,
+            comparison.linked,
+            comparison.query_slice,
+            comparison.hit_slice,
+            comparison.to_best,
+        ):
+            block, visibilities = control, []
+            while block is not None and block is not comparison.column:
+                visibilities.append(block.visible)
+                block = block.parent
+            assert all(visibilities) == visible, control.label
+        assert explore._show(0, "modality")[explore.map].size  # unknown names have a colour
