@@ -171,7 +171,9 @@ def write_shards(
     shards = _shards(records, shard_scans)[rank::world_size]
     missing = [shard for shard in shards if not _shard_path(folder, shard).is_file()]
     total, remaining = sum(map(len, shards)), sum(map(len, missing))
-    bar = tqdm(total=total, initial=total - remaining, desc=description, unit="scan", disable=not progress)
+    bar = tqdm(
+        total=total, initial=total - remaining, desc=description, unit="scan", disable=not (progress and missing)
+    )
     with bar:
         for shard in missing:
             embedded = embed_records(
