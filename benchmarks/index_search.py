@@ -1,10 +1,11 @@
-"""How fast is a gallery of the paper's size searched, and how much of the truth is found?
+"""Measure search in a gallery of the paper's size: latency, memory, and recall of approximate indices.
 
     python benchmarks/index_search.py                       # 867,653 x 768, clustered
-    python benchmarks/index_search.py --hard                # spread evenly: nothing for cells to find
+    python benchmarks/index_search.py --hard                # uniform directions, which have no clusters to index
+    python benchmarks/index_search.py --peer                # also faiss' flat index in float32
 
-Synthetic embeddings: a mixture of 5,000 directions with noise, or, --hard, directions spread evenly. Queries are new
-draws, not rows of the gallery. Beside it, as the peer, faiss' own flat index in float32.
+Embeddings are synthetic: 5,000 random directions with noise or, with --hard, uniform directions. Queries are further
+samples, not rows of the gallery.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any
 import faiss
 import pyarrow as pa
 import torch
+from timing import seconds
 from torch import Tensor
 
 from modeling_m3ret.cpu import prepare_cpu
@@ -29,7 +31,11 @@ from modeling_m3ret.search.approximate import ApproximateSearch
 from modeling_m3ret.search.index import MetadataFilter, RetrievalIndex
 
 
-def draw(rows: int, dimension: int, centres: Tensor | None, seed: int) -> Tensor:
+FACTS = ModelFacts("synthetic", "0", "0")
+
+
+def sample_embeddings(rows: int, dimension: int, centres: Tensor | None, seed: int) -> Tensor:
+    """Return `(rows, dimension)` float16 of norm 1: around random centres, or uniform on the sphere."""
     generator = torch.Generator().manual_seed(seed)
     vectors = torch.empty(rows, dimension, dtype=torch.float16)
     for start in range(0, rows, 65536):
@@ -41,13 +47,12 @@ def draw(rows: int, dimension: int, centres: Tensor | None, seed: int) -> Tensor
     return vectors
 
 
-def milliseconds(action: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    action()
-    return 1e3 * (time.perf_counter() - start)
+def milliseconds(call: Callable[[], Any]) -> float:
+    return 1e3 * seconds(call)
 
 
-def latencies(name: str, search: Callable[[Tensor], Any], queries: Tensor) -> None:
+def print_latencies(name: str, search: Callable[[Tensor], Any], queries: Tensor) -> None:
+    """Print the latency of single queries, of 100 queries and of 1,000 queries."""
     search(queries[:1]), search(queries[:100])
     single = sorted(milliseconds(lambda q=query: search(q[None])) for query in queries[:100])
     hundred = statistics.median(milliseconds(lambda: search(queries[:100])) for _ in range(3))
@@ -59,67 +64,86 @@ def latencies(name: str, search: Callable[[Tensor], Any], queries: Tensor) -> No
     )
 
 
+def build_exact(rows: int, gallery: Tensor) -> RetrievalIndex:
+    metadata = pa.table(
+        {
+            "id": pa.array(map(str, range(rows))),
+            "patient": pa.array(str(row // 3) for row in range(rows)),
+            "anatomy": pa.array(str(row % 100) for row in range(rows)),
+        }
+    )
+    start = time.perf_counter()
+    index = RetrievalIndex.build(gallery, metadata, FACTS, "exact")
+    print(f"exact: built in {time.perf_counter() - start:.1f} s, {index.embeddings.nbytes / 2**20:,.0f} MiB")
+    return index
+
+
+def measure_filters(index: RetrievalIndex, queries: Tensor) -> None:
+    """Print the latency of single queries with a filter to 1 % of the gallery: a new one each time, and the same."""
+    index.search(queries[:1], 10, where=MetadataFilter(anatomy=["99"]))  # reads the column
+    for name, filters in (
+        ("new", [MetadataFilter(anatomy=[str(number)]) for number in range(50)]),
+        ("repeated", [MetadataFilter(anatomy=["99"])] * 50),
+    ):
+        times = sorted(
+            milliseconds(lambda q=query, where=where: index.search(q[None], 10, where=where))
+            for query, where in zip(queries, filters, strict=False)
+        )
+        print(f"{f'exact, filter to 1 %, {name}':34} one query p50 {times[25]:8.2f} ms, p95 {times[47]:8.2f} ms")
+
+
+def measure_files(index: RetrievalIndex) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        print(f"saved in {seconds(lambda: index.save(Path(folder))):.1f} s")
+        for verify in (True, False):
+            taken = seconds(lambda verify=verify: RetrievalIndex.load(Path(folder), verify=verify))
+            print(f"loaded in {taken:.2f} s, {'with SHA-256 check' if verify else 'memory-mapped'}")
+
+
+def measure_faiss_flat(index: RetrievalIndex, queries: Tensor) -> None:
+    flat = faiss.IndexFlatIP(queries.shape[1])
+    for block in index.embeddings.split(65536):
+        flat.add(block.float().numpy())
+    print_latencies("faiss flat, float32", lambda q: flat.search(q.numpy(), 10), queries)
+
+
+def measure_approximate(index: RetrievalIndex, method: str, queries: Tensor, truth: Tensor) -> None:
+    """Build an approximate index; print its settings, the recall@10 of new queries, its size and its latencies."""
+    start = time.perf_counter()
+    built = RetrievalIndex(index.embeddings, index.metadata, FACTS)
+    built.approximate = ApproximateSearch.build(index.embeddings, method)
+    taken = time.perf_counter() - start
+    size = len(faiss.serialize_index(built.approximate.index)) / 2**20
+    found = built.search(queries, 10).rows
+    hits = sum(len(set(a.tolist()) & set(b.tolist())) for a, b in zip(truth, found, strict=True))
+    print(f"{built.approximate.settings}, of new queries {hits / truth.numel():.4f}")
+    print(f"{method}: built in {taken:.0f} s, {size:,.0f} MiB")
+    print_latencies(method, lambda q: built.search(q, 10), queries)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=867_653)
-    parser.add_argument("--dimension", type=int, default=768)
+    parser.add_argument("--rows", type=int, default=867_653, help="scans in the gallery")
+    parser.add_argument("--dimension", type=int, default=768, help="dimension of the embeddings")
     parser.add_argument(
-        "--methods", nargs="*", default=["ivf", "rabitq"], help="also hnsw, which takes minutes to build"
+        "--methods", nargs="*", default=["ivf", "rabitq"], help="approximate indices; hnsw takes minutes to build"
     )
-    parser.add_argument("--hard", action="store_true")
-    parser.add_argument("--peer", action="store_true", help="also faiss' flat index in float32")
+    parser.add_argument("--hard", action="store_true", help="uniform directions instead of clusters")
+    parser.add_argument("--peer", action="store_true", help="also measure faiss' flat index in float32")
     arguments = parser.parse_args()
     prepare_cpu(1)
     rows, dimension = arguments.rows, arguments.dimension
     centres = None if arguments.hard else torch.randn(5000, dimension, generator=torch.Generator().manual_seed(1))
-    gallery, queries = (draw(count, dimension, centres, seed).float() for count, seed in ((rows, 2), (1000, 3)))
-    metadata = pa.table(
-        {
-            "id": pa.array(map(str, range(rows))),
-            "patient": pa.array(str(n // 3) for n in range(rows)),
-            "anatomy": pa.array(str(n % 100) for n in range(rows)),
-        }
-    )
-    facts = ModelFacts("synthetic", "0", "0")
-    start = time.perf_counter()
-    index = RetrievalIndex.build(gallery, metadata, facts, "exact")
-    del gallery
-    print(f"exact: built in {time.perf_counter() - start:.1f} s, {index.embeddings.nbytes / 2**20:,.0f} MiB")
-    latencies("exact", lambda q: index.search(q, 10), queries)
-    index.search(queries[:1], 10, where=MetadataFilter(anatomy=["99"]))  # which reads the column
-    for name, filters in (
-        ("new", [MetadataFilter(anatomy=[str(number)]) for number in range(50)]),
-        ("asked before", [MetadataFilter(anatomy=["99"])] * 50),
-    ):
-        filtered = sorted(
-            milliseconds(lambda q=query, where=where: index.search(q[None], 10, where=where))
-            for query, where in zip(queries, filters, strict=False)
-        )
-        title = f"exact, filter to 1 %, {name}"
-        print(f"{title:34} one query p50 {filtered[25]:8.2f} ms, p95 {filtered[47]:8.2f} ms")
-    with tempfile.TemporaryDirectory() as folder:
-        print(f"saved in {milliseconds(lambda: index.save(Path(folder))) / 1e3:.1f} s")
-        for verify in (True, False):
-            took = milliseconds(lambda verify=verify: RetrievalIndex.load(Path(folder), verify=verify))
-            print(f"loaded in {took / 1e3:.2f} s, {'sha256 verified' if verify else 'mapped'}")
-    truth = index.search(queries, 10).rows
+    queries = sample_embeddings(1000, dimension, centres, 3).float()
+    index = build_exact(rows, sample_embeddings(rows, dimension, centres, 2).float())
+    print_latencies("exact", lambda q: index.search(q, 10), queries)
+    measure_filters(index, queries)
+    measure_files(index)
     if arguments.peer:
-        flat = faiss.IndexFlatIP(dimension)
-        for block in index.embeddings.split(65536):
-            flat.add(block.float().numpy())
-        latencies("faiss flat, float32", lambda q: flat.search(q.numpy(), 10), queries)
-        del flat
+        measure_faiss_flat(index, queries)
+    truth = index.search(queries, 10).rows
     for method in arguments.methods:
-        start = time.perf_counter()
-        built = RetrievalIndex(index.embeddings, index.metadata, facts)
-        built.approximate = ApproximateSearch.build(index.embeddings, method)
-        seconds = time.perf_counter() - start
-        size = len(faiss.serialize_index(built.approximate.index)) / 2**20
-        found = built.search(queries, 10).rows
-        hits = sum(len(set(a.tolist()) & set(b.tolist())) for a, b in zip(truth, found, strict=True))
-        print(f"{built.approximate.settings}, of new queries {hits / truth.numel():.4f}")
-        print(f"{method}: built in {seconds:.0f} s, {size:,.0f} MiB")
-        latencies(method, lambda q, built=built: built.search(q, 10), queries)
+        measure_approximate(index, method, queries, truth)
     print(f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB")
 
 

@@ -1,10 +1,11 @@
-"""How fast do scans load from Parquet into packed patches, beside the bare decoder of their source files?
+"""Measure how fast scans load from Parquet into packed patches, compared with the decoders of their source files.
 
     python benchmarks/loading.py --data FOLDER        # a folder with a manifest.csv; the phantom by default
 
-Read: fetch the row, decode it under limits and scale to [0, 1]. Packed: also resize and cut into patches. The decoder:
-pydicom, nibabel, decord or Pillow, decoding the source file to its array. One thread each, files in the page
-cache, interleaved; the ratio is the median of the rounds', with the smallest and the largest.
+`read` fetches a row, decodes it under limits and scales it to [0, 1]; `packed` also resizes the scan and cuts it into
+patches. `decoder` is pydicom, nibabel, decord or Pillow decoding the source file to an array. All use one thread, with
+files in the page cache, in interleaved rounds. Ratios are ratios of speeds: the median of the rounds, with the smallest
+and the largest.
 """
 
 from __future__ import annotations
@@ -14,14 +15,13 @@ import io
 import logging
 import statistics
 import tempfile
-import time
 from collections import defaultdict
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from timing import interleaved_seconds, speed_ratio
 
 from dataset_scripts.builder import Pseudonyms, ScanBuilder
 from dataset_scripts.entries import Entry
@@ -32,11 +32,12 @@ from modeling_m3ret.cpu import keep_freed_memory
 from modeling_m3ret.data.collection import Record, open_collection, phantom_folder
 
 
-PER_KIND = 24
+SCANS_PER_KIND = 24
 SALT = b"benchmark"
 
 
 def kind_of(path: Path) -> str:
+    """Return the name of a file format, for the table."""
     if path.is_dir():
         return "DICOM series"
     return {".gz": "NIfTI, gzipped", ".nii": "NIfTI", ".dcm": "DICOM", ".mp4": "video"}.get(
@@ -45,7 +46,7 @@ def kind_of(path: Path) -> str:
 
 
 def decode(path: Path) -> Any:
-    """The array of a source file by the library that everyone would take."""
+    """Decode a source file to an array, with the most common library for its format."""
     if path.is_dir():
         import pydicom
 
@@ -57,14 +58,13 @@ def decode(path: Path) -> Any:
     if path.suffix in (".nii", ".gz"):
         import nibabel
 
-        return nibabel.load(path).get_fdata(dtype=np.float32)  # the array itself may be a map of the file, not yet read
+        return nibabel.load(path).get_fdata(dtype=np.float32)  # dataobj may be a memory map that is not read yet
     if path.suffix == ".mp4":
         import decord
 
         video = decord.VideoReader(str(path), ctx=decord.cpu(0), num_threads=1)
-        # the frames that we take, too: a clip has no more than 32
-        wanted = min(len(video), 32)
-        return video.get_batch([(2 * i + 1) * len(video) // (2 * wanted) for i in range(wanted)]).asnumpy()
+        frames = min(len(video), 32)  # the frames that our reader samples
+        return video.get_batch([(2 * i + 1) * len(video) // (2 * frames) for i in range(frames)]).asnumpy()
     if path.suffix == ".npz":
         with np.load(path) as archive:
             return archive[archive.files[0]]
@@ -73,25 +73,19 @@ def decode(path: Path) -> Any:
     return np.asarray(Image.open(io.BytesIO(path.read_bytes())))
 
 
-def seconds(action: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    action()
-    return time.perf_counter() - start
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=None)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--size", type=int, default=224)
+    parser.add_argument("--data", type=Path, default=None, help="folder with a manifest.csv (default: the phantom)")
+    parser.add_argument("--rounds", type=int, default=7, help="repetitions of each measurement")
+    parser.add_argument("--size", type=int, default=224, help="size of the processor, in pixels")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    keep_freed_memory()  # as in the workers of a training
+    keep_freed_memory()  # as the workers of a training run do
     logging.getLogger("pydicom").setLevel(logging.ERROR)
     root = arguments.data or phantom_folder("phantom")
     kinds: dict[str, list[Entry]] = defaultdict(list)
     for entry in Folder().entries(root):
-        if len(kinds[kind_of(entry.files[0])]) < PER_KIND:
+        if len(kinds[kind_of(entry.files[0])]) < SCANS_PER_KIND:
             kinds[kind_of(entry.files[0])].append(entry)
     processor = M3RetImageProcessor(size=arguments.size)
     with tempfile.TemporaryDirectory() as folder:
@@ -111,6 +105,8 @@ def main() -> None:
 def compare(
     kind: str, records: list[Record], entries: list[Entry], processor: M3RetImageProcessor, rounds: int
 ) -> None:
+    """Print the row of the table for one kind of file."""
+
     def read() -> None:
         for record in records:
             processor.read(record.open())
@@ -123,16 +119,10 @@ def compare(
         for entry in entries:
             decode(entry.files[0])
 
-    sides = (read, load, decoder)
-    for warm_up in sides:
-        warm_up()
-    times = [[seconds(side) for side in sides] for _ in range(rounds)]
-    speeds = [f"{len(entries) / statistics.median(side):8.1f}" for side in zip(*times, strict=True)]
-    ratios = []
-    for side in range(2):
-        each = [row[2] / row[side] for row in times]
-        ratios.append(f"{statistics.median(each):5.2f} ({min(each):.2f}-{max(each):.2f})")
-    print(f"| {kind:16} | {len(entries):5} | {' | '.join(speeds)} | {' | '.join(ratios)} |", flush=True)
+    times = interleaved_seconds({"read": read, "packed": load, "decoder": decoder}, rounds)
+    speeds = [f"{len(entries) / statistics.median(taken):8.1f}" for taken in times.values()]
+    ratios = [speed_ratio(times[side], times["decoder"]) for side in ("read", "packed")]
+    print(f"| {kind:16} | {len(entries):5} | {' | '.join(speeds)} | {ratios[0]:>17} | {ratios[1]:>17} |", flush=True)
 
 
 if __name__ == "__main__":
