@@ -1,4 +1,4 @@
-"""The modules for the `evaluate` library: loaded offline from their folder, they say what the core says."""
+"""The metric for the `evaluate` library: loaded offline from its folder, it returns the scores of the package."""
 
 from __future__ import annotations
 
@@ -26,15 +26,17 @@ INPUTS: dict[str, tuple[Any, Any]] = {
     "unequal lists": ([["b", "a", "c|b"], [], ["a", "c|a"]], ["b|x", "a", "c"]),
     "numerals": ([["1", "2"]], ["2"]),
     "similarities": (SIMILARITY, RELEVANT),
-    "nothing": ([["b"]], ["a"]),
+    "nothing relevant": ([["b"]], ["a"]),
     "unequal rows": ([[0.5, 0.1]], [[True]]),
 }
 
 
 @pytest.fixture(scope="module")
 def computed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What the module makes of INPUTS, and the examples of its docstring, in a process of its own: the library takes
-    seconds to import, and copies a module into its cache, which is a fresh one here."""
+    """Compute the metric on INPUTS and run the examples of its docstring, in a process with a fresh cache.
+
+    The library takes seconds to import, and it copies the module into its cache.
+    """
     code = """
 import doctest, json, sys
 import evaluate
@@ -44,7 +46,7 @@ for name, (predictions, references) in json.load(sys.stdin).items():
     try:
         answers[name] = metric.compute(predictions=predictions, references=references)
     except ValueError as error:
-        answers[name] = str(error)
+        answers[name] = {"error": type(error).__name__, "message": str(error)}
 example = doctest.DocTestParser().get_doctest(metric.inputs_description, {}, "module", None, 0)
 failed, attempted = doctest.DocTestRunner().run(example, out=sys.stderr.write)
 print(json.dumps({**answers, "examples": [failed, attempted]}))
@@ -63,7 +65,8 @@ print(json.dumps({**answers, "examples": [failed, attempted]}))
     return json.loads(ran.stdout.splitlines()[-1])
 
 
-def test_similarities_are_scored_as_by_the_core(computed: dict[str, Any]) -> None:
+@pytest.mark.slow
+def test_similarities_get_the_scores_of_the_package(computed: dict[str, Any]) -> None:
     similarity = torch.tensor(SIMILARITY)
     expected = score_queries(similarity.nan_to_num(nan=-1), torch.tensor(RELEVANT), ~similarity.isnan())
     assert computed["similarities"].pop("queries") == len(expected.scores) == 3
@@ -74,9 +77,10 @@ def test_similarities_are_scored_as_by_the_core(computed: dict[str, Any]) -> Non
     assert computed["similarities"] == pytest.approx(dict(zip(METRICS, means, strict=True)))
 
 
-def test_lists_of_labels_are_rankings(computed: dict[str, Any]) -> None:
+@pytest.mark.slow
+def test_lists_of_labels_are_scored_as_rankings(computed: dict[str, Any]) -> None:
     scores = computed["lists"]
-    # the third has nothing to find
+    # the third query has no relevant item
     assert scores["queries"] == 2
     assert scores["mAP"] == pytest.approx(((1 + 2 / 3) / 2 + (1 / 2 + 2 / 3) / 2) / 2)
     assert (scores["MRR"], scores["P@1"], scores["P@5"]) == pytest.approx((3 / 4, 1 / 2, 2 / 5))
@@ -84,28 +88,31 @@ def test_lists_of_labels_are_rankings(computed: dict[str, Any]) -> None:
     assert computed["numerals"]["MRR"] == 1 / 2
 
 
-def test_several_labels_match_by_a_shared_one_and_lists_may_differ_in_length(computed: dict[str, Any]) -> None:
+@pytest.mark.slow
+def test_a_shared_label_is_relevant_in_lists_of_different_lengths(computed: dict[str, Any]) -> None:
     scores = computed["unequal lists"]
     assert scores["queries"] == 2
     first, third = (1 + 2 / 3) / 2, 1 / 2
     assert scores["mAP"] == pytest.approx((first + third) / 2)
-    # the classes b and x are of the first query, c of the third
+    # the first query has the classes b and x, the third has c
     assert scores["macro mAP"] == pytest.approx((2 * first + third) / 3)
 
 
-def test_what_cannot_be_scored_is_said(computed: dict[str, Any]) -> None:
-    assert "nothing" not in computed["nothing"]
-    assert "no query with anything relevant" in computed["nothing"]
-    assert "several lengths" in computed["unequal rows"]
+@pytest.mark.slow
+def test_inputs_that_cannot_be_scored_are_refused(computed: dict[str, Any]) -> None:
+    assert computed["nothing relevant"]["error"] == "ValueError"
+    assert computed["unequal rows"]["error"] == "ValueError"
+    assert "[1, 2]" in computed["unequal rows"]["message"]  # the lengths of the rows
 
 
-def test_its_examples_print_what_they_say(computed: dict[str, Any]) -> None:
+@pytest.mark.slow
+def test_docstring_examples_give_their_results(computed: dict[str, Any]) -> None:
     failed, attempted = computed["examples"]
     assert attempted > 5
     assert failed == 0
 
 
-def test_the_package_does_not_import_the_library() -> None:
+def test_the_package_does_not_import_evaluate_or_sklearn() -> None:
     for path in (ROOT / "modeling_m3ret").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []

@@ -1,10 +1,10 @@
-"""Retrieval metrics for the `evaluate` library, over the functions that the project itself measures with.
+"""Retrieval metrics for the `evaluate` library, computed by the functions of `modeling_m3ret.evaluation`.
 
     metric = evaluate.load("./metrics/m3ret_retrieval")
     metric.compute(predictions=labels_in_ranked_order, references=labels_of_queries)  # {"P@1": ..., "mAP": ..., ...}
     metric.compute(predictions=similarities, references=relevant)  # rows of floats (NaN: no candidate) and of bools
 
-It needs the package installed, and no network.
+It requires the installed package, and no network.
 """
 
 from __future__ import annotations
@@ -16,28 +16,28 @@ import datasets
 import evaluate
 import torch
 
-# `evaluate` finds what a module needs by reading it line by line, so no import may go over several lines
+# `evaluate` parses the imports of a module line by line, so none may span several lines
 from modeling_m3ret.evaluation.metrics import DEFINITIONS, METRICS, macro_mean, score_queries
 from modeling_m3ret.evaluation.protocols import split_labels
 
 
 _DESCRIPTION = (
-    "How well is each query's gallery ranked? Means over the queries that have something to find, of:\n\n"
-    + "".join(f"- {name}: {words}\n" for name, words in DEFINITIONS.items())
-    + "- macro mAP: mean over the references' labels of a label's queries' mean (label lists only)\n"
-    + "- chance mAP: mAP expected of a random order\n"
-    + "- queries: how many had something to find"
+    "Quality of rankings of a gallery, averaged over the queries that have at least one relevant item:\n\n"
+    + "".join(f"- {name}: {definition}\n" for name, definition in DEFINITIONS.items())
+    + "- macro mAP: mAP averaged over the queries of each label, then over the labels (label lists only)\n"
+    + "- chance mAP: expected mAP of a random order\n"
+    + "- queries: number of queries with at least one relevant item"
 )
 
 _KWARGS_DESCRIPTION = """
 Args:
-    predictions: of each query either the labels of its gallery in ranked order, all of it (a relevant item that isn't
-        in the list counts as not existing), or the similarity to each item of one gallery, NaN for what is no candidate
-        (the query itself, its own patient).
-    references: of each query its label, or, for similarities, whether each item is relevant. Several labels of a scan
-        are joined by `|`; a shared one makes it relevant.
+    predictions: for each query, either the labels of its whole gallery in ranked order, or the similarity to each item
+        of one gallery. Relevant items that are missing from a list of labels are not counted. NaN marks items that are
+        no candidates, such as the query itself and scans of the same patient.
+    references: for each query, its label or, for similarities, whether each item is relevant. Several labels are joined
+        by `|`; an item is relevant if it shares one with the query.
 Returns:
-    a number by metric.
+    A dictionary of metric names and numbers.
 Examples:
     >>> import evaluate
     >>> metric = evaluate.load("./metrics/m3ret_retrieval")
@@ -71,7 +71,7 @@ _CITATION = """\
 
 @evaluate.utils.file_utils.add_start_docstrings(_DESCRIPTION, _KWARGS_DESCRIPTION)
 class M3RetRetrieval(evaluate.Metric):
-    """Means of `METRICS` over queries."""
+    """Means of `METRICS` over the queries."""
 
     def _info(self) -> evaluate.MetricInfo:
         number, text = datasets.Value("float64"), datasets.Value("string")
@@ -79,7 +79,7 @@ class M3RetRetrieval(evaluate.Metric):
             description=_DESCRIPTION,
             citation=_CITATION,
             inputs_description=_KWARGS_DESCRIPTION,
-            features=[  # the first that fits is taken, and everything fits text
+            features=[  # the first match is used, and text matches everything
                 datasets.Features(
                     {"predictions": datasets.Sequence(number), "references": datasets.Sequence(datasets.Value("bool"))}
                 ),
@@ -88,38 +88,48 @@ class M3RetRetrieval(evaluate.Metric):
         )
 
     def _compute(self, predictions: list[list[Any]], references: list[Any]) -> dict[str, float]:
-        of_labels = isinstance(references[0], str)
-        similarity, relevant, candidate = (_of_labels if of_labels else _of_similarities)(predictions, references)
+        are_labels = isinstance(references[0], str)
+        parse = _parse_labels if are_labels else _parse_similarities
+        similarity, relevant, candidate = parse(predictions, references)
         scored = score_queries(similarity, relevant, candidate)
         queries = len(scored.scores)
         if not queries:
-            raise ValueError("found no query with anything relevant, expected one")
+            raise ValueError(
+                "no query can be scored: expected at least one with a relevant candidate, got none. "
+                "Check that labels in predictions and references are spelled alike."
+            )
         results = dict(zip(METRICS, scored.scores.mean(0).tolist(), strict=True))
         precisions, chance = (values[:, METRICS.index("mAP")] for values in (scored.scores, scored.chance))
-        if of_labels:
-            asked = [reference for reference, kept in zip(references, scored.answerable.tolist(), strict=True) if kept]
-            results["macro mAP"] = macro_mean(precisions, [split_labels(reference) for reference in asked])
+        if are_labels:
+            answerable = scored.answerable.tolist()
+            labels = [split_labels(reference) for reference, has in zip(references, answerable, strict=True) if has]
+            results["macro mAP"] = macro_mean(precisions, labels)
         return results | {"chance mAP": float(chance.mean()), "queries": queries}
 
 
-def _of_labels(ranked: list[list[str]], references: list[str]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Falling similarities down each list; lists may differ in length."""
-    most = max(1, *(len(labels) for labels in ranked))
-    relevant, candidate = torch.zeros(2, len(ranked), most, dtype=torch.bool)
+def _parse_labels(ranked: list[list[str]], references: list[str]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return similarity, relevance and candidates `(Q, G)` of ranked lists, which may differ in length."""
+    longest = max(1, *(len(labels) for labels in ranked))
+    relevant, candidate = torch.zeros(2, len(ranked), longest, dtype=torch.bool)
     for query, (labels, reference) in enumerate(zip(ranked, references, strict=True)):
         candidate[query, : len(labels)] = True
-        own = set(split_labels(reference))
+        query_labels = set(split_labels(reference))
         relevant[query, : len(labels)] = torch.tensor(
-            [not own.isdisjoint(split_labels(label)) for label in labels], dtype=torch.bool
+            [not query_labels.isdisjoint(split_labels(label)) for label in labels], dtype=torch.bool
         )
-    return torch.arange(most, 0, -1.0).expand(len(ranked), -1), relevant, candidate
+    return torch.arange(longest, 0, -1.0).expand(len(ranked), -1), relevant, candidate
 
 
-def _of_similarities(
+def _parse_similarities(
     rows: list[list[float]], references: list[list[bool]]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    if len({len(row) for row in [*rows, *references]}) != 1:
-        raise ValueError("found rows of several lengths, expected one of the gallery's for similarities and relevance")
+    """Return similarity, relevance and candidates `(Q, G)`."""
+    lengths = {len(row) for row in [*rows, *references]}
+    if len(lengths) != 1:
+        raise ValueError(
+            f"rows differ in length: expected the size of the gallery for all, got {sorted(lengths)}. "
+            "Pad predictions with NaN and references with False."
+        )
     numbers = [[math.nan if number is None else number for number in row] for row in rows]
     similarity = torch.tensor(numbers, dtype=torch.float64)
     candidate = ~similarity.isnan()
