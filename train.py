@@ -1,14 +1,14 @@
-"""Pretrain an M3Ret encoder, and end with a checkpoint for `from_pretrained` and a retrieval table.
+"""Pretrain an M3Ret encoder. The run ends with a checkpoint for `from_pretrained` and a table of its retrieval quality.
 
     accelerate launch train.py --config configs/vitb.yaml                      # the paper's size, GPUs
     accelerate launch train.py --config configs/smoke.yaml                     # minutes on two CPU cores
     accelerate launch train.py --config configs/smoke.yaml --data FOLDER --steps 500 --report_to tensorboard
-    accelerate launch train.py --config configs/vitb.yaml --resume             # go on from the newest checkpoint
+    accelerate launch train.py --config configs/vitb.yaml --resume             # continue from the newest checkpoint
 
-Every key of the YAML file can be given as `--key value`; what each means stands in
-`modeling_m3ret/pretraining/run_config.py`, what the numbers mean in `docs/training.md`.
+Options override the YAML file. docs/training.md explains the metrics.
 """
 
+import sys
 import time
 from dataclasses import asdict
 from datetime import timedelta
@@ -21,6 +21,7 @@ from accelerate.utils import gather_object, set_seed
 from tqdm.auto import tqdm
 
 from modeling_m3ret import M3RetImageProcessor
+from modeling_m3ret.command_line import user_errors
 from modeling_m3ret.cpu import prepare_cpu
 from modeling_m3ret.data.collection import (
     check_modalities,
@@ -31,45 +32,43 @@ from modeling_m3ret.data.collection import (
 from modeling_m3ret.data.loading import RandomViews, expected_tokens, training_loader
 from modeling_m3ret.data.parquet import group_into_blocks
 from modeling_m3ret.data.sampler import SeededBatchSampler, TokenBatchSampler
-from modeling_m3ret.pretraining.accumulation import accumulate_gradients
-from modeling_m3ret.pretraining.checkpoints import checkpoint_place
+from modeling_m3ret.pretraining.checkpoints import validate_output_folder
+from modeling_m3ret.pretraining.distributed import clip_gradient, gather_encoder, prepare_training
 from modeling_m3ret.pretraining.objectives import build_objective
-from modeling_m3ret.pretraining.optimisation import build_optimiser, set_schedule
+from modeling_m3ret.pretraining.optimisation import accumulate_gradients, build_optimiser, set_schedule
 from modeling_m3ret.pretraining.quality import OnlineQuality, collapse_alarm
-from modeling_m3ret.pretraining.run_config import parse_run_config
+from modeling_m3ret.pretraining.run_config import PATHS, ConfigError, parse_run_config
 from modeling_m3ret.pretraining.run_log import RunLog
 from modeling_m3ret.pretraining.saving import RunSaver
-from modeling_m3ret.pretraining.sharding import clip_gradient, prepare_training, whole_encoder
 from modeling_m3ret.pretraining.stopping import StopSignal, stop_if_not_finite
 
 
 def main() -> None:
-    config = parse_run_config(description=__doc__)
+    config = parse_run_config(sys.argv[1:], description=__doc__)
     run_dir = Path(config.run_dir)
-    place = checkpoint_place(Path(config.output_dir))
+    output_dir = validate_output_folder(Path(config.output_dir))
     if config.report_to and config.report_to not in {tracker.value for tracker in get_available_trackers()}:
-        raise SystemExit(f"--report_to {config.report_to} needs `pip install {config.report_to}`")
-    # a rank may decode or evaluate for longer than the ten minutes that others wait by default
-    patience = InitProcessGroupKwargs(timeout=timedelta(hours=6))
+        raise ConfigError("report_to", f"{config.report_to} is not installed. Run `pip install {config.report_to}`.")
     accelerator = Accelerator(
         mixed_precision=config.precision,
         log_with=config.report_to,
         project_dir=run_dir,
-        kwargs_handlers=[patience],
+        # a rank may decode or evaluate for longer than the default timeout of ten minutes
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=6))],
     )
     config = config.as_launched(accelerator.mixed_precision, accelerator.num_processes)
-    told = {key: str(value) for key, value in asdict(config).items() if not is_place(key)}
-    accelerator.init_trackers("m3ret", config=told)  # a tracker may be elsewhere: no path
+    tracked = {key: str(value) for key, value in asdict(config).items() if key not in PATHS}
+    accelerator.init_trackers("m3ret", config=tracked)
     set_seed(config.seed)
     if accelerator.device.type == "cpu":
         prepare_cpu(accelerator.state.num_processes)
 
-    # ---- objective: masked autoencoding, self-distillation or both, a module that returns its loss ------------------
+    # ---- objective: a module that returns its loss ------------------------------------------------------------------
     objective, model_config = build_objective(config)
-    set_seed(config.seed, device_specific=True)  # equal weights on all ranks, and each draws its own stochastic depth
+    set_seed(config.seed, device_specific=True)  # same weights on all ranks, different stochastic depth
 
-    # ---- data: every patient is either trained on or held out -------------------------------------------------------
-    with accelerator.local_main_process_first():  # the phantom is made once
+    # ---- data: each patient is either in training or held out -------------------------------------------------------
+    with accelerator.local_main_process_first():  # generates the phantom once
         records = open_collection(config.data, stream=config.stream)
     training, held_out = split_training_and_held_out(records, config.holdout)
     check_modalities(config.exclude_modalities, records)
@@ -84,20 +83,29 @@ def main() -> None:
         num_channels=model_config.num_channels,
     )
     quality = OnlineQuality(training, held_out, processor, accelerator, config.num_workers)
-    measured = f"{len(quality.held_out.records)} of them measured"
-    accelerator.print(f"{len(training)} scans to train on, {len(held_out)} held out ({measured}), of {config.data}")
-    accelerator.print(f"never seen in training: {', '.join(unseen) or 'no modality'}")
+    evaluated = f"{len(quality.held_out.records)} of them evaluated"
+    accelerator.print(f"{config.data}: {len(training)} training scans, {len(held_out)} held-out scans ({evaluated})")
+    accelerator.print(f"modalities without training scans: {', '.join(unseen) or 'none'}")
 
-    # ---- optimiser, and where an interrupted run stood --------------------------------------------------------------
+    # ---- optimiser, and the state to resume from --------------------------------------------------------------------
     optimiser = build_optimiser(objective, config)
     model, optimiser = prepare_training(accelerator, objective, optimiser)
-    template = Path(__file__).with_name("model_card.md")
     saver = RunSaver(
-        *(config, accelerator, model, optimiser, objective, model_config, processor),
-        *(training, quality, unseen, template),
+        config=config,
+        accelerator=accelerator,
+        model=model,
+        optimiser=optimiser,
+        objective=objective,
+        processor=processor,
+        training=training,
+        unseen=unseen,
+        quality=quality,
+        card_template=Path(__file__).with_name("model_card.md"),
     )
-    progress = saver.resume_or_begin()
+    progress = saver.start()
     log = RunLog(run_dir, accelerator, progress.step)
+
+    # ---- batches, as functions of the seed and the step -------------------------------------------------------------
     blocks = group_into_blocks([record.location for record in training]) if config.stream else None
     order = {
         "seed": config.seed,
@@ -120,17 +128,12 @@ def main() -> None:
     )
     packs = iter(training_loader(views, batches, config.num_workers))
 
-    # ---- the loop ---------------------------------------------------------------------------------------------------
+    # ---- training loop ----------------------------------------------------------------------------------------------
     warmup = config.warmup_fraction * config.steps
     last_step = min(config.steps, config.stop_after or config.steps)
     stop = StopSignal(accelerator)
-    bar = tqdm(
-        total=config.steps,
-        initial=progress.step,
-        desc="pretraining",
-        unit="step",
-        disable=not accelerator.is_main_process,
-    )
+    is_main = accelerator.is_main_process
+    bar = tqdm(total=config.steps, initial=progress.step, desc="pretraining", unit="step", disable=not is_main)
     started, seconds_before, views_before = time.perf_counter(), progress.seconds, progress.views
     model.train()
     while progress.step < last_step and not stop.requested():
@@ -149,51 +152,48 @@ def main() -> None:
         progress.views += views_of_step
         progress.seconds = seconds_before + time.perf_counter() - started
         bar.update()
-        numbers: dict[str, float] = {}
+        metrics: dict[str, float] = {}
         if progress.step % config.log_every == 0 or progress.step == config.steps:
-            numbers = {name: accelerator.reduce(mean, "mean").item() for name, mean in means.items()}
+            metrics = {name: accelerator.reduce(mean, "mean").item() for name, mean in means.items()}
             rate = (progress.views - views_before) / (time.perf_counter() - started)
-            bar.set_postfix(loss=f"{numbers['loss']:.4f}", views_per_s=f"{rate:.0f}")
-            numbers |= {
+            bar.set_postfix(loss=f"{metrics['loss']:.4f}", views_per_s=f"{rate:.0f}")
+            metrics |= {
                 "gradient_norm": float(gradient_norm),
                 "learning_rate": learning_rate,
                 "views": progress.views,
                 "views_per_second": rate,
                 "seconds": progress.seconds,
             }
-        measures, saves = config.due(progress.step)
-        if measures or saves or progress.step == last_step:
-            encoder = whole_encoder(objective.encoder)
+        evaluates, saves = config.due(progress.step)
+        if evaluates or saves or progress.step == last_step:
+            encoder = gather_encoder(objective.encoder)
             saver.fit_whitening(encoder)
-            if measures:
-                numbers |= quality.measure(encoder)
-                saver.note_quality(numbers)
+            if evaluates:
+                metrics |= quality.measure(encoder)
+                saver.record_quality(metrics)
             del encoder  # under FSDP2 a copy of all its weights
-        if numbers:
-            log.numbers(progress.step, numbers)
-            if progress.step > warmup and (alarm := collapse_alarm(numbers)):
-                log.alarm(progress.step, alarm)
+        if metrics:
+            log.log_metrics(progress.step, metrics)
+            if progress.step > warmup and (alarm := collapse_alarm(metrics)):
+                log.log_alarm(progress.step, alarm)
         if saves or saver.is_new_best:
             saver.save_step()
     bar.close()
 
-    # ---- the checkpoint, and what it is worth -----------------------------------------------------------------------
+    # ---- final checkpoint, and its retrieval table ------------------------------------------------------------------
     finished = progress.step == config.steps
     saver.save_step()
     if finished:
-        unreadable = dict(gather_object(list(progress.unreadable.items())))  # of all ranks
-        saver.save_result(place, unreadable)
+        unreadable = dict(gather_object(list(progress.unreadable.items())))
+        saver.save_result(output_dir, unreadable)
     else:
-        accelerator.print(f"stopped after step {progress.step} of {config.steps}; `--resume` goes on from there")
+        accelerator.print(f"stopped after step {progress.step} of {config.steps}. Continue with --resume.")
     saver.close()
-    log.summary(finished, saver.facts())
+    log.write_summary(finished, saver.facts())
     accelerator.wait_for_everyone()
     accelerator.end_training()
 
 
-def is_place(key: str) -> bool:
-    return key in ("data", "initial", "output_dir", "run_dir", "push_to_hub")
-
-
 if __name__ == "__main__":
-    main()
+    with user_errors("train.py"):
+        main()

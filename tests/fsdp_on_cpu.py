@@ -1,8 +1,7 @@
-"""FSDP2 on processes of the CPU, over gloo; as a script, `train.py` under it.
+"""FSDP2 on CPU processes over gloo. Run as a script, it runs `train.py` with it.
 
-Accelerate makes FSDP of processes that hold an accelerator, and DDP of those that don't, whatever the config file says.
-This corrects the one decision, as `AcceleratorState` takes it for GPUs: launcher, config file, sharding, clipping and
-saving are the code that runs there.
+Accelerate uses DDP for CPU processes even if its config file asks for FSDP. Importing this module changes that one
+decision. Launcher, config file, sharding, clipping and saving are the code that runs on GPUs.
 """
 
 from __future__ import annotations
@@ -16,11 +15,13 @@ from accelerate.utils import DistributedType
 
 
 ROOT = Path(__file__).parents[1]
-as_accelerate_has_it = state.AcceleratorState.__init__
+original_init = state.AcceleratorState.__init__
 
 
-def with_fsdp_on_cpu(self: state.AcceleratorState, *arguments: Any, fsdp_plugin: Any = None, **options: Any) -> None:
-    as_accelerate_has_it(self, *arguments, fsdp_plugin=fsdp_plugin, **options)
+def init_with_fsdp_on_cpu(
+    self: state.AcceleratorState, *arguments: Any, fsdp_plugin: Any = None, **options: Any
+) -> None:
+    original_init(self, *arguments, fsdp_plugin=fsdp_plugin, **options)
     if fsdp_plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
         self.distributed_type = state.PartialState._shared_state["distributed_type"] = DistributedType.FSDP
         if self.mixed_precision != "no":
@@ -28,7 +29,7 @@ def with_fsdp_on_cpu(self: state.AcceleratorState, *arguments: Any, fsdp_plugin:
         self.fsdp_plugin = fsdp_plugin
 
 
-state.AcceleratorState.__init__ = with_fsdp_on_cpu
+state.AcceleratorState.__init__ = init_with_fsdp_on_cpu
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Scripts in processes of their own, that need not import everything again: forks of one process that has.
+"""Run scripts and functions in processes of their own, forked from a server that has already imported torch.
 
-An import of torch and transformers takes longer than most of what these tests run. Whatever a process has to itself it
-has here too, but for its hash seed and what modules read when they are imported (`HF_HOME`, say), which forks share;
-`test_scripts.py`, `test_fsdp2.py` and `test_dataset_on_hub.py` start some as a shell does.
+Importing torch and transformers takes longer than most tests. A fork differs from a new process only in its hash seed,
+and in what modules read at import time, such as `HF_HOME`. `test_scripts.py`, `test_fsdp2.py` and
+`test_dataset_on_hub.py` also start scripts from a shell.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from multiprocessing import forkserver
+from multiprocessing import connection, forkserver
 from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -35,7 +35,7 @@ IMPORTED = [
     "modeling_m3ret.pretraining.saving",
     "modeling_m3ret.evaluation.report.pictures",
     "torch.distributed.fsdp",
-    # of the library's own workers; one that can't be imported is left out
+    # used by the library's own workers; modules that cannot be imported are ignored
     *("dataset_scripts.shards", "modeling_m3ret.phantom.dataset"),
     *("modeling_m3ret.space.isolation", "modeling_m3ret.space.uploads", "modeling_m3ret.space.gallery"),
 ]
@@ -43,7 +43,7 @@ IMPORTED = [
 
 @functools.cache
 def forks() -> ForkServerContext:
-    """How a process is started as a fork of the one that has everything imported, which begins to do so now."""
+    """Return the context that forks processes from the server, and start the server."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(IMPORTED)
     forkserver.ensure_running()
@@ -51,7 +51,7 @@ def forks() -> ForkServerContext:
 
 
 def ranks_environment(ranks: int) -> list[dict[str, str]]:
-    """What `torch.distributed` reads in each rank, at a port that was free just now."""
+    """Return the environment variables of `torch.distributed` for each rank, with a free port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -61,10 +61,10 @@ def ranks_environment(ranks: int) -> list[dict[str, str]]:
 
 
 def _begin() -> None:
-    """What a fresh process would have by itself."""
-    multiprocessing.set_start_method(None, force=True)  # its workers start as by default, not as it was started
+    """Give a fork the state of a new process."""
+    multiprocessing.set_start_method(None, force=True)  # the default for its own workers
     torch.seed(), np.random.seed(), random.seed()
-    torch.set_num_threads(1)  # OMP_NUM_THREADS=1, which is read only when torch is loaded
+    torch.set_num_threads(1)  # like OMP_NUM_THREADS=1, which torch reads at import time
 
 
 def _be_script(words: Sequence[str], folder: Path, environment: Mapping[str, str], printed: Path) -> None:
@@ -74,11 +74,11 @@ def _be_script(words: Sequence[str], folder: Path, environment: Mapping[str, str
         os.dup2(stream.fileno(), 2)
     os.setsid()
     os.chdir(folder)
-    os.environ.clear()  # those of the process that was forked are from when it began
+    os.environ.clear()  # inherited from the server
     os.environ.update(environment)
     _begin()
     if "RANK" not in environment and hasattr(os, "sched_setaffinity"):
-        # a lone process takes all cores; for a tiny model, two threads on a busy machine do little but wait
+        # a single process would use all cores; for a tiny model, several threads mostly wait for each other
         cores, worker = sorted(os.sched_getaffinity(0)), environment.get("PYTEST_XDIST_WORKER", "gw0")
         os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
     sys.argv = [*words]
@@ -95,49 +95,67 @@ def _be_rank(
 
 
 def in_ranks(function: Callable[..., None], ranks: int, *arguments: object) -> None:
-    """`function(rank, *arguments)` in so many processes that can find each other; what one raises is raised here."""
+    """Call `function(rank, *arguments)` in `ranks` processes that can form a process group. Re-raise their errors."""
     forks()
     start_processes(_be_rank, (function, ranks_environment(ranks), arguments), ranks, start_method="forkserver")
 
 
+# once a rank has failed, the others may take this long to end by themselves
+GRACE_SECONDS = 120
+
+
 class Script:
-    """A running script: `ranks` processes of it, each a rank where there are several. words: script and arguments."""
+    """A running script.
+
+    Args:
+        words: script and arguments.
+        folder: working directory.
+        ranks: number of processes, each with the environment of a rank if there are several.
+        environment: further environment variables.
+    """
 
     def __init__(self, words: Sequence[str], folder: Path, ranks: int = 1, **environment: str):
         self.printed_to = folder / f"printed-{time.monotonic_ns()}.txt"
-        assert not any(name.startswith("HF_") for name in environment), "read when it is imported"
+        assert not any(name.startswith("HF_") for name in environment), "read at import time, so without effect"
         everything = os.environ | environment
-        of_ranks = ranks_environment(ranks) if ranks > 1 else [{}]
+        environments = ranks_environment(ranks) if ranks > 1 else [{}]
         self.processes: list[BaseProcess] = [
             forks().Process(target=_be_script, args=(words, folder, everything | of_rank, self.printed_to))
-            for of_rank in of_ranks
+            for of_rank in environments
         ]
         for process in self.processes:
             process.start()
-            atexit.register(process.kill)  # a test that fails before it has ended would wait for it
+            atexit.register(process.kill)  # otherwise a failed test would wait for it
 
     @property
     def printed(self) -> str:
-        """What all ranks wrote so far, to standard output and error."""
+        """Standard output and error of all ranks so far."""
         return self.printed_to.read_text() if self.printed_to.is_file() else ""
 
     def is_running(self) -> bool:
         return any(process.is_alive() for process in self.processes)
 
     def stop(self) -> None:
-        """With SIGTERM to all, their workers too, as batch systems do, and once more, as launchers then do."""
+        """Send SIGTERM to all ranks and their workers, as batch systems do, and again, as launchers then do."""
         for process in self.processes * 2:
             os.killpg(process.pid or 0, signal.SIGTERM)
 
     def finish(self, timeout: float = 600) -> int:
-        """Its exit status, that of the first rank that failed; the others end with it, as under a launcher."""
+        """Wait for all ranks. Return 0, or the exit code of the first rank, by number, that failed.
+
+        If a rank fails, the others are killed unless they end within `GRACE_SECONDS`.
+        """
         deadline = time.monotonic() + timeout
-        codes: list[int | None] = [None]
-        while None in codes and not any(codes) and time.monotonic() < deadline:
-            time.sleep(0.02)
-            codes = [process.exitcode for process in self.processes]
-        for process in self.processes:
+        running = {process.sentinel: process for process in self.processes}
+        failed = False
+        while running and (ended := connection.wait(list(running), max(0.0, deadline - time.monotonic()))):
+            for sentinel in ended:
+                process = running.pop(sentinel)
+                process.join()
+                if process.exitcode and not failed:
+                    failed, deadline = True, min(deadline, time.monotonic() + GRACE_SECONDS)
+        for process in running.values():
             process.kill()
             process.join()
-        assert None not in codes or any(codes), f"not finished in {timeout} s: {self.printed}"
-        return next((code for code in codes if code), 0)
+        assert failed or not running, f"not finished in {timeout} s: {self.printed}"
+        return next((process.exitcode for process in self.processes if process.exitcode), 0)

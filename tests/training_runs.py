@@ -1,4 +1,4 @@
-"""Runs of `train.py` as processes of their own, tiny, on scans that the tests make."""
+"""Tiny runs of `train.py` in processes of their own, on generated scans."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import json
 from pathlib import Path
 
 import numpy as np
+import torch
 from processes import Script
+from safetensors.torch import load_file
 
 from modeling_m3ret.data.collection import COLUMNS
 
@@ -31,26 +33,26 @@ SETTINGS = {
     "save_every": 3,
     "evaluate_every": 8,
 }
-# train.py where the scan of one file has a value that is no number, which no reader lets through
-POISONED = """
+# train.py with a NaN in one scan, which no reader would let through
+NAN_IN_SCAN_10 = """
 import sys
 sys.path.insert(0, {root!r})
 import numpy as np
 import train
 from modeling_m3ret import M3RetImageProcessor
 read = M3RetImageProcessor.read
-def poisoned(self, source):
+def read_with_nan(self, source):
     scan = read(self, source)
     if str(source).endswith("scan-10.npy"):
         scan.array[..., 20, 24] = np.nan
     return scan
-M3RetImageProcessor.read = poisoned
+M3RetImageProcessor.read = read_with_nan
 train.main()
 """
 
 
 def write_scans(folder: Path) -> Path:
-    """30 scans of 15 patients: coarse random images and volumes of three modalities."""
+    """Write 30 scans of 15 patients: coarse random images and volumes of three modalities."""
     generator = np.random.default_rng(0)
     with (folder / "manifest.csv").open("w", newline="") as lines:
         rows = csv.DictWriter(lines, COLUMNS)
@@ -66,6 +68,7 @@ def write_scans(folder: Path) -> Path:
 
 
 def command(script: Path, scans: Path, name: str, **overrides: object) -> list[str]:
+    """Return the command line of a run that writes to `m3ret-NAME` and `run-NAME`."""
     settings = SETTINGS | {"data": scans, "output_dir": f"m3ret-{name}", "run_dir": f"run-{name}"} | overrides
     return [str(script), *(word for key, value in settings.items() for word in (f"--{key}", str(value)))]
 
@@ -75,17 +78,31 @@ def start(words: list[str], folder: Path, ranks: int = 1) -> Script:
 
 
 def finish(words: list[str], folder: Path, ranks: int = 1) -> tuple[int, str]:
+    """Return exit code and output."""
     script = start(words, folder, ranks)
     return script.finish(), script.printed
 
 
 def run(words: list[str], folder: Path, ranks: int = 1) -> str:
+    """Return the output of a run that succeeds."""
     code, printed = finish(words, folder, ranks)
     assert code == 0, printed
     return printed
 
 
-def lines(run_dir: Path) -> list[dict]:
-    """What was logged, without what depends on the clock."""
-    entries = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+def metrics_of(run_dir: Path) -> list[dict]:
+    """Return the logged metrics except times; none if nothing was logged."""
+    file = run_dir / "metrics.jsonl"
+    entries = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
     return [{k: v for k, v in entry.items() if k not in ("seconds", "views_per_second")} for entry in entries]
+
+
+def assert_same_tensors(folder: Path, other: Path) -> None:
+    """Check that two checkpoints hold the same safetensors files, bit for bit."""
+    files = sorted(path.relative_to(folder) for path in folder.rglob("*.safetensors"))
+    assert files == sorted(path.relative_to(other) for path in other.rglob("*.safetensors"))
+    assert {file.name for file in files} >= {"model.safetensors", "optimiser.safetensors", "random.safetensors"}
+    for file in files:
+        ours, theirs = load_file(folder / file), load_file(other / file)
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours), file

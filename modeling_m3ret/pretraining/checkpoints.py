@@ -1,4 +1,4 @@
-"""What a run leaves behind: a folder for `from_pretrained`, whole or not there at all, and metrics line by line."""
+"""Checkpoint folders that load with `from_pretrained`, written atomically, and the folder that holds those of a run."""
 
 from __future__ import annotations
 
@@ -10,29 +10,40 @@ from typing import Any
 
 from torch import Tensor
 
-from ..atomic_io import sync
+from ..atomic_io import atomic_folder
+from ..errors import InputError
 from ..image_processing_m3ret import M3RetImageProcessor
 from .objectives import Objective, model_weights
 from .training_state import STATE_FOLDER
 
 
-class CheckpointPlaceError(ValueError):
-    """A folder that a checkpoint must not be written to."""
+class OutputFolderError(InputError):
+    """A folder that must not be overwritten, or that holds no checkpoint to resume from.
+
+    Attributes:
+        folder: the folder.
+    """
+
+    def __init__(self, folder: Path, problem: str):
+        super().__init__(f"{folder}: {problem}")
+        self.folder = folder
 
 
-def checkpoint_place(folder: Path) -> Path:
-    """Where a checkpoint of this name goes, links followed; asked before a run, so that no run ends without a place.
+def validate_output_folder(folder: Path) -> Path:
+    """Return the folder with links resolved, and create its parents. Call it before training, to fail early.
 
     Raises:
-        CheckpointPlaceError: if something is there that is neither an empty folder nor a checkpoint of ours, since
-            saving replaces the folder as a whole.
+        OutputFolderError: if the folder holds anything but a checkpoint, since saving replaces it as a whole.
     """
-    place = folder.resolve()
-    is_ours = (place / "training.json").is_file() and (place / "config.json").is_file()
-    if place == Path.cwd() or (place.exists() and not is_ours and not (place.is_dir() and not any(place.iterdir()))):
-        raise CheckpointPlaceError(f"{folder}: found something else there, expected nothing, or an older checkpoint")
-    place.parent.mkdir(parents=True, exist_ok=True)
-    return place
+    resolved = folder.resolve()
+    is_checkpoint = (resolved / "training.json").is_file() and (resolved / "config.json").is_file()
+    is_empty = resolved.is_dir() and not any(resolved.iterdir())
+    if resolved == Path.cwd() or (resolved.exists() and not is_checkpoint and not is_empty):
+        raise OutputFolderError(
+            folder, "expected a new or empty folder or an older checkpoint, got other files. Choose another output_dir."
+        )
+    resolved.parent.mkdir(parents=True, exist_ok=True)
+    return resolved
 
 
 def save_checkpoint(
@@ -42,53 +53,46 @@ def save_checkpoint(
     processor: M3RetImageProcessor,
     card: str,
     facts: dict[str, Any],
-    write_more: Callable[[Path], None] | None = None,
+    write_extra: Callable[[Path], None] | None = None,
 ) -> None:
-    """Write the encoder, the processor and their code into `folder`, and below it what training would go on from.
+    """Write encoder, processor and their code atomically, with the objective's further weights in `pretraining/`.
 
-    `AutoModel.from_pretrained(folder)` gives the encoder. In `pretraining/` lie, of MAE, the encoder with its decoder
-    for `AutoModelForPreTraining`; of SimDINO student, teacher and heads. Written beside and renamed, so that a folder
-    of this name is always whole; an older one is replaced.
+    `AutoModel.from_pretrained(folder)` returns the encoder. `pretraining/` holds, for MAE, the encoder with its decoder
+    for `AutoModelForPreTraining`; for SimDINO, student, teacher and heads.
 
     Args:
-        folder: from `checkpoint_place` or `CheckpointFolder`. weights: the objective's, on the CPU. card: the model
-            card, `README.md`. facts: what the run was, `training.json`. write_more: writes further files into it.
+        folder: checkpoint folder. An older checkpoint there is replaced.
+        objective: the trained objective.
+        weights: state dict of the objective, on the CPU.
+        processor: saved with the encoder.
+        card: text of the model card, `README.md`.
+        facts: content of `training.json`.
+        write_extra: function that writes further files into the folder it is given.
     """
-    beside = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(beside, ignore_errors=True)
-    of_model = model_weights(weights, "model")
-    objective.encoder.save_pretrained(beside, state_dict=model_weights(of_model, objective.encoder_name))
-    processor.save_pretrained(beside)
-    objective.save(beside, of_model)
-    (beside / "README.md").write_text(card, encoding="utf-8")
-    (beside / "training.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-    if write_more:
-        write_more(beside)
-    for path in (*beside.rglob("*"), beside):
-        sync(path)
-    replaced = folder.with_name(f".{folder.name}.replaced")
-    shutil.rmtree(replaced, ignore_errors=True)
-    if folder.exists():
-        folder.rename(replaced)
-    beside.rename(folder)
-    sync(folder.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
+    with atomic_folder(folder, replace=True) as partial:
+        of_model = model_weights(weights, "model")
+        objective.encoder.save_pretrained(partial, state_dict=model_weights(of_model, objective.encoder_name))
+        processor.save_pretrained(partial)
+        objective.save(partial, of_model)
+        (partial / "README.md").write_text(card, encoding="utf-8")
+        (partial / "training.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+        if write_extra:
+            write_extra(partial)
 
 
 class CheckpointFolder:
-    """The checkpoints of one run, `step-000500` and so on: each whole, the last few and the best kept."""
+    """The checkpoints of one run, named `step-000500` and so on."""
 
     def __init__(self, folder: Path):
         self.folder = folder
 
-    def place(self, step: int) -> Path:
-        self.folder.mkdir(parents=True, exist_ok=True)
+    def path(self, step: int) -> Path:
         return self.folder / f"step-{step:06d}"
 
     def all(self) -> list[Path]:
-        """Whole ones, oldest first. What a killed save left behind has another name."""
-        found = self.folder.glob("step-*") if self.folder.is_dir() else []
-        return sorted((path for path in found if (path / STATE_FOLDER).is_dir()), key=self.step)
+        """Return all complete checkpoints, oldest first. An interrupted save has another name."""
+        paths = self.folder.glob("step-*") if self.folder.is_dir() else []
+        return sorted((path for path in paths if (path / STATE_FOLDER).is_dir()), key=self.step)
 
     def newest(self) -> Path | None:
         return self.all()[-1] if self.all() else None
@@ -98,15 +102,14 @@ class CheckpointFolder:
         return int(checkpoint.name.removeprefix("step-"))
 
     def prune(self, keep_last: int, best_step: int | None) -> None:
-        """Remove all but the last `keep_last` and the best, and what killed saves left."""
+        """Delete all checkpoints but the last `keep_last` and the best one, and the remains of interrupted saves."""
         for checkpoint in self.all()[:-keep_last]:
             if self.step(checkpoint) != best_step:
-                # first its name: a removal that is cut short must not leave something that looks whole
-                removed = checkpoint.with_name(f".{checkpoint.name}.replaced")
-                checkpoint.rename(removed)
-        for rest in self.folder.glob(".step-*"):
-            shutil.rmtree(rest, ignore_errors=True)
+                # rename first: an interrupted deletion must not leave something that looks complete
+                checkpoint.rename(checkpoint.with_name(f".{checkpoint.name}.replaced"))
+        for remains in self.folder.glob(".step-*"):
+            shutil.rmtree(remains, ignore_errors=True)
 
     def clear(self) -> None:
-        """Remove all of them: a new run begins here."""
+        """Delete all checkpoints."""
         shutil.rmtree(self.folder, ignore_errors=True)

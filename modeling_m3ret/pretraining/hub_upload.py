@@ -1,91 +1,92 @@
-"""Checkpoints to the Hub while training goes on: in a thread, tried again when the network fails, never in the way."""
+"""Background uploads of checkpoints to the Hub, which never delay or stop training."""
 
 from __future__ import annotations
 
 import logging
 import os
 import shutil
-import time
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, wait
 from pathlib import Path
 
 from huggingface_hub import HfApi
 
+from ..hub import hub_retries
 from .training_state import STATE_FOLDER
 
 
 logger = logging.getLogger(__name__)
 
-ATTEMPTS = 5
 WEIGHTS = ["*.safetensors", "*.safetensors.index.json"]
-FIRST_WAIT_SECONDS = 2.0  # doubled after each attempt: half a minute in all, then the next checkpoint has its turn
 
 
 class HubUpload:
-    """Uploads one checkpoint after another to one repository, made private if it does not exist.
+    """Upload checkpoints one after the other in the thread of `HfApi.run_as_future`.
 
-    What a run would go on from (`training_state/`) stays here: it names folders and files of this machine.
+    `training_state/` is left out, because it names folders and files of this machine.
 
     Args:
-        repository: ORG/NAME. waiting: a folder beside the checkpoints, where those to be uploaded wait, as hard links,
-            so that they may be pruned meanwhile. Links go when their upload has ended or gave way: they hold the disk.
+        repo_id: ORG/NAME. Created as a private repository if it does not exist.
+        staging: folder for hard links to the files of pending uploads, on the same disk as the checkpoints. With the
+            links a checkpoint can be pruned before its upload ends. They are removed when its upload ends.
     """
 
-    def __init__(self, repository: str, waiting: Path):
-        self.repository = repository
-        self.waiting = waiting
-        self.failed = 0
+    def __init__(self, repo_id: str, staging: Path):
+        self.repo_id = repo_id
+        self.staging = staging
+        self._unlinked = 0
         self._api = HfApi()
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="hub-upload")
-        self._submitted = 0
-        self._newest: tuple[Future[None], Path] | None = None
-        shutil.rmtree(waiting, ignore_errors=True)
+        self._uploads: list[Future[None]] = []
+        shutil.rmtree(staging, ignore_errors=True)
+
+    @property
+    def failed(self) -> int:
+        """Number of checkpoints that could not be uploaded."""
+        ended = [upload for upload in self._uploads if upload.done() and not upload.cancelled()]
+        return self._unlinked + sum(upload.exception() is not None for upload in ended)
 
     def submit(self, checkpoint: Path, message: str) -> None:
-        """Upload this whole checkpoint soon; one that still waits gives way to it, since it is newer."""
-        if self._newest and self._newest[0].cancel():  # a running one is not cancelled, and needs its links
-            shutil.rmtree(self._newest[1], ignore_errors=True)
-        links = self.waiting / f"{self._submitted:06d}"
-        self._submitted += 1
+        """Schedule the upload of a checkpoint. It replaces an older one that is still waiting."""
+        if self._uploads:
+            self._uploads[-1].cancel()  # does nothing if it is running
+        links = self.staging / f"{len(self._uploads):06d}"
         try:
-            self.waiting.mkdir(parents=True, exist_ok=True)
-            shutil.copytree(checkpoint, links, copy_function=_link, ignore=shutil.ignore_patterns(STATE_FOLDER))
-        except (OSError, shutil.Error) as error:
+            self.staging.mkdir(parents=True, exist_ok=True)
+            shutil.copytree(checkpoint, links, copy_function=link_or_copy, ignore=shutil.ignore_patterns(STATE_FOLDER))
+        except OSError as error:
             logger.warning("%s is not uploaded: %s", message, error)
-            self.failed += 1
+            self._unlinked += 1
             shutil.rmtree(links, ignore_errors=True)
             return
-        self._newest = self._thread.submit(self._upload, links, message), links
+
+        def finish(upload: Future[None]) -> None:
+            shutil.rmtree(links, ignore_errors=True)
+            if not upload.cancelled() and (error := upload.exception()):
+                logger.warning("%s is not uploaded to %s: %s", message, self.repo_id, error)
+
+        self._uploads.append(self._api.run_as_future(self._upload, links, message))
+        self._uploads[-1].add_done_callback(finish)
 
     def close(self) -> None:
-        """Wait for what is under way or waits."""
-        self._thread.shutdown(wait=True)
-        shutil.rmtree(self.waiting, ignore_errors=True)
+        """Wait for the running and the waiting upload."""
+        wait(self._uploads)
+        shutil.rmtree(self.staging, ignore_errors=True)
         if self.failed:
-            logger.warning("%d checkpoints could not be uploaded to %s", self.failed, self.repository)
+            logger.warning("%d checkpoints were not uploaded to %s", self.failed, self.repo_id)
 
     def _upload(self, folder: Path, message: str) -> None:
-        for attempt in range(ATTEMPTS):
-            try:
-                self._api.create_repo(self.repository, private=True, exist_ok=True)
+        for attempt in hub_retries(f"upload to {self.repo_id}"):
+            with attempt:
+                self._api.create_repo(self.repo_id, private=True, exist_ok=True)
                 self._api.upload_folder(
-                    repo_id=self.repository,
+                    repo_id=self.repo_id,
                     folder_path=folder,
                     commit_message=message,
-                    delete_patterns=WEIGHTS,  # another objective's decoder or heads would seem to be this one's
+                    delete_patterns=WEIGHTS,  # weights of another objective would look like part of this checkpoint
                 )
-                break
-            except Exception as error:  # whatever it is, a run of weeks does not end for an upload
-                logger.warning("upload to %s failed (attempt %d): %s", self.repository, attempt + 1, error)
-                if attempt + 1 < ATTEMPTS:
-                    time.sleep(FIRST_WAIT_SECONDS * 2**attempt)
-        else:
-            self.failed += 1
-        shutil.rmtree(folder, ignore_errors=True)
 
 
-def _link(source: str, target: str) -> None:
-    """A second name for the file, or a copy where the disk knows no such thing."""
+def link_or_copy(source: str, target: str) -> None:
+    """Hard-link a file, or copy it where the file system has no hard links."""
     try:
         os.link(source, target)
     except OSError:

@@ -1,4 +1,4 @@
-"""The model card, filled in from the run. It leaves the machine, so it knows counts and never a path or a file name."""
+"""The model card of a checkpoint, filled in from the run. It is published, so it holds no path and no file name."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .run_config import RunConfig
 OBJECTIVES = {
     "mae": "masked autoencoding (MAE)",
     "simdino": "self-distillation (SimDINO)",
-    "mae+simdino": "masked autoencoding and self-distillation together (MAE, SimDINO)",
+    "mae+simdino": "masked autoencoding and self-distillation (MAE and SimDINO)",
 }
 
 
@@ -27,7 +27,16 @@ def write_card(
     facts: dict[str, Any],
     rows: list[Row],
 ) -> str:
-    """The text of the card: `template` (Jinja, the project's `model_card.md`) with what this run was and measured."""
+    """Return the text of the model card.
+
+    Args:
+        template: Jinja template, the project's `model_card.md`.
+        run: configuration of the run.
+        model: configuration of the encoder.
+        parameters: number of parameters of the encoder.
+        facts: content of `training.json`.
+        rows: retrieval results; empty before the run has ended.
+    """
     card_data = ModelCardData(
         license="apache-2.0",
         library_name="transformers",
@@ -39,8 +48,8 @@ def write_card(
         card_data,
         template_path=str(template),
         name=name,
-        place=run.push_to_hub or name,  # copied from the Hub, the snippet must load what lies there
-        objective_words=OBJECTIVES[run.objective],
+        repo_id=run.push_to_hub or name,
+        objective=OBJECTIVES[run.objective],
         hidden_size=model.hidden_size,
         preset=run.preset,
         parameters=f"{parameters / 1e6:.1f} M",

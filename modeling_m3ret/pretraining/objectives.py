@@ -1,7 +1,7 @@
-"""What is learned: the objectives behind one interface, so that the training loop reads the same for each.
+"""Training objectives behind one interface: masked autoencoding (MAE), self-distillation (SimDINO), and both together.
 
-An objective is a module that takes a pack and returns its loss and the numbers worth logging; it says which views it
-wants, which encoder is to be published, what happens after a step, and where what training goes on from is kept.
+An objective is a module that maps a pack to its loss and the scalars to log. It also defines its views, the encoder to
+publish, the update after an optimiser step, and the file of its weights in a checkpoint.
 """
 
 from __future__ import annotations
@@ -19,17 +19,21 @@ from ..configuration_m3ret import M3RetConfig
 from ..data.views import GLOBAL_CROPS, LOCAL_CROPS, Jitter, ViewKind
 from ..masked_autoencoder_m3ret import M3RetDecoder, M3RetForPreTraining
 from ..modeling_m3ret import M3RetLayer, M3RetModel
-from .ranks import part_of_rank
+from .distributed import rank_weight
 from .run_config import RunConfig
 from .simdino import SimDINO, SimDINOLoss, teacher_momentum
 from .warm_start import load_initial
 
 
 class Objective(Protocol):
-    """See the module. `forward(pixel_values, grid_thw, noise)` returns the loss and named scalars.
+    """`forward(pixel_values, grid_thw, noise)` returns the loss and named scalars.
 
-    encoder: what is published, named `encoder_name` in `model`, which holds all weights; learned: the encoder that has
-    gradients. weights_file: where in a checkpoint all of `model` lies.
+    Attributes:
+        views: the views of each scan.
+        encoder: the encoder to publish.
+        encoder_name: its name in `model`, which holds all weights.
+        trained_encoder: the encoder with gradients.
+        weights_file: file with all weights of `model`, relative to a checkpoint.
     """
 
     views: Sequence[ViewKind]
@@ -40,7 +44,7 @@ class Objective(Protocol):
     def encoder(self) -> M3RetModel: ...
 
     @property
-    def learned(self) -> M3RetModel: ...
+    def trained_encoder(self) -> M3RetModel: ...
 
     def after_step(self, step: int, steps: int) -> None: ...
 
@@ -48,14 +52,14 @@ class Objective(Protocol):
 
 
 class MaskedAutoencoding(nn.Module):
-    """MAE: crops as wide as MAE's, masks from the noise that comes with each view."""
+    """Masked autoencoding, with the crops of MAE and masks from the noise of each view."""
 
     encoder_name = "m3ret"
     weights_file = "pretraining/model.safetensors"
 
     def __init__(self, run: RunConfig, config: M3RetConfig):
         super().__init__()
-        self.views = [ViewKind(run.views_per_decode, flip_probability=run.flip_part)]
+        self.views = [ViewKind(run.views_per_decode, flip_probability=run.flip_probability)]
         self.model = M3RetForPreTraining(config)
 
     @property
@@ -63,26 +67,26 @@ class MaskedAutoencoding(nn.Module):
         return self.model.m3ret
 
     @property
-    def learned(self) -> M3RetModel:
+    def trained_encoder(self) -> M3RetModel:
         return self.model.m3ret
 
     def forward(self, pixel_values: Tensor, grid_thw: Tensor, noise: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         output = self.model(pixel_values, grid_thw, noise=noise)
-        return output.loss * part_of_rank(output.weight, pixel_values.device), {}
+        return output.loss * rank_weight(output.weight, pixel_values.device), {}
 
     def after_step(self, step: int, steps: int) -> None:
         pass
 
     def save(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
-        """The encoder with its decoder, for `AutoModelForPreTraining`."""
+        """Save the encoder with its decoder, for `AutoModelForPreTraining`."""
         self.model.save_pretrained(folder / "pretraining", state_dict=dict(weights))
-        custom_object_save(self.model, folder)  # loaded as a subfolder, its code is looked for in the folder above
+        custom_object_save(self.model, folder)  # transformers looks for the code of a subfolder in its parent
 
 
 class SelfDistillation(nn.Module):
-    """SimDINO: two global and some local crops of each scan; the teacher is what is published.
+    """SimDINO on two global and several local crops of each scan. The teacher is published.
 
-    With masked autoencoding the student's global views are masked, and the same pass learns to predict the rest.
+    For `mae+simdino` the student's global views are masked, and a decoder predicts the masked patches.
     """
 
     encoder_name = "teacher"
@@ -91,12 +95,12 @@ class SelfDistillation(nn.Module):
     def __init__(self, run: RunConfig, config: M3RetConfig):
         super().__init__()
         global_crops, local_crops = (
-            replace(ranges, area=(area[0], area[1]), single_slice_probability=run.slice_part)
+            replace(ranges, area=(area[0], area[1]), single_slice_probability=run.single_slice_probability)
             for ranges, area in ((GLOBAL_CROPS, run.global_area), (LOCAL_CROPS, run.local_area))
         )
         self.views = [
-            ViewKind(SimDINO.global_views, global_crops, None, Jitter(), run.flip_part),
-            ViewKind(run.local_views, local_crops, run.local_size, Jitter(), run.flip_part),
+            ViewKind(SimDINO.global_views, global_crops, None, Jitter(), run.flip_probability),
+            ViewKind(run.local_views, local_crops, run.local_size, Jitter(), run.flip_probability),
         ]
         loss = SimDINOLoss(coeff=run.compression_weight, expansion_weight=run.expansion_weight)
         decoder = M3RetDecoder(config) if run.objective == "mae+simdino" else None
@@ -110,7 +114,7 @@ class SelfDistillation(nn.Module):
         return self.model.teacher
 
     @property
-    def learned(self) -> M3RetModel:
+    def trained_encoder(self) -> M3RetModel:
         return self.model.student
 
     def forward(self, pixel_values: Tensor, grid_thw: Tensor, noise: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -131,41 +135,41 @@ class SelfDistillation(nn.Module):
         self.model.update_teacher(teacher_momentum(step, steps, self.start_momentum))
 
     def save(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
-        """Student, teacher and both heads, by name, in one safetensors file."""
+        """Save student, teacher and both heads in one safetensors file."""
         (folder / "pretraining").mkdir(parents=True)
         save_file({name: value.contiguous() for name, value in weights.items()}, folder / self.weights_file)
 
 
 def build_objective(run: RunConfig) -> tuple[MaskedAutoencoding | SelfDistillation, M3RetConfig]:
-    """The objective that the run asks for, and the encoder's config, which says how it pools.
+    """Build the objective of a run, and the configuration of its encoder.
 
-    MAE gives the CLS token no target and pools patches; SimDINO trains the CLS token, with stochastic depth of .1 as
-    published. `model` in the run's YAML overrides either. With `initial` the weights are an earlier run's.
+    MAE pools patches, since the CLS token has no target there. SimDINO pools the CLS token and uses stochastic depth
+    with rate 0.1, as published. `run.model` overrides both.
 
     Raises:
-        ValueError: if `initial` has another encoder.
+        WarmStartError: if the checkpoint `run.initial` cannot be used.
     """
     preset = getattr(M3RetConfig, run.preset)
     defaults = {} if run.objective == "mae" else {"pooling": "cls", "drop_path_rate": 0.1}
     config = preset(**(defaults | run.model))
     objective = (MaskedAutoencoding if run.objective == "mae" else SelfDistillation)(run, config)
-    if run.initial and not run.resume:  # a checkpoint of the run itself comes later, and knows more
+    if run.initial and not run.resume:  # --resume loads all weights later
         load_initial(objective.model, config, objective.weights_file, run.initial)
     if run.gradient_checkpointing:
-        objective.learned.activation_checkpointing_enable()
+        objective.trained_encoder.activation_checkpointing_enable()
     if run.compile_layers:
         compile_layers(objective)
     return objective, config
 
 
 def compile_layers(model: nn.Module) -> None:
-    """All transformer layers within, encoder's and decoder's, by `M3RetLayer.compile_tokenwise`."""
+    """Compile all transformer layers of encoders and decoder with `M3RetLayer.compile_tokenwise`."""
     for module in model.modules():
         if isinstance(module, M3RetLayer):
             module.compile_tokenwise()
 
 
 def model_weights(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """Those whose name begins with `prefix.`, without it."""
+    """Return the weights whose names start with `prefix.`, without the prefix."""
     start = f"{prefix}."
     return {name.removeprefix(start): value for name, value in weights.items() if name.startswith(start)}

@@ -1,25 +1,57 @@
-"""AdamW for vision transformers: which weights decay, which learn slower, and how both change over the steps."""
+"""The optimiser step: gradients of several packs, AdamW for vision transformers, and its schedules."""
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
+from collections.abc import Sequence
 
 import torch
-from torch import nn
+from accelerate import Accelerator
+from torch import Tensor, nn
 
+from ..data.loading import Pack
+from ..image_processing_m3ret import M3RetImageProcessor
+from .distributed import count_over_ranks
 from .run_config import RunConfig
 
 
-def build_optimiser(model: nn.Module, config: RunConfig) -> torch.optim.AdamW:
-    """Fused AdamW. Weight decay on matrices only: not on biases, norms, gains and tokens, as in MAE and DINO.
+def accumulate_gradients(
+    accelerator: Accelerator, model: nn.Module, packs: Sequence[Pack], processor: M3RetImageProcessor
+) -> tuple[dict[str, Tensor], int]:
+    """Add up the gradients of a step's packs so that every view of every rank has the same weight.
 
-    Each group knows its `learning_rate_scale` and whether it `decays`; `set_schedule` turns them into numbers.
+    A pack is weighted by its fraction of the step's views over all ranks; within a pack, the objective weights the
+    ranks. All ranks must call it together, with the same number of packs.
+
+    Returns:
+        `loss` and the objective's terms, as weighted means over the packs of this rank; and the number of views of all
+        ranks.
+    """
+    views = [count_over_ranks(len(pack.scans), accelerator.device) for pack in packs]
+    means: dict[str, Tensor] = {}
+    for index, pack in enumerate(packs):
+        divisor = sum(views) / views[index]
+        is_last = index == len(packs) - 1
+        with contextlib.nullcontext() if is_last else accelerator.no_sync(model):
+            with accelerator.autocast():
+                loss, terms = model(**pack.inputs(processor, accelerator.device, compact_images=True))
+            accelerator.backward(loss / divisor)
+        for name, term in {"loss": loss, **terms}.items():
+            means[name] = means.get(name, 0) + term.detach() / divisor
+    return means, sum(views)
+
+
+def build_optimiser(model: nn.Module, config: RunConfig) -> torch.optim.AdamW:
+    """Build a fused AdamW with weight decay on matrices only, not on biases, norms, gains and tokens (MAE, DINO).
+
+    Each parameter group holds its `learning_rate_scale` and whether it `decays`, for `set_schedule`.
     """
     depth = 1 + max((layer for name, _ in model.named_parameters() if (layer := _encoder_layer(name)) is not None))
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad:  # a teacher learns from its student alone
+        if parameter.requires_grad:  # a teacher has no gradients
             is_matrix = parameter.ndim >= 2 and not name.endswith(("_token", "_tokens", "mask_patch"))
             scale = learning_rate_scale(name, depth, config.layer_decay)
             groups.setdefault((scale, is_matrix), []).append(parameter)
@@ -34,8 +66,10 @@ def build_optimiser(model: nn.Module, config: RunConfig) -> torch.optim.AdamW:
 
 
 def learning_rate_scale(name: str, depth: int, layer_decay: float) -> float:
-    """`layer_decay` to the power of the layers above a weight: the embeddings learn slowest, what follows the encoder
-    (norm, heads, decoder) at the full rate. BEiT (arXiv 2106.08254); SimDINOv2 takes .9."""
+    """Return `layer_decay` to the power of the number of layers above a parameter (BEiT, arXiv 2106.08254).
+
+    The embeddings have the lowest learning rate; norm, heads and decoder have the full one. SimDINOv2 uses 0.9.
+    """
     if re.search(r"(^|\.)embeddings\.", name):
         return layer_decay ** (depth + 1)
     layer = _encoder_layer(name)
@@ -48,10 +82,10 @@ def _encoder_layer(name: str) -> int | None:
 
 
 def set_schedule(optimiser: torch.optim.Optimizer, config: RunConfig, step: int, processes: int) -> float:
-    """Give the optimiser the learning rate and weight decay of `step`; returns the learning rate.
+    """Set the learning rate and weight decay of `step`. Return the learning rate.
 
-    The learning rate by `warmup_cosine` down to `final_learning_rate`; the weight decay by half a cosine from
-    `weight_decay` to `final_weight_decay`, as in DINO, or constant.
+    The learning rate follows `warmup_cosine` down to `final_learning_rate`. The weight decay follows half a cosine from
+    `weight_decay` to `final_weight_decay`, as in DINO, or is constant.
     """
     peak, last = config.peak_learning_rate(processes), config.final_learning_rate
     warmup = max(1, round(config.warmup_fraction * config.steps))
@@ -66,12 +100,12 @@ def set_schedule(optimiser: torch.optim.Optimizer, config: RunConfig, step: int,
 
 
 def warmup_cosine(step: int, steps: int, warmup: int) -> float:
-    """Factor on the peak learning rate: linear up to 1 at `warmup`, then half a cosine down to 0 at `steps`."""
+    """Return a factor on the peak learning rate: linear to 1 at `warmup`, then half a cosine to 0 at `steps`."""
     if step < warmup:
         return (step + 1) / warmup
     return half_cosine((step - warmup) / max(1, steps - warmup))
 
 
-def half_cosine(part: float) -> float:
-    """From 1 at 0 down to 0 at 1."""
-    return 0.5 * (1 + math.cos(math.pi * part))
+def half_cosine(fraction: float) -> float:
+    """Return half a cosine, from 1 at 0 to 0 at 1."""
+    return 0.5 * (1 + math.cos(math.pi * fraction))

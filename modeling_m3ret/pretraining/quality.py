@@ -1,4 +1,4 @@
-"""What is the encoder worth so far? Measured on the held-out patients while it trains, and a word when it collapses."""
+"""Online evaluation of the encoder on held-out patients during training, and detection of feature collapse."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from ..modeling_m3ret import M3RetModel
 from ..search.embedding import Embedded, Embedder, pooled_embedder
 
 
-# resized scans that each rank keeps of a collection between measurements: at 96 px some tens of thousands of images
-MOST_KEPT_BYTES = 2**30
-# held-out scans that are measured: to compare so many takes each rank 6 s of one core (768 wide), and time grows with
-# the square, to hours for the 260,000 that a holdout of .3 leaves of the paper's 867,653
+# resized scans cached by each rank between evaluations: tens of thousands of images at 96 px
+MAX_CACHED_BYTES = 2**30
+# evaluated held-out scans. Comparing this many 768-dimensional embeddings takes 6 s on one core, and the time grows
+# quadratically: hours for the 260,000 scans that a holdout of 0.3 leaves of the paper's 867,653
 MEASURED_SCANS = 4096
 
 
-def measured_sample(held_out: Sequence[Record], most: int = MEASURED_SCANS) -> list[Record]:
-    """At most so many of them, all scans of a patient or none, in their order; all where there are no more.
+def measured_sample(held_out: Sequence[Record], max_scans: int = MEASURED_SCANS) -> list[Record]:
+    """Return a sample of whole patients with at most `max_scans` scans, in the order of `held_out`.
 
-    Modalities get equal parts as far as they go, since each weighs the same in the mean over them. Patients come by a
-    hash of their name alone, so most stay when data is added.
+    Modalities have equal numbers of scans as far as available, since each has the same weight in the mean over
+    modalities. Patients are ordered by a hash of their id alone, so the sample changes little when data is added.
     """
     patients: dict[str, list[Record]] = {}
     for record in held_out:
@@ -50,14 +50,14 @@ def measured_sample(held_out: Sequence[Record], most: int = MEASURED_SCANS) -> l
         patient = next(queues[modality], None)
         if patient is None:
             del queues[modality]
-        elif patient not in chosen and counts.total() + len(patients[patient]) <= most:
+        elif patient not in chosen and counts.total() + len(patients[patient]) <= max_scans:
             chosen.add(patient)
             counts.update(record.modality for record in patients[patient])
     return [record for record in held_out if record.group in chosen]
 
 
 class RepeatedEmbedding:
-    """Embeds the same scans again and again, each rank its part; decoded once where its part fits into memory."""
+    """Embed the same scans repeatedly, distributed over ranks. Decoded scans are cached if they fit into memory."""
 
     def __init__(
         self,
@@ -70,38 +70,41 @@ class RepeatedEmbedding:
     ):
         self.records = records
         self.processor = processor
-        self.own = list(range(accelerator.process_index, len(records), accelerator.num_processes))
-        dataset = WholeScans([records[index] for index in self.own], processor)
+        self.indices = list(range(accelerator.process_index, len(records), accelerator.num_processes))
+        dataset = WholeScans([records[index] for index in self.indices], processor)
         self.packs: DataLoader[Pack] | list[Pack] = embedding_loader(dataset, batch_size, num_workers)
-        self.fits = True  # until a measurement has shown that it does not
+        self.fits = True  # until the first pass shows otherwise
 
     @torch.inference_mode()
     def embed(self, embedder: Embedder) -> Embedded:
-        """Embeddings of all that can be read, in order, on every rank; to be called by all of them at once."""
-        kept: list[Pack] = []
-        room = MOST_KEPT_BYTES
+        """Return the embeddings of all readable scans, in order, on every rank. All ranks must call it together."""
+        cached: list[Pack] = []
+        free_bytes = MAX_CACHED_BYTES
         embedded: list[tuple[int, torch.Tensor]] = []
         for pack in self.packs:
-            room -= pack.values.nbytes
-            self.fits = self.fits and room >= 0
+            free_bytes -= pack.values.nbytes
+            self.fits = self.fits and free_bytes >= 0
             if self.fits:
-                kept.append(pack)
+                cached.append(pack)
             else:
-                kept.clear()
+                cached.clear()
             if pack.scans:
                 features = embedder(pack.inputs(self.processor)).float().cpu()
-                embedded += zip([self.own[index] for index in pack.scans], features, strict=True)
+                embedded += zip([self.indices[index] for index in pack.scans], features, strict=True)
         if self.fits:
-            self.packs = kept
-        everything = sorted(gather_object(embedded), key=lambda pair: pair[0])
-        embeddings = torch.stack([features for _, features in everything]) if everything else torch.empty(0, 0)
-        return Embedded(embeddings, [self.records[index] for index, _ in everything])
+            self.packs = cached
+        gathered = sorted(gather_object(embedded), key=lambda pair: pair[0])
+        embeddings = torch.stack([features for _, features in gathered]) if gathered else torch.empty(0, 0)
+        return Embedded(embeddings, [self.records[index] for index, _ in gathered])
 
 
 class OnlineQuality:
-    """Measures an encoder on held-out scans, its whitening fitted to scans of training. All ranks call at once.
+    """Evaluate an encoder on held-out scans and fit its whitening to training scans. All ranks must call it together.
 
-    training, held_out: samples of both, see `whitening_sample` and `measured_sample`.
+    Attributes:
+        training: the `whitening_sample` of the training scans.
+        held_out: the `measured_sample` of the held-out scans.
+        held_out_scans: number of all held-out scans.
     """
 
     def __init__(
@@ -118,8 +121,8 @@ class OnlineQuality:
         self.held_out_scans = len(held_out)
 
     def fit_whitening(self, encoder: M3RetModel) -> bool:
-        """Fit the encoder's whitening to what it makes of training scans; False, and as it was, where they are no
-        numbers."""
+        """Fit the encoder's whitening to training scans. Return False, and change nothing, if no scan could be read or
+        the features are not finite."""
         with _evaluating(encoder):
             pooled = self.training.embed(pooled_embedder(encoder)).embeddings
         fits = len(pooled) > 0 and bool(pooled.isfinite().all())
@@ -128,16 +131,13 @@ class OnlineQuality:
         return fits
 
     def measure(self, encoder: M3RetModel) -> dict[str, float]:
-        """Numbers named `held_out/...`, the same on each rank, or none of nobody.
-
-        Retrieval mAP of each modality, over all and across; accuracy of 5 nearest neighbours; RankMe; feature std.
-        """
+        """Return the metrics of `quality_of`, equal on each rank; empty if no held-out scan could be read."""
         with _evaluating(encoder):
             pooled = self.held_out.embed(pooled_embedder(encoder))
         if not pooled.records:
             return {}
         white = encoder.whitening(pooled.embeddings.to(encoder.device)).cpu()
-        embeddings = torch.nn.functional.normalize(white, dim=-1)  # as `get_image_features`, of one pass for both
+        embeddings = torch.nn.functional.normalize(white, dim=-1)  # as get_image_features does
         return quality_of(Embedded(embeddings, pooled.records), pooled.embeddings)
 
 
@@ -150,10 +150,14 @@ def _evaluating(encoder: M3RetModel) -> Iterator[None]:
 
 
 def quality_of(embedded: Embedded, pooled: torch.Tensor) -> dict[str, float]:
-    """The numbers of `OnlineQuality.measure`; features that are not finite have only their alarm.
+    """Return metrics named `held_out/...`. If features are not finite, these are only rank and spread, as NaN.
 
-    Retrieval is that of the embeddings; rank and spread are those of the pooled features `(n, d)` before whitening,
-    which would hide a collapse.
+    Metrics are the retrieval mAP of each modality, their mean (`all`) and `across` modalities, the accuracy of 5
+    nearest neighbours, RankMe and the feature standard deviation.
+
+    Args:
+        embedded: embeddings, for retrieval.
+        pooled: features `(n, d)` before whitening, for rank and spread. Whitening would hide a collapse.
     """
     if not (embedded.embeddings.isfinite().all() and pooled.isfinite().all()):
         return {"held_out/feature_std": float("nan"), "held_out/rank_me": float("nan")}
@@ -171,15 +175,15 @@ def quality_of(embedded: Embedded, pooled: torch.Tensor) -> dict[str, float]:
 
 
 def _knn(embedded: Embedded) -> float | None:
-    """Mean over modalities of the 5-nearest-neighbour accuracy, other patients of the modality voting."""
+    """Return the mean over modalities of the 5-nearest-neighbour accuracy among other patients of the modality."""
     accuracies = []
     for modality in sorted({record.modality for record in embedded.records}):
-        own = [place for place, record in enumerate(embedded.records) if record.modality == modality and record.label]
-        records = [embedded.records[place] for place in own]
+        indices = [i for i, record in enumerate(embedded.records) if record.modality == modality and record.label]
+        records = [embedded.records[i] for i in indices]
         labels, groups = (_numbered([getattr(record, key) for record in records]) for key in ("label", "group"))
         candidate = groups[:, None] != groups
-        if len(own) and candidate.any(1).all() and len(labels.unique()) > 1:
-            features = embedded.embeddings[own]
+        if indices and candidate.any(1).all() and len(labels.unique()) > 1:
+            features = embedded.embeddings[indices]
             accuracies.append(float(knn_accuracy(features @ features.T, labels, candidate).mean()))
     return sum(accuracies) / len(accuracies) if accuracies else None
 
@@ -190,20 +194,20 @@ def _numbered(names: Sequence[str]) -> torch.Tensor:
 
 
 def collapse_alarm(numbers: Mapping[str, float]) -> str | None:
-    """In words, what says that all scans have become one point; None while nothing does.
+    """Return a warning if the features of all scans are nearly equal, else None.
 
-    Thresholds: a twentieth of the way from the expansion share that equal features have to the maximum; a spread of the
-    embeddings below .003 of that of random directions (of scans that look alike .005 was healthy); an effective rank
-    below 1.01. Untrained encoders lie near them, so ask after the warm-up.
+    Thresholds: an expansion share within 5 % of the way from that of equal features to the maximum; a feature standard
+    deviation below 0.003 of that of random directions (0.005 was healthy for scans that look alike); an effective rank
+    below 1.01. Untrained encoders are near these values, so call it only after the warm-up.
     """
     signs = []
     share, floor = numbers.get("expansion_share"), numbers.get("collapsed_share")
     if share is not None and floor is not None and share < floor + 0.05 * (1 - floor):
-        signs.append(f"the expansion is {share:.3f} of its maximum, and equal features would have {floor:.3f}")
+        signs.append(f"expansion_share is {share:.3f}, and {floor:.3f} for equal features")
     if (spread := numbers.get("held_out/feature_std")) is not None and not spread >= 0.003:
-        signs.append(f"held-out features spread by {spread:.4f} where random directions have 1")
+        signs.append(f"feature_std is {spread:.4f}, and 1 for random directions")
     if (rank := numbers.get("held_out/rank_me")) is not None and not rank >= 1.01:
-        signs.append(f"their effective rank is {rank:.2f}")
+        signs.append(f"rank_me is {rank:.2f}")
     if not signs:
         return None
-    return f"features are collapsing: {'; '.join(signs)}. What to do: docs/training.md, 'Collapse'"
+    return f"features are collapsing: {'; '.join(signs)}. See docs/training.md, 'Collapse'."

@@ -1,247 +1,339 @@
-"""Everything a pretraining run can be told: one dataclass, filled from a YAML file and `--key value` overrides."""
+"""Configuration of a pretraining run, filled from a YAML file and command-line options.
+
+The options are grouped as `train.py --help` prints them. The docstring below a field is its help text.
+"""
 
 from __future__ import annotations
 
-import argparse
-import contextlib
-import json
+import functools
 import math
-from collections.abc import Mapping, Sequence
+import operator
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from itertools import zip_longest
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, Literal, NoReturn
 
-import yaml
-
+from ..command_line import CommandLine
 from ..configuration_m3ret import M3RetConfig
+from ..errors import InputError
 
 
-CHOICES: dict[str, tuple[str | None, ...]] = {
-    "objective": ("mae", "simdino", "mae+simdino"),
-    "preset": ("vitt", "vits", "vitb", "vitl"),
-    "precision": ("no", "bf16", None),
+@dataclass
+class OutputOptions:
+    """Output and logging"""
+
+    output_dir: str = "m3ret-vitb"
+    """Folder of the final checkpoint, for `from_pretrained`. An older checkpoint there is replaced."""
+    run_dir: str = "runs/vitb"
+    """Folder of everything written during the run: `metrics.jsonl`, `summary.json`, `checkpoints/`, tracker files."""
+    log_every: int = 10
+    """Steps between lines in `metrics.jsonl`."""
+    report_to: str | None = None
+    """Experiment tracker: trackio, tensorboard or wandb."""
+    evaluate_every: int = 0
+    """Steps between evaluations on held-out scans; 0 evaluates only after the last step."""
+    save_every: int = 1000
+    """Steps between checkpoints in `run_dir/checkpoints`."""
+    keep_last: int = 2
+    """Number of most recent checkpoints to keep. The one with the best held-out mAP is kept in addition."""
+    push_to_hub: str | None = None
+    """Hub repository, ORG/NAME, to which each checkpoint is uploaded in the background. A new repository is private."""
+
+
+@dataclass
+class ResumeOptions:
+    """Start, stop and resume"""
+
+    initial: str | None = None
+    """Checkpoint folder or Hub id of an earlier run to initialise weights from. Parts that are missing there or have
+    another shape start from random weights, with a warning."""
+    resume: bool = False
+    """Continue from the newest checkpoint in `run_dir`."""
+    restart: bool = False
+    """Start again from step 0 although an unfinished run left checkpoints in `run_dir`; they are deleted."""
+    stop_after: int | None = None
+    """Save a checkpoint and exit after this step, as on SIGTERM. For queues with a time limit."""
+
+
+@dataclass
+class DataOptions:
+    """Data"""
+
+    data: str = "phantom"
+    """Folder with `manifest.csv` or `data/*.parquet`, Hub dataset ORG/NAME[@REVISION], or phantom[:SUBJECTS[:SEED]].
+    Existing train and validation splits are used; a test split is never read."""
+    stream: bool = False
+    """Fetch rows of a Parquet dataset when they are needed instead of downloading the dataset first."""
+    stream_lanes: int = 8
+    """Parts of an epoch that each process reads in parallel when streaming. Use a multiple of `num_workers`, so that
+    no two workers fetch the same block. Determines the order of scans, so it must not change on resume."""
+    exclude_modalities: list[str] = field(default_factory=lambda: ["mri"])
+    """Modalities left out of pretraining, as a YAML list. MRI by default, as in the M3Ret paper, to have an unseen
+    modality to evaluate on."""
+    holdout: float = 0.3
+    """Fraction of patients held out for evaluation, below 1. Ignored if the dataset has a validation split."""
+    mixture_alpha: float = 1.0
+    """Sampling exponent: a modality (or a source within it) with n scans is sampled in proportion to n^alpha. 1 keeps
+    the distribution of the data, 0 samples all equally; XLM (arXiv 1901.07291) uses 0.5 for languages."""
+    num_workers: int = 4
+    """Worker processes that decode scans, for each training process."""
+    cache_gib: float = 0.0
+    """Memory in GiB, shared by the workers of a training process, to cache decoded scans for the next epoch. Any
+    worker may receive any scan, so with several workers it takes some epochs to fill."""
+
+
+@dataclass
+class ObjectiveOptions:
+    """Objective and model"""
+
+    objective: Literal["mae", "simdino", "mae+simdino"] = "mae"
+    """Masked autoencoding, self-distillation (SimDINO), or both from one forward pass of the student."""
+    preset: Literal["vitt", "vits", "vitb", "vitl"] = "vitb"
+    """Size of the encoder."""
+    model: dict[str, Any] = field(default_factory=dict)
+    """Overrides of `M3RetConfig` fields, as a YAML mapping."""
+    mae_weight: float = 1.0
+    """Weight of the MAE loss. Only for mae+simdino."""
+    simdino_weight: float = 1.0
+    """Weight of the SimDINO loss. Only for mae+simdino."""
+    patch_weight: float = 0.0
+    """Weight of SimDINOv2's patch loss (1 as published there): blocks of the student's global views are masked, and
+    its tokens there are matched to the teacher's. 0 is the original SimDINO. Only for simdino."""
+    compression_weight: float = 1.0
+    """Weight of SimDINO's compression term relative to its maximum; 1 as published."""
+    expansion_weight: float = 0.45
+    """Weight of SimDINO's expansion term relative to its maximum; 0.45 reproduces the published balance for any batch
+    size (see `SimDINOLoss`)."""
+    teacher_momentum: float = 0.996
+    """Initial EMA momentum of the SimDINO teacher, which rises to 1 along a cosine. The teacher averages over about
+    1 / (1 - momentum) steps: the published 0.996 suits 100,000 steps; use 0.95 for hundreds of steps."""
+
+
+@dataclass
+class ViewOptions:
+    """Input size and views"""
+
+    size: int = 224
+    """Image size in pixels: a slice is resized to an area of size x size. Also saved with the processor."""
+    num_frames: int = 32
+    """Maximum number of slices or frames of a scan. Also saved with the processor."""
+    max_patches: int = 2048
+    """Maximum number of patches of a scan. Also saved with the processor."""
+    views_per_decode: int = 4
+    """MAE: random crops from each decoded scan."""
+    local_views: int = 10
+    """SimDINO: local crops of each scan, besides its two global crops; 10 in the published ViT-B run."""
+    local_size: int = 96
+    """SimDINO: size of local crops in pixels; 96 as published."""
+    global_area: list[float] = field(default_factory=lambda: [0.4, 1.0])
+    """SimDINO: range of the fraction of a slice's area that a global crop covers; [0.4, 1] as published. Smaller crops
+    hide marks that a device draws around the image, such as an ultrasound sector."""
+    local_area: list[float] = field(default_factory=lambda: [0.05, 0.4])
+    """SimDINO: range of the fraction of a slice's area that a local crop covers; [0.05, 0.4] as published."""
+    single_slice_probability: float = 0.5
+    """SimDINO: probability that a crop of a volume or video is a single slice or frame. At 0 the student can tell scans
+    apart by their depth; docs/results.md compares values."""
+    flip_probability: float = 0.0
+    """Probability of a left-right flip of a view. 0 by default because the two sides of the body differ; 0.5 adds
+    variety where they do not."""
+
+
+@dataclass
+class OptimisationOptions:
+    """Optimisation"""
+
+    steps: int = 100_000
+    """Optimiser steps."""
+    batch_size: int = 64
+    """Scans that each process decodes for one pack (a packed batch)."""
+    tokens_per_batch: int | None = None
+    """Token budget of a pack, instead of `batch_size`: equal compute and memory in every step for any mixture of
+    modalities. Requires scan sizes in the dataset (Parquet) and an explicit `learning_rate`. Each scan has the same
+    weight although packs hold different numbers of scans."""
+    accumulate: int = 1
+    """Packs whose gradients are averaged for one optimiser step; each scan has the same weight. Equals one larger pack
+    for MAE. SimDINO's expansion term is computed for each pack, because a coding rate is not a mean over scans."""
+    learning_rate: float | None = None
+    """Peak learning rate. null applies the linear scaling rule: 1.5e-4 x views per step / 256 for MAE (arXiv
+    2111.06377, table 8), 5e-4 x scans per step / 256 for SimDINO."""
+    final_learning_rate: float = 0.0
+    """Learning rate at the end of the cosine schedule."""
+    weight_decay: float = 0.05
+    """Weight decay of AdamW; 0.05 as in MAE."""
+    final_weight_decay: float | None = None
+    """Weight decay at the end of a cosine schedule; null keeps it constant. SimDINO uses 0.04 to 0.4."""
+    layer_decay: float = 1.0
+    """Factor on the learning rate for each layer further from the output, in (0, 1]; 1 as in MAE and SimDINO."""
+    adam_beta2: float = 0.95
+    """Second beta of AdamW; 0.95 as in MAE. The first is 0.9."""
+    warmup_fraction: float = 0.05
+    """Fraction of the steps with a linear learning-rate warm-up; MAE uses 40 of 800 epochs."""
+    gradient_clip: float = 3.0
+    """Maximum gradient norm; 3 as in SimDINO. MAE does not clip; at 3 only outliers are clipped."""
+    precision: Literal["no", "bf16"] | None = None
+    """Mixed precision: bf16, or no for float32 (quote "no" in YAML). null follows `accelerate launch`, and must stay
+    the same on resume. fp16 is not supported, because its loss scale is not saved in checkpoints."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more compute."""
+    compile_layers: bool = False
+    """Apply `torch.compile` to the parts of a layer that act on each token alone (all but attention). For GPUs."""
+    seed: int = 0
+    """Seed of weights, data order, crops and masks."""
+
+
+class ConfigError(InputError):
+    """A configuration value that cannot be used.
+
+    Attributes:
+        key: name of the option.
+    """
+
+    def __init__(self, key: str, problem: str):
+        super().__init__(f"{key}: {problem}")
+        self.key = key
+
+
+# limits of every number; infinity and NaN satisfy none but "> 0", which lets gradient_clip be infinite
+LIMITS: dict[str, tuple[str, ...]] = {
+    ">= 1": (
+        *("steps", "batch_size", "tokens_per_batch", "views_per_decode", "accumulate", "log_every", "save_every"),
+        *("keep_last", "size", "num_frames", "max_patches", "local_size", "stream_lanes"),
+    ),
+    ">= 0": (
+        *("num_workers", "local_views", "cache_gib", "seed", "evaluate_every", "stop_after", "mixture_alpha"),
+        *("learning_rate", "final_learning_rate", "weight_decay", "final_weight_decay"),
+        *("mae_weight", "simdino_weight", "patch_weight", "compression_weight", "expansion_weight"),
+    ),
+    "> 0": ("gradient_clip",),
+    ">= 0 and <= 1": (
+        *("flip_probability", "single_slice_probability"),
+        *("warmup_fraction", "teacher_momentum", "adam_beta2"),
+    ),
+    ">= 0 and < 1": ("holdout",),
+    "> 0 and <= 1": ("layer_decay",),
 }
-AT_LEAST_ONE = (
-    *("steps", "batch_size", "views_per_decode", "accumulate", "log_every", "save_every", "keep_last"),
-    *("size", "num_frames", "max_patches", "local_size", "stream_lanes"),
-)
-NOT_NEGATIVE = (
-    *("num_workers", "local_views", "cache_gib", "seed", "evaluate_every", "stop_after"),
-    *("learning_rate", "final_learning_rate", "weight_decay", "final_weight_decay"),
-    *("mae_weight", "simdino_weight", "patch_weight", "compression_weight", "expansion_weight", "mixture_alpha"),
-)
-PARTS_OF_ONE = (
-    *("holdout", "flip_part", "slice_part"),
-    *("warmup_fraction", "teacher_momentum", "layer_decay", "adam_beta2"),
-)
-# objectives that a setting of what they learn belongs to; how many views they take and how large may stand in one file
-OBJECTIVES_OF = {
+COMPARISONS: dict[str, Callable[[float, float], bool]] = {
+    ">": operator.gt,
+    ">=": operator.ge,
+    "<": operator.lt,
+    "<=": operator.le,
+}
+SIMDINO = ("simdino", "mae+simdino")
+# options of some objectives alone; other objectives refuse them. The number and size of views may be set for any
+APPLIES_TO: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("mae_weight", "simdino_weight"), ("mae+simdino",)),
-    **dict.fromkeys(("global_area", "local_area", "slice_part"), ("simdino", "mae+simdino")),
-    **dict.fromkeys(("compression_weight", "expansion_weight", "teacher_momentum"), ("simdino", "mae+simdino")),
+    **dict.fromkeys(("global_area", "local_area", "single_slice_probability"), SIMDINO),
+    **dict.fromkeys(("compression_weight", "expansion_weight", "teacher_momentum"), SIMDINO),
     "patch_weight": ("simdino",),
 }
-# where things are and how they are shown, and what changes the speed but nothing that is learned
+# never sent to an experiment tracker, which may run on another machine
+PATHS = ("data", "initial", "output_dir", "run_dir", "push_to_hub")
+# paths, logging, and options that change the speed but not the result
 MAY_CHANGE_ON_RESUME = (
     *("output_dir", "run_dir", "data", "initial", "num_workers", "cache_gib", "log_every", "report_to"),
     *("evaluate_every", "save_every", "keep_last", "resume", "restart", "stop_after", "push_to_hub"),
 )
+# names in checkpoints of earlier versions -> today's
+RENAMED_KEYS = {"flip_part": "flip_probability", "slice_part": "single_slice_probability"}
 
 
 @dataclass
-class RunConfig:
-    """
-    output_dir: the checkpoint folder that the run ends with, a name that `from_pretrained` takes.
-    run_dir: what the run writes on its way (`metrics.jsonl`, `summary.json`, `checkpoints/`, trackers).
-    initial: checkpoint folder or Hub id of an earlier run to start from, with all that both runs have in the same form;
-        null starts from random weights.
-    data: folder with a `manifest.csv` or `data/*.parquet`, `ORG/NAME[@REVISION]` on the Hub, or
-        `phantom[:SUBJECTS[:SEED]]`. Splits that a data set has are kept; a test split is never read.
-    stream: fetch the rows of a Parquet data set when they are needed, in blocks of neighbours, instead of downloading
-        it first. stream_lanes: pieces of an epoch that a process reads at the same time; a multiple of num_workers, so
-        that no two workers fetch the same block. It decides the order of scans, and must stay on `--resume`.
-    exclude_modalities: never seen in pretraining; MRI, as in the paper, to have an unseen modality to test on.
-    holdout: part of the patients kept out of pretraining, of a collection without a validation split; the closing table
-        is theirs.
-    mixture_alpha: of each epoch's scans a modality of n, or each of its sources where records name them, gets a part in
-        proportion to n^alpha: 1 as the data is, 0 all the same, between them as multilingual models mix languages (XLM,
-        arXiv 1901.07291, takes .5).
-    objective: what is learned: `mae` (masked autoencoding), `simdino` (self-distillation) or `mae+simdino` (both from
-        one pass of the student). mae_weight, simdino_weight: of the sum's two parts. What weighs or crops for another
-        objective than this one is refused.
-    preset: vitt, vits, vitb or vitl. model: overrides of `M3RetConfig`.
-    size, num_frames, max_patches: the processor's size policy, for the views in training and for the checkpoint.
-    steps: optimiser steps. batch_size: scans decoded for a pack by each process; views_per_decode: random crops of
-        each for MAE, so that a pack holds batch_size x views_per_decode views. accumulate: packs whose gradients are
-        averaged for one step, each scan weighing the same. MAE's gradient is then that of one large pack; SimDINO's
-        expansion is each pack's own, since a coding rate is not a mean over scans.
-    tokens_per_batch: instead of `batch_size`, as many scans as have this many tokens in all their views: equal work and
-        memory in every step, whatever the mix. Needs a data set that says how large its scans are (Parquet), and a
-        `learning_rate`, since the rule for it counts scans. Ranks and packs may hold different numbers of scans; each
-        scan weighs the same.
-    flip_part: of the views, how many are mirrored left to right; 0, since a body's sides differ, .5 for more variety
-        where they don't matter.
-    global_area, local_area: parts of a slice's area that SimDINO's global and local crops cover, .4 to 1 and .05 to .4
-        as published. Smaller global crops hide what a device draws around a picture (a sector, a round field).
-    slice_part: of SimDINO's crops of volumes and clips, how many are a single slice or frame. Without any, the student
-        tells scans apart by their depth, and stills no longer find clips of the same organ. With .5, phantom ultrasound
-        rose above the untrained encoder's mAP; with 0 it did not, with .3 not in 300 steps (docs/training.md).
-    local_views, local_size: SimDINO's local crops of each scan, and their size (the global ones have `size`); 10 of 96
-        in its published command for ViT-B.
-    patch_weight: of SimDINOv2's patch term, 1 as published there: blocks of the student's global views are masked and
-        its tokens drawn to the teacher's of what was there. 0 is SimDINO as first published. Not with `mae+simdino`,
-        which masks by itself.
-    compression_weight, expansion_weight: of SimDINO's two terms, as shares of their maxima, see `SimDINOLoss`.
-    teacher_momentum: where the cosine to 1 starts, .996 as published for some 100,000 steps. A teacher averages its
-        student over some 1 / (1 - momentum) steps, so a run of hundreds of steps needs less, .95 say.
-    learning_rate, weight_decay, adam_beta2: AdamW of MAE (arXiv 2111.06377, table 8): 1.5e-4 for 256 views a step,
-        times views / 256, is what `learning_rate: null` resolves to (SimDINO: 5e-4 for 256 scans); decay .05; betas .9
-        and .95. final_learning_rate: where the cosine ends. final_weight_decay: where its cosine ends, null for no
-        change; SimDINO's command goes from .04 to .4. layer_decay: see `learning_rate_scale`; 1 is none, as published
-        for pretraining by both.
-    warmup_fraction: part of the steps with a linear warm-up; 40 of MAE's 800 epochs.
-    gradient_clip: largest norm of the gradient. MAE clips nothing; at 3 (SimDINO's) only an outlier batch is cut.
-    precision: bf16 or no; null as `accelerate launch` says, which must stay on `--resume`. Not fp16, whose scale is not
-        kept in checkpoints. gradient_checkpointing: layers forget their activations and compute them again, for less
-        memory and a third more work. compile_layers: `torch.compile` of what layers do to each token alone, all but
-        attention, for GPUs.
-    num_workers: processes that decode, beside each training process. cache_gib: memory, in GiB over all workers of a
-        process, that keeps decoded scans for the next epoch. Each worker has its own part and meets any scan, so with
-        one worker a collection that fits is decoded once, with more it takes some epochs.
-    seed: of weights, order, crops and masks.
-    log_every: steps between lines in `metrics.jsonl`. report_to: trackio, tensorboard or wandb.
-    evaluate_every: steps between measurements on the held-out part; 0 measures at the end alone.
-    save_every: steps between checkpoints in `run_dir/checkpoints`, of which the last `keep_last` stay, and the best by
-        mAP over all modalities.
-    resume: go on from the newest checkpoint in `run_dir`. restart: begin anew where an unfinished run has checkpoints.
-    stop_after: save and leave after this step, as SIGTERM does; for queues that cut long runs in pieces.
-    push_to_hub: ORG/NAME, a repository that each checkpoint is uploaded to, in the background; private if it is new.
-    """
+class RunConfig(OutputOptions, ResumeOptions, DataOptions, ObjectiveOptions, ViewOptions, OptimisationOptions):
+    """All options of a pretraining run.
 
-    output_dir: str = "m3ret-vitb"
-    run_dir: str = "runs/vitb"
-    initial: str | None = None
-    data: str = "phantom"
-    stream: bool = False
-    stream_lanes: int = 8
-    exclude_modalities: list[str] = field(default_factory=lambda: ["mri"])
-    holdout: float = 0.3
-    mixture_alpha: float = 1.0
-    objective: str = "mae"
-    mae_weight: float = 1.0
-    simdino_weight: float = 1.0
-    preset: str = "vitb"
-    model: dict[str, Any] = field(default_factory=dict)
-    size: int = 224
-    num_frames: int = 32
-    max_patches: int = 2048
-    steps: int = 100_000
-    batch_size: int = 64
-    tokens_per_batch: int | None = None
-    views_per_decode: int = 4
-    accumulate: int = 1
-    flip_part: float = 0.0
-    global_area: list[float] = field(default_factory=lambda: [0.4, 1.0])
-    local_area: list[float] = field(default_factory=lambda: [0.05, 0.4])
-    slice_part: float = 0.5
-    local_views: int = 10
-    local_size: int = 96
-    patch_weight: float = 0.0
-    compression_weight: float = 1.0
-    expansion_weight: float = 0.45
-    teacher_momentum: float = 0.996
-    learning_rate: float | None = None
-    final_learning_rate: float = 0.0
-    weight_decay: float = 0.05
-    final_weight_decay: float | None = None
-    layer_decay: float = 1.0
-    adam_beta2: float = 0.95
-    warmup_fraction: float = 0.05
-    gradient_clip: float = 3.0
-    precision: str | None = None
-    gradient_checkpointing: bool = False
-    compile_layers: bool = False
-    num_workers: int = 4
-    cache_gib: float = 0.0
-    seed: int = 0
-    log_every: int = 10
-    report_to: str | None = None
-    evaluate_every: int = 0
-    save_every: int = 1000
-    keep_last: int = 2
-    resume: bool = False
-    restart: bool = False
-    stop_after: int | None = None
-    push_to_hub: str | None = None
+    Raises:
+        ConfigError: if a value is out of range, or two options contradict each other.
+    """
 
     def __post_init__(self) -> None:
-        for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                listed = f"{', '.join(map(str, choices[:-1]))} or {choices[-1]}"
-                raise ValueError(f"{name} is {listed}, not {getattr(self, name)!r}")
-        for name in AT_LEAST_ONE:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is at least 1, not {getattr(self, name)}")
-        for name in NOT_NEGATIVE:
-            if not 0 <= (getattr(self, name) or 0) < math.inf:
-                raise ValueError(f"{name} is a number from 0 up, not {getattr(self, name)}")
-        for name in PARTS_OF_ONE:
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} is a part from 0 to 1, not {getattr(self, name)}")
-        for name in ("global_area", "local_area"):
-            ends = getattr(self, name)
-            if len(ends) != 2 or not 0 < ends[0] <= ends[1] <= 1:
-                raise ValueError(f"{name} is two parts of the area, [least, most] above 0 and up to 1, not {ends}")
-        if self.holdout == 1:
-            raise ValueError("holdout is below 1: something must be left to train on")
-        if self.layer_decay == 0:
-            raise ValueError("layer_decay is above 0 (1 is none): at 0 no layer would learn")
-        if not self.gradient_clip > 0:
-            raise ValueError(f"gradient_clip is a norm above 0 (large to clip nothing), not {self.gradient_clip}")
-        for entry in () if self.resume else fields(self):  # a run of older code may have been told more, and goes on
-            objectives = OBJECTIVES_OF.get(entry.name, (self.objective,))
-            default = entry.default_factory() if callable(entry.default_factory) else entry.default
-            if getattr(self, entry.name) != default and self.objective not in objectives:
-                raise ValueError(
-                    f"{entry.name} is a part of objective {' and '.join(objectives)}, and {self.objective} has none"
-                )
-        if self.tokens_per_batch is not None:
-            if self.tokens_per_batch < 1:
-                raise ValueError(f"tokens_per_batch is at least 1, not {self.tokens_per_batch}")
-            if self.learning_rate is None:
-                raise ValueError("tokens_per_batch needs a learning_rate: the rule for null counts scans of a batch")
-            if self.accumulate > 1 and "mae" in self.objective and self.model.get("loss_weighting") == "patch":
-                raise ValueError(
-                    "accumulate weighs packs of tokens_per_batch by their scans: not with loss_weighting patch"
-                )
+        self._check_limits()
+        self._check_areas()
+        self._check_objective()
+        self._check_tokens_per_batch()
         if self.resume and self.restart:
-            raise ValueError("resume goes on from a checkpoint and restart begins anew: one of them")
-        if unknown := set(self.model) - {entry.name for entry in fields(M3RetConfig)}:
-            raise ValueError(f"model has no {', '.join(sorted(unknown))}; see M3RetConfig")
+            raise ConfigError("restart", "expected only one of resume and restart, got both. Remove one.")
+        if unknown := sorted(set(self.model) - {entry.name for entry in fields(M3RetConfig)}):
+            raise ConfigError("model", f"expected fields of M3RetConfig, got {', '.join(unknown)}.")
         output, run = Path(self.output_dir).resolve(), Path(self.run_dir).resolve()
         if run.is_relative_to(output):
-            raise ValueError(
-                f"run_dir lies in output_dir ({run} in {output}), which the checkpoint replaces as a whole"
+            raise ConfigError(
+                "run_dir",
+                f"expected a folder outside output_dir, which the final checkpoint replaces, got {run} in {output}.",
+            )
+
+    def _check_limits(self) -> None:
+        for limits, names in LIMITS.items():
+            bounds = [(COMPARISONS[sign], float(bound)) for sign, bound in re.findall(r"([<>]=?) (\d)", limits)]
+            for name in names:
+                value = getattr(self, name)
+                if value is None:
+                    continue
+                is_finite = math.isfinite(value) or limits == "> 0"
+                if not is_finite or not all(compare(value, bound) for compare, bound in bounds):
+                    raise ConfigError(name, f"expected a number {limits}, got {value}.")
+
+    def _check_areas(self) -> None:
+        for name in ("global_area", "local_area"):
+            area = getattr(self, name)
+            if len(area) != 2 or not 0 < area[0] <= area[1] <= 1:
+                raise ConfigError(name, f"expected [min, max] with 0 < min <= max <= 1, got {area}.")
+
+    def _check_objective(self) -> None:
+        if self.resume:  # an earlier version may have accepted the option; the run must stay resumable
+            return
+        for entry in fields(self):
+            objectives = APPLIES_TO.get(entry.name, (self.objective,))
+            default = entry.default_factory() if callable(entry.default_factory) else entry.default
+            if getattr(self, entry.name) != default and self.objective not in objectives:
+                raise ConfigError(
+                    entry.name,
+                    f"applies only to objective {' and '.join(objectives)}, got objective {self.objective}. Remove it, "
+                    "or change the objective.",
+                )
+
+    def _check_tokens_per_batch(self) -> None:
+        if self.tokens_per_batch is None:
+            return
+        if self.learning_rate is None:
+            raise ConfigError(
+                "learning_rate",
+                "expected a number with tokens_per_batch, got null. The scaling rule needs a fixed batch_size.",
+            )
+        if self.accumulate > 1 and "mae" in self.objective and self.model.get("loss_weighting") == "patch":
+            raise ConfigError(
+                "accumulate",
+                "expected 1 with tokens_per_batch and loss_weighting patch, because packs are weighted by their number "
+                f"of scans, got {self.accumulate}.",
             )
 
     def as_launched(self, precision: str, processes: int) -> RunConfig:
-        """The config of the run that was launched: with the precision that null left open, as Accelerate names it.
+        """Return the config with the precision that Accelerate resolved.
+
+        Args:
+            precision: Accelerate's `mixed_precision`.
+            processes: world size.
 
         Raises:
-            ValueError: for a precision that a run cannot be trained at, or a learning rate that ends above its peak.
+            ConfigError: if the precision is not supported, or the final learning rate is above the peak.
         """
-        if precision not in CHOICES["precision"]:
-            raise ValueError(
-                f"precision: found {precision}, as `accelerate launch` says, expected bf16 or no: its scale is not "
-                "kept in checkpoints"
+        if precision not in ("no", "bf16"):
+            raise ConfigError(
+                "precision",
+                f"expected bf16 or no, got {precision} from `accelerate launch`. Its loss scale is not saved in "
+                "checkpoints.",
             )
         peak = self.peak_learning_rate(processes)
         if peak < self.final_learning_rate and not self.resume:
-            raise ValueError(f"final_learning_rate is at most the peak of {peak:.3g}, not {self.final_learning_rate}")
-        return replace(self, precision=precision)
+            raise ConfigError(
+                "final_learning_rate",
+                f"expected at most the peak learning rate of {peak:.3g}, got {self.final_learning_rate}.",
+            )
+        return replace(self, precision="bf16" if precision == "bf16" else "no")
 
     def peak_learning_rate(self, processes: int) -> float:
-        """The learning rate after warm-up: as set, or linear in the views of a step (MAE) or its scans (SimDINO)."""
+        """Return the learning rate after warm-up: as set, or linear in the views (MAE) or scans (SimDINO) of a step."""
         if self.learning_rate is not None:
             return self.learning_rate
         if self.objective != "mae":
@@ -249,58 +341,94 @@ class RunConfig:
         return 1.5e-4 * self.batch_size * self.views_per_decode * self.accumulate * processes / 256
 
     def due(self, step: int) -> tuple[bool, bool]:
-        """Whether this step ends with a measurement, and whether with a checkpoint; the last one does, if any does."""
+        """Return whether to evaluate and whether to save after this step. Both are due after the last step, evaluation
+        only if it is enabled."""
         is_last = step == self.steps
-        measures = self.evaluate_every > 0 and (is_last or step % self.evaluate_every == 0)
-        return measures, is_last or step % self.save_every == 0
+        evaluates = self.evaluate_every > 0 and (is_last or step % self.evaluate_every == 0)
+        return evaluates, is_last or step % self.save_every == 0
 
-    def differences(self, other: Mapping[str, Any]) -> list[str]:
-        """What another run was told differently, a line each, of all that decides what is learned."""
-        mine = {key: value for key, value in asdict(self).items() if key not in MAY_CHANGE_ON_RESUME}
-        theirs = {key: value for key, value in other.items() if key not in MAY_CHANGE_ON_RESUME}
-        theirs["precision"] = theirs.get("precision") or mine["precision"]  # earlier checkpoints may not know theirs
-        return [
-            f"{key}: {theirs.get(key, 'absent')} in the checkpoint, {mine.get(key, 'absent')} now"
-            for key in sorted(mine.keys() | theirs.keys())
-            if mine.get(key, "absent") != theirs.get(key, "absent")
-        ]
+    def differences(self, checkpoint: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+        """Return the options that affect the result and differ from a checkpoint's: name -> (checkpoint's, ours).
+
+        "absent" stands for an option that one side does not have.
+        """
+        ours = {key: value for key, value in asdict(self).items() if key not in MAY_CHANGE_ON_RESUME}
+        theirs = {RENAMED_KEYS.get(key, key): value for key, value in checkpoint.items()}
+        theirs = {key: value for key, value in theirs.items() if key not in MAY_CHANGE_ON_RESUME}
+        theirs["precision"] = theirs.get("precision") or ours["precision"]  # early checkpoints may not hold theirs
+        pairs = {key: (theirs.get(key, "absent"), ours.get(key, "absent")) for key in sorted(ours.keys() | theirs)}
+        return {key: (their, our) for key, (their, our) in pairs.items() if their != our}
 
 
-def parse_run_config(arguments: Sequence[str] | None = None, description: str | None = None) -> RunConfig:
-    """`--config FILE.yaml [--key value ...]` -> a `RunConfig`; what the command line says wins over the file.
+class RunConfigParser(CommandLine):
+    """Parser of all options, which names the expected and the given value in its errors."""
 
-    Lists and mappings are given as YAML: `--exclude_modalities "[mri, ct]"`, `--model "{mask_ratio: 0.9}"`.
+    def __init__(self, description: str | None):
+        super().__init__(description)
+        self.allow_abbrev = False
+        self.add_argument("--config", action="config", help="YAML file with any of the options below.")
+        for group in RunConfig.__bases__:
+            self.add_class_arguments(group)
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        wrong_value = re.match(r'(?s)Parser key "(\w+)":.*(?:Got|Given) value: (.*)$', message)
+        if wrong_value:
+            key, value = wrong_value.groups()
+            message = f"{key}: expected {expected_value(key)}, got {value}."
+        super().error(message, ex)
+
+
+@functools.cache  # building it takes longer than parsing
+def run_config_parser(description: str | None) -> RunConfigParser:
+    return RunConfigParser(description)
+
+
+def expected_value(key: str) -> str:
+    """Return a description of the values that an option accepts."""
+    annotation = str(next(entry.type for entry in fields(RunConfig) if entry.name == key))
+    if annotation.startswith("Literal"):
+        choices = annotation.removeprefix("Literal[").replace('"', "")
+        return "one of " + choices.replace("] | None", ", null").removesuffix("]")
+    words = {
+        "str": "a string",
+        "int": "an integer",
+        "float": "a number",
+        "bool": "true or false",
+        "list[str]": "a list of strings",
+        "list[float]": "a list of numbers",
+        "dict[str, Any]": "a mapping",
+        "None": "null",
+    }
+    return " or ".join(words[part] for part in annotation.split(" | "))
+
+
+def parse_run_config(arguments: Sequence[str], description: str | None = None) -> RunConfig:
+    """Parse `--config FILE.yaml` and `--key value` options; options override the file.
+
+    A list or mapping is given as YAML: `--exclude_modalities "[mri, ct]"`, `--model "{mask_ratio: 0.9}"`. A boolean
+    option may stand alone: `--resume`.
 
     Raises:
-        ValueError: for a key that does not exist, or a value of another type, naming both.
+        SystemExit: with status 2, after one line on standard error, if an option is unknown or its value is wrong.
     """
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, help="YAML file with any of the keys below")
-    for entry in fields(RunConfig):
-        is_text = entry.type in ("str", "str | None")  # a name stays as it is written, 2024-01-01 and 0012 too
-        read = str if is_text else yaml.safe_load
-        option = parser.add_argument(f"--{entry.name}", type=read, default=argparse.SUPPRESS, help=str(entry.type))
-        if entry.type == "bool":
-            option.nargs, option.const = "?", True  # `--resume` alone says yes
-    given = vars(parser.parse_args(arguments))
-    values: dict[str, Any] = {}
-    if path := given.pop("config"):
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    return _checked(values | given)
+    parser = run_config_parser(description)
+    values = parser.parse_args(with_explicit_flags(arguments)).as_dict()
+    del values["config"]
+    try:
+        return RunConfig(**values)
+    except ConfigError as error:
+        parser.error(str(error))
 
 
-def _checked(values: dict[str, Any]) -> RunConfig:
-    types = get_type_hints(RunConfig)
-    for key, value in values.items():
-        if key not in types:
-            raise ValueError(f"there is no key {key!r}; the keys are {', '.join(types)}")
-        allowed = get_args(types[key]) if type(None) in get_args(types[key]) else (types[key],)
-        kinds = [kind if isinstance(kind, type) else getattr(kind, "__origin__", kind) for kind in allowed]
-        if float in kinds and isinstance(value, int | str) and not isinstance(value, bool):
-            with contextlib.suppress(ValueError):  # YAML 1.1 takes 1e-3 for a word; we don't
-                values[key] = value = float(value)
-        if not isinstance(value, tuple(kinds)) or (isinstance(value, bool) and bool not in kinds):
-            raise ValueError(
-                f"{key} is {' or '.join(kind.__name__ for kind in kinds)}, not {json.dumps(value, default=str)}"
-            )
-    return RunConfig(**values)
+def with_explicit_flags(arguments: Sequence[str]) -> list[str]:
+    """Return the arguments with `--flag` expanded to `--flag=true` and `--config` first, so options override it."""
+    flags = {f"--{entry.name}" for entry in fields(RunConfig) if entry.type == "bool"}
+    expanded = [
+        f"{argument}=true" if argument in flags and (following is None or following.startswith("--")) else argument
+        for argument, following in zip_longest(arguments, arguments[1:])
+        if argument is not None
+    ]
+    if "--config" in expanded:
+        index = expanded.index("--config")
+        return [*expanded[index : index + 2], *expanded[:index], *expanded[index + 2 :]]
+    return expanded

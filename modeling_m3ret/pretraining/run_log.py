@@ -1,26 +1,31 @@
-"""What a run says on its way: lines in `metrics.jsonl`, the tracker, warnings, and at its end a summary and curves."""
+"""Metrics, warnings, summary and training curves of a run, in its folder and in an experiment tracker."""
 
 from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 
-from ..atomic_io import append_json_line, atomic_write_text
+from ..atomic_io import append_json_line, atomic_write, atomic_write_text
 
 
 logger = logging.getLogger(__name__)
 
 
 class RunLog:
-    """Written by the main process; the calls of others do nothing.
+    """Write the log of a run. Only the main process writes; calls of other processes do nothing.
+
+    Files are strict JSON: a number that is not finite is written as null.
 
     Args:
-        step: where the run begins. Lines of later steps, left by one that was killed after its last checkpoint, go.
+        run_dir: folder for `metrics.jsonl`, `summary.json` and `curves.png`.
+        accelerator: holds the experiment tracker.
+        step: first step of this start. Lines of later steps, written after the checkpoint it resumes from, are removed.
     """
 
     def __init__(self, run_dir: Path, accelerator: Accelerator, step: int = 0):
@@ -29,37 +34,37 @@ class RunLog:
         self.metrics_file = run_dir / "metrics.jsonl"
         if accelerator.is_main_process:
             run_dir.mkdir(parents=True, exist_ok=True)
-            kept = [entry for entry in self.entries() if entry["step"] <= step]
-            atomic_write_text(self.metrics_file, "".join(json.dumps(entry) + "\n" for entry in kept))
+            retained = [entry for entry in self.entries() if entry["step"] <= step]
+            atomic_write_text(self.metrics_file, "".join(json.dumps(finite(entry)) + "\n" for entry in retained))
             (run_dir / "summary.json").unlink(missing_ok=True)
 
     def entries(self) -> list[dict[str, Any]]:
-        """All lines so far; a last one that a kill cut short is none."""
+        """Return all lines so far, without a last one that an interrupted process left incomplete."""
         if not self.metrics_file.is_file():
             return []
-        found = []
+        entries = []
         for line in self.metrics_file.read_text(encoding="utf-8").splitlines():
             try:
-                found.append(json.loads(line))
+                entries.append(json.loads(line))
             except json.JSONDecodeError:
                 break
-        return found
+        return entries
 
-    def numbers(self, step: int, numbers: Mapping[str, float]) -> None:
-        """A line in `metrics.jsonl`, and the same to the tracker."""
-        self.accelerator.log(dict(numbers), step=step)
+    def log_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Append a line to `metrics.jsonl` and send it to the tracker."""
+        self.accelerator.log(dict(metrics), step=step)
         if self.accelerator.is_main_process:
-            append_json_line(self.metrics_file, {"step": step, **numbers})
+            append_json_line(self.metrics_file, finite({"step": step, **metrics}))
 
-    def alarm(self, step: int, message: str) -> None:
-        """A warning that is seen, and stays in `metrics.jsonl` and the summary."""
-        self.accelerator.log({"alarm": 1}, step=step)  # trackers take numbers
+    def log_alarm(self, step: int, message: str) -> None:
+        """Print a warning and record it in `metrics.jsonl`, the tracker and the summary."""
+        self.accelerator.log({"alarm": 1}, step=step)  # trackers accept only numbers
         if self.accelerator.is_main_process:
             logger.warning("step %d: %s", step, message)
             append_json_line(self.metrics_file, {"step": step, "alarm": message})
 
-    def summary(self, finished: bool, facts: Mapping[str, Any]) -> None:
-        """`summary.json` (last value of every number, all alarms, what the run was), and `curves.png`."""
+    def write_summary(self, finished: bool, facts: Mapping[str, Any]) -> None:
+        """Write `summary.json` (facts of the run, last value of every metric, all alarms) and `curves.png`."""
         if not self.accelerator.is_main_process:
             return
         entries = self.entries()
@@ -67,17 +72,23 @@ class RunLog:
         for entry in entries:
             last |= {name: value for name, value in entry.items() if name != "alarm"}
         alarms = [{"step": entry["step"], "alarm": entry["alarm"]} for entry in entries if "alarm" in entry]
-        text = json.dumps({"finished": finished, **facts, "last": last, "alarms": alarms}, indent=2)
+        text = json.dumps({"finished": finished, **facts, "last": finite(last), "alarms": alarms}, indent=2)
         atomic_write_text(self.run_dir / "summary.json", text + "\n")
         plot_curves(entries, self.run_dir / "curves.png")
 
 
+def finite(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the entry with None in place of numbers that are not finite, which JSON cannot represent."""
+    is_bad = {name for name, value in entry.items() if isinstance(value, float) and not math.isfinite(value)}
+    return {name: None if name in is_bad else value for name, value in entry.items()}
+
+
 def plot_curves(entries: list[dict[str, Any]], path: Path) -> None:
-    """Loss, its terms, and the held-out numbers over the steps, each that was logged at least twice in a panel."""
-    import matplotlib.figure  # a second to load, which `--help` needn't take
+    """Plot each metric that was logged at least twice, in a panel of its own; held-out mAPs share one."""
+    import matplotlib.figure  # takes a second to import
 
     def curve(name: str) -> tuple[list[int], list[float]]:
-        points = [(entry["step"], entry[name]) for entry in entries if name in entry]
+        points = [(entry["step"], entry[name]) for entry in entries if entry.get(name) is not None]
         return [step for step, _ in points], [value for _, value in points]
 
     names = list(dict.fromkeys(name for entry in entries for name in entry if name not in ("step", "alarm")))
@@ -98,6 +109,5 @@ def plot_curves(entries: list[dict[str, Any]], path: Path) -> None:
             axes.legend(fontsize="small")
     for axes in figure.axes[len(panels) :]:
         axes.set_visible(False)
-    beside = path.with_name(f".{path.name}.partial.png")
-    figure.savefig(beside, dpi=100)
-    beside.replace(path)
+    with atomic_write(path) as stream:
+        figure.savefig(stream, format="png", dpi=100)

@@ -1,18 +1,19 @@
-"""What a run keeps: checkpoints on its way, the best of them, and at its end the published one with its table."""
+"""Checkpoints during a run, and the published checkpoint with its retrieval table at the end."""
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
 from ..atomic_io import atomic_write_text
 from ..configuration_m3ret import M3RetConfig
@@ -23,147 +24,160 @@ from ..modeling_m3ret import M3RetModel
 from ..phantom import SYNTHETIC_SOURCE
 from ..search.embedding import embed_records, encoder_embedder, pixel_embedder
 from ..version import __version__
-from .checkpoints import CheckpointFolder, CheckpointPlaceError, save_checkpoint
+from .checkpoints import CheckpointFolder, OutputFolderError, save_checkpoint
+from .distributed import gather_encoder
 from .hub_upload import HubUpload
 from .model_card import write_card
 from .objectives import Objective
 from .quality import OnlineQuality
 from .run_config import RunConfig
-from .sharding import whole_encoder
 from .training_state import STATE_FOLDER, Progress, gather_state, read_progress, restore_state, write_state
 
 
-class RunSaver:
-    """Checkpoints of one run. Its methods are called by all ranks at once.
+MAP_PREFIX = "held_out/mAP/"
 
-    Args:
-        model, optimiser: as prepared by Accelerate; objective: the module inside. training: the scans; quality: knows
-        those that are held out and measured; unseen: modalities that only those held out have. card_template: the
-        project's `model_card.md`.
+
+@dataclass(kw_only=True)
+class RunSaver:
+    """Save and resume one run. All ranks must call its methods together.
+
+    Attributes:
+        config: configuration of the run.
+        accelerator: of the run.
+        model: objective as prepared by Accelerate.
+        optimiser: optimiser as prepared by Accelerate.
+        objective: the objective itself.
+        processor: saved with the encoder.
+        training: training scans.
+        unseen: modalities without training scans.
+        quality: evaluates held-out scans.
+        card_template: the project's `model_card.md`.
+        progress: how far the run has come.
+        is_new_best: the latest evaluation gave the highest mAP, and was not saved yet.
     """
 
-    def __init__(
-        self,
-        config: RunConfig,
-        accelerator: Accelerator,
-        model: nn.Module,
-        optimiser: torch.optim.Optimizer,
-        objective: Objective,
-        model_config: M3RetConfig,
-        processor: M3RetImageProcessor,
-        training: Sequence[Record],
-        quality: OnlineQuality,
-        unseen: Sequence[str],
-        card_template: Path,
-    ):
-        self.config, self.accelerator = config, accelerator
-        self.model, self.optimiser, self.objective = model, getattr(optimiser, "optimizer", optimiser), objective
-        self.processor, self.training, self.quality, self.unseen = processor, training, quality, unseen
-        self.card_template, self.model_config = card_template, model_config
-        self.progress = Progress()
-        self.whitened_at_step: int | None = None
-        self.online: dict[str, Any] | None = None  # {"step": 400, "mAP": {"ct": .5, "all": .4, "across": .3}}
-        self.is_new_best = False
-        self.saved_step = 0
-        self.checkpoints = CheckpointFolder(Path(config.run_dir) / "checkpoints")
-        self.upload: HubUpload | None = None
-        if config.push_to_hub and accelerator.is_main_process:
-            self.upload = HubUpload(config.push_to_hub, Path(config.run_dir) / "uploading")
+    config: RunConfig
+    accelerator: Accelerator
+    model: nn.Module
+    optimiser: torch.optim.Optimizer
+    objective: Objective
+    processor: M3RetImageProcessor
+    training: Sequence[Record]
+    unseen: Sequence[str]
+    quality: OnlineQuality
+    card_template: Path
+    progress: Progress = field(default_factory=Progress, init=False)
+    is_new_best: bool = field(default=False, init=False)
 
-    def resume_or_begin(self) -> Progress:
-        """Restore the newest whole checkpoint if the run is to go on, or make sure that a new one replaces nothing.
+    def __post_init__(self) -> None:
+        self.optimiser = getattr(self.optimiser, "optimizer", self.optimiser)  # without Accelerate's wrapper
+        run_dir = Path(self.config.run_dir)
+        self.checkpoints = CheckpointFolder(run_dir / "checkpoints")
+        self.upload: HubUpload | None = None
+        if self.config.push_to_hub and self.accelerator.is_main_process:
+            self.upload = HubUpload(self.config.push_to_hub, run_dir / "uploading")
+        self._saved_step = 0
+        self._whitened_at_step: int | None = None
+        self._online: dict[str, Any] | None = None  # {"step": 400, "mAP": {"ct": 0.5, "all": 0.4, "across": 0.3}}
+
+    def start(self) -> Progress:
+        """Restore the newest checkpoint if the run resumes; otherwise delete the checkpoints of an earlier run.
 
         Raises:
-            ResumeError: if the checkpoint's run was another one.
-            CheckpointPlaceError: if there is nothing to go on from, or a new run would replace an unfinished one.
+            ResumeError: if the checkpoint is incompatible with this run.
+            OutputFolderError: if there is no checkpoint to resume from, or a new run would delete those of an
+                unfinished one.
         """
         newest = self.checkpoints.newest()
         if self.config.resume:
             if newest is None:
-                raise CheckpointPlaceError(f"{self.checkpoints.folder}: found no whole checkpoint to resume from")
-            processes = self.accelerator.num_processes
-            self.progress = read_progress(newest, self.config, self.training, processes)
-            weights = {
-                f"model.{name}": value for name, value in load_file(newest / self.objective.weights_file).items()
-            }
-            restore_state(newest, weights, self.accelerator, self.model, self.optimiser)
-            self.saved_step = self.progress.step
-            told = json.loads((newest / "training.json").read_text(encoding="utf-8"))
-            self.whitened_at_step, self.online = told.get("whitened_at_step", told["step"]), told.get("online")
-            self.accelerator.print(f"resumed from {newest}")
+                raise OutputFolderError(
+                    self.checkpoints.folder, "expected a checkpoint to resume from, got none. Start without --resume."
+                )
+            self._restore(newest)
             return self.progress
-        if newest is not None and not self.config.restart and not self._finished():
-            raise CheckpointPlaceError(
-                f"{newest}: found a checkpoint of a run that has not finished; --resume goes on from there, --restart "
-                "begins anew and removes it"
+        if newest is not None and not self.config.restart and not self._is_finished():
+            raise OutputFolderError(
+                newest,
+                "expected no checkpoint of an unfinished run. Continue it with --resume, or delete its checkpoints and "
+                "start again with --restart.",
             )
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             self.checkpoints.clear()
         return self.progress
 
-    def _finished(self) -> bool:
+    def _restore(self, checkpoint: Path) -> None:
+        self.progress = read_progress(checkpoint, self.config, self.training, self.accelerator.num_processes)
+        restore_state(checkpoint, self._weights(checkpoint), self.accelerator, self.model, self.optimiser)
+        self._saved_step = self.progress.step
+        facts = json.loads((checkpoint / "training.json").read_text(encoding="utf-8"))
+        self._whitened_at_step = facts.get("whitened_at_step", facts["step"])
+        self._online = facts.get("online")
+        self.accelerator.print(f"resumed from {checkpoint}")
+
+    def _weights(self, checkpoint: Path) -> dict[str, Tensor]:
+        return {f"model.{name}": value for name, value in load_file(checkpoint / self.objective.weights_file).items()}
+
+    def _is_finished(self) -> bool:
+        summary = Path(self.config.run_dir) / "summary.json"
         try:
-            return bool(
-                json.loads((Path(self.config.run_dir) / "summary.json").read_text(encoding="utf-8"))["finished"]
-            )
+            return bool(json.loads(summary.read_text(encoding="utf-8"))["finished"])
         except (OSError, ValueError, KeyError):
             return False
 
     def fit_whitening(self, encoder: M3RetModel) -> None:
-        """Fit the whitening of what is saved next, and remember of which step it is: a stopped run is saved later."""
+        """Fit the whitening of the next checkpoint, and record the step: a stopped run is saved at a later one."""
         if self.quality.fit_whitening(encoder):
-            self.whitened_at_step = self.progress.step
+            self._whitened_at_step = self.progress.step
 
-    def note_quality(self, numbers: Mapping[str, float]) -> None:
-        """Remember the latest mAP, and the best over all modalities so far."""
-        start = "held_out/mAP/"
-        if latest := {name.removeprefix(start): value for name, value in numbers.items() if name.startswith(start)}:
-            self.online = {"step": self.progress.step, "mAP": latest}
+    def record_quality(self, metrics: Mapping[str, float]) -> None:
+        """Record the latest held-out mAP, and the best over all modalities."""
+        latest = {
+            name.removeprefix(MAP_PREFIX): value for name, value in metrics.items() if name.startswith(MAP_PREFIX)
+        }
+        if latest:
+            self._online = {"step": self.progress.step, "mAP": latest}
         score = latest.get("all")
         if score is not None and (self.progress.best_score is None or score > self.progress.best_score):
             self.progress.best_score, self.progress.best_step = score, self.progress.step
             self.is_new_best = True
 
     def save_step(self) -> None:
-        """A checkpoint of this step, once; older ones go, but for the last few and the best."""
+        """Save a checkpoint of this step unless it is saved already, and prune older ones."""
         self.is_new_best = False
         progress = self.progress
-        place = self.checkpoints.place(progress.step)
-        if self.saved_step == progress.step:
+        if self._saved_step == progress.step:
             return
-        self.saved_step = progress.step
+        self._saved_step = progress.step
         state = gather_state(self.accelerator, self.model, self.optimiser)
         if self.accelerator.is_main_process:
 
-            def write_more(folder: Path) -> None:
+            def write_training_state(folder: Path) -> None:
                 processes = self.accelerator.num_processes
                 write_state(folder / STATE_FOLDER, state, progress, self.config, self.training, processes)
 
-            facts = self.facts()
-            save_checkpoint(
-                place, self.objective, state.weights, self.processor, self._card(facts, []), facts, write_more
-            )
+            checkpoint = self.checkpoints.path(progress.step)
+            self._save(checkpoint, state.weights, self.facts(), write_training_state)
             self.checkpoints.prune(self.config.keep_last, progress.best_step)
-            if self.upload and place.is_dir():
-                self.upload.submit(place, f"step {progress.step}")
+            if self.upload and checkpoint.is_dir():
+                self.upload.submit(checkpoint, f"step {progress.step}")
         self.accelerator.wait_for_everyone()
 
-    def save_result(self, place: Path, unreadable: Mapping[int, str]) -> None:
-        """The published checkpoint, and its table beside chance, pixels and untrained weights.
+    def save_result(self, output: Path, unreadable: Mapping[int, str]) -> None:
+        """Publish the final checkpoint, with its retrieval table beside chance, pixels and untrained weights.
 
         Args:
-            place: from `checkpoint_place`. unreadable: files of training that could not be read, of all ranks.
+            output: from `validate_output_folder`.
+            unreadable: index of each training scan that could not be read on any rank -> error message.
         """
         facts = self.facts() | {"unreadable_scans": len(unreadable)}
-        # first: an evaluation that fails costs no weights
-        if self.accelerator.is_main_process:
-            newest = self.checkpoints.place(self.progress.step) / self.objective.weights_file
-            weights = {f"model.{name}": value for name, value in load_file(newest).items()}
-            save_checkpoint(place, self.objective, weights, self.processor, self._card(facts, []), facts)
-        trained = whole_encoder(self.objective.encoder)
+        if self.accelerator.is_main_process:  # before the evaluation, whose failure must not cost the weights
+            weights = self._weights(self.checkpoints.path(self.progress.step))
+            self._save(output, weights, facts)
+        trained = gather_encoder(self.objective.encoder)
         set_seed(self.config.seed)
-        untrained = M3RetModel(self.model_config).eval().to(trained.device)
+        untrained = M3RetModel(cast(M3RetConfig, trained.config)).eval().to(trained.device)
         self.quality.fit_whitening(untrained)
         if not self.accelerator.is_main_process:
             return
@@ -172,31 +186,32 @@ class RunSaver:
             "untrained, whitened": encoder_embedder(untrained),
             "trained": encoder_embedder(trained),
         }
-        workers = self.config.num_workers
-        measured = self.quality.held_out.records
+        measured, workers = self.quality.held_out.records, self.config.num_workers
         embedded = embed_records(list(embedders.values()), self.processor, measured, num_workers=workers)
         rows = evaluate(dict(zip(embedders, embedded, strict=True)))
         facts |= {
             "measured_scans": len(embedded[0].records),
             "unreadable_scans": len(unreadable) + len(embedded[0].failures),
         }
-        atomic_write_text(place / "README.md", self._card(facts, rows))
-        atomic_write_text(place / "training.json", json.dumps(facts, indent=2) + "\n")
-        atomic_write_text(Path(self.config.run_dir) / "retrieval.json", to_json(rows, **facts) + "\n")
-        print(f"on {facts['measured_scans']} of {facts['held_out_scans']} held-out scans:")
+        metrics_folder = Path(self.config.run_dir)
+        atomic_write_text(output / "README.md", self._card(facts, rows))
+        atomic_write_text(output / "training.json", json.dumps(facts, indent=2) + "\n")
+        atomic_write_text(metrics_folder / "retrieval.json", to_json(rows, **facts) + "\n")
+        print(f"retrieval on {facts['measured_scans']} of {facts['held_out_scans']} held-out scans:")
         print(format_table(rows))
         for message in [*unreadable.values(), *embedded[0].failures]:
-            print(f"not read: {message}")
-        print(f"checkpoint: {self.config.output_dir}   metrics: {Path(self.config.run_dir) / 'metrics.jsonl'}")
+            print(f"could not be read: {message}")
+        print(f"checkpoint: {self.config.output_dir}   metrics: {metrics_folder / 'metrics.jsonl'}")
         if self.upload:
-            self.upload.submit(place, f"step {self.progress.step}, with its retrieval table")
+            self.upload.submit(output, f"step {self.progress.step}, with its retrieval table")
 
     def close(self) -> None:
+        """Wait for uploads."""
         if self.upload:
             self.upload.close()
 
     def facts(self) -> dict[str, Any]:
-        """What the run was, in numbers and words that may leave this machine."""
+        """Return the content of `training.json`. It is published, so it holds no path and no file name."""
         config = self.config
         scans_of = Counter(record.modality for record in self.training)
         return {
@@ -205,8 +220,8 @@ class RunSaver:
             "step": self.progress.step,
             "steps": config.steps,
             "views": self.progress.views,
-            "whitened_at_step": self.whitened_at_step,
-            "online": self.online,
+            "whitened_at_step": self._whitened_at_step,
+            "online": self._online,
             "training_scans": len(self.training),
             "modalities": sorted(scans_of),
             "scans_of_modality": dict(sorted(scans_of.items())),
@@ -225,6 +240,17 @@ class RunSaver:
             "seconds": round(self.progress.seconds, 1),
         }
 
+    def _save(
+        self,
+        folder: Path,
+        weights: Mapping[str, Tensor],
+        facts: dict[str, Any],
+        write_extra: Callable[[Path], None] | None = None,
+    ) -> None:
+        card = self._card(facts, [])
+        save_checkpoint(folder, self.objective, weights, self.processor, card, facts, write_extra)
+
     def _card(self, facts: dict[str, Any], rows: list[Row]) -> str:
-        encoder, config = self.objective.encoder, self.model_config
+        encoder = self.objective.encoder
+        config = cast(M3RetConfig, encoder.config)
         return write_card(self.card_template, self.config, config, encoder.num_parameters(), facts, rows)

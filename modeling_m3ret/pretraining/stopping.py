@@ -1,4 +1,4 @@
-"""When a run ends before its last step: asked to by SIGTERM, or because a number is not finite."""
+"""Reasons to stop a run before its last step: SIGTERM, and a loss or gradient that is not finite."""
 
 from __future__ import annotations
 
@@ -21,35 +21,35 @@ from ..data.collection import Record
 from ..data.loading import Pack
 
 
-# a scheduler's signal and the launcher's, which passes it on, come at once; a person's second one comes later
-ONE_REQUEST_SECONDS = 5.0
+# a scheduler's signal and the copy that the launcher forwards arrive together; a person's second signal comes later
+SAME_REQUEST_SECONDS = 5.0
 
 
 class StopSignal:
-    """SIGTERM, which schedulers send before they kill, is noted; the loop asks after each step.
+    """Record SIGTERM, which schedulers send before SIGKILL. The training loop asks for it after each step.
 
-    One that comes more than `ONE_REQUEST_SECONDS` after the first ends the process at once.
+    A second signal, more than `SAME_REQUEST_SECONDS` after the first, ends the process at once.
     """
 
     def __init__(self, accelerator: Accelerator):
         self._accelerator = accelerator
-        self._heard_at: float | None = None
+        self._received_at: float | None = None
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, self._hear)
+            signal.signal(signal.SIGTERM, self._receive)
 
-    def _hear(self, number: int, frame: FrameType | None) -> None:
+    def _receive(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
-        self._heard_at = self._heard_at or now
-        if now - self._heard_at > ONE_REQUEST_SECONDS:
+        self._received_at = self._received_at or now
+        if now - self._received_at > SAME_REQUEST_SECONDS:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             os.kill(os.getpid(), signal.SIGTERM)
 
     def requested(self) -> bool:
-        """Whether any rank was asked: all ranks get one answer, and leave after the same step."""
+        """Return whether any rank received the signal. All ranks get the same answer and stop after the same step."""
         if self._accelerator.num_processes == 1:
-            return self._heard_at is not None
-        heard = torch.tensor(float(self._heard_at is not None), device=self._accelerator.device)
-        return bool(self._accelerator.reduce(heard, "sum") > 0)
+            return self._received_at is not None
+        received = torch.tensor(float(self._received_at is not None), device=self._accelerator.device)
+        return bool(self._accelerator.reduce(received, "sum") > 0)
 
 
 def stop_if_not_finite(
@@ -61,30 +61,38 @@ def stop_if_not_finite(
     records: Sequence[Record],
     run_dir: Path,
 ) -> None:
-    """Ask before the optimiser steps, on all ranks at once; weights stay as they were after the last good step.
+    """Check loss and gradient before the optimiser step, so that the weights of the last good step stay intact.
+
+    All ranks must call it together.
+
+    Args:
+        loss: of this rank.
+        gradient_norm: of the whole gradient.
+        step: completed steps.
+        packs: of this step and rank.
+        records: the training scans.
+        run_dir: folder for `not_finite.json`, a report of the scans of this step on each rank, which names scans whose
+            own values are not finite.
 
     Raises:
-        FloatingPointError: on every rank, if loss or gradient of any is not finite. The scans of the step are written
-            to `not_finite.json` in the run's folder first; those whose own values are not finite are named.
+        FloatingPointError: on every rank, if the loss of any rank or the gradient is not finite.
     """
     bad = ~(torch.isfinite(loss.detach()) & torch.isfinite(gradient_norm))
     if not accelerator.reduce(bad.float(), "sum") > 0:
         return
     scans = sorted({records[index].id for pack in packs for index in pack.scans})
-    poisoned = sorted({records[index].id for pack in packs for index in _not_finite(pack)})
-    own = {"rank": accelerator.process_index, "loss": repr(loss.item()), "scans": scans, "not_finite": poisoned}
-    report = run_dir / "not_finite.json"
-    ranks = gather_object([own])
+    not_finite = sorted({records[index].id for pack in packs for index in _not_finite(pack)})
+    this_rank = {"rank": accelerator.process_index, "loss": repr(loss.item()), "scans": scans, "not_finite": not_finite}
+    ranks = gather_object([this_rank])
+    file = run_dir / "not_finite.json"
     if accelerator.is_main_process:
-        told = {"step": step + 1, "gradient_norm": repr(float(gradient_norm)), "ranks": ranks}
-        atomic_write_text(report, json.dumps(told, indent=2) + "\n")
+        report = {"step": step + 1, "gradient_norm": repr(float(gradient_norm)), "ranks": ranks}
+        atomic_write_text(file, json.dumps(report, indent=2) + "\n")
     named = sorted({scan for rank in ranks for scan in rank["not_finite"]})
-    cause = (
-        f"values that are not finite come with {', '.join(named)}" if named else "all values that came in are finite"
-    )
+    cause = f"Scans with values that are not finite: {', '.join(named)}." if named else "All input values are finite."
     raise FloatingPointError(
-        f"step {step + 1}: loss or gradient is not finite; nothing was updated. {cause}; the scans of the step are in "
-        f"{report}"
+        f"step {step + 1}: loss or gradient is not finite. The weights were not updated. {cause} See {file} and "
+        "docs/training.md, 'Not finite'."
     )
 
 

@@ -1,7 +1,7 @@
-"""What a run needs to go on as if it had never stopped: weights, optimiser, random numbers, and where it stands.
+"""The state that makes a resumed run bit-identical to an uninterrupted one: optimiser, random numbers and progress.
 
-Safetensors and JSON only. Where the data stands needs no file: batches are a function of their number
-(`SeededBatchSampler`), and crops and masks of (seed, turn, index).
+Only safetensors and JSON are written. The data loader needs no state: a batch is a function of its number
+(`SeededBatchSampler`), and crops and masks are functions of the seed and the scan.
 """
 
 from __future__ import annotations
@@ -28,24 +28,45 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from ..data.collection import Record
+from ..errors import InputError
 from .run_config import RunConfig
 
 
 STATE_FOLDER = "training_state"
-GATHERED = StateDictOptions(full_state_dict=True, cpu_offload=True)  # all that is sharded, on the main rank alone
-WHOLE = StateDictOptions(full_state_dict=True)  # on every rank
+ON_MAIN_RANK = StateDictOptions(full_state_dict=True, cpu_offload=True)
+ON_EVERY_RANK = StateDictOptions(full_state_dict=True)
 
 
-class ResumeError(ValueError):
-    """A checkpoint that a run cannot go on from: says what differs."""
+class ResumeError(InputError):
+    """A checkpoint that is incompatible with this run.
+
+    Attributes:
+        checkpoint: its folder.
+        differences: option -> (value in the checkpoint, value in this run).
+    """
+
+    def __init__(self, checkpoint: Path, differences: Mapping[str, tuple[Any, Any]]):
+        listed = "; ".join(
+            f"{key}: {theirs} in the checkpoint, {ours} now" for key, (theirs, ours) in differences.items()
+        )
+        super().__init__(
+            f"{checkpoint}: checkpoint is incompatible with this run ({listed}). Resume with the options of the "
+            "checkpoint, or train with another run_dir."
+        )
+        self.checkpoint, self.differences = checkpoint, dict(differences)
 
 
 @dataclass
 class Progress:
-    """Where a run stands.
+    """How far a run has come.
 
-    step: steps done. views: seen by all ranks. seconds: of training, over all its starts. best_score, best_step: the
-    highest mAP over all modalities so far. unreadable: message of each file that could not be read, by its index.
+    Attributes:
+        step: completed steps.
+        views: views seen by all ranks.
+        seconds: training time, summed over all starts of the run.
+        best_score: highest held-out mAP over all modalities.
+        best_step: its step.
+        unreadable: index of each scan that could not be read -> error message.
     """
 
     step: int = 0
@@ -58,7 +79,7 @@ class Progress:
 
 @dataclass
 class TrainingState:
-    """Gathered from all ranks by `gather_state`, on the main one: all tensors on the CPU."""
+    """State of all ranks, gathered on the main rank. All tensors are on the CPU."""
 
     weights: dict[str, Tensor]
     optimiser: dict[str, Tensor]
@@ -66,9 +87,9 @@ class TrainingState:
 
 
 def gather_state(accelerator: Accelerator, model: nn.Module, optimiser: torch.optim.Optimizer) -> TrainingState:
-    """To be called by all ranks at once."""
-    weights: dict[str, Any] = get_model_state_dict(model, options=GATHERED)
-    of_parameter: Any = get_optimizer_state_dict(model, optimiser, options=GATHERED).get("state", {})
+    """Gather the state of all ranks on the main rank. All ranks must call it together."""
+    weights: dict[str, Any] = get_model_state_dict(model, options=ON_MAIN_RANK)
+    of_parameter: Any = get_optimizer_state_dict(model, optimiser, options=ON_MAIN_RANK).get("state", {})
     moments = {
         f"{parameter}/{name}": torch.as_tensor(value)
         for parameter, state in of_parameter.items()
@@ -84,32 +105,34 @@ def gather_state(accelerator: Accelerator, model: nn.Module, optimiser: torch.op
 def write_state(
     folder: Path, state: TrainingState, progress: Progress, config: RunConfig, records: Sequence[Record], processes: int
 ) -> None:
-    """Into a checkpoint that is being written; the weights are written by the objective."""
+    """Write the state into a checkpoint. The objective writes the weights."""
     folder.mkdir(parents=True)
     save_file(state.optimiser, folder / "optimiser.safetensors")
     save_file(state.random, folder / "random.safetensors")
-    told = {"config": asdict(config), "processes": processes, "training_scans": fingerprint(records, config)}
-    text = json.dumps({"progress": asdict(progress), **told}, indent=2)
-    (folder / "state.json").write_text(text + "\n", encoding="utf-8")
+    run = {
+        "progress": asdict(progress),
+        "config": asdict(config),
+        "processes": processes,
+        "training_scans": training_order_hash(records, config),
+    }
+    (folder / "state.json").write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
 
 
 def read_progress(checkpoint: Path, config: RunConfig, records: Sequence[Record], processes: int) -> Progress:
-    """Where the checkpoint's run stood, if this run is the same.
+    """Return the progress of a checkpoint, after checking that this run would have produced it.
 
     Raises:
-        ResumeError: if what decides the result differs; names each difference.
+        ResumeError: if an option, the number of processes or the training scans differ.
     """
-    told = json.loads((checkpoint / STATE_FOLDER / "state.json").read_text(encoding="utf-8"))
-    differences = config.differences(told["config"])
-    if told["processes"] != processes:
-        differences.append(f"processes: {told['processes']} in the checkpoint, {processes} now")
-    if told["training_scans"] != fingerprint(records, config):
-        differences.append("data: the checkpoint's run was trained on other scans, or in another order")
+    run = json.loads((checkpoint / STATE_FOLDER / "state.json").read_text(encoding="utf-8"))
+    differences = config.differences(run["config"])
+    if run["processes"] != processes:
+        differences["processes"] = run["processes"], processes
+    if run["training_scans"] != training_order_hash(records, config):
+        differences["data"] = "other scans or another order", f"{len(records)} scans"
     if differences:
-        raise ResumeError(
-            "\n  ".join([f"{checkpoint}: its run was another one, and cannot be gone on with as this:", *differences])
-        )
-    progress = told["progress"]
+        raise ResumeError(checkpoint, differences)
+    progress = run["progress"]
     unreadable = {int(index): message for index, message in progress.pop("unreadable").items()}
     return Progress(**progress, unreadable=unreadable)
 
@@ -121,32 +144,35 @@ def restore_state(
     model: nn.Module,
     optimiser: torch.optim.Optimizer,
 ) -> None:
-    """Give model, optimiser and random numbers what the checkpoint holds, on every rank."""
+    """Load weights, optimiser state and random number generators of a checkpoint, on every rank."""
     folder = checkpoint / STATE_FOLDER
-    set_model_state_dict(model, dict(weights), options=WHOLE)
+    set_model_state_dict(model, dict(weights), options=ON_EVERY_RANK)
     of_parameter: dict[str, dict[str, Any]] = {}
     for key, value in load_file(folder / "optimiser.safetensors").items():
         parameter, name = key.rsplit("/", 1)
         of_parameter.setdefault(parameter, {})[name] = value
     restored: dict[str, Any] = get_optimizer_state_dict(model, optimiser)
-    restored["state"] = of_parameter  # and the groups as they are: their settings follow from the run's config
-    set_optimizer_state_dict(model, optimiser, restored, options=WHOLE)
+    restored["state"] = of_parameter  # the settings of the groups follow from the config
+    set_optimizer_state_dict(model, optimiser, restored, options=ON_EVERY_RANK)
     streams = load_file(folder / "random.safetensors")
     torch.set_rng_state(streams[f"cpu.{accelerator.process_index}"])
     if (stream := streams.get(f"cuda.{accelerator.process_index}")) is not None and accelerator.device.type == "cuda":
         torch.cuda.set_rng_state(stream)
 
 
-def fingerprint(records: Sequence[Record], config: RunConfig) -> str:
-    """A hash of what the order of training follows from: the scans' ids in their order, their modality, its sources
-    where it has several, and their sizes where those fill batches. The folder may have moved, the scans may not."""
+def training_order_hash(records: Sequence[Record], config: RunConfig) -> str:
+    """Return a hash of everything that determines the order of training scans, but not of the folder they are in.
+
+    This is the sequence of ids and modalities, the sources of modalities that have several, and the sizes of scans if
+    they determine batches.
+    """
     sources = Counter(modality for modality, _ in {(record.modality, record.source) for record in records})
     lines = []
     for record in records:
-        told = [record.id, record.modality]
+        columns = [record.id, record.modality]
         if sources[record.modality] > 1:
-            told.append(record.source)
+            columns.append(record.source)
         if config.tokens_per_batch is not None:
-            told.append(f"{record.shape} {record.spacing} {record.is_clip}")
-        lines.append("\t".join(told))
+            columns.append(f"{record.shape} {record.spacing} {record.is_clip}")
+        lines.append("\t".join(columns))
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()

@@ -1,72 +1,97 @@
-"""What does a run take over from an earlier checkpoint (`--initial`)?"""
+"""Warm start: initialise the weights of a run from an earlier checkpoint (`--initial`)."""
 
 from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
 from safetensors.torch import load_file
 from torch import nn
 
 from ..configuration_m3ret import M3RetConfig
+from ..errors import InputError
 from ..modeling_m3ret import M3RetModel
 
 
 logger = logging.getLogger(__name__)
 
-# what a trained encoder's weights mean nothing without
-ENCODER = (
+# fields that must be equal for the weights of an encoder to be usable
+ENCODER_FIELDS = (
     *("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act", "layer_norm_eps"),
     *("patch_size", "patch_depth", "num_channels", "num_register_tokens", "qkv_bias", "rope_theta"),
 )
 
 
-def load_initial(model: nn.Module, config: M3RetConfig, weights_file: str, initial: str) -> None:
-    """Weights of an earlier run into an objective's `model`: all its parts that the checkpoint has in the same form.
+class WarmStartError(InputError):
+    """A checkpoint that cannot initialise this run.
 
-    A checkpoint of the same family (`weights_file` is there) has student, teacher and heads, or encoder and decoder;
-    of another the published encoder is taken, for student and teacher alike. Pooling may be another than it was, and
-    parts that are not found, or have another form, begin anew, in a warning's words. The whitening, which is fitted to
-    scans and not learned, is taken where it fits.
+    Attributes:
+        source: checkpoint folder or Hub id.
+        differences: field of `M3RetConfig` -> (value in the checkpoint, value in this run).
+    """
+
+    def __init__(self, source: str, problem: str, differences: dict[str, tuple[Any, Any]] | None = None):
+        super().__init__(f"initial: {problem}")
+        self.source, self.differences = source, differences or {}
+
+
+def load_initial(model: nn.Module, config: M3RetConfig, weights_file: str, source: str) -> None:
+    """Load all parts of a checkpoint that `model` also has, in the same shape.
+
+    If the checkpoint holds `weights_file` (it was trained with the same family of objectives), these parts are student,
+    teacher and heads, or encoder and decoder. Otherwise the published encoder initialises all encoders. The pooling may
+    differ. Parts that are missing or differ are initialised randomly, with a warning. The whitening is statistics, not
+    weights; it is loaded if its shape is the same.
+
+    Args:
+        model: the objective's model. Its children are the parts.
+        config: configuration of the encoder.
+        weights_file: file with the weights of `model`, relative to a checkpoint.
+        source: checkpoint folder or Hub id.
 
     Raises:
-        ValueError: if the encoder is another one, with what differs, or the folder is no checkpoint.
+        WarmStartError: if the source is no checkpoint, or its encoder differs.
     """
-    folder = Path(initial)
+    folder = Path(source)
     if not folder.is_dir():
-        folder = Path(snapshot_download(initial, allow_patterns=["*.safetensors", "*.json"]))
+        try:
+            folder = Path(snapshot_download(source, allow_patterns=["*.safetensors", "*.json"]))
+        except (HfHubHTTPError, OSError, ValueError) as error:
+            raise WarmStartError(source, f"expected a checkpoint folder or Hub id, got {source} ({error}).") from error
     missing = [name for name in ("config.json", "model.safetensors") if not (folder / name).is_file()]
     if missing:
-        raise ValueError(f"initial: found no {' and no '.join(missing)} in {initial}, expected a checkpoint of a run")
+        raise WarmStartError(source, f"expected a checkpoint, got {source} without {' and '.join(missing)}.")
     theirs = M3RetConfig.from_pretrained(folder)
-    differing = [
-        f"{name}: {getattr(theirs, name)} in the checkpoint, {getattr(config, name)} now"
-        for name in ENCODER
-        if getattr(theirs, name) != getattr(config, name)
-    ]
-    if differing:
-        raise ValueError(f"initial: {initial} does not fit this run's encoder; {'; '.join(differing)}")
+    pairs = {name: (getattr(theirs, name), getattr(config, name)) for name in ENCODER_FIELDS}
+    differences = {name: (their, our) for name, (their, our) in pairs.items() if their != our}
+    if differences:
+        listed = "; ".join(
+            f"{name}: {their} in the checkpoint, {our} now" for name, (their, our) in differences.items()
+        )
+        raise WarmStartError(source, f"the encoder of {source} differs from this run's ({listed}).", differences)
 
     encoders = [name for name, part in model.named_children() if isinstance(part, M3RetModel)]
     if (folder / weights_file).is_file():
-        found = load_file(folder / weights_file)
+        loaded = load_file(folder / weights_file)
     else:
         published = load_file(folder / "model.safetensors")
-        found = {f"{encoder}.{name}": value for encoder in encoders for name, value in published.items()}
-    own = model.state_dict()
-    fitting = {name: value for name, value in found.items() if name in own and own[name].shape == value.shape}
-    learned = {name for name in own if ".whitening." not in name}
+        loaded = {f"{encoder}.{name}": value for encoder in encoders for name, value in published.items()}
+    ours = model.state_dict()
+    fitting = {name: value for name, value in loaded.items() if name in ours and ours[name].shape == value.shape}
+    learned = {name for name in ours if ".whitening." not in name}
     parts = {_part(name) for name in learned}
-    other_form = {_part(name) for name in found.keys() - own.keys()} & parts
+    different = {_part(name) for name in loaded.keys() - ours.keys()} & parts
     if theirs.decoder_num_attention_heads != config.decoder_num_attention_heads:
-        other_form |= {"decoder"} & parts
-    anew = other_form | {_part(name) for name in learned - fitting.keys()}
-    if strangers := sorted(anew & set(encoders)):
-        raise ValueError(f"initial: {initial} has not all weights of this run's {' and '.join(strangers)}")
-    if anew:
-        logger.warning("not in %s, or of another form, so begun anew: %s", initial, ", ".join(sorted(anew)))
-    model.load_state_dict({name: value for name, value in fitting.items() if _part(name) not in anew}, strict=False)
+        different |= {"decoder"} & parts
+    random = different | {_part(name) for name in learned - fitting.keys()}
+    if incomplete := sorted(random & set(encoders)):
+        raise WarmStartError(source, f"expected all weights of {' and '.join(incomplete)}, got {source} without some.")
+    if random:
+        logger.warning("re-initialised (missing from %s or different shape): %s", source, ", ".join(sorted(random)))
+    model.load_state_dict({name: value for name, value in fitting.items() if _part(name) not in random}, strict=False)
 
 
 def _part(name: str) -> str:

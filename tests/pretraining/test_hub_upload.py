@@ -1,4 +1,4 @@
-"""Uploads in the background: retried, newest first, without what names this machine, and never in the way."""
+"""Background uploads are retried, skip outdated checkpoints and never stop a run."""
 
 from __future__ import annotations
 
@@ -6,24 +6,28 @@ import threading
 from pathlib import Path
 
 import pytest
+from huggingface_hub import HfApi
 
+from modeling_m3ret import hub as hub_module
+from modeling_m3ret.hub import ATTEMPTS
 from modeling_m3ret.pretraining import hub_upload
-from modeling_m3ret.pretraining.hub_upload import ATTEMPTS, HubUpload
+from modeling_m3ret.pretraining.hub_upload import HubUpload
 
 
-class FakeHub:
-    """Takes what it is given, after as many failures as it is told."""
+class FakeHub(HfApi):
+    """Record uploads, after a number of failures."""
 
     def __init__(self, failures: int = 0):
+        super().__init__()
         self.failures = failures
         self.commits: list[tuple[str, set[str]]] = []
         self.private: list[bool] = []
-        self.folders: list[list[str]] = []  # what waited when an upload began
-        self.began, self.go = threading.Event(), threading.Event()
+        self.folders: list[list[str]] = []  # staged uploads when an upload started
+        self.started, self.go = threading.Event(), threading.Event()
         self.go.set()
 
-    def create_repo(self, repository: str, *, private: bool, exist_ok: bool) -> None:
-        assert repository == "org/model"
+    def create_repo(self, repo_id: str, *, private: bool, exist_ok: bool) -> None:
+        assert repo_id == "org/model"
         assert exist_ok
         self.private.append(private)
 
@@ -31,8 +35,8 @@ class FakeHub:
         self, *, repo_id: str, folder_path: Path, commit_message: str, delete_patterns: list[str]
     ) -> None:
         self.folders.append(sorted(path.name for path in folder_path.parent.iterdir()))
-        self.began.set()
-        self.go.wait(10)
+        self.started.set()
+        assert self.go.wait(600)
         if self.failures:
             self.failures -= 1
             raise ConnectionError("the network is down")
@@ -44,7 +48,7 @@ class FakeHub:
 def hub(monkeypatch: pytest.MonkeyPatch) -> FakeHub:
     fake = FakeHub()
     monkeypatch.setattr(hub_upload, "HfApi", lambda: fake)
-    monkeypatch.setattr(hub_upload, "FIRST_WAIT_SECONDS", 0.001)
+    monkeypatch.setattr(hub_module, "FIRST_WAIT_SECONDS", 0.001)
     return fake
 
 
@@ -59,7 +63,9 @@ def checkpoint(tmp_path: Path) -> Path:
     return folder
 
 
-def test_what_would_name_the_machine_stays(hub: FakeHub, checkpoint: Path, tmp_path: Path) -> None:
+def test_training_state_is_not_uploaded_and_the_repository_is_private(
+    hub: FakeHub, checkpoint: Path, tmp_path: Path
+) -> None:
     upload = HubUpload("org/model", tmp_path / "waiting")
     upload.submit(checkpoint, "step 5")
     upload.close()
@@ -69,7 +75,7 @@ def test_what_would_name_the_machine_stays(hub: FakeHub, checkpoint: Path, tmp_p
     assert (checkpoint / "training_state" / "state.json").is_file()
 
 
-def test_failures_are_tried_again_and_given_up_quietly(hub: FakeHub, checkpoint: Path, tmp_path: Path) -> None:
+def test_failed_uploads_are_retried_then_counted(hub: FakeHub, checkpoint: Path, tmp_path: Path) -> None:
     hub.failures = ATTEMPTS - 1
     upload = HubUpload("org/model", tmp_path / "waiting")
     upload.submit(checkpoint, "step 5")
@@ -82,22 +88,24 @@ def test_failures_are_tried_again_and_given_up_quietly(hub: FakeHub, checkpoint:
     assert (len(hub.commits), upload.failed) == (1, 1)
 
 
-def test_newer_checkpoints_overtake_waiting_ones_and_pruning_takes_nothing_away(
+def test_newer_checkpoint_replaces_a_waiting_one_and_may_be_pruned_meanwhile(
     hub: FakeHub, checkpoint: Path, tmp_path: Path
 ) -> None:
     hub.go.clear()
     upload = HubUpload("org/model", tmp_path / "waiting")
-    for step in (5, 6, 7):
+    upload.submit(checkpoint, "step 5")
+    assert hub.started.wait(600)
+    for step in (6, 7):
         upload.submit(checkpoint, f"step {step}")
-    (checkpoint / "model.safetensors").unlink()  # as pruning would, while the upload waits
+    (checkpoint / "model.safetensors").unlink()  # pruned
     hub.go.set()
     upload.close()
-    assert hub.commits[-1] == ("step 7", {"model.safetensors", "pretraining/simdino.safetensors"})
-    assert len(hub.commits) <= 2  # step 5 may have been under way; 6 gave way
+    files = {"model.safetensors", "pretraining/simdino.safetensors"}
+    assert hub.commits == [("step 5", files), ("step 7", files)]
 
 
 @pytest.mark.parametrize("failures", [0, ATTEMPTS])
-def test_links_hold_the_disk_no_longer_than_they_are_needed(
+def test_links_are_removed_when_their_upload_ends_or_is_replaced(
     hub: FakeHub, checkpoint: Path, tmp_path: Path, failures: int
 ) -> None:
     hub.failures = failures
@@ -105,10 +113,10 @@ def test_links_hold_the_disk_no_longer_than_they_are_needed(
     waiting = tmp_path / "waiting"
     upload = HubUpload("org/model", waiting)
     upload.submit(checkpoint, "step 5")
-    assert hub.began.wait(10)
+    assert hub.started.wait(600)
     for step in (6, 7):
         upload.submit(checkpoint, f"step {step}")
-    # 6 gave way; 5 could not be cancelled, and has all it needs
+    # step 6 was replaced; step 5 is running
     assert sorted(path.name for path in waiting.iterdir()) == ["000000", "000002"]
     assert (waiting / "000000" / "model.safetensors").is_file()
     hub.go.set()
@@ -117,7 +125,7 @@ def test_links_hold_the_disk_no_longer_than_they_are_needed(
     assert [message for message, _ in hub.commits] == (["step 7"] if failures else ["step 5", "step 7"])
 
 
-def test_what_could_not_be_linked_leaves_nothing_and_stands_in_no_ones_way(
+def test_checkpoint_that_cannot_be_linked_is_counted_and_the_next_one_is_uploaded(
     hub: FakeHub, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def disk_is_full(source: str, target: str) -> None:
@@ -125,7 +133,7 @@ def test_what_could_not_be_linked_leaves_nothing_and_stands_in_no_ones_way(
 
     upload = HubUpload("org/model", tmp_path / "waiting")
     with monkeypatch.context() as full:
-        full.setattr(hub_upload, "_link", disk_is_full)
+        full.setattr(hub_upload, "link_or_copy", disk_is_full)
         upload.submit(checkpoint, "step 5")
     assert not list((tmp_path / "waiting").iterdir())
     upload.submit(checkpoint, "step 6")

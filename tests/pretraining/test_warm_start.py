@@ -1,4 +1,4 @@
-"""What a run begins with, from checkpoints of other runs."""
+"""Initial weights of a run from the checkpoint of another run."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from modeling_m3ret import M3RetImageProcessor
 from modeling_m3ret.pretraining.checkpoints import save_checkpoint
 from modeling_m3ret.pretraining.objectives import build_objective
 from modeling_m3ret.pretraining.run_config import RunConfig
+from modeling_m3ret.pretraining.warm_start import WarmStartError
 
 
 MAE = {"objective": "mae"}
@@ -30,7 +31,7 @@ def build(seed: int, **settings: object) -> nn.Module:
 
 
 def publish(folder: Path, **settings: object) -> nn.Module:
-    """A run of these settings that ended: all its weights are others than any run begins with."""
+    """Save a checkpoint whose weights no run starts with."""
     objective = build(1, **settings)
     with torch.no_grad():
         for parameter in objective.parameters():
@@ -39,17 +40,17 @@ def publish(folder: Path, **settings: object) -> nn.Module:
     return objective
 
 
-def learned(part: nn.Module) -> dict[str, Tensor]:
+def weights(part: nn.Module) -> dict[str, Tensor]:
     return {name: value for name, value in part.state_dict().items() if not name.startswith("whitening.")}
 
 
 def equal(one: nn.Module, other: nn.Module) -> bool:
-    mine, theirs = learned(one), learned(other)
-    return mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
+    ours, theirs = weights(one), weights(other)
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 @pytest.mark.parametrize(
-    ("earlier", "now", "anew"),
+    ("earlier", "now", "random"),
     [
         (MAE, MAE, set()),
         (SIMDINO, SIMDINO, set()),
@@ -63,27 +64,31 @@ def equal(one: nn.Module, other: nn.Module) -> bool:
         (MAE | {"model": {"decoder_num_attention_heads": 6}}, MAE, {"decoder"}),
     ],
 )
-def test_all_that_both_runs_have_is_taken_over(
-    tmp_path: Path, earlier: dict, now: dict, anew: set[str], caplog: pytest.LogCaptureFixture
+def test_common_parts_are_loaded_and_others_are_random(
+    tmp_path: Path, earlier: dict, now: dict, random: set[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     first = publish(tmp_path / "first", **earlier)
     second = build(2, initial=str(tmp_path / "first"), **now)
     assert equal(second.encoder, first.encoder)
-    shared = {name for name, _ in second.model.named_children() if hasattr(first.model, name)} - anew
+    shared = {name for name, _ in second.model.named_children() if hasattr(first.model, name)} - random
     assert all(equal(getattr(second.model, name), getattr(first.model, name)) for name in shared)
     if now["objective"] != "mae":
-        assert "student" in shared or equal(second.learned, first.encoder)
-        assert not anew >= HEADS or equal(second.model.student_head, second.model.teacher_head)
-    told = caplog.text.partition("begun anew: ")[2].strip()
-    assert {name for name in told.split(", ") if name} == anew
+        assert "student" in shared or equal(second.trained_encoder, first.encoder)
+        assert not random >= HEADS or equal(second.model.student_head, second.model.teacher_head)
+    warned = {name for record in caplog.records for name in str(record.args[-1]).split(", ")}
+    assert warned == random
 
 
-def test_another_encoder_is_refused_with_what_differs(tmp_path: Path) -> None:
+def test_different_encoder_is_refused_with_its_differences(tmp_path: Path) -> None:
+    source = str(tmp_path / "first")
     publish(tmp_path / "first", **MAE)
-    with pytest.raises(ValueError, match=r"rope_theta: 100\.0 in the checkpoint, 50 now"):
-        build(2, initial=str(tmp_path / "first"), **SIMDINO, model={"rope_theta": 50})
-    with pytest.raises(ValueError, match="num_hidden_layers: 2 in the checkpoint, 3 now"):
-        build(2, initial=str(tmp_path / "first"), **MAE, model={"num_hidden_layers": 3})
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match=r"found no config\.json and no model\.safetensors"):
-        build(2, initial=str(tmp_path / "empty"))
+    with pytest.raises(WarmStartError) as error:
+        build(2, initial=source, **SIMDINO, model={"rope_theta": 50, "num_hidden_layers": 3})
+    assert error.value.differences == {"num_hidden_layers": (2, 3), "rope_theta": (100.0, 50)}
+    assert source in str(error.value)
+
+
+def test_folder_without_a_checkpoint_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(WarmStartError) as error:
+        build(2, initial=str(tmp_path))
+    assert error.value.source == str(tmp_path)
