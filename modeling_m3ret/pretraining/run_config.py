@@ -195,7 +195,7 @@ class ConfigError(InputError):
         self.key = key
 
 
-# limits of every number; infinity and NaN satisfy none but "> 0", which lets gradient_clip be infinite
+# limits of each number. Only gradient_clip ("> 0") may be infinite, which disables clipping
 LIMITS: dict[str, tuple[str, ...]] = {
     ">= 1": (
         *("steps", "batch_size", "tokens_per_batch", "views_per_decode", "accumulate", "log_every", "save_every"),
