@@ -1,4 +1,4 @@
-"""Scan files whose every voxel, spacing and header the test knows: written by pydicom and nibabel, never by us."""
+"""Scan files with known voxels, spacing and headers, written by pydicom and nibabel."""
 
 from __future__ import annotations
 
@@ -14,12 +14,19 @@ from pydicom.dataset import FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, MRImageStorage, UltrasoundMultiFrameImageStorage
 
 
-PLANTED = "PLANTED-IDENTIFIER"  # stands in every text element; must never come out of the reader
+PLANTED = "PLANTED-IDENTIFIER"  # in every text element; must not appear in any output of the reader
 CT, MR, CINE = str(CTImageStorage), str(MRImageStorage), str(UltrasoundMultiFrameImageStorage)
 
 
 def dicom(pixels: np.ndarray, *, sop: str = MR, series: str = "1.2.3", **elements: Any) -> pydicom.Dataset:
-    """A data set around pixels `(H, W)`, `(F, H, W)` or either with RGB last; `elements` are set, None deletes."""
+    """Return a data set with the given pixels.
+
+    Args:
+        pixels: `(H, W)`, `(F, H, W)`, or either of them with a last axis of RGB.
+        sop: SOP class.
+        series: SeriesInstanceUID.
+        **elements: further elements; None deletes one.
+    """
     colour = pixels.shape[-1] == 3 and pixels.ndim > 2
     planes = pixels.shape[: pixels.ndim - (3 if colour else 2)]
     rows, columns = pixels.shape[len(planes) : len(planes) + 2]
@@ -55,7 +62,10 @@ def dicom_bytes(ds: pydicom.Dataset) -> bytes:
 
 
 def series(volume: np.ndarray, affine: np.ndarray, **elements: Any) -> list[pydicom.Dataset]:
-    """`volume[i, j, k]` with a NIfTI (RAS) affine as DICOM slices along k: columns run along i, rows along j."""
+    """Return a volume with a NIfTI (RAS) affine as DICOM slices.
+
+    Slices are stacked along the last axis of the volume; image columns run along its first axis, rows along its second.
+    """
     lps = np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine
     di, dj = lps[:3, 0], lps[:3, 1]
     slices = []
@@ -67,7 +77,7 @@ def series(volume: np.ndarray, affine: np.ndarray, **elements: Any) -> list[pydi
                 ImagePositionPatient=[f"{v:.6f}" for v in mm[:3]],
                 ImageOrientationPatient=[f"{v:.9f}" for v in (*di / np.linalg.norm(di), *dj / np.linalg.norm(dj))],
                 PixelSpacing=[float(np.linalg.norm(dj)), float(np.linalg.norm(di))],
-                InstanceNumber=volume.shape[2] - k,  # the wrong way round, on purpose
+                InstanceNumber=volume.shape[2] - k,  # reversed, as positions define the order
                 **elements,
             )
         )
@@ -75,7 +85,7 @@ def series(volume: np.ndarray, affine: np.ndarray, **elements: Any) -> list[pydi
 
 
 def reorient(volume: np.ndarray, affine: np.ndarray, codes: str) -> tuple[np.ndarray, np.ndarray]:
-    """The same anatomy with its voxel axes in another order and direction, by nibabel."""
+    """Return the same anatomy with its voxel axes reordered and flipped to the given codes, by nibabel."""
     change = ornt_transform(io_orientation(affine), axcodes2ornt(codes))
     return apply_orientation(volume, change), affine @ inv_ornt_aff(change, volume.shape)
 

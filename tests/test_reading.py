@@ -1,4 +1,4 @@
-"""Does every kind of file give the array that was put into it? Pictures, arrays, video, NIfTI; DICOM stands beside."""
+"""Images, arrays, video and NIfTI are read as the arrays that were written. See test_reading_dicom.py for DICOM."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import gzip
 import io
 import pickle
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +38,11 @@ def percentiles(array: np.ndarray) -> np.ndarray:
     return ((array.astype(np.float64) - low) / (high - low)).clip(0, 1)
 
 
-# ------------------------------------------------------------------------------------------------------------- pictures
+# --------------------------------------------------------------------------------------------------------------- images
 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF", "BMP", "WEBP", "GIF"])
-def test_grey_picture_comes_out_as_it_was_saved(kind: str) -> None:
+def test_grey_image_equals_its_source(kind: str) -> None:
     options = {"lossless": True} if kind == "WEBP" else {}
     scan = read_scan(encode(Image.fromarray(GREY), kind, **options))
     assert scan.array.dtype == np.uint8
@@ -50,7 +51,7 @@ def test_grey_picture_comes_out_as_it_was_saved(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF", "BMP", "WEBP"])
-def test_colour_picture_comes_out_as_it_was_saved(kind: str) -> None:
+def test_colour_image_equals_its_source(kind: str) -> None:
     options = {"lossless": True} if kind == "WEBP" else {}
     scan = read_scan(encode(Image.fromarray(RGB), kind, **options))
     np.testing.assert_array_equal(scan.array, RGB.transpose(2, 0, 1)[:, None])
@@ -71,7 +72,7 @@ def test_sixteen_bit_png_keeps_its_depth() -> None:
     np.testing.assert_allclose(scan.array[0, 0], percentiles(deep), atol=1e-6)
 
 
-def test_modes_of_pil_all_come_out_grey_or_rgb() -> None:
+def test_every_pil_mode_becomes_grey_or_rgb() -> None:
     base = Image.fromarray(RGB)
     for mode in ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "I", "F", "I;16", "HSV"):
         image = base.convert("L").convert("I").convert(mode) if mode in ("I", "F", "I;16") else base.convert(mode)
@@ -94,7 +95,7 @@ def test_transparent_pixels_are_black() -> None:
 
 def test_exif_orientation_is_applied() -> None:
     exif = Image.Exif()
-    exif[0x0112] = 6  # the camera was turned: rotate by 90 degrees clockwise
+    exif[0x0112] = 6  # rotate by 90 degrees clockwise
     scan = read_scan(encode(Image.fromarray(GREY), "PNG", exif=exif))
     np.testing.assert_array_equal(scan.array[0, 0], np.rot90(GREY, -1))
 
@@ -114,8 +115,8 @@ def test_pages_and_animation_frames_become_depth() -> None:
 # --------------------------------------------------------------------------------------------------------------- arrays
 
 
-@pytest.mark.parametrize("as_torch", [False, True])
-def test_array_layouts(as_torch: bool) -> None:
+@pytest.mark.parametrize("convert", [np.copy, lambda array: torch.from_numpy(array.copy())])
+def test_array_layouts(convert: Callable[[np.ndarray], Any]) -> None:
     stack, clip = RNG.integers(0, 256, (5, 12, 9), dtype=np.uint8), RNG.integers(0, 256, (5, 12, 9, 3), dtype=np.uint8)
     cases = [
         (GREY, GREY[None, None]),
@@ -125,15 +126,15 @@ def test_array_layouts(as_torch: bool) -> None:
         (clip[..., :1], clip[None, ..., 0]),
     ]
     for given, expected in cases:
-        scan = read_scan(torch.from_numpy(given.copy()) if as_torch else given)
+        scan = read_scan(convert(given))
         np.testing.assert_array_equal(scan.array, expected)
         colour = scan.array.shape[0] == 3 and scan.array.dtype == np.uint8
         assert (scan.array.transpose(1, 2, 3, 0) if colour else scan.array).flags.c_contiguous
 
 
-def test_intensity_of_arrays_follows_what_the_values_say() -> None:
-    unit = RNG.random((4, 8, 8), dtype=np.float32)
-    np.testing.assert_array_equal(read_scan(unit).array[0], unit)
+def test_intensity_of_arrays_is_inferred_from_their_values() -> None:
+    in_unit_range = RNG.random((4, 8, 8), dtype=np.float32)
+    np.testing.assert_array_equal(read_scan(in_unit_range).array[0], in_unit_range)
     mr = RNG.integers(-3, 1800, (4, 32, 32), dtype=np.int16)
     np.testing.assert_allclose(read_scan(mr).array[0], percentiles(mr), atol=1e-6)
     np.testing.assert_allclose(read_scan(mr.astype(np.float64)).array, read_scan(mr).array, atol=1e-6)
@@ -146,7 +147,7 @@ def test_intensity_of_arrays_follows_what_the_values_say() -> None:
     assert read_scan(half).array.tolist() == [[[[0.25, 0.5]]]]
 
 
-def test_reading_leaves_the_callers_array_alone() -> None:
+def test_reading_does_not_change_the_callers_array() -> None:
     mr = RNG.random((4, 16, 16), dtype=np.float32) * 900
     before = mr.copy()
     read_scan(mr)
@@ -160,7 +161,7 @@ def test_outliers_do_not_set_the_scale() -> None:
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.uint16, np.float32])
-def test_constant_scan_is_zeros_and_says_so(dtype: Any) -> None:
+def test_constant_scan_is_zeros_and_marked(dtype: Any) -> None:
     scan = read_scan(np.full((3, 8, 8), 77, dtype))
     assert scan.description["constant"] is True
     assert not scan.array.any()
@@ -168,12 +169,12 @@ def test_constant_scan_is_zeros_and_says_so(dtype: Any) -> None:
 
 
 def test_npz_key_declares_hounsfield_units(tmp_path: Path) -> None:
-    soft = RNG.integers(-100, 300, (6, 10, 10)).astype(np.int16)  # an organ crop: no air to be known by
+    soft = RNG.integers(-100, 300, (6, 10, 10)).astype(np.int16)  # an organ crop without air
     np.savez_compressed(tmp_path / "hu.npz", hu=soft)
     np.savez(tmp_path / "imgs.npz", imgs=soft, spacing=np.ones(3))
     np.save(tmp_path / "plain.npy", soft)
     np.testing.assert_allclose(read_scan(tmp_path / "hu.npz").array[0], (soft + 1000) / 2000, atol=1e-6)
-    assert read_scan(tmp_path / "hu.npz", num_frames=2).array.shape[1] == 6  # a volume, whole
+    assert read_scan(tmp_path / "hu.npz", num_frames=2).array.shape[1] == 6  # volumes are read whole
     np.testing.assert_allclose(read_scan(tmp_path / "imgs.npz").array[0], percentiles(soft), atol=1e-6)
     np.testing.assert_array_equal(read_scan(tmp_path / "plain.npy").array, read_scan(soft).array)
     np.save(tmp_path / "fortran.npy", np.asfortranarray(soft))
@@ -183,9 +184,9 @@ def test_npz_key_declares_hounsfield_units(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------------------------------- rows and the rest
 
 
-def test_the_same_scan_through_every_door(tmp_path: Path) -> None:
+def test_every_kind_of_source_gives_the_same_scan(tmp_path: Path) -> None:
     data = encode(Image.fromarray(RGB), "PNG")
-    path = tmp_path / "picture.bin"  # the content says what it is
+    path = tmp_path / "image.bin"  # the name does not matter
     path.write_bytes(data)
     expected = read_scan(data).array
     row = {"image": None, "video": None, "volume": None, "modality": 2}
@@ -209,7 +210,7 @@ def test_scan_and_error_survive_pickling() -> None:
     assert str(M3RetReadError(str(error))) == str(error)  # how a DataLoader re-creates the error of a worker
 
 
-def test_num_frames_below_one_is_the_callers_error() -> None:
+def test_num_frames_below_one_is_not_a_read_error() -> None:
     with pytest.raises(ValueError, match="num_frames") as caught:
         read_scan(GREY, num_frames=0)
     assert not isinstance(caught.value, M3RetReadError)
@@ -219,7 +220,7 @@ def test_num_frames_below_one_is_the_callers_error() -> None:
 
 
 def clip(kind: str, codec: str, frames: int = 20, size: int = 64) -> bytes:
-    """A grey level that says which frame it is: 10 · index."""
+    """Return a video whose frame n has the grey level 10 n in its lower half."""
     stream = io.BytesIO()
     with av.open(stream, "w", format=kind) as container:
         video = container.add_stream(codec, rate=10)
@@ -246,7 +247,7 @@ def test_video_frames_are_evenly_spaced(kind: str, codec: str, tmp_path: Path) -
     assert whole.array.shape == (3, 20, 64, 64)
     assert few.array.shape == (3, 4, 64, 64)
     levels = few.array[:, :, 40:].mean((0, 2, 3))
-    np.testing.assert_allclose(levels, [20, 70, 120, 170], atol=6)  # frames 2, 7, 12, 17: centres of four fifths
+    np.testing.assert_allclose(levels, [20, 70, 120, 170], atol=6)  # frames 2, 7, 12, 17: centres of four segments
     assert few.description["frames_dropped"] == 16
     assert few.description["fps"] == pytest.approx(10, rel=0.01)
     assert few.spacing == NONE3
@@ -260,7 +261,7 @@ def test_video_reads_without_decord(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "decord", None)
     without = read_scan(data, num_frames=5)
     assert without.description == with_decord.description
-    assert np.abs(without.array.astype(int) - with_decord.array).max() <= 3  # two roundings of YUV to RGB
+    assert np.abs(without.array.astype(int) - with_decord.array).max() <= 3  # both round YUV to RGB differently
 
 
 # ---------------------------------------------------------------------------------------------------------------- NIfTI
@@ -272,54 +273,54 @@ RAS[:3, 3] = [-20, 30, 5]
 
 @pytest.mark.parametrize("codes", ["RAS", "LPS", "LAS", "PIR", "SPL", "ASR", "IRP"])
 @pytest.mark.parametrize("zipped", [False, True])
-def test_orientation_codes_all_give_one_scan(codes: str, zipped: bool) -> None:
+def test_scan_does_not_depend_on_the_orientation_of_the_file(codes: str, zipped: bool) -> None:
     scan = read_scan(nifti_bytes(*reorient(MR, RAS, codes), zipped=zipped))
-    expected = percentiles(MR[::-1, ::-1].transpose(2, 1, 0))  # S up, then anterior to posterior, right to left
+    expected = percentiles(
+        MR[::-1, ::-1].transpose(2, 1, 0)
+    )  # inferior to superior, anterior to posterior, right to left
     np.testing.assert_allclose(scan.array[0], expected, atol=1e-6)
     assert scan.spacing == pytest.approx((1.4, 1.25, 1.0))
     assert scan.description["plane"] == "axial"
 
 
-def test_oblique_volume_keeps_the_nearest_axes() -> None:
+def test_oblique_volume_is_assigned_to_the_nearest_axes() -> None:
     angle = np.deg2rad(25)
-    turn = np.eye(4)
-    turn[1:3, 1:3] = [[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]
-    scan = read_scan(nifti_bytes(*reorient(MR, turn @ RAS, "PSR")))
+    rotation = np.eye(4)
+    rotation[1:3, 1:3] = [[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]
+    scan = read_scan(nifti_bytes(*reorient(MR, rotation @ RAS, "PSR")))
     np.testing.assert_allclose(scan.array[0], percentiles(MR[::-1, ::-1].transpose(2, 1, 0)), atol=1e-6)
     assert scan.spacing == pytest.approx((1.4, 1.25, 1.0))
 
 
-def test_thick_slices_keep_their_own_plane() -> None:
+def test_thick_slices_keep_their_plane() -> None:
     sagittal = read_scan(nifti_bytes(*reorient(MR, np.diag([5.0, 1, 1, 1]), "LSP")))
     assert sagittal.description["plane"] == "sagittal"
     assert sagittal.spacing == pytest.approx((5, 1, 1))
-    expected = MR[::-1, ::-1, ::-1].transpose(
-        0, 2, 1
-    )  # right to left, then superior to inferior, anterior to posterior
+    expected = MR[::-1, ::-1, ::-1].transpose(0, 2, 1)  # right to left, superior to inferior, anterior to posterior
     np.testing.assert_allclose(sagittal.array[0], percentiles(expected), atol=1e-6)
     coronal = read_scan(nifti_bytes(*reorient(MR, np.diag([1.0, 4, 1, 1]), "RSA")))
     assert coronal.description["plane"] == "coronal"
     np.testing.assert_allclose(coronal.array[0], percentiles(MR[::-1, ::-1, ::-1].transpose(1, 2, 0)), atol=1e-6)
     assert (
         read_scan(nifti_bytes(MR, np.diag([1.5, 1, 1, 1]))).description["plane"] == "axial"
-    )  # 1.5 times is not yet thick
+    )  # exactly 1.5 times is not thick
 
 
-def test_hounsfield_units_are_recognised_in_nifti_and_scaling_is_applied() -> None:
+def test_nifti_scaling_is_applied_and_hounsfield_units_are_recognised() -> None:
     hu = RNG.integers(-1000, 1500, (8, 8, 8)).astype(np.int16)
     image = nib.Nifti1Image((hu + 1024).astype(np.uint16), np.eye(4))
     image.header.set_slope_inter(1, -1024)
     raw = bytearray(image.to_bytes())
-    raw[112:120] = np.array([1, -1024], "<f4").tobytes()  # nibabel resets both when it writes
+    raw[112:120] = np.array([1, -1024], "<f4").tobytes()  # nibabel resets both on writing
     scan = read_scan(bytes(raw))
     assert scan.description["intensity"] == "hounsfield [-1000, 1000]"
     truth = nib.Nifti1Image.from_bytes(bytes(raw)).get_fdata()[::-1, ::-1].transpose(2, 1, 0)
     np.testing.assert_allclose(scan.array[0], (truth.clip(-1000, 1000) + 1000) / 2000, atol=1e-6)
 
 
-def test_nifti_kinds() -> None:
+def test_nifti_data_types_and_dimensions() -> None:
     four = RNG.integers(0, 900, (6, 5, 4, 3)).astype(np.float32)
-    scan = read_scan(nifti_bytes(four, np.eye(4)), num_frames=2)  # a volume is whole, whatever num_frames says
+    scan = read_scan(nifti_bytes(four, np.eye(4)), num_frames=2)  # volumes are read whole
     assert scan.description["volumes"] == 3
     np.testing.assert_allclose(scan.array[0], percentiles(four[::-1, ::-1, :, 0].transpose(2, 1, 0)), atol=1e-6)
     assert read_scan(nifti_bytes(MR[:, :, 0], np.eye(4))).array.shape == (1, 1, 14, 12)
@@ -346,16 +347,16 @@ def test_nifti_without_an_affine_uses_pixdim() -> None:
     assert scan.spacing == pytest.approx((3.0, 2.5, 2.0))
 
 
-def test_several_gzip_members_are_one_file() -> None:
+def test_gzip_members_are_concatenated() -> None:
     plain = nifti_bytes(MR, RAS)
-    parts = gzip.compress(plain[:900]) + gzip.compress(plain[900:])  # as bgzip writes
-    np.testing.assert_array_equal(read_scan(parts).array, read_scan(plain).array)
+    members = gzip.compress(plain[:900]) + gzip.compress(plain[900:])  # as bgzip writes
+    np.testing.assert_array_equal(read_scan(members).array, read_scan(plain).array)
 
 
 # --------------------------------------------------------------------------------------------------------------- devset
 
 
-def test_devset_ct_volumes_lie_as_nibabel_says(devset: Path) -> None:
+def test_devset_ct_volumes_are_oriented_as_by_nibabel(devset: Path) -> None:
     for path in sorted((devset / "ct_volumes").glob("*.nii.gz"))[:3]:
         image = nib.as_closest_canonical(nib.load(path))
         truth = np.asarray(image.dataobj)[::-1, ::-1].transpose(2, 1, 0)
@@ -364,7 +365,7 @@ def test_devset_ct_volumes_lie_as_nibabel_says(devset: Path) -> None:
         assert scan.spacing == pytest.approx((2.5, 3.906, 3.906), rel=1e-5)
 
 
-def test_devset_pictures_and_clips_agree_with_pil_and_av(devset: Path) -> None:
+def test_devset_images_and_clips_agree_with_pil_and_av(devset: Path) -> None:
     for path in [*sorted((devset / "xray").rglob("*.jpg"))[:5], *sorted((devset / "ultrasound").rglob("*.png"))[:5]]:
         truth = np.asarray(Image.open(path).convert("RGB")).transpose(2, 0, 1)[:, None]
         np.testing.assert_array_equal(np.broadcast_to(read_scan(path).array, truth.shape), truth)
@@ -375,7 +376,7 @@ def test_devset_pictures_and_clips_agree_with_pil_and_av(devset: Path) -> None:
     assert np.abs(scan.array.transpose(1, 2, 3, 0).astype(int) - frames[2::4]).mean() < 1
 
 
-def test_devset_npz_slabs_are_hounsfield(devset: Path) -> None:
+def test_devset_npz_slabs_are_in_hounsfield_units(devset: Path) -> None:
     for path in sorted((devset / "ct").rglob("*.npz"))[:5]:
         hu = np.load(path, allow_pickle=False)["hu"]
         np.testing.assert_allclose(read_scan(path).array[0], (hu.clip(-1000, 1000) + 1000.0) / 2000, atol=1e-6)

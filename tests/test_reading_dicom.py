@@ -1,4 +1,4 @@
-"""Does DICOM come out as its header declares it: values, order, orientation, and nothing that names the patient?"""
+"""DICOM is read as its header declares: values, order and orientation, without anything that identifies the patient."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ AFFINE[:3, 3] = [-40, 25, -300]
 
 
 def write(folder: Path, slices: list[Dataset], seed: int = 0) -> Path:
-    """The slices in a folder, their names in an order that has nothing to do with theirs."""
+    """Write slices to a folder under shuffled names."""
     names = list(range(len(slices)))
     random.Random(seed).shuffle(names)
     for name, ds in zip(names, slices, strict=True):
@@ -56,7 +56,7 @@ def test_hounsfield_units_at_known_voxels() -> None:
 
 
 @pytest.mark.parametrize("function", [None, "LINEAR", "LINEAR_EXACT", "SIGMOID"])
-def test_window_is_that_of_pydicom(function: str | None) -> None:
+def test_window_equals_that_of_pydicom(function: str | None) -> None:
     pixels = RNG.integers(0, 4096, (20, 30), dtype=np.uint16)
     more: dict[str, Any] = {"VOILUTFunction": function} if function else {}
     ds = dicom(pixels, BitsStored=12, HighBit=11, WindowCenter=[1200, 40], WindowWidth=[900, 80], **more)
@@ -66,7 +66,7 @@ def test_window_is_that_of_pydicom(function: str | None) -> None:
     assert scan.description["intensity"] == "window"
 
 
-def test_voi_table_is_that_of_pydicom() -> None:
+def test_voi_lut_equals_that_of_pydicom() -> None:
     pixels = RNG.integers(0, 256, (20, 30), dtype=np.uint16)
     item = Dataset()
     item.LUTDescriptor, item.LUTData = [256, 0, 12], (np.arange(256, dtype=np.uint16) ** 2 // 16).tolist()
@@ -88,15 +88,15 @@ def test_monochrome1_is_inverted() -> None:
     np.testing.assert_array_equal(scan.array[0, 0], 255 - plain)
 
 
-def test_eight_bit_pictures_equal_the_same_picture_in_png() -> None:
+def test_eight_bit_image_equals_the_same_image_in_png() -> None:
     grey, rgb = (RNG.integers(0, 256, shape, dtype=np.uint8) for shape in ((20, 30), (20, 30, 3)))
     for pixels in (grey, rgb):
         np.testing.assert_array_equal(read_scan(dicom_bytes(dicom(pixels))).array, read_scan(pixels).array)
-    same = np.repeat(grey[..., None], 3, axis=2)  # colour in name only
+    same = np.repeat(grey[..., None], 3, axis=2)  # grey stored as RGB
     np.testing.assert_array_equal(read_scan(dicom(same)).array, read_scan(grey).array)
 
 
-def test_padding_does_not_count_and_is_black() -> None:
+def test_padding_is_ignored_and_black() -> None:
     pixels = RNG.integers(100, 200, (40, 40)).astype(np.int16)
     inside = percentiles(pixels[:, 10:])
     pixels[:, :10] = -2000
@@ -109,7 +109,7 @@ def test_padding_does_not_count_and_is_black() -> None:
 def test_palette_is_applied() -> None:
     indices = RNG.integers(0, 256, (20, 30), dtype=np.uint8)
     table = RNG.integers(0, 256, (256, 3), dtype=np.uint16)
-    for shift in (8, 0):  # by the standard, and as some write it
+    for shift in (8, 0):  # as in the standard, and as some software writes it
         ds = dicom(indices, PhotometricInterpretation="PALETTE COLOR")
         for channel, name in enumerate(("Red", "Green", "Blue")):
             setattr(ds, f"{name}PaletteColorLookupTableDescriptor", [256, 0, 16])
@@ -125,7 +125,7 @@ def test_sixteen_bit_colour_is_scaled_by_its_depth() -> None:
 
 # ---------------------------------------------------------------------------------------------------- transfer syntaxes
 
-REFERENCE = {  # pydicom's own files: a compressed one, and the uncompressed one it was made from
+REFERENCE = {  # test files of pydicom: compressed file, and the uncompressed original
     "MR_small_RLE.dcm": "MR_small.dcm",
     "MR_small_jp2klossless.dcm": "MR_small.dcm",
     "MR_small_jpeg_ls_lossless.dcm": "MR_small.dcm",
@@ -141,7 +141,7 @@ LOSSY += ["examples_ybr_color.dcm", "examples_rgb_color.dcm", "GDCMJ2K_TextGBR.d
 
 def packaged(name: str) -> Path:
     path = get_testdata_file(name, download=False)
-    assert isinstance(path, str), f"{name} doesn't ship with this pydicom"
+    assert isinstance(path, str), f"{name} is not part of this pydicom"
     return Path(path)
 
 
@@ -158,7 +158,7 @@ def test_every_syntax_decodes_as_pydicom_decodes_it(name: str) -> None:
     if scan.array.dtype == np.uint8:
         truth = truth.reshape(-1, *scan.array.shape[2:], scan.array.shape[0]).transpose(3, 0, 1, 2)
         assert np.abs(scan.array - truth).max() <= 3  # libjpeg-turbo and GDCM round differently
-    elif "Hounsfield".lower() in str(scan.description["intensity"]):
+    elif str(scan.description["intensity"]).startswith("hounsfield"):
         truth = truth * float(ds.RescaleSlope) + float(ds.RescaleIntercept)
         np.testing.assert_allclose(scan.array[0, 0], (truth.clip(-1000, 1000) + 1000) / 2000, atol=1e-6)
     else:
@@ -168,7 +168,7 @@ def test_every_syntax_decodes_as_pydicom_decodes_it(name: str) -> None:
 def test_twelve_bit_jpeg_decodes() -> None:
     ds = pydicom.dcmread(packaged("JPGExtended.dcm"))
     assert (ds.file_meta.TransferSyntaxUID, ds.BitsStored) == ("1.2.840.10008.1.2.4.51", 12)
-    twin = pixel_array(packaged("JPEG2000.dcm"))  # the same bone scan; both codecs lost detail, so compare 8 x 8 means
+    twin = pixel_array(packaged("JPEG2000.dcm"))  # the same bone scan; both codecs are lossy, so compare 8 x 8 means
     got, expected = (
         image.reshape(128, 8, 32, 8).mean((1, 3)).ravel()
         for image in (read_scan(packaged("JPGExtended.dcm")).array[0, 0], percentiles(twin))
@@ -187,7 +187,7 @@ def test_file_without_preamble_or_extension_is_read(tmp_path: Path) -> None:
 # --------------------------------------------------------------------------------------------------------------- series
 
 
-def test_shuffled_series_comes_out_in_order(tmp_path: Path) -> None:
+def test_shuffled_series_is_sorted(tmp_path: Path) -> None:
     scan = read_scan(write(tmp_path, series(VOLUME, AFFINE)))
     np.testing.assert_allclose(scan.array[0], percentiles(VOLUME[::-1, ::-1].transpose(2, 1, 0)), atol=1e-6)
     assert scan.spacing == pytest.approx((1.2, 0.9, 0.8))
@@ -220,9 +220,9 @@ def test_thick_sagittal_series_and_nifti_give_the_same_scan(tmp_path: Path) -> N
 
 
 def test_oblique_series_and_nifti_give_the_same_scan(tmp_path: Path) -> None:
-    turn = np.eye(4)
-    turn[:3, :3] = nib.quaternions.quat2mat([0.97, 0.15, 0.12, 0.1])
-    volume, affine = reorient(VOLUME, turn @ AFFINE, "LPS")
+    rotation = np.eye(4)
+    rotation[:3, :3] = nib.quaternions.quat2mat([0.97, 0.15, 0.12, 0.1])
+    volume, affine = reorient(VOLUME, rotation @ AFFINE, "LPS")
     a, b = read_scan(nifti_bytes(volume, affine)), read_scan(write(tmp_path, series(volume, affine)))
     np.testing.assert_allclose(a.array, b.array, atol=1e-6)
     assert a.spacing == pytest.approx(b.spacing, rel=1e-4)
@@ -236,14 +236,14 @@ def test_hounsfield_series_and_nifti_give_the_same_scan(tmp_path: Path) -> None:
     np.testing.assert_array_equal(a.array, b.array)
 
 
-def test_windows_that_differ_by_slice_do_not_touch_a_volume(tmp_path: Path) -> None:
+def test_windows_that_differ_between_slices_do_not_change_a_volume(tmp_path: Path) -> None:
     slices = series(VOLUME, AFFINE)
     for index, ds in enumerate(slices):
         ds.WindowCenter, ds.WindowWidth = 300 + 40 * index, 100
     np.testing.assert_allclose(read_scan(slices).array, read_scan(nifti_bytes(VOLUME, AFFINE)).array, atol=1e-6)
 
 
-def test_rescale_that_differs_by_slice_is_applied_by_slice() -> None:
+def test_rescale_that_differs_between_slices_is_applied_per_slice() -> None:
     slices = series(VOLUME, AFFINE)
     for index, ds in enumerate(slices):
         ds.RescaleSlope, ds.RescaleIntercept = 1 + index, 5
@@ -271,8 +271,8 @@ def test_gaps_and_duplicates_are_counted() -> None:
 
 
 def test_localiser_keeps_its_largest_set_of_parallel_slices() -> None:
-    axial, (turned, affine) = series(VOLUME, AFFINE), reorient(VOLUME, AFFINE, "PIR")
-    scan = read_scan(series(turned, affine)[:4] + axial + [dicom(VOLUME[:5, :, 0])])
+    axial, (reoriented, affine) = series(VOLUME, AFFINE), reorient(VOLUME, AFFINE, "PIR")
+    scan = read_scan(series(reoriented, affine)[:4] + axial + [dicom(VOLUME[:5, :, 0])])
     assert scan.description["slices_left_out"] == 5
     np.testing.assert_allclose(scan.array, read_scan(axial).array)
 
@@ -282,20 +282,20 @@ def test_slices_without_positions_follow_instance_numbers() -> None:
     scan = read_scan([slices[k] for k in (3, 0, 9, 1, 2, 8, 7, 6, 5, 4)])
     np.testing.assert_allclose(scan.array[0], percentiles(VOLUME.transpose(2, 0, 1)), atol=1e-6)
     assert scan.spacing == (None, None, None)
-    assert str(scan.description["order"]).startswith("InstanceNumber")
+    assert "InstanceNumber" in str(scan.description["order"])
 
 
 def test_two_series_in_one_folder_are_refused(tmp_path: Path) -> None:
     slices = series(VOLUME, AFFINE)
     slices[3].SeriesInstanceUID = "1.2.99"
-    with pytest.raises(M3RetReadError, match="2 series") as caught:
+    with pytest.raises(M3RetReadError) as caught:
         read_scan(write(tmp_path, slices))
-    assert tmp_path.name in str(caught.value)
+    assert (caught.value.file, caught.value.reason, caught.value.got) == (tmp_path.name, "unsupported", "2 series")
 
 
-def test_files_that_are_not_dicom_are_passed_over(tmp_path: Path) -> None:
+def test_files_that_are_not_dicom_are_ignored(tmp_path: Path) -> None:
     write(tmp_path, series(VOLUME, AFFINE))
-    (tmp_path / "notes.txt").write_text("nothing to see")
+    (tmp_path / "notes.txt").write_text("text")
     report = dicom(VOLUME[:, :, 0], series="1.2.77", PixelData=None)
     (tmp_path / "DICOMDIR").write_bytes(dicom_bytes(report))
     scan = read_scan(tmp_path)
@@ -303,8 +303,8 @@ def test_files_that_are_not_dicom_are_passed_over(tmp_path: Path) -> None:
 
 
 def test_single_slice_stays_as_stored() -> None:
-    (turned, affine) = reorient(VOLUME, AFFINE, "ASL")
-    ds = series(turned, affine)[2]
+    (reoriented, affine) = reorient(VOLUME, AFFINE, "ASL")
+    ds = series(reoriented, affine)[2]
     scan = read_scan([ds])
     np.testing.assert_allclose(scan.array[0, 0], percentiles(ds.pixel_array), atol=1e-6)
     assert scan.spacing == pytest.approx((None, *ds.PixelSpacing))
@@ -316,7 +316,7 @@ def test_single_slice_stays_as_stored() -> None:
 
 
 def enhanced(volume: np.ndarray, order: list[int], **elements: Any) -> Dataset:
-    """Frames in `order` with a functional group each, as enhanced MR and CT have."""
+    """Return frames in the given order, each with a functional group as in enhanced MR and CT."""
     ds = dicom(np.stack([volume[:, :, k].T for k in order]), **elements)
     shared, orientation, measures = Dataset(), Dataset(), Dataset()
     orientation.ImageOrientationPatient = [1, 0, 0, 0, 1, 0]
@@ -324,16 +324,16 @@ def enhanced(volume: np.ndarray, order: list[int], **elements: Any) -> Dataset:
     shared.PlaneOrientationSequence, shared.PixelMeasuresSequence = [orientation], [measures]
     ds.SharedFunctionalGroupsSequence, groups = [shared], []
     for k in order:
-        group, place, values = Dataset(), Dataset(), Dataset()
-        place.ImagePositionPatient = [-100, -80, 1.2 * k]
+        group, position, values = Dataset(), Dataset(), Dataset()
+        position.ImagePositionPatient = [-100, -80, 1.2 * k]
         values.RescaleSlope, values.RescaleIntercept, values.RescaleType = 2, 10, "US"
-        group.PlanePositionSequence, group.PixelValueTransformationSequence = [place], [values]
+        group.PlanePositionSequence, group.PixelValueTransformationSequence = [position], [values]
         groups.append(group)
     ds.PerFrameFunctionalGroupsSequence = groups
     return ds
 
 
-def test_enhanced_frames_become_a_volume_in_order() -> None:
+def test_enhanced_frames_become_a_sorted_volume() -> None:
     ds = enhanced(VOLUME, [4, 0, 9, 1, 2, 8, 7, 6, 5, 3])
     scan = read_scan(dicom_bytes(ds), num_frames=3)
     np.testing.assert_allclose(scan.array[0], percentiles(VOLUME.transpose(2, 1, 0)), atol=1e-6)
@@ -356,13 +356,13 @@ def test_cine_frames_are_evenly_spaced() -> None:
 # -------------------------------------------------------------------------------------------------------------- privacy
 
 
-def test_planted_identifiers_never_come_out(
+def test_identifiers_are_never_reported(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     slices = series(VOLUME, AFFINE, BurnedInAnnotation="YES", RescaleType=PLANTED, ImageComments=PLANTED)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # pydicom's, as the file is made
-        slices[0].PatientAge = PLANTED  # no valid age: pydicom warns, and quotes it
+        warnings.simplefilter("ignore")  # pydicom warns while the file is written
+        slices[0].PatientAge = PLANTED  # an invalid age, which pydicom quotes in a warning
         slices[0].PatientWeight = "1"
         folder = write(tmp_path, slices)
     broken = dicom_bytes(slices[0])
@@ -383,7 +383,7 @@ def test_planted_identifiers_never_come_out(
     assert scan.description["burned_in_annotation"] == "yes"
 
 
-def test_reading_leaves_warnings_and_logs_as_they_were() -> None:
+def test_reading_restores_warning_filters_and_loggers() -> None:
     before = (list(warnings.filters), logging.getLogger("pydicom").disabled)
     read_scan(dicom(VOLUME[:, :, 0]))
     assert (list(warnings.filters), logging.getLogger("pydicom").disabled) == before
@@ -396,7 +396,7 @@ def test_devset_series_agree_with_pydicom(devset: Path) -> None:
     folder = devset / "dicom" / "mr_48-fov-loc_9"
     scan = read_scan(folder)
     files = sorted(map(pydicom.dcmread, folder.iterdir()), key=lambda ds: ds.ImagePositionPatient[0])
-    truth = np.stack([ds.pixel_array for ds in files])  # right to left: x grows to the left in DICOM
+    truth = np.stack([ds.pixel_array for ds in files])  # right to left: x increases to the left in DICOM
     assert files[0].PixelPaddingValue == 0
     low, high = np.percentile(truth[truth > 0], [0.5, 99.5])
     np.testing.assert_allclose(scan.array[0], ((truth - low) / (high - low)).clip(0, 1), atol=5e-3)  # from a sample
