@@ -1,97 +1,143 @@
-"""Search a gallery with any scan, in a browser.
+"""Search a gallery with any scan, in a web browser.
 
     python app.py                                        # newest local checkpoint, demo gallery
-    python app.py --quickstart                           # trains a small checkpoint first, where there is none
-    python app.py --model m3ret-vitb --gallery FOLDER    # a collection, or the folder of an index
-    python app.py --push_to_hub ORG/SPACE                # as a Hugging Face Space, private at first
+    python app.py --quickstart                           # train a small checkpoint first if there is none
+    python app.py --model m3ret-vitb --gallery FOLDER    # a data set, or the folder of an index
+    python app.py --push_to_hub ORG/SPACE                # publish as a private Hugging Face Space
 
-Needs `pip install "m3ret[app]"`. The server listens on this machine alone and serves no file of it; what is uploaded is
-deleted within the hour. docs/space.md says more.
+Needs `pip install "m3ret[app]"`. The server accepts connections from this machine only. It serves no local files and
+deletes uploads within one hour. See docs/space.md.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import subprocess
+import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 
 import torch
-from transformers import AutoImageProcessor, AutoModel
 
-import modeling_m3ret  # noqa: F401  # registers the model
-from modeling_m3ret.data.collection import CollectionError
-from modeling_m3ret.search.index import IndexFormatError
+from modeling_m3ret.command_line import exit_with_error, user_errors
+from modeling_m3ret.errors import InputError
+from modeling_m3ret.hub import load_pretrained
 from modeling_m3ret.space.gallery import open_gallery
 from modeling_m3ret.space.isolation import IsolatedReaders
-from modeling_m3ret.space.quickstart import newest_checkpoint, train_small
 
 
-def parse(words: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+QUICKSTART_CONFIG = "configs/smoke.yaml"
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        exit_with_error(self.prog, f"{message} (see --help)")
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = ArgumentParser("app.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--model", default=None, help="checkpoint folder or Hub id (default: newest m3ret-* folder here)"
+        "--model", help="checkpoint folder or Hub id (default: the newest folder m3ret-* in the current folder)"
     )
     parser.add_argument(
         "--gallery",
-        default=None,
         metavar="DATASET|INDEX",
-        help="folder with a manifest.csv, Parquet data set (folder or ORG/NAME), phantom[:SUBJECTS[:SEED]], or the "
-        "folder of an index, whose scans are found but not seen (default: phantom scans, and those of pydicom-data)",
+        help="folder with a manifest.csv, Parquet data set (folder or ORG/NAME), phantom[:SUBJECTS[:SEED]], or folder "
+        "of an index, whose scans can be found but not displayed (default: synthetic scans, and those of pydicom-data)",
     )
-    parser.add_argument("--port", type=int, default=None, help="(default: the first one free from 7860)")
-    parser.add_argument("--share", action="store_true", help="also reachable through a public Gradio address")
-    parser.add_argument("--auth", type=_user_and_password, default=None, metavar="USER:PASSWORD")
+    parser.add_argument("--port", type=int, help="port of the server (default: the first free one from 7860)")
     parser.add_argument(
-        "--quickstart", action="store_true", help="where there is no checkpoint, train a small one first"
+        "--share", action="store_true", help="also create a public Gradio address (default: this machine only)"
     )
-    parser.add_argument("--push_to_hub", default=None, metavar="ORG/SPACE", help="publish app, model and index instead")
-    return parser.parse_args(words)
+    parser.add_argument(
+        "--auth", type=_user_and_password, metavar="USER:PASSWORD", help="require a login (default: no login)"
+    )
+    parser.add_argument(
+        "--quickstart", action="store_true", help="train a small checkpoint if there is none (default: report an error)"
+    )
+    parser.add_argument(
+        "--push_to_hub", metavar="ORG/SPACE", help="publish app, model and index instead (default: serve locally)"
+    )
+    return parser.parse_args(argv)
 
 
-def _user_and_password(words: str) -> tuple[str, str]:
-    user, _, password = words.partition(":")
+def _user_and_password(text: str) -> tuple[str, str]:
+    user, _, password = text.partition(":")
     if not user or not password:
         raise argparse.ArgumentTypeError("expected USER:PASSWORD")
     return user, password
 
 
-def main() -> None:
-    arguments = parse()
-    name = arguments.model or newest_checkpoint()
-    if name is None and arguments.quickstart:
-        train_small(Path(__file__).parent)
+def newest_checkpoint(folder: Path = Path()) -> Path | None:
+    """Return the most recently written checkpoint folder `m3ret-*` in `folder`."""
+    configs = folder.glob("m3ret-*/config.json")
+    newest = max(configs, key=lambda config: config.stat().st_mtime, default=None)
+    return newest.parent if newest else None
+
+
+def train_small_checkpoint(project: Path, overrides: Sequence[str] = ()) -> None:
+    """Train the checkpoint `m3ret-smoke` in the current folder.
+
+    Args:
+        project: Folder with `train.py` and `configs`.
+        overrides: Options for `train.py` in addition to its config.
+
+    Raises:
+        InputError: If there is no `train.py`.
+        SystemExit: If training fails.
+    """
+    script = project / "train.py"
+    if not script.is_file():
+        raise InputError(f"--quickstart: {script} does not exist. Use --model instead.")
+    print("Training a small model on synthetic scans (about six minutes on two cores).", flush=True)
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+    command = [*launch, str(script), "--config", str(project / QUICKSTART_CONFIG), *overrides]
+    if (code := subprocess.run(command, check=False).returncode) != 0:
+        raise SystemExit(f"Training failed with exit code {code}. See its messages above.")
+
+
+def find_checkpoint(model: str | None, quickstart: bool) -> str:
+    """Return the checkpoint to load: the given one, the newest local one, or one that is trained now."""
+    name = model or newest_checkpoint()
+    if name is None and quickstart:
+        train_small_checkpoint(Path(__file__).parent)
         name = newest_checkpoint()
     if name is None:
-        raise SystemExit(
-            "There is no checkpoint here (a folder m3ret-* with a config.json).\n"
-            "  python app.py --quickstart        trains a small one in some six minutes on two cores, and opens\n"
-            "  python app.py --model FOLDER|ID   takes another one"
+        raise InputError(
+            "--model: no checkpoint folder m3ret-* in the current folder. Use --quickstart to train a small one, or "
+            "--model FOLDER|HUB_ID."
         )
-    readers = None if arguments.push_to_hub else IsolatedReaders()  # which start while the model is loaded
-    model = AutoModel.from_pretrained(name).eval()
+    return str(name)
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    name = find_checkpoint(arguments.model, arguments.quickstart)
+    readers = None if arguments.push_to_hub else IsolatedReaders()  # they start while the model is loaded
+    model, processor = load_pretrained(name)
     if torch.cuda.is_available():
         model.to("cuda")
-    processor = AutoImageProcessor.from_pretrained(name)
-    try:
-        gallery = open_gallery(arguments.gallery, model, processor, str(name))
-    except (CollectionError, IndexFormatError) as error:
-        raise SystemExit(str(error)) from error
+    gallery = open_gallery(arguments.gallery, model, processor, name)
     if readers is None:
         from modeling_m3ret.space.publishing import push_space
 
-        print(push_space(arguments.push_to_hub, Path(__file__), model, processor, gallery, str(name)))
+        print(push_space(arguments.push_to_hub, Path(__file__), model, processor, gallery, name))
         return
 
-    # after the demo gallery, which may take a minute the first time: Gradio takes seconds to import
-    from modeling_m3ret.space.pages import Serving, build, serve
-    from modeling_m3ret.space.searching import Searching
+    # imported after the demo gallery is embedded: Gradio takes seconds to import
+    from modeling_m3ret.space.pages import ServerOptions, build, serve
+    from modeling_m3ret.space.service import SearchService
 
-    searching = Searching(model, processor, gallery, readers)
-    serve(build(searching, str(name)), searching, Serving(arguments.port, arguments.share, arguments.auth))
+    service = SearchService(model, processor, gallery, readers)
+    serve(build(service, name), service, ServerOptions(arguments.port, arguments.share, arguments.auth))
 
 
 if __name__ == "__main__":
-    main()
+    with user_errors("app.py"):
+        main()

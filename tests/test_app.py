@@ -1,4 +1,4 @@
-"""`python app.py`: which checkpoint it takes, what it says when there is none, and the small one that it trains."""
+"""`python app.py`: its checkpoint, its errors, and the small checkpoint that `--quickstart` trains."""
 
 from __future__ import annotations
 
@@ -12,67 +12,112 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import tiny_config
-from processes import Script
 
 from modeling_m3ret import M3RetImageProcessor, M3RetModel
 
 
 pytest.importorskip("gradio", reason="the Space needs gradio: pip install m3ret[app]")
 
-from modeling_m3ret.space.quickstart import newest_checkpoint, train_small
+from app import newest_checkpoint, parse_arguments, train_small_checkpoint
+from modeling_m3ret.errors import InputError
 
 
 ROOT = Path(__file__).parents[1]
-PATIENCE = 300.0  # s, of a machine that is busy with other things
+TIMEOUT = 300.0  # s; generous, for a busy machine
 
 
-def test_without_a_checkpoint_it_says_so_and_what_to_do(tmp_path: Path) -> None:
-    app = Script([str(ROOT / "app.py")], tmp_path)
-    assert app.finish() == 1
-    assert "There is no checkpoint here" in app.printed
-    assert "--quickstart" in app.printed
-    assert "Traceback" not in app.printed
-    assert not [path for path in tmp_path.iterdir() if path != app.printed_to], "nothing was made"
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a small checkpoint and a gallery of one scan."""
+    folder = tmp_path_factory.mktemp("app")
+    M3RetModel(tiny_config()).save_pretrained(folder / "m3ret-tiny")
+    M3RetImageProcessor(size=48, num_frames=8).save_pretrained(folder / "m3ret-tiny")
+    np.save(folder / "scan.npy", np.eye(64, dtype=np.uint8) * 200)
+    (folder / "manifest.csv").write_text("id,file,modality,anatomy,label,group\n1,scan.npy,xray,chest,,\n")
+    return folder
 
 
-def test_a_password_needs_a_user(tmp_path: Path) -> None:
-    app = Script([str(ROOT / "app.py"), "--auth", "secret"], tmp_path)
-    assert app.finish() == 2
-    assert "expected USER:PASSWORD" in app.printed
+def run(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "hf_home")}
+    command = [sys.executable, str(ROOT / "app.py"), *options]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
 
 
-def test_without_a_tunnel_it_says_so_and_stays_here(tmp_path: Path) -> None:
-    """Gradio's server is asked through a proxy that refuses: as it is where there is no network."""
-    model, processor = M3RetModel(tiny_config()), M3RetImageProcessor(size=48, num_frames=8)
-    for part in (model, processor):
-        part.save_pretrained(tmp_path / "m3ret-tiny")
-    np.save(tmp_path / "scan.npy", np.eye(64, dtype=np.uint8) * 200)
-    (tmp_path / "manifest.csv").write_text("id,file,modality,anatomy,label,group\n1,scan.npy,xray,chest,,\n")
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        (["--modle", "m3ret-tiny"], "--modle"),
+        (["--port", "many"], "port"),
+        (["--auth", "secret"], "auth"),
+    ],
+)
+def test_a_wrong_option_is_one_line_that_names_it(
+    options: list[str], name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        parse_arguments(options)
+    assert stopped.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert name in line
+
+
+def test_options_are_parsed() -> None:
+    arguments = parse_arguments(["--auth", "user:pass:word", "--port", "8080"])
+    assert (arguments.auth, arguments.port, arguments.model) == (("user", "pass:word"), 8080, None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        (["--model", "no-such-folder"], "no-such-folder"),
+        (["--model", "m3ret-tiny", "--gallery", "no-such-folder"], "no-such-folder"),
+    ],
+)
+def test_a_missing_folder_is_one_line_that_names_it(options: list[str], name: str, folder: Path) -> None:
+    ran = run(folder, *options)
+    assert ran.returncode == 2, ran.stderr
+    assert ran.stderr.count("\n") == 1, ran.stderr
+    assert name in ran.stderr
+
+
+@pytest.mark.slow
+def test_without_a_checkpoint_it_exits_and_names_the_options(tmp_path: Path) -> None:
+    ran = run(tmp_path)
+    assert ran.returncode == 2, ran.stderr
+    assert ran.stderr.count("\n") == 1, ran.stderr
+    assert "--quickstart" in ran.stderr
+    assert not list(tmp_path.iterdir()), "no file was created"
+
+
+@pytest.mark.slow
+def test_without_a_tunnel_it_serves_locally(folder: Path) -> None:
+    """All requests to other servers go through a proxy that refuses them, as without a network."""
     with socket.socket() as refusing, socket.socket() as free:
-        for own in (refusing, free):
-            own.bind(("127.0.0.1", 0))  # but nobody listens
+        for probe in (refusing, free):
+            probe.bind(("127.0.0.1", 0))  # bound but not listening
         port = free.getsockname()[1]
         free.close()
-        nowhere = f"http://127.0.0.1:{refusing.getsockname()[1]}"
-        proxies = {name: nowhere for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY")}
-        own_host = {"no_proxy": "127.0.0.1,localhost", "NO_PROXY": "127.0.0.1,localhost"}
-        environment = os.environ | proxies | own_host | {"PYTHONPATH": str(ROOT), "HF_HOME": str(tmp_path / "hf_home")}
+        proxy = f"http://127.0.0.1:{refusing.getsockname()[1]}"
+        proxies = {name: proxy for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY")}
+        local = {"no_proxy": "127.0.0.1,localhost", "NO_PROXY": "127.0.0.1,localhost"}
+        environment = os.environ | proxies | local | {"PYTHONPATH": str(ROOT), "HF_HOME": str(folder / "hf_home")}
         command = [sys.executable, str(ROOT / "app.py"), "--gallery", ".", "--share", "--port", str(port)]
         app = subprocess.Popen(
-            command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+            command, cwd=folder, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
         )
         try:
             assert app.stderr is not None
-            told = next(line for line in app.stderr if "public address" in line)  # at once, while the page lives
-            assert f"No public address could be made (above: why). The page goes on at http://127.0.0.1:{port}/" in told
-            assert urllib.request.urlopen(f"http://127.0.0.1:{port}", timeout=PATIENCE).status == 200
+            address = f"http://127.0.0.1:{port}"
+            assert any(address in line for line in app.stderr), "it prints the local address, unasked"
+            assert urllib.request.urlopen(address, timeout=TIMEOUT).status == 200
         finally:
             app.terminate()
-            app.communicate(timeout=PATIENCE)
-        assert app.returncode == 0, "stopped as by Ctrl-C"
+            app.communicate(timeout=TIMEOUT)
+        assert app.returncode == 0, "SIGTERM stops it like Ctrl-C"
 
 
-def test_the_newest_checkpoint_is_taken(tmp_path: Path) -> None:
+def test_the_newest_checkpoint_is_used(tmp_path: Path) -> None:
     assert newest_checkpoint(tmp_path) is None
     for age, name in enumerate(("m3ret-b", "m3ret-a", "other", "m3ret-c")):
         (tmp_path / name).mkdir()
@@ -82,17 +127,18 @@ def test_the_newest_checkpoint_is_taken(tmp_path: Path) -> None:
     assert newest_checkpoint(tmp_path) == tmp_path / "m3ret-b"
 
 
-def test_quickstart_trains_what_the_app_then_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.slow
+def test_quickstart_trains_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf_home"))
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     model = "{num_hidden_layers: 1, hidden_size: 48, num_attention_heads: 4, intermediate_size: 96}"
     small = {"data": "phantom:6", "model": model, "size": 32, "steps": 2, "batch_size": 2, "num_workers": 0}
-    train_small(ROOT, [word for key, value in small.items() for word in (f"--{key}", str(value))])
+    train_small_checkpoint(ROOT, [option for key, value in small.items() for option in (f"--{key}", str(value))])
     assert newest_checkpoint() == Path("m3ret-smoke")
 
 
-def test_without_the_project_there_is_nothing_to_train_with(tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match="give --model"):
-        train_small(tmp_path)
+def test_quickstart_needs_the_training_script(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"train\.py"):
+        train_small_checkpoint(tmp_path)

@@ -1,1 +1,1 @@
-"""The Space: search a gallery with any scan, in a browser. `pages.build` makes it, `app.py` starts it."""
+"""A web page to search a gallery with any scan. `pages.build` builds it and `app.py` serves it."""

@@ -1,22 +1,57 @@
-"""The named endpoints `/search`, `/embed` and `/similar`: the same search without the page, in JSON."""
+"""The JSON endpoints `/search`, `/embed` and `/similar`, and the rules that all events of the page share.
+
+The endpoints do what the page does, for programs. Errors that a visitor can act on are shown; concurrency is limited.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+import html
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypedDict
 
 import gradio as gr
 
-from ..reading_m3ret import Scan
+from ..reading_m3ret import M3RetReadError, Scan
 from ..search.index import MetadataFilter
-from .handling import HEAVY, in_words
-from .search_page import HITS
-from .searching import MOST_HITS, HitFacts, Query, Searching
+from .service import DEFAULT_HITS, MAX_HITS, HitFacts, Query, ScanExpiredError, SearchService
+
+
+# keyword arguments of events
+HEAVY: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 2}  # the number of cores of a small server
+LIGHT: dict[str, Any] = {
+    "concurrency_id": "viewer",
+    "concurrency_limit": 8,
+    "show_progress": "hidden",
+    "trigger_mode": "always_last",
+}
+PRIVATE: dict[str, Any] = {"api_visibility": "private"}
+
+
+def show_errors(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap an event handler so that visitors see the message of an expected error.
+
+    Gradio renders messages as HTML. They are escaped because they contain file names.
+    """
+
+    @functools.wraps(function)
+    def handler(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return function(*args, **kwargs)
+        except (M3RetReadError, ScanExpiredError, ValueError) as error:
+            raise gr.Error(html.escape(str(error)), print_exception=False) from error
+
+    return handler
 
 
 class ScanFacts(TypedDict):
-    """shape: D, H, W of what was read. spacing: mm along them, null where the file doesn't say."""
+    """Size of a scan as it was read.
+
+    Attributes:
+        shape: D, H, W in voxels.
+        spacing: mm along D, H, W; null if the file does not contain it.
+    """
 
     shape: list[int]
     spacing: list[float | None]
@@ -32,7 +67,7 @@ class SimilarAnswer(TypedDict):
 
 
 class EmbedAnswer(TypedDict):
-    """embedding: of norm 1. model, revision, processor: whose it is, see `ModelFacts`."""
+    """An embedding of norm 1, and the model that computed it (see `ModelFacts`)."""
 
     embedding: list[float]
     query: ScanFacts
@@ -41,27 +76,30 @@ class EmbedAnswer(TypedDict):
     processor: str
 
 
-def add_endpoints(searching: Searching) -> None:
-    """Within a `gr.Blocks`. Files come in through a component of the page, which takes none but
-    uploads: `RequestGate` lets no address through."""
+def add_endpoints(service: SearchService) -> None:
+    """Add the endpoints to the current `gr.Blocks`.
+
+    Each needs components as inputs; they are hidden. Files arrive through a file component, which accepts uploads only:
+    `RequestGate` refuses URLs.
+    """
 
     @contextmanager
     def uploaded(files: list[str] | None) -> Iterator[tuple[Query, ScanFacts]]:
-        query = searching.query_of_files(files or [])
+        query = service.query_of_files(files or [])
         try:
-            yield query, _facts(searching.scan(query.key))
+            yield query, _scan_facts(service.scan(query.key))
         finally:
-            searching.put_away(query)
+            service.close(query)
 
     def search(
         files: list[str] | None, k: float, modalities: list[str] | None, anatomies: list[str] | None, rerank: bool
     ) -> SearchAnswer:
         where = MetadataFilter(modality=modalities or None, anatomy=anatomies or None)
         with uploaded(files) as (query, scan):
-            return SearchAnswer(query=scan, hits=searching.search(query, int(k), where, rerank=bool(rerank)))
+            return SearchAnswer(query=scan, hits=service.search(query, int(k), where, rerank=bool(rerank)))
 
     def embed(files: list[str] | None) -> EmbedAnswer:
-        facts = searching.gallery.index.facts
+        facts = service.gallery.index.facts
         with uploaded(files) as (query, scan):
             return EmbedAnswer(
                 embedding=query.embedding.tolist(),
@@ -75,15 +113,14 @@ def add_endpoints(searching: Searching) -> None:
         item: float, k: float, modalities: list[str] | None, anatomies: list[str] | None, other_subjects: bool
     ) -> SimilarAnswer:
         where = MetadataFilter(modality=modalities or None, anatomy=anatomies or None)
-        query = searching.query_of_row(int(item))
-        hits = searching.search(query, int(k), where, exclude_same_patient=bool(other_subjects))
-        return SimilarAnswer(hits=hits)
+        query = service.query_of_row(int(item))
+        return SimilarAnswer(hits=service.search(query, int(k), where, exclude_same_patient=bool(other_subjects)))
 
-    gallery = searching.gallery
+    gallery = service.gallery
     with gr.Column(visible=False):
         files = gr.File(label="files", file_count="multiple")
         item = gr.Number(label="item", precision=0, value=0)
-        k = gr.Slider(1, MOST_HITS, value=HITS, step=1, label="k")
+        k = gr.Slider(1, MAX_HITS, value=DEFAULT_HITS, step=1, label="k")
         modalities = gr.Dropdown(gallery.names("modality"), value=[], multiselect=True, label="modalities")
         anatomies = gr.Dropdown(gallery.names("anatomy"), value=[], multiselect=True, label="anatomies")
         rerank = gr.Checkbox(False, label="rerank")
@@ -94,18 +131,19 @@ def add_endpoints(searching: Searching) -> None:
             (
                 search,
                 [files, k, modalities, anatomies, rerank],
-                "The scans of the gallery most similar to an uploaded one: a file, or a series' slices.",
+                "Find the scans of the gallery most similar to an uploaded scan: one file, or the slices of a series.",
             ),
-            (embed, [files], "The embedding of an uploaded scan, and whose embedding it is."),
+            (embed, [files], "Compute the embedding of an uploaded scan."),
             (
                 similar,
                 [item, k, modalities, anatomies, other_subjects],
-                "The scans most similar to one of the gallery, named by its `item`.",
+                "Find the scans most similar to a scan of the gallery, given by its `item` number. With "
+                "`other_subjects`, scans of the same patient are excluded.",
             ),
         ):
-            told: dict[str, Any] = {"api_name": endpoint.__name__, "api_description": description}
-            button.click(in_words(endpoint), inputs, answer, **told, **HEAVY)
+            names: dict[str, Any] = {"api_name": endpoint.__name__, "api_description": description}
+            button.click(show_errors(endpoint), inputs, answer, **names, **HEAVY)
 
 
-def _facts(scan: Scan) -> ScanFacts:
+def _scan_facts(scan: Scan) -> ScanFacts:
     return ScanFacts(shape=[int(size) for size in scan.array.shape[1:]], spacing=[*scan.spacing])

@@ -1,60 +1,70 @@
-"""The gallery as a map: its embeddings on their two main axes, a dot for each scan."""
+"""The "Explore" tab: the gallery as a map of its embeddings, in which a click on a point shows its scan.
+
+Drawn with Pillow, in pixel coordinates: Gradio's plots report no click on a point, only on an image.
+"""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import gradio as gr
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
-from torch import Tensor
+
+from ..evaluation.report.numbers import principal_components
+from .endpoints import HEAVY, PRIVATE, show_errors
+from .search_page import SCROLL_TO_TOP, SearchPage
+from .service import SearchService
+from .side_by_side import describe, modality_name
 
 
-SIDE = 720  # px of the map; below it stands the legend
+SIDE = 720  # px of the map, without the legend below it
 MARGIN = 24
 LEGEND_LINE = 34
-NEAR = 24  # px: a click farther away from every dot is none
-# Okabe and Ito's colours, told apart by the colour-blind, and seen on white and on black; then their darker halves
+MAX_CLICK_DISTANCE = 24  # px from the centre of a point
+# Okabe and Ito ("Color Universal Design", 2008), without black and with a darker yellow: visible on white and on black
 COLOURS = ["#E69F00", "#56B4E9", "#009E73", "#D55E00", "#CC79A7", "#0072B2", "#B8A800", "#8C8C8C"]
 OTHERS = "other"
 
 
 @dataclass(frozen=True, eq=False)
 class GalleryMap:
-    """points: `(n, 2)` float32, px from the top left."""
+    """The gallery in two dimensions. `points` is `(n, 2)` float32, in pixels from the top left."""
 
     points: NDArray[np.float32]
 
     @classmethod
-    def of(cls, embeddings: Tensor) -> GalleryMap:
-        """Principal components of `(n, d)`, at least one scan."""
-        centred = embeddings.float() - embeddings.float().mean(0)
-        axes = torch.linalg.eigh(centred.T @ centred).eigenvectors[:, -2:].flip(1)  # (d, 2), ascending before
-        flat = centred @ axes
+    def from_embeddings(cls, embeddings: torch.Tensor) -> GalleryMap:
+        """Project embeddings `(n, d)`, n >= 1, onto their first two principal components."""
+        flat, _ = principal_components(embeddings.float())
         low, high = flat.amin(0), flat.amax(0)
         scaled = (flat - low) / (high - low).clamp(min=1e-6)
-        return cls((scaled * (SIDE - 2 * MARGIN) + MARGIN).numpy())
+        return cls((scaled * (SIDE - 2 * MARGIN) + MARGIN).float().numpy())
 
     def nearest(self, x: float, y: float) -> int | None:
-        """The scan whose dot was clicked."""
+        """Return the row of the point at this pixel, or None if there is none nearby."""
         distances = np.hypot(self.points[:, 0] - x, self.points[:, 1] - y)
         row = int(distances.argmin())
-        return row if distances[row] <= NEAR else None
+        return row if distances[row] <= MAX_CLICK_DISTANCE else None
 
-    def picture(self, names: Sequence[str], chosen: int | None = None) -> Image.Image:
-        """The map in RGBA, transparent behind, its dots coloured by name; the rarest names share one colour.
+    def draw(self, names: Sequence[str], selected: int | None = None) -> Image.Image:
+        """Draw the map in RGBA on a transparent background, coloured by name. The rarest names share one colour.
 
         Args:
-            names: of each scan. chosen: the row with a ring around it.
+            names: Name of each scan.
+            selected: Row to draw a ring around.
         """
         counts = {name: names.count(name) for name in dict.fromkeys(names)}
-        frequent = sorted(counts, key=lambda name: (-counts[name], name))
-        own = frequent if len(frequent) <= len(COLOURS) else frequent[: len(COLOURS) - 1]
-        colour_of = dict(zip(own, COLOURS, strict=False))
-        entries = [(name or "unknown", colour_of[name]) for name in own]
-        if len(own) < len(frequent):
+        by_count = sorted(counts, key=lambda name: (-counts[name], name))
+        named = by_count if len(by_count) <= len(COLOURS) else by_count[: len(COLOURS) - 1]
+        colour_of = dict(zip(named, COLOURS, strict=False))
+        entries = [(name or "unknown", colour_of[name]) for name in named]
+        if len(named) < len(by_count):
             entries.append((OTHERS, COLOURS[-1]))
         image = Image.new("RGBA", (SIDE, SIDE + LEGEND_LINE * -(-len(entries) // 2) + 12))
         draw = ImageDraw.Draw(image)
@@ -63,8 +73,8 @@ class GalleryMap:
         for (x, y), name in zip(self.points.tolist(), names, strict=True):
             fill = colour_of.get(name, COLOURS[-1])
             draw.ellipse([x - radius, y - radius, x + radius, y + radius], fill=fill, outline="#404040")
-        if chosen is not None:
-            x, y = self.points[chosen].tolist()
+        if selected is not None:
+            x, y = self.points[selected].tolist()
             draw.ellipse([x - 13, y - 13, x + 13, y + 13], outline="#E00000", width=4)
         font = ImageFont.load_default(24)
         for number, (name, colour) in enumerate(entries):
@@ -72,3 +82,86 @@ class GalleryMap:
             draw.ellipse([x, y + 6, x + 20, y + 26], fill=colour, outline="#404040")
             draw.text((x + 30, y + 2), name[:24], font=font, fill="#8C8C8C")
         return image
+
+
+class ExplorePage:
+    """The components and events of the tab. Construct it within a `gr.Tab`.
+
+    Args:
+        search: The search page, on which the selected scan is used as the query.
+        tab: The tab that contains this page.
+        tabs: The tabs of the page; the search page is the one with id `search`.
+    """
+
+    def __init__(self, service: SearchService, search: SearchPage, tab: gr.Tab, tabs: gr.Tabs):
+        self.service = service
+        self._map: GalleryMap | None = None
+        self._lock = threading.Lock()
+        gallery = service.gallery
+        gr.Markdown(
+            "The embeddings of the gallery on their first two principal components. Scans that are close to each other "
+            "look similar to the model."
+        )
+        with gr.Row():
+            with gr.Column(scale=3, min_width=300):
+                self.colour = gr.Radio(
+                    [("Modality", "modality"), ("Anatomy", "anatomy")],
+                    value="modality",
+                    label="Colour by",
+                    elem_id="map-colour",
+                )
+                self.map = gr.Image(
+                    label="Map: click a point",
+                    type="pil",
+                    format="png",
+                    image_mode="RGBA",
+                    interactive=False,
+                    buttons=[],
+                    alt_text="Map of the gallery with one point per scan",
+                    elem_id="map",
+                )
+            with gr.Column(scale=2, min_width=300):
+                self.item = gr.Number(
+                    label="Scan number", minimum=0, maximum=len(gallery) - 1, precision=0, value=0, elem_id="item"
+                )
+                self.thumbnail = gr.Image(
+                    label="Scan", type="pil", interactive=False, height=240, buttons=[], alt_text="The selected scan"
+                )
+                self.facts = gr.Textbox(label="Description", interactive=False, lines=2, elem_id="item-facts")
+                self.as_query = gr.Button(
+                    "Find similar scans", variant="primary", size="sm", elem_id="search-with-item"
+                )
+        outputs = [self.map, self.thumbnail, self.facts]
+        triggers = [tab.select, self.colour.input, self.item.change]
+        gr.on(triggers, show_errors(self.show), [self.item, self.colour], outputs, **PRIVATE, **HEAVY)
+        self.map.select(show_errors(self._select), self.item, self.item, **PRIVATE)
+        self.as_query.click(
+            show_errors(search.search_row), [self.item, *search.options], search.query_outputs, **PRIVATE, **HEAVY
+        ).success(lambda: gr.Tabs(selected="search"), None, tabs, **PRIVATE).success(None, js=SCROLL_TO_TOP, **PRIVATE)
+
+    def show(self, row: int | None, colour: str) -> dict[Any, Any]:
+        """Draw the map and describe the selected scan.
+
+        Args:
+            colour: `modality` or `anatomy`.
+        """
+        gallery = self.service.gallery
+        names = [name or "" for name in gallery.index.metadata.column(colour).to_pylist()]  # may be null
+        if colour == "modality":
+            names = [modality_name(name) for name in names]
+        shown: dict[Any, Any] = {self.map: self._gallery_map().draw(names, row), self.thumbnail: None, self.facts: ""}
+        if row is not None:
+            facts = gallery.facts(row)
+            shown[self.thumbnail] = gallery.thumbnail(row)
+            shown[self.facts] = f"{describe(facts)}\n{facts['source']}"
+        return shown
+
+    def _gallery_map(self) -> GalleryMap:
+        with self._lock:  # computed once, when the tab is first opened
+            if self._map is None:
+                self._map = GalleryMap.from_embeddings(self.service.gallery.index.embeddings)
+            return self._map
+
+    def _select(self, item: int | None, selected: gr.SelectData) -> int | None:
+        row = self._gallery_map().nearest(*selected.index)
+        return item if row is None else row

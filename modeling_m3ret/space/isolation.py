@@ -1,7 +1,7 @@
-"""Each scan is decoded in a process of its own: one that hangs, crashes or swells ends alone, and the page stays.
+"""Decode each scan in a separate process, so that a file that hangs or crashes its decoder does not stop the page.
 
-Decoders of video and DICOM are native code. A file made to break one would else end the whole page, and a few that
-keep one busy for ever would leave no reader to the others.
+Decoders of video and DICOM are native code. A malformed file could otherwise crash the whole server, and a few slow
+files could block every other visitor.
 """
 
 from __future__ import annotations
@@ -19,50 +19,54 @@ from ..reading_m3ret import M3RetReadError
 from ..worker_process import exit_with_parent, worker_context
 
 
-READERS = 2  # at a time
-READ_SECONDS = 60.0  # 500 JPEG 2000 slices take some 20 s on two cores
+MAX_READERS = 2  # processes at a time
+READ_SECONDS = 60.0  # 500 JPEG 2000 slices take about 20 s on two cores
 
-# by `uploads`, and by the script that shows the page, which Python imports again in each process
-IMPORTED = ["modeling_m3ret.space.uploads", "modeling_m3ret.space.gallery", "modeling_m3ret.space.quickstart"]
+# modules that a reader needs, and those that app.py imports, which each process imports again
+PRELOADED = ["modeling_m3ret.space.uploads", "modeling_m3ret.space.gallery", "modeling_m3ret.command_line"]
 
 Result = TypeVar("Result")
 
 
 class IsolatedReaders:
-    """
+    """Run read functions in separate processes.
+
     Args:
-        seconds: how long a visitor waits, the time in which all readers are busy with others included.
+        max_readers: Number of processes at a time.
+        seconds: Time limit of one read, including the time until a process is free.
     """
 
-    def __init__(self, at_once: int = READERS, seconds: float = READ_SECONDS):
+    def __init__(self, max_readers: int = MAX_READERS, seconds: float = READ_SECONDS):
         self.seconds = seconds
-        self._free = threading.Semaphore(at_once)
-        # A process for each scan, since those of a pool share pipes and locks, and with them their ends. It is a fork
-        # of one that has the readers imported and does nothing else: there in a tenth of a second.
-        context: Any = worker_context([__name__, *IMPORTED])
-        self._begin = process(context=context)(_read)  # type: ignore[call-overload]  # its types say `mp_context`
-        # the imports take seconds: now, and not when the first visitor comes
+        self._free = threading.Semaphore(max_readers)
+        # One process per scan: the processes of a pool share pipes and locks, so one that dies can block the others.
+        # Each is forked from a server process that has the readers imported, which takes about 0.1 s.
+        context: Any = worker_context([__name__, *PRELOADED])
+        self._start = process(context=context)(_read)  # type: ignore[call-overload]  # its stubs call it `mp_context`
+        # the imports take seconds: start the server process now, not when the first visitor arrives
         threading.Thread(target=self.read, args=("", _nothing), name="m3ret-reader", daemon=True).start()
 
     def read(self, name: str, function: Callable[..., Result], *arguments: object) -> Result:
-        """`function(*arguments)` in a process of its own.
+        """Return `function(*arguments)`, computed in a separate process.
 
         Args:
-            name: of what is read, for messages. function: of a module. What it takes and gives is pickled.
+            name: Name of the scan, for error messages.
+            function: Module-level function. Its arguments and its result are pickled.
 
         Raises:
-            M3RetReadError: if it raises that, ends its process, or takes too long, which ends its process.
+            M3RetReadError: If the function raises it, its process dies, or it exceeds the time limit. In the last case
+                the process is killed.
         """
-        until = time.monotonic() + self.seconds
+        deadline = time.monotonic() + self.seconds
         if not self._free.acquire(timeout=self.seconds):
-            raise self._took_too_long(name)
+            raise self._timeout(name)
         try:
-            reading = self._begin(function, *arguments)
+            reading = self._start(function, *arguments)
             try:
-                result: Result = reading.result(max(0.0, until - time.monotonic()))
+                result: Result = reading.result(max(0.0, deadline - time.monotonic()))
             except TimeoutError as error:
-                reading.cancel()  # which ends the process
-                raise self._took_too_long(name) from error
+                reading.cancel()  # kills the process
+                raise self._timeout(name) from error
             except ProcessExpired as error:
                 raise M3RetReadError(
                     name, "undecodable", "a complete scan in a supported format", "a crash of its decoder"
@@ -71,7 +75,7 @@ class IsolatedReaders:
             self._free.release()
         return result
 
-    def _took_too_long(self, name: str) -> M3RetReadError:
+    def _timeout(self, name: str) -> M3RetReadError:
         return M3RetReadError(name, "timeout", f"at most {self.seconds:g} s", "a scan that takes longer to read")
 
 

@@ -1,8 +1,13 @@
-"""The pages together, and how they are served: no file but what they make, no analytics, nothing from afar."""
+"""Build the web page from its tabs, and serve it.
+
+The server serves no files other than those it creates. It sends no analytics, and the page loads nothing from other
+servers.
+"""
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import sys
@@ -12,26 +17,26 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
 from starlette.middleware import Middleware
 
-from .about import about
 from .endpoints import add_endpoints
-from .explore_page import ExplorePage
+from .explore import ExplorePage
 from .request_gate import RequestGate
 from .search_page import SearchPage
-from .searching import Searching
-from .sweeping import keep_sweeping
-from .uploads import UPLOAD_BYTES
+from .service import SearchService
+from .uploads import UPLOAD_BYTES, start_sweeper
 
 
-WAITING = 64  # visitors in the queue; who comes then is told to come again
-SESSIONS = 1000  # the latest, whose state is kept: an eighth of a MB each at least
+MAX_QUEUE = 64  # waiting visitors; further ones are asked to retry
+MAX_SESSIONS = 1000  # whose state is stored, the latest ones; each takes at least 0.125 MB
 STYLE = """
 .gradio-container {max-width: 1280px !important; width: 100% !important; margin: 0 auto !important}
 #grid .grid-wrap {min-height: 0 !important; max-height: none !important; overflow: visible !important}
 #grid .caption-label {white-space: normal; text-align: left; max-width: 100%; line-height: 1.25}
 #examples {gap: 6px}
-/* no larger than it is: Gradio tells where a picture was clicked only if it was not enlarged */
+/* never enlarged: Gradio reports the position of a click only on an image at its own size or smaller */
 #query-image img, #hit-image img {width: auto; max-width: 100%; height: auto; margin: 0 auto}
 #query-image.fullscreen img, #hit-image.fullscreen img {width: 100%; height: 100%; object-fit: contain}
 #query-image.fullscreen .image-frame {pointer-events: none}
@@ -40,14 +45,29 @@ STYLE = """
   #grid .grid-container {grid-template-columns: repeat(2, minmax(0, 1fr)) !important}
 }
 """
+NOTICE = """## Not for diagnosis
+
+Research software. It finds scans that look similar to one model. It makes no statement about a patient's condition and
+has not been evaluated for any clinical decision. Colours in the viewer show which image patches the model considers to
+match. They are often wrong, and relative to the best match of each pair of scans.
+
+## Your scans
+
+An uploaded scan is read, compared, and deleted within one hour. Text in a file's header is not shown, and no data
+leaves this server. Still, do not upload a patient's scan to a server that is not under your control.
+
+"""
 
 
 @dataclass(frozen=True)
-class Serving:
-    """How to be reached: by this machine alone, unless GRADIO_SERVER_NAME says otherwise, as it does on a Space.
+class ServerOptions:
+    """How the server is reached. It listens on 127.0.0.1 unless GRADIO_SERVER_NAME is set, as on a Space.
 
-    port: None for the first one free from 7860. auth: user and password. upload_bytes: of one upload, all of its
-    files together.
+    Attributes:
+        port: None for the first free port from 7860.
+        share: Whether to create a public Gradio address too.
+        auth: User and password.
+        upload_bytes: Maximum size of one upload, all of its files together.
     """
 
     port: int | None = None
@@ -56,67 +76,99 @@ class Serving:
     upload_bytes: int = UPLOAD_BYTES
 
 
-def build(searching: Searching, model_name: str) -> gr.Blocks:
-    """The pages. model_name: of the checkpoint, whose card is shown."""
-    # where Gradio keeps uploads: a folder of our own, so that nothing else is ever served from it
+def build(service: SearchService, model_name: str) -> gr.Blocks:
+    """Build the page.
+
+    Args:
+        model_name: Checkpoint folder or Hub id, whose model card is shown.
+    """
+    # Gradio's upload folder: a new one, so that no other file can be served from it
     os.environ["GRADIO_TEMP_DIR"] = tempfile.mkdtemp(prefix="m3ret-space-")
-    # after each event Gradio sums up those that it remembers, 10,000 by default: 23 ms of a core
+    # Gradio summarises the events that it remembers after each event: 23 ms for the default of 10,000
     os.environ.setdefault("GRADIO_ANALYTICS_MAX_EVENTS", "1")
     with gr.Blocks(title="M3Ret", analytics_enabled=False) as page:
-        gr.Markdown("# M3Ret\nFind similar scans, in every modality. Research software, **not for diagnosis**.")
+        gr.Markdown("# M3Ret\nFind similar medical scans of any modality. Research software, **not for diagnosis**.")
         with gr.Tabs() as tabs:
             with gr.Tab("Search", id="search"):
-                search = SearchPage(searching)
-            with gr.Tab("Explore", id="explore") as explore:
-                ExplorePage(searching, search, explore, tabs)
-            with gr.Tab("About", id="about"):
-                gr.Markdown(about(model_name))
-        add_endpoints(searching)
+                search = SearchPage(service)
+            with gr.Tab("Explore", id="explore", elem_id="explore") as explore:
+                ExplorePage(service, search, explore, tabs)
+            with gr.Tab("About", id="about", elem_id="about"):
+                gr.Markdown(about(model_name), elem_id="card")
+        add_endpoints(service)
     return page
 
 
-def serve(page: gr.Blocks, searching: Searching, serving: Serving = Serving(), *, wait: bool = True) -> str:
-    """Serve the pages that `build` made; their address. wait: until they are stopped."""
+def serve(
+    page: gr.Blocks, service: SearchService, options: ServerOptions = ServerOptions(), *, wait: bool = True
+) -> str:
+    """Serve the page that `build` made.
+
+    Args:
+        wait: Whether to block until the server is stopped.
+
+    Returns:
+        The local address.
+    """
     settings: dict[str, Any] = {"theme": theme(), "css": STYLE, "footer_links": ["api"], "ssr_mode": False}
-    settings |= {"enable_monitoring": False, "run_history": False}  # what visitors did is kept nowhere, nor in browsers
-    page.queue(max_size=WAITING, default_concurrency_limit=8)
+    settings |= {"enable_monitoring": False, "run_history": False}  # visits are recorded neither here nor in browsers
+    page.queue(max_size=MAX_QUEUE, default_concurrency_limit=8)
     if wait:
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # how a container is stopped: as by Ctrl-C
-    gate = Middleware(RequestGate, folder=Path(page.GRADIO_CACHE), upload_bytes=serving.upload_bytes)
-    stop_sweeping = keep_sweeping(Path(page.GRADIO_CACHE), page.temp_file_sets, searching.put_away_unused)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # stop like Ctrl-C when a container is stopped
+    gate = Middleware(RequestGate, folder=Path(page.GRADIO_CACHE), upload_bytes=options.upload_bytes)
+    stop_sweeper = start_sweeper(Path(page.GRADIO_CACHE), page.temp_file_sets, service.close_idle)
     try:
-        _, address, shared = page.launch(
-            server_port=serving.port,
-            share=serving.share,
-            auth=serving.auth,
-            max_file_size=serving.upload_bytes,
+        _, address, public_address = page.launch(
+            server_port=options.port,
+            share=options.share,
+            auth=options.auth,
+            max_file_size=options.upload_bytes,
             allowed_paths=[],
-            # openapi_url: FastAPI's list of routes, which asks for no login
+            # openapi_url: FastAPI's list of routes, which requires no login
             app_kwargs={"openapi_url": None, "middleware": [gate]},
-            state_session_capacity=SESSIONS,
+            state_session_capacity=MAX_SESSIONS,
             prevent_thread_lock=True,
             quiet=not wait,
             **settings,
         )
-        if serving.share:
-            print(_words_of_share(shared, address, serving.auth is not None), file=sys.stderr, flush=True)
+        if options.share:
+            print(_share_message(public_address, address, options.auth is not None), file=sys.stderr, flush=True)
         if wait:
             page.block_thread()
         return str(address)
     finally:
         if wait:
-            stop_sweeping.set()
+            stop_sweeper.set()
             shutil.rmtree(page.GRADIO_CACHE, ignore_errors=True)
 
 
-def _words_of_share(shared: str | None, address: str, locked: bool) -> str:
-    if shared is None:
-        return f"No public address could be made (above: why). The page goes on at {address}."
-    return f"Public: {shared}" + ("" if locked else ", open to whoever knows the address: --auth asks for a password.")
+def _share_message(public_address: str | None, address: str, has_password: bool) -> str:
+    if public_address is None:
+        return f"Could not create a public address (see the error above). The page is available at {address}."
+    warning = "" if has_password else " Everyone who knows this address has access. Set --auth to require a password."
+    return f"Public address: {public_address}.{warning}"
+
+
+def about(model_name: str) -> str:
+    """Return the "About" tab in Markdown: the notice and the model card."""
+    card = re.sub(r"\A---\n.*?\n---\n", "", model_card(model_name), flags=re.DOTALL).strip()
+    card = re.sub(r"!(?=\[)|<img[^>]*>", "", card)  # images could be loaded from other servers
+    return NOTICE + (card if card else "This checkpoint has no model card.")
+
+
+def model_card(model_name: str) -> str:
+    """Return the README.md of a checkpoint folder or Hub repository with its header, or an empty string."""
+    if Path(model_name).is_dir():
+        file = Path(model_name) / "README.md"
+        return file.read_text(encoding="utf-8") if file.is_file() else ""
+    try:
+        return Path(hf_hub_download(model_name, "README.md")).read_text(encoding="utf-8")
+    except EntryNotFoundError:
+        return ""
 
 
 def theme() -> gr.themes.Base:
-    """Gradio's own, in the system's fonts, and in a blue that is read on white and on black."""
+    """Return Gradio's default theme with system fonts, and a blue that is legible on white and on black."""
     return gr.themes.Default(
         primary_hue="blue",
         neutral_hue="slate",

@@ -1,7 +1,7 @@
-"""`app.py --push_to_hub ORG/SPACE`: app, model and index as a Hugging Face Space, private until its owner decides.
+"""Publish app, model and index as a private Hugging Face Space: `app.py --push_to_hub ORG/SPACE`.
 
-No pixel of a local gallery leaves the machine: of it the embeddings go, with modality, anatomy, labels and source. A
-gallery that can be opened elsewhere by its name (the phantom, a data set on the Hub) is opened there.
+No pixel of a local gallery is uploaded, only its embeddings with modality, anatomy, labels and source. A gallery with a
+public name (the phantom, or a data set on the Hub) is opened by that name on the Space.
 """
 
 from __future__ import annotations
@@ -22,39 +22,44 @@ from ..image_processing_m3ret import M3RetImageProcessor
 from ..modeling_m3ret import M3RetModel
 from ..phantom import SYNTHETIC_SOURCE
 from ..search.index import RetrievalIndex
-from .about import card_of
 from .gallery import PUBLISHED, Gallery
+from .pages import model_card
 
 
-MODEL_FOLDER = "m3ret-space"  # found by app.py as the newest checkpoint
-# what the app imports, directly or for a format; the Space runs the versions that ran here
+MODEL_FOLDER = "m3ret-space"  # app.py finds it as the newest checkpoint
+# packages that the app imports, directly or for a file format; the Space installs the versions installed here
 REQUIREMENTS = (
     "torch", "transformers", "accelerate", "datasets", "huggingface-hub", "faiss-cpu", "numpy", "scipy", "pyarrow",
-    "pillow", "nibabel", "pydicom", "python-gdcm", "decord", "av", "tqdm", "safetensors", "filelock", "pebble",
+    "pillow", "nibabel", "pydicom", "python-gdcm", "decord", "av", "tqdm", "safetensors", "filelock", "tenacity",
+    "jsonargparse", "pebble", "cachetools",
 )  # fmt: skip
 
 
 def push_space(
-    repository: str, app: Path, model: M3RetModel, processor: M3RetImageProcessor, gallery: Gallery, model_name: str
+    repo_id: str, app: Path, model: M3RetModel, processor: M3RetImageProcessor, gallery: Gallery, model_name: str
 ) -> str:
-    """Upload the Space; its address.
+    """Upload the Space.
 
     Args:
-        repository: ORG/NAME, made private if it does not exist. app: the script that runs there.
-        model_name: folder or Hub id, whose card goes along.
+        repo_id: ORG/NAME. Created as a private Space if it does not exist.
+        app: The script that the Space runs.
+        model_name: Checkpoint folder or Hub id, whose model card is uploaded too.
+
+    Returns:
+        The address of the Space.
     """
     api = HfApi()
     with tempfile.TemporaryDirectory(prefix="m3ret-space-") as folder:
-        write_space(Path(folder), repository.split("/")[-1], app, model, processor, gallery, model_name)
-        api.create_repo(repository, repo_type="space", space_sdk="gradio", private=True, exist_ok=True)
+        write_space(Path(folder), repo_id.split("/")[-1], app, model, processor, gallery, model_name)
+        api.create_repo(repo_id, repo_type="space", space_sdk="gradio", private=True, exist_ok=True)
         api.upload_folder(
-            repo_id=repository,
+            repo_id=repo_id,
             repo_type="space",
             folder_path=folder,
-            commit_message="The app, its model and its gallery",
-            delete_patterns=[f"{PUBLISHED}/*", f"{MODEL_FOLDER}/*", "modeling_m3ret/*"],  # of an older version
+            commit_message="Upload app, model and gallery",
+            delete_patterns=[f"{PUBLISHED}/*", f"{MODEL_FOLDER}/*", "modeling_m3ret/*"],  # files of an older version
         )
-    return f"{api.endpoint}/spaces/{repository}"
+    return f"{api.endpoint}/spaces/{repo_id}"
 
 
 def write_space(
@@ -66,25 +71,24 @@ def write_space(
     gallery: Gallery,
     model_name: str,
 ) -> None:
-    """The folder of the Space, as it is uploaded."""
+    """Write the files of the Space to a folder."""
     package = Path(str(files("modeling_m3ret")))
     shutil.copy(app, folder / "app.py")
     shutil.copytree(package, folder / "modeling_m3ret", ignore=shutil.ignore_patterns("__pycache__", "*.pyc", ".*"))
     model.save_pretrained(folder / MODEL_FOLDER)
     processor.save_pretrained(folder / MODEL_FOLDER)
-    if card := card_of(model_name):
+    if card := model_card(model_name):
         (folder / MODEL_FOLDER / "README.md").write_text(card, encoding="utf-8")
     published = publishable(gallery)
     published.save(folder / PUBLISHED)
     template = Template((package / "space" / "folder" / "README.md").read_text(encoding="utf-8"))
-    pictures = "Its scans are made or fetched when the Space starts." if published.collection else "No picture either."
     (folder / "README.md").write_text(
         template.render(
             title=title,
             gradio=importlib.metadata.version("gradio"),
             python=f"{sys.version_info.major}.{sys.version_info.minor}",
             scans=f"{len(published):,} scans",
-            pictures=pictures,
+            has_scans=published.collection is not None,
         )
         + "\n",
         encoding="utf-8",
@@ -93,11 +97,11 @@ def write_space(
 
 
 def requirements() -> list[str]:
-    """What is installed here of `REQUIREMENTS`, each with its version; Gradio's stands in the README's header."""
+    """Return the installed packages of `REQUIREMENTS`, pinned. The README's header pins Gradio."""
     pinned = []
     for name in REQUIREMENTS:
         try:
-            version = importlib.metadata.version(name).split("+")[0]  # a build of torch for one kind of machine
+            version = importlib.metadata.version(name).split("+")[0]  # without the build tag of torch, e.g. +cpu
         except importlib.metadata.PackageNotFoundError:
             continue
         pinned.append(f"{name}=={version}")
@@ -105,28 +109,30 @@ def requirements() -> list[str]:
 
 
 def publishable(gallery: Gallery) -> Gallery:
-    """What may leave: of a named collection its own rows, with pictures where they are synthetic; else the index alone,
-    its ids and patients numbered anew."""
+    """Return the part of a gallery that may be uploaded.
+
+    Of a gallery with a public name these are the scans of that collection, with thumbnails if they are synthetic. Of
+    any other gallery it is the index, with ids and patients replaced by numbers.
+    """
     metadata = gallery.index.metadata
     sources = metadata.column("source").to_pylist()
     if gallery.collection is None:
         index = gallery.index
-        return Gallery(RetrievalIndex(index.embeddings, numbered(metadata), index.facts, index.approximate))
-    known = len(open_collection(gallery.collection))
+        return Gallery(RetrievalIndex(index.embeddings, pseudonymise(metadata), index.facts, index.approximate))
+    collection_size = len(open_collection(gallery.collection))
     ids = metadata.column("id").to_pylist()
-    beyond = {id for id in ids if int(id) >= known}  # the samples of a package that the Space may not have
-    index = gallery.index.remove(beyond)
+    samples = {id for id in ids if int(id) >= collection_size}  # of pydicom-data, which the Space may not have
+    index = gallery.index.remove(samples)
     thumbnails = None
     if gallery.thumbnails is not None and all(
-        s == SYNTHETIC_SOURCE for s, id in zip(sources, ids, strict=True) if id not in beyond
+        source == SYNTHETIC_SOURCE for source, id in zip(sources, ids, strict=True) if id not in samples
     ):
-        kept = [place for place, id in enumerate(ids) if id not in beyond]
-        thumbnails = gallery.thumbnails.take(pa.array(kept))
+        thumbnails = gallery.thumbnails.take(pa.array([row for row, id in enumerate(ids) if id not in samples]))
     return Gallery(index, None, thumbnails, gallery.collection)
 
 
-def numbered(metadata: pa.Table) -> pa.Table:
-    """Ids and patients as numbers in order of appearance: whoever made the index may have used names."""
+def pseudonymise(metadata: pa.Table) -> pa.Table:
+    """Replace ids and patients by numbers in order of appearance, since an index may contain real names."""
     numbers: dict[str, str] = {"": ""}
     patients = [numbers.setdefault(name or "", str(len(numbers))) for name in metadata.column("patient").to_pylist()]
     columns = {name: metadata.column(name) for name in metadata.column_names}

@@ -1,4 +1,4 @@
-"""The first page: a scan in, its most similar ones out, and two of them side by side."""
+"""The "Search" tab: upload or select a scan, see the most similar ones, and compare one of them with the query."""
 
 from __future__ import annotations
 
@@ -14,57 +14,75 @@ from typing import Any
 import gradio as gr
 
 from ..search.index import MetadataFilter
-from .handling import HEAVY, PRIVATE, in_words
-from .searching import MOST_HITS, HitFacts, Query, Searching
-from .side_by_side import SideBySide, words_of
-from .viewer import facts_of_scan, picture, slices_of
+from .endpoints import HEAVY, PRIVATE, show_errors
+from .service import DEFAULT_HITS, MAX_HITS, HitFacts, Query, SearchService
+from .side_by_side import NO_SCAN, SideBySide, describe, modality_name
+from .viewer import describe_scan, num_slices, render_slice
 
 
-HITS = 8  # two rows of the grid
 COLUMNS = ["item", "similarity", "modality", "anatomy", "labels", "source"]
-TO_VIEWER = "() => document.getElementById('viewer').scrollIntoView({behavior: 'smooth', block: 'start'})"
-TO_TOP = "() => window.scrollTo({top: 0, behavior: 'smooth'})"
+SCROLL_TO_VIEWER = "() => document.getElementById('viewer').scrollIntoView({behavior: 'smooth', block: 'start'})"
+SCROLL_TO_TOP = "() => window.scrollTo({top: 0, behavior: 'smooth'})"
 
 
 class SearchPage:
-    """Made within a `gr.Blocks`."""
+    """The components and events of the tab. Construct it within a `gr.Blocks`.
 
-    def __init__(self, searching: Searching):
-        self.searching = searching
-        gallery = searching.gallery
-        self.query: gr.State = gr.State(None, time_to_live=3600)  # of `Query`
-        self.hits: gr.State = gr.State([], time_to_live=3600)  # of `HitFacts`
+    Attributes:
+        options: Inputs of a search: number of hits, filters and order.
+        query_outputs: Outputs of an event with a new query.
+    """
+
+    def __init__(self, service: SearchService):
+        self.service = service
+        gallery = service.gallery
+        self.query: gr.State = gr.State(None, time_to_live=3600)  # a `Query`
+        self.hits: gr.State = gr.State([], time_to_live=3600)  # a list of `HitFacts`
+        modalities = [(modality_name(name), name) for name in gallery.names("modality")]
         with gr.Row():
             with gr.Column(scale=2, min_width=300):
-                gr.Markdown("DICOM, NIfTI, video or image; the slices of a series, or a zip of them.")
+                gr.Markdown("Upload a DICOM, NIfTI, video or image file, all slices of a series, or a zip of them.")
                 self.files = gr.File(
                     label="Scan",
                     file_count="multiple",
                     height=140,
                     elem_id="upload",
                 )
-                gr.Markdown("Or a scan of the gallery:")
+                gr.Markdown("Or start with an example from the gallery:")
                 with gr.Row(elem_id="examples"):
                     self.examples = [
-                        (gr.Button(name, size="sm", min_width=90), self._example_of(name))
-                        for name in gallery.names("modality")[:8]
+                        (
+                            gr.Button(label, size="sm", min_width=90, elem_id=f"example-{name}"),
+                            self._first_row_of(name),
+                        )
+                        for label, name in modalities[:8]
                     ]
-                with gr.Accordion("Filters and order", open=False, elem_id="options"):
-                    self.count = gr.Slider(1, MOST_HITS, value=HITS, step=1, label="Hits")
+                with gr.Accordion("Filters and ranking", open=False, elem_id="options"):
+                    self.count = gr.Slider(
+                        1, MAX_HITS, value=DEFAULT_HITS, step=1, label="Number of results", elem_id="count"
+                    )
                     self.modalities = gr.Dropdown(
-                        gallery.names("modality"), value=[], multiselect=True, label="Modality (empty: all)"
+                        modalities, value=[], multiselect=True, label="Modality (empty: all)", elem_id="modalities"
                     )
                     self.anatomies = gr.Dropdown(
-                        gallery.names("anatomy"), value=[], multiselect=True, label="Anatomy (empty: all)"
+                        gallery.names("anatomy"),
+                        value=[],
+                        multiselect=True,
+                        label="Anatomy (empty: all)",
+                        elem_id="anatomies",
                     )
-                    self.other_subjects = gr.Checkbox(
-                        False, label="Leave out the query's own subject", info="Where the query is of the gallery."
-                    )
-                    self.reranked = gr.Checkbox(
+                    self.exclude_same_patient = gr.Checkbox(
                         False,
-                        label="Order by matching patches",
-                        info="Late interaction of the hits' patches: slower.",
-                        visible=searching.has_scans(),
+                        label="Exclude the same patient",
+                        info="Applies if the query is a scan of the gallery.",
+                        elem_id="exclude-same-patient",
+                    )
+                    self.rerank = gr.Checkbox(
+                        False,
+                        label="Re-rank by matching image regions",
+                        info="Compares the results with the query patch by patch. Slower.",
+                        visible=service.has_scans(),
+                        elem_id="rerank",
                     )
                 self.query_thumbnail = gr.Image(
                     label="Query",
@@ -76,14 +94,14 @@ class SearchPage:
                     elem_id="query-thumbnail",
                 )
                 self.query_facts = gr.Textbox(
-                    label="Size and spacing", interactive=False, visible=False, elem_id="query-facts"
+                    label="Description", interactive=False, visible=False, elem_id="query-facts"
                 )
             with gr.Column(scale=5, min_width=300):
-                self.status = gr.Markdown(_waiting(len(gallery)), elem_id="status")
+                self.status = gr.Markdown(_welcome(len(gallery)), elem_id="status")
                 with gr.Tabs():
-                    with gr.Tab("Pictures"):
+                    with gr.Tab("Images"):
                         self.grid = gr.Gallery(
-                            label="Most similar first",
+                            label="Results, most similar first",
                             show_label=False,
                             columns=4,
                             height="auto",
@@ -93,7 +111,7 @@ class SearchPage:
                             buttons=[],
                             elem_id="grid",
                         )
-                    with gr.Tab("Table"):
+                    with gr.Tab("Table", elem_id="table-tab"):
                         self.table = gr.Dataframe(
                             headers=COLUMNS,
                             datatype="str",
@@ -101,70 +119,72 @@ class SearchPage:
                             wrap=True,
                             column_widths=[80, 120, 130, 130, 240, 190],
                             buttons=[],
-                            label="Most similar first",
+                            label="Results, most similar first",
                             elem_id="table",
                         )
                 with gr.Row():
                     self.as_csv = gr.DownloadButton("Download CSV", size="sm", interactive=False, elem_id="as-csv")
                     self.as_json = gr.DownloadButton("Download JSON", size="sm", interactive=False, elem_id="as-json")
-        self.beside = SideBySide(searching, self.query)
-        self._wire()
+        self.viewer = SideBySide(service, self.query)
+        self._connect_events()
 
-    def _example_of(self, modality: str) -> int:
-        return self.searching.gallery.index.metadata.column("modality").to_pylist().index(modality)
+    def _first_row_of(self, modality: str) -> int:
+        return self.service.gallery.index.metadata.column("modality").to_pylist().index(modality)
 
     # --------------------------------------------------------------------------------------------------------- events
 
-    def _wire(self) -> None:
-        options = [self.count, self.modalities, self.anatomies, self.other_subjects, self.reranked]
-        found = [self.hits, self.grid, self.table, self.status, self.as_csv, self.as_json]
-        asked = [self.query, self.query_thumbnail, self.query_facts, *found, *self.beside.closing]
-        opens = [self.query, self.hits, *self.beside.opens]
-        on_grid: dict[str, Any] = {"show_progress_on": self.grid, **PRIVATE, **HEAVY}  # and not over the words above it
-        self.files.upload(in_words(self._ask_files), [self.files, *options], asked, **on_grid)
+    def _connect_events(self) -> None:
+        viewer = self.viewer
+        self.options = [self.count, self.modalities, self.anatomies, self.exclude_same_patient, self.rerank]
+        hit_outputs = [self.hits, self.grid, self.table, self.status, self.as_csv, self.as_json]
+        self.query_outputs = [
+            self.query, self.query_thumbnail, self.query_facts, *hit_outputs, *viewer.close_outputs
+        ]  # fmt: skip
+        event: dict[str, Any] = {"show_progress_on": self.grid, **PRIVATE, **HEAVY}  # not over the status line
+        self.files.upload(show_errors(self._search_files), [self.files, *self.options], self.query_outputs, **event)
         for button, row in self.examples:
-            ask = functools.partial(self._ask_row, row)
-            button.click(in_words(ask), options, asked, **on_grid)
-        again = [self.count.input, self.modalities.change, self.anatomies.change]  # a key releases no slider
-        again += [self.other_subjects.change, self.reranked.change]
-        gr.on(again, in_words(self._search), [self.query, *options], found, trigger_mode="always_last", **on_grid)
-        for hits, open_hit in ((self.grid, self._open_of_grid), (self.table, self._open_of_table)):
-            opened = hits.select(in_words(open_hit), opens, self.beside.opened, **PRIVATE, **HEAVY)
-            opened.success(None, js=TO_VIEWER, **PRIVATE)
-        asked_hit = self.beside.as_query.click(in_words(self.ask_hit), [self.beside.hit, *options], asked, **on_grid)
-        asked_hit.success(None, js=TO_TOP, **PRIVATE)
-        self.asked, self.options = asked, options
+            search_row = functools.partial(self.search_row, row)
+            button.click(show_errors(search_row), self.options, self.query_outputs, **event)
+        # a slider's `release` does not fire for keys
+        changes = [self.count.input, self.modalities.change, self.anatomies.change]
+        changes += [self.exclude_same_patient.change, self.rerank.change]
+        search = show_errors(self._search)
+        gr.on(changes, search, [self.query, *self.options], hit_outputs, trigger_mode="always_last", **event)
+        open_inputs = [self.query, self.hits, *viewer.open_inputs]
+        for results, open_hit in ((self.grid, self._open_from_grid), (self.table, self._open_from_table)):
+            opened = results.select(show_errors(open_hit), open_inputs, viewer.open_outputs, **PRIVATE, **HEAVY)
+            opened.success(None, js=SCROLL_TO_VIEWER, **PRIVATE)
+        hit_inputs = [viewer.hit, *self.options]
+        searched = viewer.as_query.click(show_errors(self.search_row), hit_inputs, self.query_outputs, **event)
+        searched.success(None, js=SCROLL_TO_TOP, **PRIVATE)
 
-    def _ask_files(
+    def _search_files(
         self, files: list[str] | None, *options: Any, progress: gr.Progress = gr.Progress()
     ) -> dict[Any, Any]:
-        progress(0.1, desc="reading and embedding the scan")
-        return self._answer(self.searching.query_of_files(files or []), *options)
+        progress(0.1, desc="Reading the scan")
+        return self._new_query(self.service.query_of_files(files or []), *options)
 
-    def _ask_row(self, row: int, *options: Any) -> dict[Any, Any]:
-        return self._answer(self.searching.query_of_row(row), *options)
-
-    def ask_hit(self, row: int | None, *options: Any) -> dict[Any, Any]:
+    def search_row(self, row: int | None, *options: Any) -> dict[Any, Any]:
+        """Search with a scan of the gallery. Values of `query_outputs`."""
         if row is None:
-            raise ValueError("Choose a hit first.")
-        return self._ask_row(row, *options)
+            raise ValueError("Select a scan first.")
+        return self._new_query(self.service.query_of_row(row), *options)
 
-    def _answer(self, query: Query, *options: Any) -> dict[Any, Any]:
-        scan, image = None, None
-        facts = "no scan here, only its embedding"
-        if query.row is None or self.searching.has_scans():
-            scan = self.searching.scan(query.key)
-            image, facts = picture(scan, slices_of(scan) // 2, longest=320), facts_of_scan(scan)
+    def _new_query(self, query: Query, *options: Any) -> dict[Any, Any]:
+        scan, image, facts = None, None, NO_SCAN
+        if query.row is None or self.service.has_scans():
+            scan = self.service.scan(query.key)
+            image, facts = render_slice(scan, num_slices(scan) // 2, long_side=320), describe_scan(scan)
         if query.row is not None:
-            facts = f"{words_of(self.searching.gallery.facts(query.row))} · {facts}"
-        alone = {
+            facts = f"{describe(self.service.gallery.facts(query.row))} · {facts}"
+        shown = {
             self.query: query,
             self.query_thumbnail: gr.Image(
                 image, alt_text="Middle slice or frame of the query", visible=image is not None
             ),
             self.query_facts: gr.Textbox(facts, visible=True),
         }
-        return alone | self.beside.closed(scan) | self._search(query, *options)
+        return shown | self.viewer.close(scan) | self._search(query, *options)
 
     def _search(
         self,
@@ -172,38 +192,46 @@ class SearchPage:
         count: float,
         modalities: list[str],
         anatomies: list[str],
-        other_subjects: bool,
-        reranked: bool,
+        exclude_same_patient: bool,
+        rerank: bool,
         progress: gr.Progress = gr.Progress(),
     ) -> dict[Any, Any]:
         if query is None:
-            return {self.status: _waiting(len(self.searching.gallery))}
-        progress(0.5, desc="comparing patches" if reranked else "searching")
+            return {self.status: _welcome(len(self.service.gallery))}
+        progress(0.5, desc="Comparing patches" if rerank else "Searching")
         where = MetadataFilter(modality=modalities or None, anatomy=anatomies or None)
-        hits = self.searching.search(query, int(count), where, exclude_same_patient=other_subjects, rerank=reranked)
-        folder = Path(self.grid.GRADIO_CACHE) / uuid.uuid4().hex  # where downloads are served from, for a while
+        hits = self.service.search(query, int(count), where, exclude_same_patient=exclude_same_patient, rerank=rerank)
+        folder = Path(self.grid.GRADIO_CACHE) / uuid.uuid4().hex  # downloads are served from here, then swept
         folder.mkdir(parents=True)
-        (folder / "hits.csv").write_text(as_csv(hits), encoding="utf-8")
+        (folder / "hits.csv").write_text(to_csv(hits), encoding="utf-8")
         (folder / "hits.json").write_text(json.dumps(hits, indent=2), encoding="utf-8")
-        many = f"**{len(hits)} hits** of {len(self.searching.gallery):,} scans, the most similar first."
+        status = f"**{len(hits)} results** from {len(self.service.gallery):,} scans, most similar first."
+        if hits and self.service.has_scans():
+            status += " Select one to compare it with the query."
         return {
             self.hits: hits,
-            self.grid: [(self.beside.tile(hit["item"]), f"{hit['similarity']:.3f} · {words_of(hit)}") for hit in hits],
+            self.grid: [
+                (self.viewer.thumbnail(hit["item"]), f"{hit['similarity']:.3f} · {describe(hit)}") for hit in hits
+            ],
             self.table: [_cells(hit) for hit in hits],
-            self.status: many + " Choose one to see where it matches." * bool(hits and self.searching.has_scans()),
+            self.status: status,
             self.as_csv: gr.DownloadButton(value=folder / "hits.csv", interactive=True),
             self.as_json: gr.DownloadButton(value=folder / "hits.json", interactive=True),
         }
 
-    def _open_of_grid(self, chosen: gr.SelectData, query: Query, hits: list[HitFacts], *opens: Any) -> dict[Any, Any]:
-        return self.beside.open(query, hits[chosen.index]["item"], *opens)
+    def _open_from_grid(
+        self, selected: gr.SelectData, query: Query, hits: list[HitFacts], *open_inputs: Any
+    ) -> dict[Any, Any]:
+        return self.viewer.open(query, hits[selected.index]["item"], *open_inputs)
 
-    def _open_of_table(self, chosen: gr.SelectData, query: Query, hits: list[HitFacts], *opens: Any) -> dict[Any, Any]:
-        return self.beside.open(query, hits[chosen.index[0]]["item"], *opens)
+    def _open_from_table(
+        self, selected: gr.SelectData, query: Query, hits: list[HitFacts], *open_inputs: Any
+    ) -> dict[Any, Any]:
+        return self.viewer.open(query, hits[selected.index[0]]["item"], *open_inputs)
 
 
-def _waiting(scans: int) -> str:
-    return f"The gallery holds **{scans:,} scans**. Upload one of yours, or begin with one of these."
+def _welcome(scans: int) -> str:
+    return f"The gallery contains **{scans:,} scans**. Upload a scan, or start with an example."
 
 
 def _cells(hit: HitFacts) -> list[str]:
@@ -211,8 +239,8 @@ def _cells(hit: HitFacts) -> list[str]:
     return [str(values[column]) for column in COLUMNS]
 
 
-def as_csv(hits: Sequence[HitFacts]) -> str:
-    """A line a hit. A cell that a spreadsheet would compute is marked as text."""
+def to_csv(hits: Sequence[HitFacts]) -> str:
+    """Format hits as CSV. Cells that a spreadsheet would evaluate as a formula are prefixed with an apostrophe."""
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
     writer.writerow(COLUMNS)

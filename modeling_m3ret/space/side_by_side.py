@@ -1,4 +1,4 @@
-"""Query and hit side by side: where they match, as a whole or for a region that the visitor chooses in the query."""
+"""The viewer: query and hit side by side, with a heatmap of where they match, for the whole query or a region of it."""
 
 from __future__ import annotations
 
@@ -9,48 +9,57 @@ import gradio as gr
 from PIL import Image
 
 from ..reading_m3ret import Scan
+from .endpoints import HEAVY, LIGHT, PRIVATE, show_errors
 from .gallery import Facts
-from .handling import HEAVY, LIGHT, PRIVATE, in_words
-from .searching import Heat, Query, Searching
+from .service import Heat, Query, SearchService, key_of_row
 from .viewer import (
-    WHOLE_RANGE,
+    FULL_RANGE,
     WINDOWS,
     Region,
-    facts_of_scan,
-    is_in_hu,
-    linked,
-    picture,
-    region_of,
-    slices_of,
+    describe_scan,
+    full_region,
+    is_hounsfield,
+    linked_slice,
+    num_slices,
+    region_from_numbers,
+    render_slice,
     voxel_at,
-    whole_of,
 )
 
 
-# along D, H and W, counted from 1 as the sliders are
+MODALITY_NAMES = {"xray": "X-ray", "ultrasound": "Ultrasound", "endoscopy": "Endoscopy", "ct": "CT", "mri": "MRI"}
+# along D, H and W, counted from 1 as on the sliders
 REGION_FIELDS = ("First slice", "Last slice", "Top row", "Bottom row", "Left column", "Right column")
-HOW_TO_CHOOSE = "Where does *this* match? Click two opposite corners of it in the query's picture."
-SECOND_CORNER = "Now the opposite corner; on another slice for a deeper part."
+FIRST_CORNER_HINT = (
+    "To find where a region of the query matches, click two opposite corners of the region in the query image."
+)
+SECOND_CORNER_HINT = "Click the opposite corner. To include more slices, first move to another slice."
+NO_SCAN = "This gallery has no scans, only embeddings."
 Corner = tuple[int, int, int]  # the voxel of a first click: slice, row, column
 
 
-def words_of(facts: Facts) -> str:
-    """Modality, anatomy and labels in a line, for where text is shown as text."""
+def modality_name(modality: str) -> str:
+    """Return the name of a modality as it is shown, e.g. X-ray for xray."""
+    return MODALITY_NAMES.get(modality, modality)
+
+
+def describe(facts: Facts) -> str:
+    """Return modality, anatomy and labels in one line. Labels are untrusted: show it as text, not as HTML."""
     labels = [label for label in facts["labels"] if label != facts["anatomy"]]
-    return " · ".join(part for part in (facts["modality"], facts["anatomy"], ", ".join(labels)) if part)
+    return " · ".join(filter(None, (modality_name(facts["modality"]), facts["anatomy"], ", ".join(labels))))
 
 
 @dataclass(frozen=True, eq=False)
-class Look:
-    """What two pictures show. Slices count from 0. region: None for the whole query."""
+class ViewState:
+    """What the two images show. Slices count from 0. `region` is None for the whole query."""
 
     query: Query
     row: int
     query_slice: int
     hit_slice: int
     window: str
-    heated: bool
-    together: bool
+    show_heat: bool
+    link_slices: bool
     corner: Corner | None
     region: Region | None
     query_scan: Scan
@@ -58,32 +67,39 @@ class Look:
 
 
 class SideBySide:
-    """Made within a `gr.Blocks`. query: the page's state, a `Query` or None.
+    """The components and events of the viewer. Construct it within a `gr.Blocks`.
 
-    hit: the state of the row that is looked at. as_query: the button that searches with it. opens, opened: inputs after
-    query and row, and outputs, of an event that calls `open`.
+    Args:
+        query: State of the page: a `Query` or None.
+
+    Attributes:
+        hit: State: the row of the hit that is shown.
+        as_query: Button to search with that hit.
+        open_inputs: Inputs, after query and row, of an event that calls `open`.
+        open_outputs: Outputs of such an event.
+        close_outputs: Outputs of an event that calls `close`.
     """
 
-    def __init__(self, searching: Searching, query: gr.State):
-        self.searching = searching
+    def __init__(self, service: SearchService, query: gr.State):
+        self.service = service
         self.hit: gr.State = gr.State(None, time_to_live=3600)
         self.corner: gr.State = gr.State(None, time_to_live=3600)
-        has_scans = searching.has_scans()  # else there is a small picture of the hit at best
+        has_scans = service.has_scans()  # without scans there is at most a thumbnail of the hit
         with gr.Column(visible=False, elem_id="viewer") as self.column:
-            gr.Markdown("## Side by side")
+            gr.Markdown("## Compare")
             with gr.Row(visible=has_scans):
-                self.heated = gr.Checkbox(True, label="Show where they match", min_width=140)
-                self.linked = gr.Checkbox(True, label="Move both together", min_width=140)
-            self.window = gr.Radio([*WINDOWS], value=WHOLE_RANGE, label="CT window", visible=False)
+                self.show_heat = gr.Checkbox(True, label="Highlight matches", min_width=140, elem_id="show-heat")
+                self.link_slices = gr.Checkbox(True, label="Link slices", min_width=140, elem_id="link-slices")
+            self.window = gr.Radio([*WINDOWS], value=FULL_RANGE, label="CT window", visible=False, elem_id="window")
             self.confidence = gr.Markdown()
-            self.asking = gr.Markdown(HOW_TO_CHOOSE, visible=has_scans, elem_id="asking")
+            self.hint = gr.Markdown(FIRST_CORNER_HINT, visible=has_scans, elem_id="region-hint")
             with gr.Row():
                 with gr.Column(min_width=300, visible=has_scans):
                     self.query_image = gr.Image(
                         label="Query", type="pil", interactive=False, buttons=["fullscreen"], elem_id="query-image"
                     )
                     self.query_slice = _slice_slider("Slice or frame of the query", "query-slice")
-                    with gr.Accordion("The region in numbers", open=False, elem_id="region"), gr.Row():
+                    with gr.Accordion("Edit the region", open=False, elem_id="region"), gr.Row():
                         self.numbers = [
                             gr.Number(label=label, precision=0, min_width=120, elem_id=_field_id(label))
                             for label in REGION_FIELDS
@@ -95,176 +111,183 @@ class SideBySide:
                     self.hit_slice = _slice_slider("Slice or frame of the hit", "hit-slice", visible=has_scans)
                     self.hit_facts = gr.Textbox(label="Hit", interactive=False, lines=2, elem_id="hit-facts")
             with gr.Row():
-                self.to_best = gr.Button("Jump to the best match", size="sm", visible=has_scans, elem_id="to-best")
-                self.whole = gr.Button("Whole scan", size="sm", visible=has_scans, elem_id="whole-scan")
-                self.as_query = gr.Button("Search with this hit", size="sm", variant="primary", elem_id="as-query")
-        self._wire(query)
+                self.to_best = gr.Button("Go to best match", size="sm", visible=has_scans, elem_id="to-best")
+                self.clear_region = gr.Button("Clear region", size="sm", visible=has_scans, elem_id="clear-region")
+                self.as_query = gr.Button("Find similar scans", size="sm", variant="primary", elem_id="as-query")
+        self._connect_events(query)
 
-    def _wire(self, query: gr.State) -> None:
+    def _connect_events(self, query: gr.State) -> None:
         sliders = [self.query_slice, self.hit_slice]
-        self.opens = [*sliders, self.window, self.heated, self.linked, self.corner, *self.numbers]
-        drawn = [self.query_image, self.query_slice, self.hit_image, self.hit_slice]
-        placed = [*drawn, self.confidence, self.asking, self.corner]
-        self.opened = [*placed, self.column, self.hit, self.hit_facts, self.window]
-        looks = [query, self.hit, *self.opens]
-        again: dict[str, Any] = {**HEAVY, "show_progress": "hidden", "trigger_mode": "always_last"}
-        self.query_slice.input(in_words(self._move_query), looks, drawn, **PRIVATE, **LIGHT)
-        self.hit_slice.input(in_words(self._move_hit), looks, drawn, **PRIVATE, **LIGHT)
-        gr.on([self.window.input, self.heated.input], in_words(self._redraw), looks, drawn, **PRIVATE, **LIGHT)
-        self.to_best.click(in_words(self._to_best), looks, placed, **PRIVATE, **HEAVY)
-        self.query_image.select(in_words(self._click), looks, [*placed, *self.numbers], **PRIVATE, **again)
-        gr.on([number.input for number in self.numbers], in_words(self._ask_numbers), looks, placed, **PRIVATE, **again)
-        self.whole.click(in_words(self._to_whole), looks, [*placed, *self.numbers], **PRIVATE, **again)
+        images = [self.query_image, self.query_slice, self.hit_image, self.hit_slice]
+        matched = [*images, self.confidence, self.hint, self.corner]
+        self.open_inputs = [*sliders, self.window, self.show_heat, self.link_slices, self.corner, *self.numbers]
+        self.open_outputs = [*matched, self.column, self.hit, self.hit_facts, self.window]
+        self.close_outputs = [self.hit, self.corner, self.column, *self.numbers]
+        state = [query, self.hit, *self.open_inputs]
+        quiet: dict[str, Any] = {**PRIVATE, **HEAVY, "show_progress": "hidden", "trigger_mode": "always_last"}
+        self.query_slice.input(show_errors(self._move_query), state, images, **PRIVATE, **LIGHT)
+        self.hit_slice.input(show_errors(self._move_hit), state, images, **PRIVATE, **LIGHT)
+        gr.on([self.window.input, self.show_heat.input], show_errors(self._redraw), state, images, **PRIVATE, **LIGHT)
+        self.to_best.click(show_errors(self._go_to_best), state, matched, **PRIVATE, **HEAVY)
+        self.query_image.select(show_errors(self._click), state, [*matched, *self.numbers], **quiet)
+        edits = [number.input for number in self.numbers]
+        gr.on(edits, show_errors(self._edit_region), state, matched, **quiet)
+        self.clear_region.click(show_errors(self._clear_region), state, [*matched, *self.numbers], **quiet)
 
     # --------------------------------------------------------------------------------------------------------- events
 
-    def closed(self, scan: Scan | None) -> dict[Any, Any]:
-        """For a new query: nothing is looked at, and all of its scan asks. To the outputs `closing`."""
+    def close(self, scan: Scan | None) -> dict[Any, Any]:
+        """Hide the viewer and reset the region, for a new query. Values of `close_outputs`."""
         closed: dict[Any, Any] = {self.hit: None, self.corner: None, self.column: gr.Column(visible=False)}
-        return closed | ({} if scan is None else self._numbers_of(scan, whole_of(scan)))
+        return closed | ({} if scan is None else self._region_fields(scan, full_region(scan)))
 
-    @property
-    def closing(self) -> list[Any]:
-        return [self.hit, self.corner, self.column, *self.numbers]
+    def open(self, query: Query | None, row: int | None, *open_inputs: Any) -> dict[Any, Any]:
+        """Show query and hit at the slices that match best, or the thumbnail if the gallery has no scans.
 
-    def open(self, query: Query | None, row: int | None, *opens: Any) -> dict[Any, Any]:
-        """Query and hit at the slices that match best, or what there is to see without scans."""
-        query, row = _chosen(query, row)
-        facts = self.searching.gallery.facts(row)
+        Returns:
+            Values of `open_outputs`.
+        """
+        query, row = _require_hit(query, row)
+        facts = self.service.gallery.facts(row)
         shown: dict[Any, Any] = {self.column: gr.Column(visible=True), self.hit: row}
-        if not self.searching.has_scans():
-            shown[self.hit_image] = gr.Image(self.tile(row))
-            shown[self.hit_facts] = f"{words_of(facts)}\nno scan here, only its embedding"
+        if not self.service.has_scans():
+            shown[self.hit_image] = gr.Image(self.thumbnail(row))
+            shown[self.hit_facts] = f"{describe(facts)}\n{NO_SCAN}"
             return shown
-        look = self._look(query, row, *opens)
-        shown[self.hit_facts] = f"{words_of(facts)}\n{facts_of_scan(look.hit_scan)}"
-        shown[self.window] = gr.Radio(visible=is_in_hu(look.query_scan) or is_in_hu(look.hit_scan))
-        return shown | self._at_best(look)
+        state = self._state(query, row, *open_inputs)
+        shown[self.hit_facts] = f"{describe(facts)}\n{describe_scan(state.hit_scan)}"
+        shown[self.window] = gr.Radio(visible=is_hounsfield(state.query_scan) or is_hounsfield(state.hit_scan))
+        return shown | self._show_best(state)
 
-    def tile(self, row: int) -> Image.Image:
-        """The small picture of a scan, or grey where there is none."""
-        return self.searching.gallery.thumbnail(row) or Image.new("RGB", (128, 128), "#404040")
+    def thumbnail(self, row: int) -> Image.Image:
+        """Return the thumbnail of a scan, or a grey square if there is none."""
+        return self.service.gallery.thumbnail(row) or Image.new("RGB", (128, 128), "#404040")
 
-    def _to_best(self, *looks: Any) -> dict[Any, Any]:
-        return self._at_best(self._look(*looks))
+    def _go_to_best(self, *values: Any) -> dict[Any, Any]:
+        return self._show_best(self._state(*values))
 
-    def _ask_numbers(self, *looks: Any) -> dict[Any, Any]:
-        """As the region's numbers change, the query stays where it is."""
-        look = self._look(*looks)
-        return self._at_best(look, look.query_slice)
+    def _edit_region(self, *values: Any) -> dict[Any, Any]:
+        """Apply the region's numbers. The query stays at its slice."""
+        state = self._state(*values)
+        return self._show_best(state, state.query_slice)
 
-    def _click(self, chosen: gr.SelectData, *looks: Any) -> dict[Any, Any]:
-        """A first corner of a region, or the second one: then it reaches from one to the other, in depth over the
-        slices that the encoder sees in one patch with theirs."""
-        look = self._look(*looks)
-        clicked: Corner = (look.query_slice, *voxel_at(look.query_scan, *chosen.index))
-        if look.corner is None:
-            image = self._image("query", replace(look, corner=clicked), look.query_slice)
-            return {self.query_image: image, self.asking: SECOND_CORNER, self.corner: clicked}
-        first, last = (self.searching.slab(look.query, edge(look.corner[0], look.query_slice)) for edge in (min, max))
-        rows, columns = (slice(min(pair), max(pair) + 1) for pair in zip(look.corner[1:], clicked[1:], strict=True))
-        return self._choose(look, (slice(first.start, last.stop), rows, columns))
+    def _click(self, selected: gr.SelectData, *values: Any) -> dict[Any, Any]:
+        """Mark the first corner of a region, or complete the region at the second one.
 
-    def _to_whole(self, *looks: Any) -> dict[Any, Any]:
-        look = self._look(*looks)
-        return self._choose(look, whole_of(look.query_scan))
+        In depth, the region includes all slices that share a patch with those of the two corners.
+        """
+        state = self._state(*values)
+        clicked: Corner = (state.query_slice, *voxel_at(state.query_scan, *selected.index))
+        if state.corner is None:
+            image = self._image("query", replace(state, corner=clicked), state.query_slice)
+            return {self.query_image: image, self.hint: SECOND_CORNER_HINT, self.corner: clicked}
+        first, last = sorted((state.corner[0], state.query_slice))
+        depth = slice(
+            self.service.slices_in_patch(state.query, first).start, self.service.slices_in_patch(state.query, last).stop
+        )
+        rows, columns = (slice(min(pair), max(pair) + 1) for pair in zip(state.corner[1:], clicked[1:], strict=True))
+        return self._select_region(state, (depth, rows, columns))
 
-    def _choose(self, look: Look, region: Region) -> dict[Any, Any]:
-        chosen = replace(look, region=None if region == whole_of(look.query_scan) else region)
-        return self._at_best(chosen, look.query_slice) | self._numbers_of(look.query_scan, region)
+    def _clear_region(self, *values: Any) -> dict[Any, Any]:
+        state = self._state(*values)
+        return self._select_region(state, full_region(state.query_scan))
 
-    def _move_query(self, *looks: Any) -> dict[Any, Any]:
-        look = self._look(*looks)
-        drawn: dict[Any, Any] = {self.query_image: self._image("query", look, look.query_slice)}
-        if look.together:
-            place = linked(look.query_slice, slices_of(look.query_scan), slices_of(look.hit_scan))
-            drawn |= {self.hit_slice: place + 1, self.hit_image: self._image("hit", look, place)}
-        return drawn
+    def _select_region(self, state: ViewState, region: Region) -> dict[Any, Any]:
+        selected = replace(state, region=None if region == full_region(state.query_scan) else region)
+        return self._show_best(selected, state.query_slice) | self._region_fields(state.query_scan, region)
 
-    def _move_hit(self, *looks: Any) -> dict[Any, Any]:
-        look = self._look(*looks)
-        drawn: dict[Any, Any] = {self.hit_image: self._image("hit", look, look.hit_slice)}
-        if look.together:
-            place = linked(look.hit_slice, slices_of(look.hit_scan), slices_of(look.query_scan))
-            drawn |= {self.query_slice: place + 1, self.query_image: self._image("query", look, place)}
-        return drawn
+    def _move_query(self, *values: Any) -> dict[Any, Any]:
+        state = self._state(*values)
+        shown: dict[Any, Any] = {self.query_image: self._image("query", state, state.query_slice)}
+        if state.link_slices:
+            index = linked_slice(state.query_slice, num_slices(state.query_scan), num_slices(state.hit_scan))
+            shown |= {self.hit_slice: index + 1, self.hit_image: self._image("hit", state, index)}
+        return shown
 
-    def _redraw(self, *looks: Any) -> dict[Any, Any]:
-        look = self._look(*looks)
+    def _move_hit(self, *values: Any) -> dict[Any, Any]:
+        state = self._state(*values)
+        shown: dict[Any, Any] = {self.hit_image: self._image("hit", state, state.hit_slice)}
+        if state.link_slices:
+            index = linked_slice(state.hit_slice, num_slices(state.hit_scan), num_slices(state.query_scan))
+            shown |= {self.query_slice: index + 1, self.query_image: self._image("query", state, index)}
+        return shown
+
+    def _redraw(self, *values: Any) -> dict[Any, Any]:
+        state = self._state(*values)
         return {
-            self.query_image: self._image("query", look, look.query_slice),
-            self.hit_image: self._image("hit", look, look.hit_slice),
+            self.query_image: self._image("query", state, state.query_slice),
+            self.hit_image: self._image("hit", state, state.hit_slice),
         }
 
-    # -------------------------------------------------------------------------------------------------------- pictures
+    # --------------------------------------------------------------------------------------------------------- images
 
-    def _look(
+    def _state(
         self,
         query: Query | None,
         row: int | None,
         query_slice: float,
         hit_slice: float,
         window: str,
-        heated: bool,
-        together: bool,
+        show_heat: bool,
+        link_slices: bool,
         corner: Corner | None,
         *numbers: float | None,
-    ) -> Look:
-        query, row = _chosen(query, row)
-        asked, hit = self.searching.scan(query.key), self.searching.scan(f"row-{row}")
+    ) -> ViewState:
+        query, row = _require_hit(query, row)
+        query_scan, hit_scan = self.service.scan(query.key), self.service.scan(key_of_row(row))
         slices = int(query_slice) - 1, int(hit_slice) - 1
-        return Look(query, row, *slices, window, heated, together, corner, region_of(asked, numbers), asked, hit)
+        region = region_from_numbers(query_scan, numbers)
+        return ViewState(query, row, *slices, window, show_heat, link_slices, corner, region, query_scan, hit_scan)
 
-    def _heat(self, look: Look) -> Heat:
-        return self.searching.heat(look.query, look.row, look.region)
+    def _heat(self, state: ViewState) -> Heat:
+        return self.service.heat(state.query, state.row, state.region)
 
-    def _at_best(self, look: Look, query_slice: int | None = None) -> dict[Any, Any]:
-        """The hit at the slice that matches best, and the query too, unless its slice is given. A first corner is
-        forgotten."""
-        look = replace(look, corner=None)
-        heat = self._heat(look)
+    def _show_best(self, state: ViewState, query_slice: int | None = None) -> dict[Any, Any]:
+        """Show the hit at its best slice, and the query at its best slice or the given one. Clears a first corner."""
+        state = replace(state, corner=None)
+        heat = self._heat(state)
         query_slice = heat.query_slice if query_slice is None else query_slice
         return {
-            self.query_image: self._image("query", look, query_slice),
-            self.query_slice: _slider_at(look.query_scan, query_slice),
-            self.hit_image: self._image("hit", look, heat.hit_slice),
-            self.hit_slice: _slider_at(look.hit_scan, heat.hit_slice),
-            self.confidence: f"The surest pair of patches has a confidence of {heat.confidence:.2f} (of 1). Colour is "
-            "relative to it: yellow where they match best.",
-            self.asking: HOW_TO_CHOOSE if look.region is None else _words_of_region(look.query_scan, look.region),
+            self.query_image: self._image("query", state, query_slice),
+            self.query_slice: _slider_at(state.query_scan, query_slice),
+            self.hit_image: self._image("hit", state, heat.hit_slice),
+            self.hit_slice: _slider_at(state.hit_scan, heat.hit_slice),
+            self.confidence: f"Best match: confidence {heat.confidence:.2f} (0 to 1). Colours are relative to it; "
+            "yellow marks the best match.",
+            self.hint: FIRST_CORNER_HINT if state.region is None else _describe_region(state.query_scan, state.region),
             self.corner: None,
         }
 
-    def _image(self, which: str, look: Look, place: int) -> gr.Image:
-        heat = self._heat(look) if look.heated else None
-        window = WINDOWS[look.window]
+    def _image(self, which: str, state: ViewState, index: int) -> gr.Image:
+        heat = self._heat(state) if state.show_heat else None
+        window = WINDOWS[state.window]
         if which == "query":
-            scan = look.query_scan
-            corner = look.corner[1:] if look.corner is not None and look.corner[0] == place else None
-            image = picture(scan, place, window, heat.query if heat else None, look.region, corner)
+            scan = state.query_scan
+            mark = state.corner[1:] if state.corner is not None and state.corner[0] == index else None
+            image = render_slice(scan, index, window, heat.query if heat else None, state.region, mark)
         else:
-            scan = look.hit_scan
-            image = picture(scan, place, window, heat.hit if heat else None)
-        return gr.Image(image, alt_text=f"Slice or frame {place + 1} of {slices_of(scan)} of the {which}")
+            scan = state.hit_scan
+            image = render_slice(scan, index, window, heat.hit if heat else None)
+        return gr.Image(image, alt_text=f"Slice or frame {index + 1} of {num_slices(scan)} of the {which}")
 
-    def _numbers_of(self, scan: Scan, region: Region) -> dict[Any, Any]:
+    def _region_fields(self, scan: Scan, region: Region) -> dict[Any, Any]:
         ends = [end for axis in region for end in (axis.start + 1, axis.stop)]
-        in_depth = slices_of(scan) > 1
+        has_depth = num_slices(scan) > 1
         return {
-            field: gr.Number(value=end, visible=in_depth or place > 1)
-            for place, (field, end) in enumerate(zip(self.numbers, ends, strict=True))
+            field: gr.Number(value=end, visible=has_depth or number > 1)  # the first two fields are slices
+            for number, (field, end) in enumerate(zip(self.numbers, ends, strict=True))
         }
 
 
-def _words_of_region(scan: Scan, region: Region) -> str:
+def _describe_region(scan: Scan, region: Region) -> str:
     depth, rows, columns = (f"{axis.start + 1} to {axis.stop}" for axis in region)
-    slices = f" of slices {depth}" if slices_of(scan) > 1 else ""
-    return f"Where columns {columns}, rows {rows}{slices} match. Two clicks choose another region."
+    slices = f", slices {depth}" if num_slices(scan) > 1 else ""
+    return f"Matches of columns {columns}, rows {rows}{slices}. Click two corners to select another region."
 
 
-def _chosen(query: Query | None, row: int | None) -> tuple[Query, int]:
+def _require_hit(query: Query | None, row: int | None) -> tuple[Query, int]:
     if query is None or row is None:
-        raise ValueError("Choose a hit first.")
+        raise ValueError("Select a hit first.")
     return query, row
 
 
@@ -276,6 +299,6 @@ def _slice_slider(label: str, name: str, visible: bool = True) -> gr.Slider:
     return gr.Slider(1, 2, value=1, step=1, label=label, buttons=[], visible=visible, elem_id=name)
 
 
-def _slider_at(scan: Scan, place: int) -> gr.Slider:
-    slices = slices_of(scan)
-    return gr.Slider(maximum=max(2, slices), value=place + 1, visible=slices > 1)
+def _slider_at(scan: Scan, index: int) -> gr.Slider:
+    slices = num_slices(scan)
+    return gr.Slider(maximum=max(2, slices), value=index + 1, visible=slices > 1)

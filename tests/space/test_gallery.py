@@ -16,7 +16,7 @@ import pyarrow as pa
 import pytest
 import torch
 from PIL import Image
-from served import small_gallery, small_phantom
+from space_server import small_gallery, small_phantom
 
 from modeling_m3ret import M3RetImageProcessor, M3RetModel, M3RetReadError
 from modeling_m3ret.data.collection import Record
@@ -28,7 +28,6 @@ from modeling_m3ret.space import gallery as gallery_module
 from modeling_m3ret.space.explore import SIDE, GalleryMap
 from modeling_m3ret.space.gallery import Gallery, embed_gallery, open_gallery
 from modeling_m3ret.space.isolation import IsolatedReaders
-from modeling_m3ret.space.searching import PutAwayError, Searching
 
 
 @pytest.fixture(scope="module")
@@ -46,17 +45,6 @@ def opened(folder: Path, records: list[Record]) -> tuple[M3RetModel, M3RetImageP
     """A model, its processor, and the gallery of all records."""
     torch.manual_seed(0)
     return small_gallery(folder / "galleries", records)
-
-
-@pytest.fixture(scope="module")
-def readers() -> IsolatedReaders:
-    """Reader processes, so tests that use them are slow."""
-    return IsolatedReaders()
-
-
-@pytest.fixture
-def searching(opened: tuple[M3RetModel, M3RetImageProcessor, Gallery], readers: IsolatedReaders) -> Searching:
-    return Searching(*opened, readers)
 
 
 def test_filtered_search_equals_brute_force(
@@ -213,73 +201,9 @@ def test_thumbnail_is_the_middle_slice_on_a_black_square(tmp_path: Path) -> None
 
 
 @pytest.mark.slow
-def test_heat_of_a_scan_with_itself_is_symmetric(searching: Searching, records: list[Record]) -> None:
-    row = next(row for row, record in enumerate(records) if record.modality == "ct")
-    heat = searching.heat(searching.query_of_row(row), row)
-    shape = searching.scan(f"row-{row}").array.shape[1:]
-    assert heat.query.shape == heat.hit.shape == shape
-    assert heat.query.max() == heat.hit.max() == 255
-    assert 0 < heat.confidence <= 1
-    assert abs(heat.query_slice - heat.hit_slice) <= shape[0] / 2
-    np.testing.assert_allclose(heat.query.astype(int), heat.hit.astype(int), atol=1)
-
-
 @pytest.mark.slow
-def test_heat_of_a_region_is_zero_outside_it(searching: Searching, records: list[Record]) -> None:
-    row = next(row for row, record in enumerate(records) if record.modality == "ct")
-    query = searching.query_of_row(row)
-    tokens = scan_tokens(searching.model, searching.processor, [searching.scan(f"row-{row}")])[0]
-    D, H, W = tokens.shape
-    for region in (
-        (slice(0, D // 2), slice(0, H // 2), slice(0, W // 2)),
-        (slice(D // 2, D), slice(H // 2, H), slice(W // 2, W)),
-    ):
-        heat = searching.heat(query, row, region)
-        hottest = np.unravel_index(heat.query.argmax(), heat.query.shape)
-        edges = [
-            (float(axis[axis <= voxel][-1]), float(axis[axis > voxel][0]))
-            for axis, voxel in zip(tokens.edges, hottest, strict=True)
-        ]
-        for (low, high), axis in zip(edges, region, strict=True):
-            assert low < axis.stop  # the hottest patch overlaps the region
-            assert high > axis.start
-        outside = heat.query.copy()
-        outside[region] = 0
-        assert heat.query.max() == 255
-        assert not outside.any()
-        assert region[0].start <= heat.query_slice < region[0].stop
-        expected = locate(tokens, tokens, region)
-        assert heat.hit_slice == expected.hit_slice
-        assert heat.confidence == pytest.approx(expected.pairs[0].confidence)
-    assert searching.heat(query, row).confidence >= heat.confidence
-
-
 @pytest.mark.slow
-def test_slab_is_the_slices_of_one_patch(searching: Searching, records: list[Record]) -> None:
-    for modality in ("ct", "endoscopy", "xray"):
-        row = next(row for row, record in enumerate(records) if record.modality == modality)
-        query = searching.query_of_row(row)
-        edges = scan_tokens(searching.model, searching.processor, [searching.scan(query.key)])[0].edges[0]
-        slices = searching.scan(query.key).array.shape[1]
-        centres = np.arange(slices) + 0.5
-        patch_of = (edges.numpy()[:, None] <= centres).sum(0)
-        for index in range(slices):
-            same_patch = np.flatnonzero(patch_of == patch_of[index])
-            assert searching.slab(query, index) == slice(same_patch[0], same_patch[-1] + 1)
-
-
 @pytest.mark.slow
-def test_reranking_sorts_the_first_hits_by_late_interaction(searching: Searching, records: list[Record]) -> None:
-    query = searching.query_of_row(2)
-    first = [hit["item"] for hit in searching.search(query, 6)]
-    (query_tokens,) = scan_tokens(searching.model, searching.processor, [records[2].open()])
-    others = scan_tokens(searching.model, searching.processor, [records[row].open() for row in first])
-    scores = dict(zip(first, late_interaction(query_tokens, others).tolist(), strict=True))
-    reranked = searching.search(query, 6, rerank=True)
-    assert [hit["item"] for hit in reranked] == sorted(first, key=lambda row: -scores[row])
-    assert [hit["similarity"] for hit in reranked] == pytest.approx(sorted(scores.values(), reverse=True), abs=1e-4)
-
-
 @pytest.mark.slow
 def test_closed_upload_is_an_error_and_a_gallery_scan_is_opened_again(
     opened: tuple[M3RetModel, M3RetImageProcessor, Gallery], records: list[Record], readers: IsolatedReaders
@@ -311,7 +235,7 @@ def test_error_of_a_missing_gallery_scan_does_not_name_the_file(
 
 
 @pytest.mark.slow
-def test_unused_upload_is_closed(searching: Searching, records: list[Record]) -> None:
+def test_unused_upload_is_closed(parts: tuple[M3RetModel, M3RetImageProcessor, Gallery], records: list[Record]) -> None:
     file = records[0].location
     assert isinstance(file, Path)
     query = searching.query_of_files([file])
@@ -325,62 +249,6 @@ def test_unused_upload_is_closed(searching: Searching, records: list[Record]) ->
 
 
 @pytest.mark.slow
-def test_zerogpu_runs_only_the_encoder_on_the_gpu(
-    opened: tuple[M3RetModel, M3RetImageProcessor, Gallery],
-    records: list[Record],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    readers: IsolatedReaders,
-) -> None:
-    """A stand-in for the package `spaces`, which pickles arguments to another process; only that one sees a GPU."""
-    (tmp_path / "spaces.py").write_text(
-        "import pickle, torch\n"
-        "calls = []\n"
-        "def GPU(function):\n"
-        "    def wrapped(*arguments):\n"
-        "        before, torch.cuda.is_available = torch.cuda.is_available, lambda: True\n"
-        "        try:\n"
-        "            calls.append(function)\n"
-        "            result = function(*pickle.loads(pickle.dumps(arguments)))\n"
-        "        finally:\n"
-        "            torch.cuda.is_available = before\n"
-        "        return pickle.loads(pickle.dumps(result))\n"
-        "    return wrapped\n"
-    )
-    file = records[0].location
-    assert isinstance(file, Path)
-    without = Searching(*opened, readers)
-    embedding, heat = without.query_of_files([file]).embedding, without.heat(without.query_of_row(0), 1)
-    monkeypatch.syspath_prepend(tmp_path)
-    moved: list[str] = []
-    monkeypatch.setattr(type(opened[0]), "to", lambda self, device: moved.append(device) or self)
-    searching = Searching(*opened, readers)
-    spaces = sys.modules.pop("spaces")  # later tests must not find it
-    assert not spaces.calls
-    torch.testing.assert_close(searching.query_of_files([file]).embedding, embedding, rtol=0, atol=0)
-    assert (len(spaces.calls), moved) == (1, ["cuda"])
-    np.testing.assert_array_equal(searching.heat(searching.query_of_row(0), 1).hit, heat.hit)
-    assert len(spaces.calls) == len(moved) == 3  # plus one per scan of the pair
-
-
-def test_map_shows_the_first_two_principal_components() -> None:
-    generator = np.random.default_rng(0)
-    axes = np.linalg.qr(generator.normal(size=(16, 2)))[0]
-    flat = generator.normal(size=(50, 2)) * [5.0, 2.0]
-    points = GalleryMap.of(torch.from_numpy(flat @ axes.T)).points
-    for axis, expected in enumerate((flat - flat.mean(0)).T):
-        assert abs(np.corrcoef(points[:, axis], np.linalg.svd(flat - flat.mean(0))[0][:, axis])[0, 1]) > 0.999, expected
-    assert points.min() >= 0
-    assert points.max() <= SIDE
-    gallery_map = GalleryMap(points)
-    assert gallery_map.nearest(*points[9]) == 9
-    assert gallery_map.nearest(-200, -200) is None
-
-
-def test_map_of_one_scan_can_be_drawn() -> None:
-    assert GalleryMap.of(torch.ones(1, 8)).picture(["ct"], 0).size[0] == SIDE
-
-
 def test_filter_names_are_those_of_the_gallery(
     opened: tuple[M3RetModel, M3RetImageProcessor, Gallery], records: list[Record]
 ) -> None:
@@ -388,47 +256,4 @@ def test_filter_names_are_those_of_the_gallery(
 
 
 @pytest.mark.slow
-def test_index_without_scans_can_be_searched(
-    opened: tuple[M3RetModel, M3RetImageProcessor, Gallery], readers: IsolatedReaders
-) -> None:
-    model, processor, gallery = opened
-    table = pa.table({"id": ["a", "b"]})
-    bare = Gallery(RetrievalIndex.build(gallery.index.embeddings[:2], table, gallery.index.facts))
-    searching = Searching(model, processor, bare, readers)
-    (hit,) = searching.search(searching.query_of_row(0), 5, rerank=True)
-    assert (hit["item"], hit["modality"], hit["labels"]) == (1, "", [])
-    with pytest.raises(PutAwayError):
-        searching.scan("row-0")
-
-
 @pytest.mark.slow
-def test_page_of_an_index_without_scans_hides_the_comparison(
-    opened: tuple[M3RetModel, M3RetImageProcessor, Gallery],
-    readers: IsolatedReaders,
-) -> None:
-    gr = pytest.importorskip("gradio", reason="the Space needs gradio: pip install m3ret[app]")
-    from modeling_m3ret.space.explore_page import ExplorePage
-    from modeling_m3ret.space.search_page import SearchPage
-
-    model, processor, gallery = opened
-    table = pa.table({"id": ["a", "b"], "modality": pa.array([None, "ct"])})
-    bare = Gallery(RetrievalIndex.build(gallery.index.embeddings[:2], table, gallery.index.facts))
-    for shown_gallery, visible in ((bare, False), (gallery, True)):
-        searching = Searching(model, processor, shown_gallery, readers)
-        with gr.Blocks(), gr.Tabs() as tabs, gr.Tab() as tab:
-            search = SearchPage(searching)
-            explore = ExplorePage(searching, search, tab, tabs)
-        comparison = search.beside
-        for control in (
-            comparison.heated,
-            comparison.linked,
-            comparison.query_slice,
-            comparison.hit_slice,
-            comparison.to_best,
-        ):
-            block, visibilities = control, []
-            while block is not None and block is not comparison.column:
-                visibilities.append(block.visible)
-                block = block.parent
-            assert all(visibilities) == visible, control.label
-        assert explore._show(0, "modality")[explore.map].size  # unknown names have a colour

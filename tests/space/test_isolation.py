@@ -1,4 +1,4 @@
-"""Readers in processes of their own: whatever a file does to one, the next file is read."""
+"""Readers in separate processes: after any failure of one, the next file is read."""
 
 from __future__ import annotations
 
@@ -23,12 +23,14 @@ from modeling_m3ret.space.isolation import IsolatedReaders
 from modeling_m3ret.space.uploads import read_upload
 
 
-PATIENCE = 300.0  # s, of a machine that is busy with other things
+pytestmark = pytest.mark.slow
+
+TIMEOUT = 300.0  # s; generous, for a busy machine
 
 
 @pytest.fixture
 def readers() -> IsolatedReaders:
-    return IsolatedReaders(at_once=1)
+    return IsolatedReaders(max_readers=1, seconds=TIMEOUT)
 
 
 @pytest.fixture
@@ -44,70 +46,88 @@ def is_read(readers: IsolatedReaders, file: Path) -> bool:
 
 
 def crash(file: Path) -> None:
-    """As native code does that follows a wrong pointer."""
+    """End as native code does that follows an invalid pointer."""
     os.kill(os.getpid(), signal.SIGSEGV)
 
 
 def hang(file: Path) -> None:
-    """Without an end, and without listening to anybody."""
+    """Never return, and ignore SIGTERM."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     file.write_text(str(os.getpid()))
     while True:
         time.sleep(0.01)
 
 
-def test_a_reader_that_crashes_is_told_and_replaced(readers: IsolatedReaders, file: Path) -> None:
+def occupy(folder: Path) -> None:
+    """Create the file `started`, and return when there is a file `release`."""
+    (folder / "started").touch()
+    wait_for(folder / "release")
+
+
+def wait_for(path: Path) -> None:
+    deadline = time.monotonic() + TIMEOUT
+    while not path.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_a_reader_that_crashes_is_replaced(readers: IsolatedReaders, file: Path) -> None:
     for _ in range(3):
-        with pytest.raises(M3RetReadError, match=r"evil\.mp4: data cannot be decoded"):
+        with pytest.raises(M3RetReadError) as raised:
             readers.read("evil.mp4", crash, file)
+        assert (raised.value.file, raised.value.reason) == ("evil.mp4", "undecodable")
     assert is_read(readers, file)
 
 
-def test_a_reader_that_hangs_is_ended_and_replaced(readers: IsolatedReaders, file: Path, tmp_path: Path) -> None:
+def test_a_reader_that_exceeds_the_time_limit_is_killed_and_replaced(
+    readers: IsolatedReaders, file: Path, tmp_path: Path
+) -> None:
     assert is_read(readers, file)
     readers.seconds = 1
-    with pytest.raises(M3RetReadError, match=r"slow\.dcm: reading timed out: expected at most 1 s"):
-        readers.read("slow.dcm", hang, tmp_path / "pid")
-    readers.seconds = 60
+    while not (tmp_path / "pid").exists():  # on a busy machine it may be killed before it writes
+        with pytest.raises(M3RetReadError) as raised:
+            readers.read("slow.dcm", hang, tmp_path / "pid")
+        assert (raised.value.file, raised.value.reason) == ("slow.dcm", "timeout")
+        readers.seconds *= 2
+    readers.seconds = TIMEOUT
     assert is_read(readers, file)
     wait_for_end_of(int((tmp_path / "pid").read_text()))
 
 
 def die_while_sending(file: Path) -> Any:
-    """As when memory ends, which is most in use then: the result is on its way, and larger than a pipe holds."""
+    """Get killed while the result is sent, as happens when memory runs out."""
     threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGKILL)).start()
-    return Slow()
+    return Unsendable()
 
 
-class Slow:
+class Unsendable:
     def __reduce__(self) -> Any:
-        time.sleep(5)
-        return (Slow, ())
+        threading.Event().wait()
+        return (Unsendable, ())
 
 
-def test_a_reader_that_dies_disturbs_no_other(file: Path, tmp_path: Path) -> None:
-    readers = IsolatedReaders(at_once=2)
+def test_a_reader_that_dies_blocks_no_other(file: Path, tmp_path: Path) -> None:
+    readers = IsolatedReaders(max_readers=2, seconds=TIMEOUT)
     assert is_read(readers, file)
     with ThreadPoolExecutor(2) as visitors:
         dying = [visitors.submit(readers.read, "evil.mp4", die_while_sending, file) for _ in range(2)]
     for visitor in dying:
-        with pytest.raises(M3RetReadError, match="cannot be decoded"):
+        with pytest.raises(M3RetReadError) as raised:
             visitor.result()
-    begun = time.monotonic()
+        assert raised.value.reason == "undecodable"
     assert is_read(readers, file)
-    assert time.monotonic() - begun < 30
 
 
-def test_a_reader_ends_with_a_page_that_is_killed(tmp_path: Path) -> None:
-    page = tmp_path / "page.py"
-    page.write_text(
+def test_a_reader_ends_when_the_server_is_killed(tmp_path: Path) -> None:
+    server = tmp_path / "server.py"
+    server.write_text(
         f"import sys\nfrom pathlib import Path\nsys.path[:0] = {[*sys.path]!r}\n"
         "from test_isolation import IsolatedReaders, hang\n"
         "if __name__ == '__main__':\n"
         "    IsolatedReaders().read('slow.dcm', hang, Path(sys.argv[1]))\n"
     )
-    running = Script([str(page), str(tmp_path / "pid")], tmp_path)
-    deadline = time.monotonic() + PATIENCE
+    running = Script([str(server), str(tmp_path / "pid")], tmp_path)
+    deadline = time.monotonic() + TIMEOUT
     while not (tmp_path / "pid").is_file() or not (tmp_path / "pid").read_text():
         assert running.is_running(), running.printed
         assert time.monotonic() < deadline
@@ -119,35 +139,36 @@ def test_a_reader_ends_with_a_page_that_is_killed(tmp_path: Path) -> None:
 
 
 def wait_for_end_of(pid: int) -> None:
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + TIMEOUT
     while time.monotonic() < deadline:
         try:
             os.kill(pid, 0)
         except ProcessLookupError:
             return
         time.sleep(0.05)
-    raise AssertionError(f"process {pid} goes on")
+    raise AssertionError(f"process {pid} is still running")
 
 
-def test_what_a_reader_raises_comes_in_its_own_words(readers: IsolatedReaders, tmp_path: Path) -> None:
+def test_a_read_error_has_the_same_message_as_without_isolation(readers: IsolatedReaders, tmp_path: Path) -> None:
     (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     with pytest.raises(M3RetReadError) as here:
         read_upload([tmp_path / "broken.png"], 8, tmp_path)
-    with pytest.raises(M3RetReadError) as there:
+    with pytest.raises(M3RetReadError) as isolated:
         readers.read("broken.png", read_upload, [tmp_path / "broken.png"], 8, tmp_path)
-    assert str(there.value) == str(here.value)
-    assert (there.value.file, there.value.got) == (here.value.file, here.value.got)
+    assert str(isolated.value) == str(here.value)
+    assert (isolated.value.file, isolated.value.reason) == (here.value.file, here.value.reason)
 
 
-def test_who_waits_in_vain_takes_no_turn_later(readers: IsolatedReaders, file: Path, tmp_path: Path) -> None:
-    """While all readers are busy, others give up; what they asked for is not done when a reader is free again."""
+def test_a_visitor_who_gave_up_waiting_starts_no_reader(readers: IsolatedReaders, file: Path, tmp_path: Path) -> None:
     with ThreadPoolExecutor(1) as others:
-        busy = others.submit(readers.read, "long.dcm", time.sleep, 2)
-        time.sleep(0.5)
+        busy = others.submit(readers.read, "long.dcm", occupy, tmp_path)
+        wait_for(tmp_path / "started")
         readers.seconds = 0.5
-        with pytest.raises(M3RetReadError, match="timed out"):
+        with pytest.raises(M3RetReadError) as raised:
             readers.read("waiting.dcm", Path.touch, tmp_path / "read")
+        assert (raised.value.file, raised.value.reason) == ("waiting.dcm", "timeout")
+        (tmp_path / "release").touch()
         busy.result()
-    readers.seconds = 60
+    readers.seconds = TIMEOUT
     assert is_read(readers, file)
     assert not (tmp_path / "read").exists()

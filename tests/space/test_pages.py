@@ -1,0 +1,96 @@
+"""The parts of the page that need no server: the "About" tab, the map, and which controls are visible."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+
+pytest.importorskip("gradio", reason="the Space needs gradio: pip install m3ret[app]")
+
+import gradio as gr
+from conftest import tiny_config
+from space_server import DirectReaders
+
+from modeling_m3ret import M3RetImageProcessor, M3RetModel
+from modeling_m3ret.data.collection import Record
+from modeling_m3ret.model_facts import ModelFacts
+from modeling_m3ret.search.index import RetrievalIndex
+from modeling_m3ret.space.explore import SIDE, ExplorePage, GalleryMap
+from modeling_m3ret.space.gallery import Gallery
+from modeling_m3ret.space.pages import about, model_card
+from modeling_m3ret.space.search_page import SearchPage, to_csv
+from modeling_m3ret.space.service import HitFacts, SearchService
+
+
+def test_the_model_card_is_shown_without_its_header_and_images(tmp_path: Path) -> None:
+    card = (
+        "---\nlicense: mit\n---\n# Model\n\nmAP 0.5 ![a curve](https://example.org/a.png) ![b][1]\n\n"
+        "<img\nsrc='https://example.org/b.png'> end\n\n[1]: https://example.org/c.png\n"
+    )
+    (tmp_path / "README.md").write_text(card, encoding="utf-8")
+    shown = about(str(tmp_path))
+    assert model_card(str(tmp_path)) == card
+    assert "# Model\n\nmAP 0.5 [a curve](" in shown
+    assert "license" not in shown
+    assert "![" not in shown
+    assert "<img" not in shown
+    assert " end" in shown
+
+
+def test_a_checkpoint_without_a_card_has_an_about_tab(tmp_path: Path) -> None:
+    assert model_card(str(tmp_path)) == ""
+    assert about(str(tmp_path))
+
+
+def test_the_map_shows_the_first_two_principal_components() -> None:
+    generator = np.random.default_rng(0)
+    axes = np.linalg.qr(generator.normal(size=(16, 2)))[0]
+    flat = generator.normal(size=(50, 2)) * [5.0, 2.0]
+    points = GalleryMap.from_embeddings(torch.from_numpy(flat @ axes.T)).points
+    components = np.linalg.svd(flat - flat.mean(0))[0]
+    for axis in range(2):
+        assert abs(np.corrcoef(points[:, axis], components[:, axis])[0, 1]) > 0.999
+    assert points.min() >= 0
+    assert points.max() <= SIDE
+
+
+def test_the_nearest_point_of_the_map_is_selected() -> None:
+    gallery_map = GalleryMap(np.array([[100, 100], [300, 200]], np.float32))
+    assert gallery_map.nearest(295, 205) == 1
+    assert gallery_map.nearest(-200, -200) is None
+
+
+def test_the_map_of_one_scan_can_be_drawn() -> None:
+    assert GalleryMap.from_embeddings(torch.ones(1, 8)).draw(["ct"], 0).size[0] == SIDE
+
+
+@pytest.mark.parametrize("has_scans", [False, True])
+def test_the_viewer_is_offered_only_if_the_gallery_has_scans(has_scans: bool, tmp_path: Path) -> None:
+    model, processor = M3RetModel(tiny_config()), M3RetImageProcessor(size=48, num_frames=8)
+    table = pa.table({"id": ["0", "1"], "modality": pa.array([None, "ct"])})  # columns may be absent or null
+    records = [Record(str(row), tmp_path / f"{row}.npy", "ct", "", "", "") for row in range(2)] if has_scans else None
+    gallery = Gallery(RetrievalIndex.build(torch.eye(2, 48), table, ModelFacts("m", "r", "p")), records)
+    service = SearchService(model, processor, gallery, DirectReaders())
+    with gr.Blocks(), gr.Tabs() as tabs, gr.Tab() as tab:
+        search = SearchPage(service)
+        explore = ExplorePage(service, search, tab, tabs)
+    viewer = search.viewer
+    for control in (viewer.show_heat, viewer.link_slices, viewer.query_slice, viewer.hit_slice, viewer.to_best):
+        ancestors, node = [], control
+        while node is not None and node is not viewer.column:
+            ancestors.append(node)
+            node = node.parent
+        assert all(ancestor.visible for ancestor in ancestors) == has_scans, control.elem_id
+    assert explore.show(0, "modality")[explore.map].size[0] == SIDE
+
+
+def test_formulas_are_escaped_in_the_csv_file() -> None:
+    hit = HitFacts(item=3, similarity=-0.5, modality="ct", anatomy="+1", labels=["=HYPERLINK(1)"], source="s")
+    header, line = to_csv([hit]).splitlines()
+    assert header == "item,similarity,modality,anatomy,labels,source"
+    assert line == "3,-0.5000,ct,'+1,'=HYPERLINK(1),s"

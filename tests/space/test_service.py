@@ -1,0 +1,247 @@
+"""The search service: search, heatmaps, re-ranking, and scans that expire."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from cachetools import TTLCache
+from space_server import DirectReaders, small_gallery, small_phantom
+
+from modeling_m3ret import M3RetImageProcessor, M3RetModel, M3RetReadError
+from modeling_m3ret.data.collection import Record
+from modeling_m3ret.search.index import RetrievalIndex
+from modeling_m3ret.search.matching import late_interaction, locate, scan_tokens
+from modeling_m3ret.space import service as service_module
+from modeling_m3ret.space.gallery import Gallery
+from modeling_m3ret.space.service import ScanExpiredError, SearchService, key_of_row
+from modeling_m3ret.space.uploads import RETENTION_SECONDS
+
+
+Parts = tuple[M3RetModel, M3RetImageProcessor, Gallery]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("service")
+
+
+@pytest.fixture(scope="module")
+def records(folder: Path) -> list[Record]:
+    return small_phantom(folder / "secret-ward", subjects=2)
+
+
+@pytest.fixture(scope="module")
+def parts(folder: Path, records: list[Record]) -> Parts:
+    return small_gallery(folder / "galleries", records)
+
+
+@pytest.fixture
+def readers() -> DirectReaders:
+    return DirectReaders()
+
+
+@pytest.fixture
+def service(parts: Parts, readers: DirectReaders) -> SearchService:
+    return SearchService(*parts, readers)
+
+
+def row_of(modality: str, records: list[Record]) -> int:
+    return next(row for row, record in enumerate(records) if record.modality == modality)
+
+
+def file_of(record: Record) -> Path:
+    assert isinstance(record.location, Path)
+    return record.location
+
+
+def test_heatmaps_of_a_scan_with_itself_are_equal(service: SearchService, records: list[Record]) -> None:
+    row = row_of("ct", records)
+    heat = service.heat(service.query_of_row(row), row)
+    shape = service.scan(key_of_row(row)).array.shape[1:]
+    assert heat.query.shape == heat.hit.shape == shape
+    assert heat.query.max() == heat.hit.max() == 255
+    assert 0 < heat.confidence <= 1
+    assert abs(heat.query_slice - heat.hit_slice) <= shape[0] / 2
+    np.testing.assert_allclose(heat.query.astype(int), heat.hit.astype(int), atol=1)
+
+
+def test_the_heatmap_of_a_region_is_zero_outside_of_it(service: SearchService, records: list[Record]) -> None:
+    row = row_of("ct", records)
+    query = service.query_of_row(row)
+    tokens = scan_tokens(service.model, service.processor, [service.scan(query.key)])[0]
+    D, H, W = tokens.shape
+    whole = service.heat(query, row)
+    for region in (
+        (slice(0, D // 2), slice(0, H // 2), slice(0, W // 2)),
+        (slice(D // 2, D), slice(H // 2, H), slice(W // 2, W)),
+    ):
+        heat = service.heat(query, row, region)
+        hottest = np.unravel_index(heat.query.argmax(), heat.query.shape)
+        for edges, index, axis in zip(tokens.edges, hottest, region, strict=True):
+            assert float(edges[edges <= index][-1]) < axis.stop, "the hottest patch overlaps the region"
+            assert float(edges[edges > index][0]) > axis.start
+        outside = heat.query.copy()
+        outside[region] = 0
+        assert heat.query.max() == 255
+        assert not outside.any()
+        assert region[0].start <= heat.query_slice < region[0].stop
+        expected = locate(tokens, tokens, region)
+        assert heat.hit_slice == expected.hit_slice
+        assert heat.confidence == pytest.approx(expected.pairs[0].confidence)
+        assert whole.confidence >= heat.confidence
+
+
+@pytest.mark.parametrize("modality", ["ct", "endoscopy", "xray"])
+def test_slices_in_a_patch_have_their_centres_in_it(
+    modality: str, service: SearchService, records: list[Record]
+) -> None:
+    query = service.query_of_row(row_of(modality, records))
+    edges = scan_tokens(service.model, service.processor, [service.scan(query.key)])[0].edges[0].numpy()
+    centres = np.arange(service.scan(query.key).array.shape[1]) + 0.5
+    patches = (edges[:, None] <= centres).sum(0)  # of each slice
+    for index, patch in enumerate(patches):
+        slices = np.flatnonzero(patches == patch)
+        assert service.slices_in_patch(query, index) == slice(slices[0], slices[-1] + 1)
+
+
+def test_reranking_orders_the_hits_by_late_interaction(service: SearchService, records: list[Record]) -> None:
+    query = service.query_of_row(2)
+    first = [hit["item"] for hit in service.search(query, 6)]
+    (tokens,) = scan_tokens(service.model, service.processor, [records[2].open()])
+    others = scan_tokens(service.model, service.processor, [records[row].open() for row in first])
+    scores = dict(zip(first, late_interaction(tokens, others).tolist(), strict=True))
+    reranked = service.search(query, 6, rerank=True)
+    assert [hit["item"] for hit in reranked] == sorted(first, key=lambda row: -scores[row])
+    assert [hit["similarity"] for hit in reranked] == pytest.approx(sorted(scores.values(), reverse=True), abs=1e-4)
+
+
+def test_scans_used_last_stay_in_memory_within_the_limit(
+    parts: Parts, records: list[Record], readers: DirectReaders
+) -> None:
+    service = SearchService(*parts, readers)
+    sizes = [service.scan(key_of_row(row)).array.nbytes for row in range(3)]
+    service = SearchService(*parts, readers, scan_cache_bytes=sum(sizes) - 1)
+    scans = [service.scan(key_of_row(row)) for row in range(2)]
+    assert service.scan(key_of_row(0)) is scans[0]
+    third = service.scan(key_of_row(2))
+    assert service.scan(key_of_row(2)) is third
+    assert service.scan(key_of_row(0)) is scans[0], "used more recently than scan 1"
+    assert service.scan(key_of_row(1)) is not scans[1], "evicted and read again"
+
+
+def test_a_scan_larger_than_the_limit_stays_until_the_next_one(
+    parts: Parts, records: list[Record], readers: DirectReaders
+) -> None:
+    service = SearchService(*parts, readers, scan_cache_bytes=1)
+    query = service.query_of_files([file_of(records[0])])
+    assert service.scan(query.key) is service.scan(query.key)
+    service.scan(key_of_row(1))
+    with pytest.raises(ScanExpiredError):
+        service.scan(query.key)
+    assert service.scan(key_of_row(1)).array.size, "a scan of the gallery is read again"
+
+
+def test_a_closed_upload_is_no_longer_in_memory(service: SearchService, records: list[Record]) -> None:
+    query = service.query_of_files([file_of(records[0])])
+    service.close(query)
+    service.close(query)
+    with pytest.raises(ScanExpiredError):
+        service.scan(query.key)
+
+
+def test_idle_uploads_expire(service: SearchService, records: list[Record]) -> None:
+    query = service.query_of_files([file_of(records[0])])
+    service.heat(query, 1)
+    service.close_idle(3600)
+    assert service.scan(query.key).array.size
+    service.close_idle(0)
+    for use in (lambda: service.scan(query.key), lambda: service.heat(query, 1)):
+        with pytest.raises(ScanExpiredError):
+            use()
+
+
+def test_use_restarts_the_idle_time(
+    parts: Parts, readers: DirectReaders, records: list[Record], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 1000.0
+    monkeypatch.setattr(service_module, "TTLCache", functools.partial(TTLCache, timer=lambda: now))
+    service = SearchService(*parts, readers)
+    used, unused = (service.query_of_files([file_of(records[0])]) for _ in range(2))
+    now += RETENTION_SECONDS - 1
+    scan = service.scan(used.key)
+    now += 2
+    service.close_idle()
+    assert service.scan(used.key) is scan
+    with pytest.raises(ScanExpiredError):
+        service.scan(unused.key)
+
+
+def test_a_missing_scan_of_the_gallery_is_reported_without_its_name(
+    parts: Parts, tmp_path: Path, readers: DirectReaders
+) -> None:
+    model, processor, gallery = parts
+    assert gallery.records is not None
+    missing = [replace(gallery.records[0], location=tmp_path / "patient-name.png"), *gallery.records[1:]]
+    service = SearchService(model, processor, Gallery(gallery.index, missing), readers)
+    with pytest.raises(M3RetReadError) as raised:
+        service.scan(key_of_row(0))
+    assert raised.value.reason == "not_found"
+    assert "item 0" in raised.value.file
+    assert "patient-name" not in str(raised.value)
+
+
+def test_a_row_outside_the_gallery_is_refused(service: SearchService) -> None:
+    for row in (-1, len(service.gallery)):
+        with pytest.raises(ValueError, match=str(row)):
+            service.query_of_row(row)
+
+
+def test_an_index_without_scans_can_be_searched(parts: Parts, readers: DirectReaders) -> None:
+    model, processor, gallery = parts
+    table = pa.table({"id": ["a", "b"]})
+    index = RetrievalIndex.build(gallery.index.embeddings[:2], table, gallery.index.facts)
+    service = SearchService(model, processor, Gallery(index), readers)
+    (hit,) = service.search(service.query_of_row(0), 5, rerank=True)
+    assert (hit["item"], hit["modality"], hit["labels"]) == (1, "", [])
+    with pytest.raises(ScanExpiredError):
+        service.scan(key_of_row(0))
+
+
+def test_on_zerogpu_only_the_model_runs_on_the_gpu(
+    parts: Parts, records: list[Record], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, readers: DirectReaders
+) -> None:
+    """A stand-in for the package `spaces`: arguments and results are pickled, and only the call sees a GPU."""
+    (tmp_path / "spaces.py").write_text(
+        "import pickle, torch\n"
+        "calls = []\n"
+        "def GPU(function):\n"
+        "    def on_gpu(*arguments):\n"
+        "        before, torch.cuda.is_available = torch.cuda.is_available, lambda: True\n"
+        "        try:\n"
+        "            calls.append(function)\n"
+        "            result = function(*pickle.loads(pickle.dumps(arguments)))\n"
+        "        finally:\n"
+        "            torch.cuda.is_available = before\n"
+        "        return pickle.loads(pickle.dumps(result))\n"
+        "    return on_gpu\n"
+    )
+    path = file_of(records[0])
+    on_cpu = SearchService(*parts, readers)
+    embedding, heat = on_cpu.query_of_files([path]).embedding, on_cpu.heat(on_cpu.query_of_row(0), 1)
+    monkeypatch.syspath_prepend(tmp_path)
+    devices: list[str] = []
+    monkeypatch.setattr(type(parts[0]), "to", lambda self, device: devices.append(device) or self)
+    service = SearchService(*parts, readers)
+    spaces = sys.modules.pop("spaces")  # later tests must not find it
+    assert not spaces.calls
+    torch.testing.assert_close(service.query_of_files([path]).embedding, embedding, rtol=0, atol=0)
+    assert (len(spaces.calls), devices) == (1, ["cuda"])
+    np.testing.assert_array_equal(service.heat(service.query_of_row(0), 1).hit, heat.hit)
+    assert len(spaces.calls) == len(devices) == 3, "two scans were tokenised"
