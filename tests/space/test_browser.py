@@ -215,7 +215,7 @@ def test_linked_slices_move_together(open_page: Any, server: SpaceServer, screen
 
 def shown(page: Any, image: str, server: SpaceServer) -> np.ndarray:
     """Return the pixels of an image as the server sent them."""
-    answer = httpx.get(source(page, image) / 1000)
+    answer = httpx.get(source(page, image), timeout=TIMEOUT)
     return np.asarray(Image.open(io.BytesIO(answer.content)).convert("RGB")).astype(float)
 
 
@@ -279,9 +279,9 @@ def test_two_clicks_select_a_region_and_show_where_it_matches(
     window = WINDOWS[FULL_RANGE]
     theirs = shown(page, "#hit-image", server)
     of_region, of_whole = (render_slice(hit, heat.hit_slice, window, which.hit) for which in (heat, whole))
-    error = np.abs(theirs - np.asarray(of_region)).mean()
-    assert error < 3, "except for image compression"
-    assert error < np.abs(theirs - np.asarray(of_whole)).mean()
+    difference = np.abs(theirs - np.asarray(of_region)).mean()
+    assert difference < 3, "except for image compression"
+    assert difference < np.abs(theirs - np.asarray(of_whole)).mean()
     outlined, plain = (render_slice(scan, index, window, heat.query, which) for which in (region, None))
     ours = shown(page, "#query-image", server)
     assert np.abs(ours - np.asarray(outlined)).mean() < np.abs(ours - np.asarray(plain)).mean()
@@ -322,7 +322,7 @@ def test_two_clicks_select_a_region_and_show_where_it_matches(
     page.wait_for_function("() => !document.querySelector('#viewer')?.offsetParent")
     hits(page)
     open_hit(page)
-    assert page.locator("#region-first-slice").count() == 0, "a picture has no slices to choose from"
+    assert page.locator("#region-first-slice").count() == 0, "an image has no slices to choose from"
 
 
 def test_windows_are_offered_only_for_hounsfield_units(open_page: Any, server: SpaceServer) -> None:

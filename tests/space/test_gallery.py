@@ -1,33 +1,27 @@
-"""The gallery is embedded once, resumed after a kill, and holds no names; the page searches and compares its scans."""
+"""The gallery is embedded once, resumed after a kill, and holds no names."""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
 import signal
-import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pytest
 import torch
 from PIL import Image
 from space_server import small_gallery, small_phantom
 
-from modeling_m3ret import M3RetImageProcessor, M3RetModel, M3RetReadError
+from modeling_m3ret import M3RetImageProcessor, M3RetModel
 from modeling_m3ret.data.collection import Record
 from modeling_m3ret.search import embedding_store
-from modeling_m3ret.search.index import IndexFormatError, MetadataFilter, RetrievalIndex
-from modeling_m3ret.search.matching import late_interaction, locate, scan_tokens
+from modeling_m3ret.search.index import IndexFormatError, MetadataFilter
 from modeling_m3ret.search.thumbnails import THUMBNAIL_SIZE
 from modeling_m3ret.space import gallery as gallery_module
-from modeling_m3ret.space.explore import SIDE, GalleryMap
 from modeling_m3ret.space.gallery import Gallery, embed_gallery, open_gallery
-from modeling_m3ret.space.isolation import IsolatedReaders
 
 
 @pytest.fixture(scope="module")
@@ -200,60 +194,7 @@ def test_thumbnail_is_the_middle_slice_on_a_black_square(tmp_path: Path) -> None
     assert shown[: quarter - 8].max() < 50  # above the picture
 
 
-@pytest.mark.slow
-@pytest.mark.slow
-@pytest.mark.slow
-@pytest.mark.slow
-@pytest.mark.slow
-def test_closed_upload_is_an_error_and_a_gallery_scan_is_opened_again(
-    opened: tuple[M3RetModel, M3RetImageProcessor, Gallery], records: list[Record], readers: IsolatedReaders
-) -> None:
-    searching = Searching(*opened, readers, shelf_bytes=1)
-    file = records[0].location
-    assert isinstance(file, Path)
-    query = searching.query_of_files([file])
-    assert searching.scan(query.key) is searching.scan(query.key)
-    searching.scan("row-1")
-    with pytest.raises(PutAwayError):
-        searching.scan(query.key)
-    assert searching.scan("row-1").array.size
-
-
-@pytest.mark.slow
-def test_error_of_a_missing_gallery_scan_does_not_name_the_file(
-    opened: tuple[M3RetModel, M3RetImageProcessor, Gallery], tmp_path: Path, readers: IsolatedReaders
-) -> None:
-    model, processor, gallery = opened
-    assert gallery.records is not None
-    missing = [replace(gallery.records[0], location=tmp_path / "patient-name.png"), *gallery.records[1:]]
-    searching = Searching(model, processor, Gallery(gallery.index, missing), readers)
-    with pytest.raises(M3RetReadError) as raised:
-        searching.scan("row-0")
-    assert raised.value.reason == "not_found"
-    assert "item 0" in str(raised.value)
-    assert "patient-name" not in str(raised.value)
-
-
-@pytest.mark.slow
-def test_unused_upload_is_closed(parts: tuple[M3RetModel, M3RetImageProcessor, Gallery], records: list[Record]) -> None:
-    file = records[0].location
-    assert isinstance(file, Path)
-    query = searching.query_of_files([file])
-    searching.heat(query, 1)
-    searching.put_away_unused(3600)
-    assert searching.scan(query.key).array.size
-    searching.put_away_unused(0)
-    for access in (lambda: searching.scan(query.key), lambda: searching.heat(query, 1)):
-        with pytest.raises(PutAwayError):
-            access()
-
-
-@pytest.mark.slow
 def test_filter_names_are_those_of_the_gallery(
     opened: tuple[M3RetModel, M3RetImageProcessor, Gallery], records: list[Record]
 ) -> None:
     assert opened[2].names("modality") == sorted({record.modality for record in records})
-
-
-@pytest.mark.slow
-@pytest.mark.slow
