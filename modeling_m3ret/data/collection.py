@@ -88,8 +88,8 @@ def open_collection(data: str | Path, *, stream: bool = False) -> list[Record]:
             except HfHubHTTPError as error:
                 status = getattr(error.response, "status_code", "no answer")
                 raise CollectionError(
-                    f"cannot open {data}: expected a folder or a data set on the Hub, got no such folder and, from the "
-                    f"Hub, {status}. Check the name; if the data set is private, log in with `hf auth login`."
+                    f"cannot open {data}: expected a folder or a data set on the Hub, got no such folder, and from the "
+                    f"Hub the status {status}. Check the name; if the data set is private, log in with `hf auth login`."
                 ) from error
     elif (Path(data) / "data").is_dir() and not (Path(data) / "manifest.csv").is_file():
         return read_parquet(local_shards(Path(data)))
