@@ -16,9 +16,10 @@ import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, ClassVar, TextIO, TypeVar
 
+from modeling_m3ret.data.paths import stays_inside
 from modeling_m3ret.data.schema import MODALITIES, SPLITS
 from modeling_m3ret.errors import InputError
 
@@ -171,15 +172,12 @@ def read_json(path: Path) -> Any:
 def path_inside(folder: Path, name: str) -> Path:
     """Return the path that a table names relative to `folder`.
 
-    The check looks at the name only: a table cannot point outside the folder, but symbolic links in it are followed.
-
     Raises:
         SourceError: if the name is empty, absolute, or contains `..`.
     """
-    parts = PurePosixPath(name).parts
-    if not parts or ".." in parts or "\0" in name or "\\" in name or Path(name).is_absolute():
+    if not stays_inside(name):
         raise SourceError(folder, "file names relative to this folder, without '..'", repr(name))
-    return folder.joinpath(*parts)
+    return folder / name
 
 
 def descend(root: Path, *names: str) -> Path:

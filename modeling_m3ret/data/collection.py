@@ -22,6 +22,7 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from ..hub import CACHE_FOLDER
 from .parquet import ParquetRow, Shards, hub_shards, local_shards, read_locations
+from .paths import stays_inside
 from .schema import MODALITIES, CollectionError
 
 
@@ -184,7 +185,7 @@ def read_manifest(folder: Path) -> list[Record]:
                     f"{', '.join(COLUMNS)}, file and modality not empty, got fewer. Complete the row or remove it."
                 )
             path = folder / row["file"]
-            if not path.resolve().is_relative_to(folder.resolve()):
+            if not stays_inside(row["file"]):
                 raise CollectionError(
                     f"{manifest}, line {reader.line_num} names a file outside the folder: expected a path inside "
                     f"{folder}, got {row['file']}. Move the file into the folder."

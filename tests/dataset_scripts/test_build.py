@@ -1,4 +1,4 @@
-"""The command: a folder with all kinds of broken files and of identifiers becomes a data set with none of either."""
+"""The build command: broken files are skipped, identifiers removed, and card and report match the rows."""
 
 from __future__ import annotations
 
@@ -191,7 +191,7 @@ def mess(root: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("with_manifest", [True, False])
-def test_all_that_is_broken_is_reported_and_all_that_is_not_is_built(
+def test_broken_files_are_reported_and_all_others_are_built(
     tmp_path: Path, with_manifest: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
     root, output = tmp_path / "scans", tmp_path / "built"
@@ -221,7 +221,7 @@ def test_all_that_is_broken_is_reported_and_all_that_is_not_is_built(
     assert [int(text) for text in re.findall(r"\d+", printed[1])] == [len(broken)]
 
 
-def test_a_folder_of_which_nothing_can_be_read_is_refused_with_a_report(tmp_path: Path) -> None:
+def test_folder_without_readable_scan_is_refused_with_a_report(tmp_path: Path) -> None:
     root, output = put(tmp_path / "scans", {"ct/a.png": b"", "ct/b.png": b"text"}), tmp_path / "built"
     for _ in range(2):
         with pytest.raises(SystemExit) as caught:
@@ -387,7 +387,7 @@ def sorted_scans(root: Path) -> dict[tuple[str, str], int]:
 
 
 @pytest.mark.slow
-def test_the_card_says_what_is_there_and_datasets_loads_it(tmp_path: Path) -> None:
+def test_card_matches_the_rows_and_datasets_loads_them(tmp_path: Path) -> None:
     root, output = tmp_path / "scans", tmp_path / "built"
     counts = sorted_scans(root)
     run(root, output, "--title", 'Scans: "ours" & others', "--licence", "CC BY-NC 4.0 (see: site)")
@@ -428,7 +428,7 @@ def test_the_card_says_what_is_there_and_datasets_loads_it(tmp_path: Path) -> No
         assert [row["id"] for row in streamed] == rows["id"]
 
 
-def test_the_report_counts_what_is_there(tmp_path: Path) -> None:
+def test_report_counts_match_the_rows(tmp_path: Path) -> None:
     root, output = tmp_path / "scans", tmp_path / "built"
     counts = sorted_scans(root)
     run(root, output)
@@ -444,7 +444,7 @@ def test_the_report_counts_what_is_there(tmp_path: Path) -> None:
     assert report["bytes"]["parquet"] == sum(path.stat().st_size for path in (output / "data").iterdir())
 
 
-def test_the_phantom_is_built_as_what_it_is(tmp_path: Path) -> None:
+def test_phantom_is_declared_as_synthetic(tmp_path: Path) -> None:
     root, output = tmp_path / "scans", tmp_path / "built"
     write_manifest(
         put(root, {"a.png": picture_bytes(GREY)}), [{"id": "a", "file": "a.png", "modality": "xray", "group": "p"}]
@@ -458,7 +458,7 @@ def test_the_phantom_is_built_as_what_it_is(tmp_path: Path) -> None:
 # ----------------------------------------------------------------------------------------------------------- duplicates
 
 
-def test_duplicates_are_reported_and_dropped_when_asked(tmp_path: Path) -> None:
+def test_duplicates_are_reported_and_dropped_on_request(tmp_path: Path) -> None:
     """One picture in three splits, another brightened in another split, a third twice in one, and a DICOM of it."""
     root = tmp_path / "scans"
     same, near, twice = picture_bytes(texture(1)), texture(2), texture(3)
@@ -516,7 +516,7 @@ def test_duplicates_are_reported_and_dropped_when_asked(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------------------------------------- the command
 
 
-def test_list_names_every_source_and_where_it_comes_from(capsys: pytest.CaptureFixture[str]) -> None:
+def test_list_contains_every_source_with_its_origin(capsys: pytest.CaptureFixture[str]) -> None:
     main(["--list"])
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == list(SOURCES)
@@ -555,7 +555,7 @@ def test_user_errors_end_in_one_line_and_write_nothing(
     assert not (tmp_path / "built").exists()
 
 
-def test_a_command_without_its_places_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_arguments_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(["--source", "folder"])
     assert caught.value.code == 2
@@ -577,7 +577,7 @@ def test_only_a_finished_build_is_pushed(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 @pytest.mark.slow
-def test_the_script_runs_from_anywhere_and_makes_its_salt(tmp_path: Path) -> None:
+def test_script_runs_in_any_folder_and_creates_the_salt(tmp_path: Path) -> None:
     put(tmp_path / "scans", {"ct/a.png": picture_bytes(GREY), "ct/b.png": b""})
     words = ["--source", "folder", "--root", "scans", "--output", "built"]
     script = ROOT / "dataset_scripts" / "build.py"

@@ -1,4 +1,4 @@
-"""How a scan becomes a row: its names say nothing, its patient is on one side, its salt is kept."""
+"""Pseudonyms, splits, the salt, and rows of the builder."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def sides(source: Source, tmp_path: Path, options: BuildOptions = BuildOptions()
 # ---------------------------------------------------------------------------------------------------------------- names
 
 
-def test_equal_names_have_equal_hashes_and_others_have_others() -> None:
+def test_equal_names_and_only_those_have_equal_pseudonyms() -> None:
     names, entries = Pseudonyms("a", SALT), [scan(f"scan-{i}", f"patient-{i % 50}") for i in range(5000)]
     ids = [names.scan(entry) for entry in entries]
     assert ids == [Pseudonyms("a", bytes(SALT)).scan(replace(entry)) for entry in entries]
@@ -61,13 +61,13 @@ def test_equal_names_have_equal_hashes_and_others_have_others() -> None:
 
 
 @pytest.mark.parametrize("other", [Pseudonyms("a", b"another salt"), Pseudonyms("b", SALT)], ids=["salt", "source"])
-def test_hashes_are_of_salt_and_source(other: Pseudonyms) -> None:
+def test_pseudonyms_depend_on_salt_and_source(other: Pseudonyms) -> None:
     names, entry = Pseudonyms("a", SALT), scan("s", "p")
     assert names.scan(entry) != other.scan(entry)
     assert names.patient(entry) != other.patient(entry)
 
 
-def test_a_scan_of_no_known_patient_is_a_patient_of_its_own() -> None:
+def test_scan_of_an_unknown_patient_is_its_own_patient() -> None:
     names = Pseudonyms("a", SALT)
     unknown = {names.patient(scan(name)) for name in ("x", "y", "z")}
     assert len(unknown) == 3
@@ -77,7 +77,7 @@ def test_a_scan_of_no_known_patient_is_a_patient_of_its_own() -> None:
     }  # no link to what else has this name
 
 
-def test_names_need_not_be_utf_8(tmp_path: Path) -> None:
+def test_file_names_may_not_be_utf_8(tmp_path: Path) -> None:
     """As old archives have them; the build ends, and its report names the file."""
     root = put(tmp_path / "scans", {"xray/a.png": picture_bytes(texture(0)), "xray/b.png": b"no picture"})
     try:
@@ -93,7 +93,7 @@ def test_names_need_not_be_utf_8(tmp_path: Path) -> None:
 # --------------------------------------------------------------------------------------------------------------- splits
 
 
-def test_nobody_is_in_two_splits_and_parts_are_as_asked(tmp_path: Path) -> None:
+def test_patients_are_in_one_split_with_the_requested_fractions(tmp_path: Path) -> None:
     patients, scans = 4000, 10_000
     source = Listed([scan(f"s{i}", f"p{i % patients}") for i in range(scans)])
     found = sides(source, tmp_path, BuildOptions(validation=0.1, test=0.25))
@@ -107,7 +107,7 @@ def test_nobody_is_in_two_splits_and_parts_are_as_asked(tmp_path: Path) -> None:
         assert abs(counts[split] - patients * part) < 4 * deviation
 
 
-def test_old_patients_stay_where_they_are_when_others_come(tmp_path: Path) -> None:
+def test_patients_keep_their_split_when_data_is_added(tmp_path: Path) -> None:
     old = [scan(f"s{i}", f"p{i}") for i in range(500)] + [scan(f"alone{i}") for i in range(100)]
     new = [scan(f"n{i}", f"q{i}") for i in range(1000)] + [scan(f"t{i}", f"p{i}") for i in range(500)]
     before, after = sides(Listed(old), tmp_path), sides(Listed(new + old), tmp_path)
@@ -115,7 +115,7 @@ def test_old_patients_stay_where_they_are_when_others_come(tmp_path: Path) -> No
     assert all(after[f"t{i}"] == before[f"s{i}"] for i in range(500))
 
 
-def test_a_larger_test_split_takes_nobody_out_of_it(tmp_path: Path) -> None:
+def test_larger_test_split_contains_the_smaller_one(tmp_path: Path) -> None:
     source = Listed([scan(f"s{i}") for i in range(1000)])
     small, large = (sides(source, tmp_path, BuildOptions(validation=0, test=part)) for part in (0.1, 0.3))
     assert {name for name in small if small[name] == "test"} < {name for name in large if large[name] == "test"}
@@ -124,7 +124,7 @@ def test_a_larger_test_split_takes_nobody_out_of_it(tmp_path: Path) -> None:
     assert set(sides(source, tmp_path, BuildOptions(validation=0, test=0)).values()) == {"train"}
 
 
-def test_official_splits_are_kept_and_the_rest_of_a_patient_follows(tmp_path: Path) -> None:
+def test_official_splits_are_used_and_other_scans_of_a_patient_follow(tmp_path: Path) -> None:
     official = [scan(f"o{i}", f"p{i}", ("train", "validation", "test")[i % 3]) for i in range(300)]
     rest = [scan(f"r{i}", f"p{i}") for i in range(300)]
     found = sides(Listed(rest + official), tmp_path)
@@ -134,12 +134,12 @@ def test_official_splits_are_kept_and_the_rest_of_a_patient_follows(tmp_path: Pa
     assert sides(Listed(both), tmp_path) == {"a": "train", "b": "test"}
 
 
-def test_what_is_for_evaluation_is_all_in_the_test_split(tmp_path: Path) -> None:
+def test_source_for_evaluation_only_is_all_in_the_test_split(tmp_path: Path) -> None:
     entries = [scan(f"s{i}", f"p{i}", (None, "train", "validation")[i % 3]) for i in range(90)]
     assert set(sides(Evaluated(entries), tmp_path).values()) == {"test"}
 
 
-def test_a_split_is_in_the_order_of_its_hashes(tmp_path: Path) -> None:
+def test_split_is_ordered_by_pseudonym(tmp_path: Path) -> None:
     source = Listed([scan(f"s{i}") for i in range(300)])
     splits = ScanBuilder(source, tmp_path, salt=SALT, cache_dir=str(tmp_path)).split_entries()
     for entries in splits.values():
@@ -151,7 +151,7 @@ def test_a_split_is_in_the_order_of_its_hashes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("default", [True, False])
-def test_the_salt_is_made_once_for_its_owner_alone(
+def test_salt_is_created_once_and_readable_by_its_owner_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, default: bool
 ) -> None:
     monkeypatch.setattr(builder, "CACHE_FOLDER", tmp_path / "home" / "m3ret")
@@ -170,7 +170,7 @@ def test_the_salt_is_made_once_for_its_owner_alone(
     assert [file for file in path.parent.iterdir() if file != path] == []
 
 
-def test_a_salt_of_ones_own_is_taken_as_it_is_and_too_short_a_one_refused(tmp_path: Path) -> None:
+def test_existing_salt_is_used_and_a_short_one_refused(tmp_path: Path) -> None:
     path = tmp_path / "salt"
     path.write_bytes(b"\nsixteen bytes or more\n")
     assert read_salt(path) == b"sixteen bytes or more"
@@ -193,7 +193,7 @@ def test_a_salt_of_ones_own_is_taken_as_it_is_and_too_short_a_one_refused(tmp_pa
         {"max_size": 0},
     ],
 )
-def test_options_that_cannot_be_meant_are_refused(options: dict[str, float]) -> None:
+def test_invalid_options_are_refused(options: dict[str, float]) -> None:
     with pytest.raises(InputError, match=next(iter(options))):
         BuildOptions(**options)  # type: ignore[arg-type]
 
@@ -225,7 +225,8 @@ def prepared(root: Path, cache: Path, options: BuildOptions = BuildOptions()) ->
     return {split: rows.to_list() for split, rows in made.as_dataset().items()}
 
 
-def test_the_builder_of_datasets_gives_the_rows_that_build_gives(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_datasets_builder_gives_the_same_rows_as_build(tmp_path: Path) -> None:
     root = collection(tmp_path / "scans")
     build(Folder(), root, tmp_path / "built", salt=SALT)
     rows = prepared(root, tmp_path / "cache")
@@ -234,7 +235,8 @@ def test_the_builder_of_datasets_gives_the_rows_that_build_gives(tmp_path: Path)
         assert rows[split] == rows_of(tmp_path / "built", split)
 
 
-def test_the_builder_of_datasets_mixes_no_two_folders_or_options_up(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_datasets_cache_is_separate_for_each_folder_and_options(tmp_path: Path) -> None:
     one, other = collection(tmp_path / "one"), collection(tmp_path / "other", first=50)
     first = prepared(one, tmp_path / "cache")
     assert prepared(other, tmp_path / "cache") != first
@@ -243,7 +245,7 @@ def test_the_builder_of_datasets_mixes_no_two_folders_or_options_up(tmp_path: Pa
     assert prepared(one, tmp_path / "cache") == first
 
 
-def test_what_cannot_be_read_is_a_failure_with_its_file_and_reason(tmp_path: Path) -> None:
+def test_unreadable_scan_is_skipped_with_file_and_reason(tmp_path: Path) -> None:
     root = put(tmp_path / "scans", {"ct/a.png": picture_bytes(texture(0))[:-30], "ct/b.png": picture_bytes(texture(0))})
     made = ScanBuilder(Folder(), root, salt=SALT, cache_dir=str(tmp_path))
     cut, good = (made.build_row(Entry(name, (root / "ct" / name,), "ct")) for name in ("a.png", "b.png"))
@@ -256,7 +258,7 @@ def test_what_cannot_be_read_is_a_failure_with_its_file_and_reason(tmp_path: Pat
     assert isinstance(good, BuiltRow)
 
 
-def test_a_scan_that_no_parquet_file_holds_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scan_too_large_for_parquet_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = put(tmp_path / "scans", {"ct/a.nii": volume_bytes(0)})
     made = ScanBuilder(Folder(), root, salt=SALT, cache_dir=str(tmp_path))
     (entry,) = made.source.entries(root)

@@ -1,4 +1,4 @@
-"""A folder of one's own: which files make a scan, of what modality and whose is it?"""
+"""Scans of a local folder: which files belong together, their modality and their patient."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def building(root: Path, tmp_path: Path, source: Folder | None = None) -> ScanBu
 # --------------------------------------------------------------------------------------------------- DICOM, no manifest
 
 
-def test_slices_that_lie_shuffled_over_folders_are_grouped_by_series(tmp_path: Path) -> None:
+def test_slices_spread_over_folders_are_grouped_by_series(tmp_path: Path) -> None:
     """Two series of one study in the same place, whose files are named and spread at random."""
     root, whole, truth = tmp_path / "scans", {}, {}
     for uid in ("1.2.3.1", "1.2.3.2"):
@@ -69,7 +69,7 @@ def test_slices_that_lie_shuffled_over_folders_are_grouped_by_series(tmp_path: P
         assert scan.spacing == (2.0, 1.0, 1.0)
 
 
-def test_pictures_and_cines_stand_alone_even_in_one_series(tmp_path: Path) -> None:
+def test_pictures_and_cines_are_separate_scans_even_in_one_series(tmp_path: Path) -> None:
     alone = {
         "dx1.dcm": dicom(PLANE, series="1.5", Modality="DX"),
         "dx2.dcm": dicom(PLANE, series="1.5", Modality="DX"),
@@ -87,7 +87,7 @@ def test_pictures_and_cines_stand_alone_even_in_one_series(tmp_path: Path) -> No
     assert kinds == {n: {"d": "xray", "u": "ultrasound"}.get(n[0], "ct") for n in alone} | {"cine.dcm": "ultrasound"}
 
 
-def test_a_localiser_is_a_scan_of_its_own_or_left_out_of_its_volume(tmp_path: Path) -> None:
+def test_localiser_is_a_separate_scan_or_left_out_of_its_volume(tmp_path: Path) -> None:
     root = tmp_path / "scans"
     _, axial = slices("1.4.1", 2)
     ways = ([1, 0, 0, 0, 1, 0], [0, 1, 0, 0, 0, -1], [1, 0, 0, 0, 0, -1])
@@ -116,7 +116,7 @@ def test_a_localiser_is_a_scan_of_its_own_or_left_out_of_its_volume(tmp_path: Pa
     assert isinstance(building(root, tmp_path).build_row(found["series 1.4.2"]), BuiltRow)
 
 
-def test_dicom_without_preamble_is_dicom(tmp_path: Path) -> None:
+def test_dicom_without_preamble_is_recognised(tmp_path: Path) -> None:
     volume, datasets = slices("1.2.7")
     bare = {f"IM{number}": dicom_bytes(ds)[132:] for number, ds in enumerate(datasets)}
     found = listed(put(tmp_path / "scans", bare))
@@ -126,7 +126,7 @@ def test_dicom_without_preamble_is_dicom(tmp_path: Path) -> None:
     assert row.columns["shape"] == list(volume.shape)
 
 
-def test_patients_are_those_of_the_headers(tmp_path: Path) -> None:
+def test_patients_are_read_from_dicom_headers(tmp_path: Path) -> None:
     root = tmp_path
     put(root, {f"a/{i}": dicom_bytes(ds) for i, ds in enumerate(slices("1.1", PatientID="one")[1])})
     put(root, {f"b/{i}": dicom_bytes(ds) for i, ds in enumerate(slices("1.2", PatientID="one ")[1])})
@@ -150,7 +150,7 @@ def test_patients_are_those_of_the_headers(tmp_path: Path) -> None:
         (None, ""),
     ],
 )
-def test_body_parts_are_taken_from_a_list_only(tmp_path: Path, told: str | None, anatomy: str) -> None:
+def test_only_known_body_parts_are_used(tmp_path: Path, told: str | None, anatomy: str) -> None:
     picture = dicom(PLANE, Modality="CR")
     if told is not None:
         picture.BodyPartExamined = told
@@ -158,7 +158,7 @@ def test_body_parts_are_taken_from_a_list_only(tmp_path: Path, told: str | None,
     assert listed(tmp_path)["a.dcm"].anatomy == anatomy
 
 
-def test_a_damaged_element_costs_neither_the_listing_nor_the_patient(tmp_path: Path) -> None:
+def test_damaged_element_does_not_lose_the_patient(tmp_path: Path) -> None:
     place = {"Modality": "CT", "PatientID": "one", "ImagePositionPatient": [0, 0, 0]}
     data = dicom_bytes(dicom(np.stack([PLANE] * 22), **place))
     frames = b"\x28\0\x08\0IS\x02\0"
@@ -170,7 +170,7 @@ def test_a_damaged_element_costs_neither_the_listing_nor_the_patient(tmp_path: P
     assert isinstance(building(root, tmp_path).build_row(found["bad.dcm"]), SkippedEntry)
 
 
-def test_dicom_without_a_picture_is_reported(tmp_path: Path) -> None:
+def test_dicom_without_pixels_is_skipped(tmp_path: Path) -> None:
     root = tmp_path / "scans"
     root.mkdir()
     for name, packaged in {"report.dcm": "test-SR.dcm", "DICOMDIR": "DICOMDIR"}.items():
@@ -203,7 +203,7 @@ WORDS = {
 
 
 @pytest.mark.parametrize("fallback", ["", "endoscopy"])
-def test_words_of_the_path_say_the_modality(tmp_path: Path, fallback: str) -> None:
+def test_modality_is_read_from_the_path(tmp_path: Path, fallback: str) -> None:
     content = {".png": picture_bytes(PLANE), ".nii": volume_bytes(0), ".gz": volume_bytes(0, zipped=True)}
     video = video_bytes(0)
     put(tmp_path, {name: content.get(Path(name).suffix, video) for name in WORDS})
@@ -211,7 +211,7 @@ def test_words_of_the_path_say_the_modality(tmp_path: Path, fallback: str) -> No
     assert found == {name: modality or fallback for name, modality in WORDS.items()}
 
 
-def test_a_header_says_the_modality_before_path_and_option(tmp_path: Path) -> None:
+def test_modality_of_the_header_precedes_path_and_option(tmp_path: Path) -> None:
     told = {"ct/a.dcm": "US", "ct/b.dcm": "PT", "ct/c.dcm": None, "ct/d.dcm": "OT", "e.dcm": "OT", "f.dcm": "cr"}
     put(tmp_path, {name: dicom_bytes(dicom(PLANE, Modality=modality or "")) for name, modality in told.items()})
     found = {name: entry.modality for name, entry in listed(tmp_path, Folder(modality="mri")).items()}
@@ -219,14 +219,14 @@ def test_a_header_says_the_modality_before_path_and_option(tmp_path: Path) -> No
     assert found == wanted | {"f.dcm": "xray"}
 
 
-def test_what_nothing_says_the_modality_of_is_reported(tmp_path: Path) -> None:
+def test_scan_of_unknown_modality_is_skipped(tmp_path: Path) -> None:
     root = put(tmp_path / "scans", {"a.png": picture_bytes(PLANE)})
     failure = building(root, tmp_path).build_row(listed(root)["a.png"])
     assert isinstance(failure, SkippedEntry)
     assert (failure.file, "--modality" in failure.reason) == ("a.png", True)
 
 
-def test_what_lies_beside_scans_is_passed_over(tmp_path: Path) -> None:
+def test_other_and_hidden_files_are_ignored(tmp_path: Path) -> None:
     beside = ("Thumbs.db", "desktop.ini", "ct/labels.csv", "ct/a.json", "notes.txt", "README.md", "report.pdf", "l.log")
     hidden = (".DS_Store", "ct/._scan.nii.gz", ".cache/scan.nii.gz", "ct/.hidden.png")
     put(tmp_path, dict.fromkeys((*beside, *hidden), picture_bytes(PLANE)[:4]))
@@ -234,7 +234,7 @@ def test_what_lies_beside_scans_is_passed_over(tmp_path: Path) -> None:
     assert set(listed(tmp_path)) == {"ct/scan.nii.gz", "ct/actually.txt"}
 
 
-def test_a_folder_of_nothing_else_is_refused(tmp_path: Path) -> None:
+def test_folder_without_scans_is_refused(tmp_path: Path) -> None:
     put(tmp_path, {"Thumbs.db": b"", "a.csv": b"id\n"})
     with pytest.raises(SourceError) as caught:
         listed(tmp_path)
@@ -242,7 +242,7 @@ def test_a_folder_of_nothing_else_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes here")
-def test_a_pipe_is_reported_and_not_waited_for(tmp_path: Path) -> None:
+def test_named_pipe_is_skipped_without_blocking(tmp_path: Path) -> None:
     root = put(tmp_path / "scans", {"ct/a.nii": volume_bytes(0)})
     os.mkfifo(root / "ct" / "pipe.nii")
     found = listed(root)
@@ -251,7 +251,7 @@ def test_a_pipe_is_reported_and_not_waited_for(tmp_path: Path) -> None:
     assert "not found" in failure.reason
 
 
-def test_order_is_the_same_each_time(tmp_path: Path) -> None:
+def test_order_is_reproducible(tmp_path: Path) -> None:
     put(tmp_path, {f"ct/{RNG.integers(10**6)}/{i}": dicom_bytes(ds) for i, ds in enumerate(slices("1.3")[1])})
     put(tmp_path, {f"xray/{RNG.integers(10**6)}.png": picture_bytes(texture(i)) for i in range(10)})
     first = list(Folder().entries(tmp_path))
@@ -262,7 +262,7 @@ def test_order_is_the_same_each_time(tmp_path: Path) -> None:
 # ----------------------------------------------------------------------------------------------------------- a manifest
 
 
-def test_a_manifest_says_it_all(tmp_path: Path) -> None:
+def test_entries_are_read_from_the_manifest(tmp_path: Path) -> None:
     folder = {"file": "series", "modality": "CT", "anatomy": "chest", "label": "nodule|effusion||", "group": "p"}
     write_manifest(
         tmp_path,
@@ -300,7 +300,7 @@ def test_invalid_manifest_is_refused(tmp_path: Path, rows: list[dict[str, str]],
 
 
 @pytest.mark.parametrize("missing", ["id", "file", "modality", "anatomy", "label", "group"])
-def test_a_column_that_is_missing_is_named(tmp_path: Path, missing: str) -> None:
+def test_missing_column_is_named(tmp_path: Path, missing: str) -> None:
     columns = [name for name in ("id", "file", "modality", "anatomy", "label", "group") if name != missing]
     (tmp_path / "manifest.csv").write_text(",".join(columns) + "\n")
     with pytest.raises(SourceError) as caught:

@@ -1,4 +1,4 @@
-"""Does a row give the scan that its source gives, whatever the source was, and can others open what stands in it?"""
+"""A row gives the scan of its source for every format, and other libraries can read its media."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ VOLUME = RNG.integers(0, 2500, (14, 12, 10)).astype(np.int16)
 HU = RNG.integers(-1000, 1500, (14, 12, 10)).astype(np.int16)
 AFFINE = np.diag([0.8, 0.9, 1.2, 1.0])
 AFFINE[:3, 3] = [-40, 25, -300]
-TURN = np.eye(4)
-TURN[:3, :3] = nib.quaternions.quat2mat([0.97, 0.15, 0.12, 0.1])
+ROTATION = np.eye(4)
+ROTATION[:3, :3] = nib.quaternions.quat2mat([0.97, 0.15, 0.12, 0.1])
 STEP = 1 / 65535  # of stored floats
 HALF_HU = 0.5 / 2000 + 1e-6
 
@@ -56,13 +56,13 @@ def jpeg(mode: str = "RGB", **options: Any) -> bytes:
 
 
 def jpeg_with_bytes_astray() -> bytes:
-    """Bytes between two segments: libjpeg warns and goes on."""
+    """Insert bytes between two segments, which libjpeg skips with a warning."""
     data = jpeg()
     at = data.index(b"\xff\xdb")
     return data[:at] + b"\0\0\0" + data[at:]
 
 
-def turned() -> Image.Exif:
+def rotated() -> Image.Exif:
     exif = Image.Exif()
     exif[0x0112] = 6
     return exif
@@ -107,7 +107,7 @@ def npz(**arrays: np.ndarray) -> bytes:
 
 
 def clip(kind: str, codec: str, height: int = 48, width: int = 64, frames: int = 20, **options: str) -> bytes:
-    """A texture that drifts, below a grey level that says which frame it is."""
+    """Encode a moving texture below a grey level that identifies the frame."""
     stream, texture = io.BytesIO(), np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
     with av.open(stream, "w", format=kind) as container:
         video = container.add_stream(codec, rate=10, options={"threads": "1", **options})
@@ -168,13 +168,13 @@ def rgb_nifti() -> bytes:
 
 def qform_nifti() -> bytes:
     image = nib.Nifti1Image(VOLUME, None)
-    image.set_qform(TURN @ AFFINE, 1)
+    image.set_qform(ROTATION @ AFFINE, 1)
     image.set_sform(None, 0)
     return image.to_bytes()
 
 
 def nifti_without_affine(volume: np.ndarray) -> bytes:
-    """An sform that says nothing: a singular matrix."""
+    """Set a singular sform."""
     return patched(nifti_bytes(volume, np.eye(4), sform_code=1), 280, b"\0" * 48)
 
 
@@ -190,7 +190,7 @@ KINDS: dict[str, tuple[Callable[[], Any], float]] = {
     "jpeg optimised 4:4:4": (lambda: jpeg(optimize=True, subsampling=0), 0),
     "jpeg restarts": (lambda: jpeg(restart_marker_blocks=1), 0),
     "jpeg kept as rgb": (lambda: jpeg(keep_rgb=True), 0),
-    "jpeg turned by exif": (lambda: jpeg(exif=turned()), 0),
+    "jpeg turned by exif": (lambda: jpeg(exif=rotated()), 0),
     "jpeg with bytes astray": (jpeg_with_bytes_astray, 0),
     "mpo": (lambda: pages(np.stack([SMOOTH, SMOOTH[::-1]]), "MPO"), 0),
     "png grey": (lambda: png(GREY), 0),
@@ -203,7 +203,7 @@ KINDS: dict[str, tuple[Callable[[], Any], float]] = {
     "png rgba": (lambda: png(np.dstack([RGB, GREY])), 0),
     "png la": (lambda: encode(Image.fromarray(np.dstack([RGB, GREY])).convert("LA"), "PNG"), 0),
     "png 1-bit": (lambda: encode(Image.fromarray(GREY).convert("1"), "PNG"), 0),
-    "png turned by exif": (lambda: png(GREY, exif=turned()), 0),
+    "png turned by exif": (lambda: png(GREY, exif=rotated()), 0),
     "png interlaced": (lambda: png_by_hand(GREY, 0, interlaced=True), 0),
     "png without its end": (lambda: png(GREY)[:-12], 0),
     "png of one value": (lambda: png(np.full_like(GREY, 77)), 0),
@@ -262,9 +262,9 @@ KINDS: dict[str, tuple[Callable[[], Any], float]] = {
     "series read along another axis": (lambda: series(*reorient(VOLUME, AFFINE, "PIR")), 0),
     "series sagittal": (lambda: series(*reorient(VOLUME, np.diag([5.0, 0.9, 0.8, 1.0]), "PIR")), 0),
     "series coronal": (lambda: series(*reorient(VOLUME, np.diag([0.9, 4.5, 0.8, 1.0]), "LIP")), 0),
-    "series oblique": (lambda: series(*reorient(VOLUME, TURN @ AFFINE, "LPS")), 0),
-    "series oblique sagittal": (lambda: series(*reorient(VOLUME, TURN @ np.diag([6.0, 0.9, 0.8, 1.0]), "PIR")), 0),
-    "series oblique coronal": (lambda: series(*reorient(VOLUME, TURN @ np.diag([0.9, 6, 0.8, 1.0]), "LIP")), 0),
+    "series oblique": (lambda: series(*reorient(VOLUME, ROTATION @ AFFINE, "LPS")), 0),
+    "series oblique sagittal": (lambda: series(*reorient(VOLUME, ROTATION @ np.diag([6.0, 0.9, 0.8, 1.0]), "PIR")), 0),
+    "series oblique coronal": (lambda: series(*reorient(VOLUME, ROTATION @ np.diag([0.9, 6, 0.8, 1.0]), "LIP")), 0),
     "series of ratio 1.5": (lambda: series(*reorient(VOLUME, np.diag([1.05, 0.7, 0.7, 1.0]), "PIR")), 0),
     "series of ratio 1.5, coronal": (lambda: series(*reorient(VOLUME, np.diag([0.6, 0.9, 0.6, 1.0]), "LIP")), 0),
     "series just above 1.5": (lambda: series(*reorient(VOLUME, np.diag([1.051, 0.7, 0.7, 1.0]), "PIR")), 0),
@@ -324,7 +324,7 @@ KINDS: dict[str, tuple[Callable[[], Any], float]] = {
     "mkv ffv1": (lambda: clip("matroska", "ffv1"), 0),
     "webm vp8": (lambda: clip("webm", "libvpx"), 0),
 }
-# floats, wider integers and what is inverted or padded come scaled by percentiles of all frames, not of those asked for
+# scaled by percentiles of all frames, not of the requested ones
 SCALED_AS_A_WHOLE = ("npy of float", "npy wider than 16 bits")
 VIDEOS = [*KINDS][[*KINDS].index("mp4 h264 with b-frames") :]
 
@@ -336,7 +336,7 @@ def media(row: EncodedScan) -> bytes:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_row_gives_the_scan_of_its_source(kind: str) -> None:
+def test_row_gives_the_scan_of_its_source(kind: str) -> None:
     make, tolerance = KINDS[kind]
     source = make()
     row = encode_scan(source)
@@ -361,7 +361,7 @@ def test_a_row_gives_the_scan_of_its_source(kind: str) -> None:
     assert (again.digest, media(again)) == (row.digest, media(row))
 
 
-def test_a_row_can_be_stored_again() -> None:
+def test_row_can_be_encoded_again() -> None:
     for make in (lambda: jpeg(), lambda: dicom_bytes(dicom(PLANE, **WINDOW)), hounsfield_series):
         row = encode_scan(make())
         again = encode_scan(row.columns)
@@ -369,7 +369,7 @@ def test_a_row_can_be_stored_again() -> None:
         assert again.columns["spacing"] == row.columns["spacing"]
 
 
-def test_a_path_and_its_bytes_give_one_row(tmp_path: Path) -> None:
+def test_path_and_bytes_give_the_same_row(tmp_path: Path) -> None:
     for name, data in (("a.jpg", jpeg()), ("b.dcm", dicom_bytes(dicom(GREY))), ("c.mp4", clip("mp4", "libx264"))):
         (tmp_path / name).write_bytes(data)
         by_path, by_name, by_bytes = (encode_scan(source) for source in (tmp_path / name, str(tmp_path / name), data))
@@ -377,7 +377,7 @@ def test_a_path_and_its_bytes_give_one_row(tmp_path: Path) -> None:
         assert by_path.digest == by_bytes.digest
 
 
-def test_a_folder_is_one_series(tmp_path: Path) -> None:
+def test_folder_is_read_as_one_series(tmp_path: Path) -> None:
     slices = series(VOLUME, AFFINE)
     for index, ds in enumerate(slices):
         (tmp_path / f"{index}.dcm").write_bytes(dicom_bytes(ds))
@@ -405,19 +405,19 @@ def test_a_folder_is_one_series(tmp_path: Path) -> None:
         ("wmv", "video", "8-bit"),
     ],
 )
-def test_a_source_becomes_one_kind_of_media(kind: str, column: str, intensity: str) -> None:
+def test_media_column_and_intensity_of_a_source(kind: str, column: str, intensity: str) -> None:
     row = encode_scan(KINDS[kind][0]())
     assert column in row.columns
     assert row.columns["intensity"] == intensity
 
 
 @pytest.mark.parametrize("kind", ["avi mpeg4", "avi mjpeg", "mp4 h264 with b-frames", "transport stream", "mkv vp9"])
-def test_a_stream_keeps_its_compressed_size(kind: str) -> None:
+def test_copied_stream_is_no_larger_than_its_source(kind: str) -> None:
     source = KINDS[kind][0]()
     assert len(media(encode_scan(source))) < 1.1 * len(source)
 
 
-def test_digest_is_equal_for_equal_voxels_and_for_no_others() -> None:
+def test_digest_is_equal_for_equal_voxels_only() -> None:
     lossless = [png(GREY), dicom_bytes(dicom(GREY)), dicom_bytes(dicom(GREY, PixelSpacing=[2, 3])), npy(GREY)]
     lossless += [encode(Image.fromarray(GREY), "TIFF"), png(np.repeat(GREY[..., None], 3, axis=2))]
     assert len({encode_scan(source).digest for source in lossless}) == 1
@@ -431,7 +431,7 @@ def test_digest_is_equal_for_equal_voxels_and_for_no_others() -> None:
     assert len({encode_scan(source).digest for source in different}) == len(different)
 
 
-def test_burned_in_is_what_dicom_says() -> None:
+def test_burned_in_is_read_from_dicom() -> None:
     for said, expected in (("YES", "yes"), ("NO", "no"), ("Dr. Who", "unknown"), (None, "unknown")):
         ds = dicom(GREY)
         if said:
@@ -448,13 +448,13 @@ def test_burned_in_is_what_dicom_says() -> None:
     [
         (AFFINE, "RAS", "LPS"),
         (AFFINE, "PIR", "LPS"),
-        (TURN @ AFFINE, "LPS", "LPS"),
+        (ROTATION @ AFFINE, "LPS", "LPS"),
         (np.diag([5.0, 0.9, 0.8, 1.0]), "RAS", "PIL"),
         (np.diag([0.9, 5.0, 0.8, 1.0]), "IRP", "LIP"),
     ],
 )
-@pytest.mark.parametrize("values", [VOLUME, HU, VOLUME.astype(np.uint8)], ids=["int16", "hu", "uint8"])
-def test_nibabel_opens_the_same_anatomy(affine: np.ndarray, codes: str, expected: str, values: np.ndarray) -> None:
+@pytest.mark.parametrize("values", [HU, VOLUME.astype(np.uint8)], ids=["hu", "uint8"])
+def test_nibabel_reads_the_same_anatomy(affine: np.ndarray, codes: str, expected: str, values: np.ndarray) -> None:
     source = nib.Nifti1Image(*reorient(values, affine, codes))
     row = encode_scan(source.to_bytes())
     image = nib.Nifti1Image.from_bytes(media(row))
@@ -473,7 +473,7 @@ def test_nibabel_opens_the_same_anatomy(affine: np.ndarray, codes: str, expected
     np.testing.assert_allclose(centre[:3], 0, atol=1e-4)
 
 
-def test_nibabel_opens_colour_and_long_clips() -> None:
+def test_nibabel_reads_colour_and_long_clips() -> None:
     image = nib.Nifti1Image.from_bytes(media(encode_scan(dicom(RGB[None].repeat(3, 0), sop=CINE))))
     voxels = np.asarray(image.dataobj)[..., 1].T
     np.testing.assert_array_equal(np.stack([voxels[name] for name in "RGB"], axis=2), RGB)
@@ -484,7 +484,7 @@ def test_nibabel_opens_colour_and_long_clips() -> None:
 @pytest.mark.parametrize(
     ("source", "pixels"), [(dicom(GREY), GREY), (dicom(RGB), RGB), (dicom(PLANE, **TWELVE), PLANE), (npy(RGB), RGB)]
 )
-def test_pillow_opens_the_same_pixels(source: Any, pixels: np.ndarray) -> None:
+def test_pillow_reads_the_same_pixels(source: Any, pixels: np.ndarray) -> None:
     with Image.open(io.BytesIO(media(encode_scan(source)))) as image:
         assert image.format == "PNG"
         assert not image.info
@@ -492,7 +492,7 @@ def test_pillow_opens_the_same_pixels(source: Any, pixels: np.ndarray) -> None:
 
 
 @pytest.mark.parametrize("kind", ["mp4 h264 with b-frames", "avi mjpeg", "webm vp8", "mkv ffv1", "mpeg 2"])
-def test_av_opens_the_same_frames(kind: str) -> None:
+def test_av_reads_the_same_frames(kind: str) -> None:
     source = KINDS[kind][0]()
     frames = []
     for data in (source, media(encode_scan(source))):
@@ -504,24 +504,24 @@ def test_av_opens_the_same_frames(kind: str) -> None:
     np.testing.assert_array_equal(*frames)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", VIDEOS)
-def test_frames_asked_for_are_the_centres_of_equal_parts(kind: str) -> None:
+def test_requested_frames_are_the_centres_of_equal_segments(kind: str) -> None:
     source = KINDS[kind][0]()
     total = encode_scan(source).columns["shape"][0]
     assert total == (1 if kind == "mp4 of one frame" else 20)
     for count in (1, 2, 3, 7, 12):
-        kept = [(2 * i + 1) * total // (2 * min(count, total)) for i in range(min(count, total))]
+        indices = [(2 * i + 1) * total // (2 * min(count, total)) for i in range(min(count, total))]
         for given in (source, encode_scan(source).columns):
             levels = read_scan(given, num_frames=count).array[:, :, :16].mean((0, 2, 3))
-            np.testing.assert_allclose(levels, 10 * np.array(kept), atol=4)
+            np.testing.assert_allclose(levels, 10 * np.array(indices), atol=4)
 
 
 # --------------------------------------------------------------------------------------------------------- made smaller
 
 
-@pytest.mark.parametrize("shape", [(100, 80), (31, 222), (400, 50)])
-@pytest.mark.parametrize("max_size", [16, 40, 70])
-def test_max_size_bounds_the_area_and_keeps_the_aspect(shape: tuple[int, int], max_size: int) -> None:
+@pytest.mark.parametrize(("shape", "max_size"), [((100, 80), 16), ((31, 222), 40), ((400, 50), 70)])
+def test_max_size_limits_the_area_and_preserves_the_aspect_ratio(shape: tuple[int, int], max_size: int) -> None:
     source = dicom(RNG.integers(0, 4096, shape, dtype=np.uint16), PixelSpacing=[0.5, 0.25], **TWELVE)
     row = encode_scan(source, max_size=max_size)
     _, height, width = row.columns["shape"]
@@ -546,7 +546,7 @@ def test_max_size_averages() -> None:
 
 
 @pytest.mark.parametrize("kind", ["jpeg rgb", "png 16-bit", "mp4 h264 with b-frames", "series hu", "cine rgb"])
-def test_max_size_leaves_what_is_no_larger_as_it_is(kind: str) -> None:
+def test_max_size_does_not_change_smaller_scans(kind: str) -> None:
     source = KINDS[kind][0]()
     height, width = encode_scan(source).columns["shape"][1:]
     fits = int(np.ceil(np.sqrt(height * width)))
@@ -573,7 +573,7 @@ def region(left: int, top: int, right: int, bottom: int) -> Dataset:
     return item
 
 
-def test_what_lies_outside_the_regions_is_blanked_through_every_door(tmp_path: Path) -> None:
+def test_every_form_of_source_is_blanked_outside_its_regions(tmp_path: Path) -> None:
     frames = RNG.integers(1, 256, (5, 16, 12), dtype=np.uint8)
     ds = dicom(frames, sop=CINE, SequenceOfUltrasoundRegions=[region(2, 3, 7, 10)])
     data = dicom_bytes(ds)
@@ -589,7 +589,7 @@ def test_what_lies_outside_the_regions_is_blanked_through_every_door(tmp_path: P
         np.testing.assert_array_equal(read_scan(encode_scan(source).columns).array[0], frames)
 
 
-def test_slices_with_regions_of_their_own_keep_what_all_of_them_declare() -> None:
+def test_slices_with_different_regions_retain_the_intersection() -> None:
     frames = RNG.integers(1, 256, (3, 16, 12), dtype=np.uint8)
     slices = [dicom(frame, InstanceNumber=index) for index, frame in enumerate(frames)]
     slices[0].SequenceOfUltrasoundRegions = [region(2, 3, 7, 10)]
@@ -599,7 +599,7 @@ def test_slices_with_regions_of_their_own_keep_what_all_of_them_declare() -> Non
     assert (got != frames.min()).sum() <= 3 * 6 * 5
 
 
-def test_blanking_leaves_what_declares_no_region_as_it_is() -> None:
+def test_blanking_does_not_change_scans_without_regions() -> None:
     for source in (png(GREY), dicom(GREY), series(VOLUME, AFFINE), npy(FRAMES)):
         assert encode_scan(source, blank_outside=True).columns == encode_scan(source).columns
 
@@ -626,11 +626,11 @@ def test_bad_source_is_refused(source: Any) -> None:
         encode_scan(source, blank_outside=True)
 
 
-@pytest.mark.parametrize("part", [0.3, 0.6, 0.9, 0.99])
+@pytest.mark.parametrize("fraction", [0.3, 0.9, 0.99])
 @pytest.mark.parametrize("kind", ["jpeg rgb", "jpeg progressive", "png rgb", "dicom 12-bit", "gif", "nifti rgb"])
-def test_file_cut_short_is_refused_where_reading_refuses_it(kind: str, part: float) -> None:
+def test_truncated_file_is_refused_or_encoded_as_it_is_read(kind: str, fraction: float) -> None:
     source = KINDS[kind][0]()
-    cut = source[: int(len(source) * part)]
+    cut = source[: int(len(source) * fraction)]
     try:
         expected = read_scan(cut)
     except M3RetReadError:
@@ -638,10 +638,10 @@ def test_file_cut_short_is_refused_where_reading_refuses_it(kind: str, part: flo
             encode_scan(cut)
     else:
         np.testing.assert_array_equal(read_scan(encode_scan(cut).columns).array, expected.array)
-        assert kind == "gif" or part > 0.9
+        assert kind == "gif" or fraction > 0.9
 
 
-def test_size_is_judged_before_pixels_are_decoded() -> None:
+def test_size_is_checked_before_pixels_are_decoded() -> None:
     with pytest.raises(M3RetReadError) as caught:
         encode_scan(png_claiming(10_000, 10_000))
     assert "10000 x 10000 pixels" in caught.value.got  # decoding it would find it cut short
@@ -652,7 +652,7 @@ def test_size_is_judged_before_pixels_are_decoded() -> None:
                 encode_scan(source, limits=limits)
 
 
-def test_odd_regions_and_odd_headers_are_no_error() -> None:
+def test_empty_regions_and_other_formats_do_not_fail_blanking() -> None:
     empty = Dataset()
     empty.RegionLocationMinX0 = None
     ds = dicom(GREY, sop=CINE, SequenceOfUltrasoundRegions=[empty, Dataset()])
