@@ -116,7 +116,7 @@ def bitmap(bits: int, compression: int) -> bytes:
 
 
 def other_codec() -> bytes:
-    """A video whose codec nobody knows."""
+    """A video of an unknown codec."""
     data = video_bytes(0)
     assert data.count(b"mp4v") == data.count(b"esds") == 1  # each says what it is
     return data.replace(b"mp4v", b"zzzz").replace(b"esds", b"zzzz")
@@ -240,10 +240,16 @@ NEEDLES = [text.encode() for text in (PLANTED, UID, DATE, "1953-11-17", "1953:11
 
 def planted_dicom(pixels: np.ndarray, **elements: Any) -> bytes:
     dates = ("StudyDate", "SeriesDate", "AcquisitionDate", "ContentDate", "PatientBirthDate")
-    told = {name: DATE for name in dates} | {"StudyTime": TIME, "AcquisitionTime": TIME}
-    told |= dict.fromkeys(("AccessionNumber", "ReferringPhysicianName", "StationName", "PatientComments"), PLANTED[:16])
-    told |= {"PatientName": f"Jane^Doe {PLANTED}", "StudyInstanceUID": f"{UID}.1", "FrameOfReferenceUID": f"{UID}.2"}
-    ds = dicom(pixels, **(told | elements))
+    planted = {name: DATE for name in dates} | {"StudyTime": TIME, "AcquisitionTime": TIME}
+    planted |= dict.fromkeys(
+        ("AccessionNumber", "ReferringPhysicianName", "StationName", "PatientComments"), PLANTED[:16]
+    )
+    planted |= {
+        "PatientName": f"Jane^Doe {PLANTED}",
+        "StudyInstanceUID": f"{UID}.1",
+        "FrameOfReferenceUID": f"{UID}.2",
+    }
+    ds = dicom(pixels, **(planted | elements))
     ds.SOPInstanceUID = ds.file_meta.MediaStorageSOPInstanceUID = f"{UID}.{RNG.integers(10**6)}"
     private = ds.private_block(0x0099, PLANTED, create=True)
     private.add_new(0x01, "LO", PLANTED)
@@ -393,16 +399,16 @@ def test_card_matches_the_rows_and_datasets_loads_them(tmp_path: Path) -> None:
     run(root, output, "--title", 'Scans: "ours" & others', "--licence", "CC BY-NC 4.0 (see: site)")
     text = (output / "README.md").read_text(encoding="utf-8")
     _, front, body = text.split("---\n", 2)
-    told = yaml.safe_load(front)
-    assert told["pretty_name"] == 'Scans: "ours" & others'
-    assert told["license"] == "other"
-    assert told["license_name"].startswith("cc-by-nc-4.0")
+    metadata = yaml.safe_load(front)
+    assert metadata["pretty_name"] == 'Scans: "ours" & others'
+    assert metadata["license"] == "other"
+    assert metadata["license_name"].startswith("cc-by-nc-4.0")
     assert "synthetic" not in body
     assert "CC BY-NC 4.0 (see: site); CC0" in body
     in_split = Counter[str]()
     for (_, split), count in counts.items():
         in_split[split] += count
-    assert {split["name"]: split["num_examples"] for split in told["dataset_info"]["splits"]} == in_split
+    assert {split["name"]: split["num_examples"] for split in metadata["dataset_info"]["splits"]} == in_split
 
     table = [[cell.strip() for cell in line.strip("|").split("|")] for line in body.splitlines() if line[:2] == "| "]
     start = table.index(["modality", "train", "validation", "test"])
@@ -476,13 +482,13 @@ def test_duplicates_are_reported_and_dropped_on_request(tmp_path: Path) -> None:
     }
     rows = [{"id": name, "file": name, "modality": "xray", "split": re.split(r"[-.]", name)[1]} for name in content]
     write_manifest(put(root, content), rows)
-    kept, dropped = tmp_path / "kept", tmp_path / "dropped"
-    run(root, kept)
+    retained, dropped = tmp_path / "retained", tmp_path / "dropped"
+    run(root, retained)
     run(root, dropped, "--drop_duplicates")
-    told, without = report_of(kept), report_of(dropped)
-    assert told["scans"] == {"built": 9, "failed": 0, "duplicates_dropped": 0}
+    with_duplicates, without = report_of(retained), report_of(dropped)
+    assert with_duplicates["scans"] == {"built": 9, "failed": 0, "duplicates_dropped": 0}
     assert without["scans"] == {"built": 5, "failed": 0, "duplicates_dropped": 4}
-    for report in (told, without):
+    for report in (with_duplicates, without):
         found = report["duplicates"]
         assert (found["exact_groups"], found["exact_groups_across_splits"], len(found["exact"])) == (2, 1, 2)
         pairs = {tuple(sorted(pair[:2])) for pair in found["near"]}
@@ -497,7 +503,7 @@ def test_duplicates_are_reported_and_dropped_on_request(tmp_path: Path) -> None:
     assert left - {"twice-train-1.png", "twice-train-2.dcm"} == {
         *("same-test.png", "near-test.png", "alone-train.png", "alone-test.png")
     }
-    for folder, expected in ((kept, [4, 1]), (dropped, [4, 4, 1])):
+    for folder, expected in ((retained, [4, 1]), (dropped, [4, 4, 1])):
         limits = (folder / "README.md").read_text().split("## Limits")[1].splitlines()
         assert [int(text) for text in re.findall(r"\d+", limits[3])] == expected
     assert without["bytes"]["parquet"] == sum(path.stat().st_size for path in (dropped / "data").iterdir())
@@ -507,8 +513,8 @@ def test_duplicates_are_reported_and_dropped_on_request(tmp_path: Path) -> None:
     before = bytes_of(dropped)
     run(root, dropped, "--drop_duplicates")
     assert bytes_of(dropped) == before
-    run(root, kept, "--drop_duplicates")  # of a build that is there
-    assert {name: data for name, data in bytes_of(kept).items() if name != "README.md"} == {
+    run(root, retained, "--drop_duplicates")  # of a build that is there
+    assert {name: data for name, data in bytes_of(retained).items() if name != "README.md"} == {
         name: data for name, data in before.items() if name != "README.md"
     }
 
@@ -540,13 +546,13 @@ def test_list_contains_every_source_with_its_origin(capsys: pytest.CaptureFixtur
 def test_user_errors_end_in_one_line_and_write_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: list[str], named: str
 ) -> None:
-    (tmp_path / "place").mkdir()
-    monkeypatch.chdir(tmp_path / "place")
-    put(tmp_path, {"salt": SALT, "place/short.txt": b"short"})
+    (tmp_path / "folder").mkdir()
+    monkeypatch.chdir(tmp_path / "folder")
+    put(tmp_path, {"salt": SALT, "folder/short.txt": b"short"})
     given = {"--source": "folder", "--output": str(tmp_path / "built"), "--salt_file": str(tmp_path / "salt")}
     given |= dict(zip(words[::2], words[1::2], strict=True))
     if words[-1] == "short.txt":
-        (tmp_path / "place" / "a.png").write_bytes(picture_bytes(GREY))
+        (tmp_path / "folder" / "a.png").write_bytes(picture_bytes(GREY))
     with pytest.raises(SystemExit) as caught:
         main([word for pair in given.items() for word in pair])
     assert caught.value.code == 2

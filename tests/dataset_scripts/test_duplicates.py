@@ -203,9 +203,9 @@ def test_planted_duplicates_among_twenty_thousand_similar_scans_are_found() -> N
 def test_no_duplicate_remains_and_evaluation_splits_keep_their_scans(seed: int) -> None:
     prints = random_prints(600, seed=seed, planted=200)
     dropped = choose_duplicates_to_drop(prints)
-    kept = [fingerprint for fingerprint in prints if fingerprint.id not in dropped]
-    assert find_exact_duplicates(kept) == []
-    assert brute_force(kept, MAX_DISTANCE) == set()
+    retained = [fingerprint for fingerprint in prints if fingerprint.id not in dropped]
+    assert find_exact_duplicates(retained) == []
+    assert brute_force(retained, MAX_DISTANCE) == set()
     rank = {"test": 0, "validation": 1, "train": 2}
     equal: dict[str, set[str]] = defaultdict(set)
     for group in find_exact_duplicates(prints):

@@ -31,8 +31,8 @@ def slices(
     volume = RNG.integers(0, 900, (14, 12, count)).astype(np.int16)  # i to the left, j to the back
     affine = np.diag([-1.0, -1.0, 2.0, 1.0])
     affine[2, 3] = offset
-    told = {"Modality": modality, "StudyInstanceUID": "1.9", "RescaleSlope": 1, "RescaleIntercept": 0} | elements
-    return volume.transpose(2, 1, 0), series(volume, affine, sop=CT, series=uid, **told)
+    header = {"Modality": modality, "StudyInstanceUID": "1.9", "RescaleSlope": 1, "RescaleIntercept": 0} | elements
+    return volume.transpose(2, 1, 0), series(volume, affine, sop=CT, series=uid, **header)
 
 
 def listed(root: Path, source: Folder | None = None) -> dict[str, Entry]:
@@ -50,7 +50,7 @@ def building(root: Path, tmp_path: Path, source: Folder | None = None) -> ScanBu
 
 
 def test_slices_spread_over_folders_are_grouped_by_series(tmp_path: Path) -> None:
-    """Two series of one study in the same place, whose files are named and spread at random."""
+    """Two series of one study at the same position, with random file names and folders."""
     root, whole, truth = tmp_path / "scans", {}, {}
     for uid in ("1.2.3.1", "1.2.3.2"):
         whole[uid], datasets = slices(uid)
@@ -78,7 +78,7 @@ def test_pictures_and_cines_are_separate_scans_even_in_one_series(tmp_path: Path
         "cine.dcm": dicom(np.stack([PLANE] * 4), series="1.6", sop=CINE, Modality="US"),
         "enhanced1.dcm": dicom(np.stack([PLANE] * 4), series="1.7", Modality="CT", ImagePositionPatient=[0, 0, 0]),
         "enhanced2.dcm": dicom(np.stack([PLANE] * 4), series="1.7", Modality="CT", ImagePositionPatient=[0, 0, 0]),
-        "screenshot.dcm": dicom(PLANE, series="1.8", Modality="CT"),  # of no place in space
+        "screenshot.dcm": dicom(PLANE, series="1.8", Modality="CT"),  # without a position in space
     }
     root = put(tmp_path, {name: dicom_bytes(ds) for name, ds in alone.items()})
     found = listed(root)
@@ -138,7 +138,7 @@ def test_patients_are_read_from_dicom_headers(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("told", "anatomy"),
+    ("body_part", "anatomy"),
     [
         ("CHEST", "chest"),
         (" Abdomen", "abdomen"),
@@ -150,17 +150,17 @@ def test_patients_are_read_from_dicom_headers(tmp_path: Path) -> None:
         (None, ""),
     ],
 )
-def test_only_known_body_parts_are_used(tmp_path: Path, told: str | None, anatomy: str) -> None:
+def test_only_known_body_parts_are_used(tmp_path: Path, body_part: str | None, anatomy: str) -> None:
     picture = dicom(PLANE, Modality="CR")
-    if told is not None:
-        picture.BodyPartExamined = told
+    if body_part is not None:
+        picture.BodyPartExamined = body_part
     put(tmp_path, {"a.dcm": dicom_bytes(picture)})
     assert listed(tmp_path)["a.dcm"].anatomy == anatomy
 
 
 def test_damaged_element_does_not_lose_the_patient(tmp_path: Path) -> None:
-    place = {"Modality": "CT", "PatientID": "one", "ImagePositionPatient": [0, 0, 0]}
-    data = dicom_bytes(dicom(np.stack([PLANE] * 22), **place))
+    elements = {"Modality": "CT", "PatientID": "one", "ImagePositionPatient": [0, 0, 0]}
+    data = dicom_bytes(dicom(np.stack([PLANE] * 22), **elements))
     frames = b"\x28\0\x08\0IS\x02\0"
     assert data.count(frames + b"22") == 1
     root = put(tmp_path / "scans", {"bad.dcm": data.replace(frames + b"22", frames + b"x!")})
@@ -212,8 +212,8 @@ def test_modality_is_read_from_the_path(tmp_path: Path, fallback: str) -> None:
 
 
 def test_modality_of_the_header_precedes_path_and_option(tmp_path: Path) -> None:
-    told = {"ct/a.dcm": "US", "ct/b.dcm": "PT", "ct/c.dcm": None, "ct/d.dcm": "OT", "e.dcm": "OT", "f.dcm": "cr"}
-    put(tmp_path, {name: dicom_bytes(dicom(PLANE, Modality=modality or "")) for name, modality in told.items()})
+    header = {"ct/a.dcm": "US", "ct/b.dcm": "PT", "ct/c.dcm": None, "ct/d.dcm": "OT", "e.dcm": "OT", "f.dcm": "cr"}
+    put(tmp_path, {name: dicom_bytes(dicom(PLANE, Modality=modality or "")) for name, modality in header.items()})
     found = {name: entry.modality for name, entry in listed(tmp_path, Folder(modality="mri")).items()}
     wanted = {"ct/a.dcm": "ultrasound", "ct/b.dcm": "", "ct/c.dcm": "ct", "ct/d.dcm": "ct", "e.dcm": "mri"}
     assert found == wanted | {"f.dcm": "xray"}
@@ -267,7 +267,7 @@ def test_entries_are_read_from_the_manifest(tmp_path: Path) -> None:
     write_manifest(
         tmp_path,
         [
-            {"id": "a", "split": "test", "licence": "CC0", "site": "nobody asked"} | folder,
+            {"id": "a", "split": "test", "licence": "CC0", "site": "ignored"} | folder,
             {"id": "b", "file": "b.png", "modality": "xray"},
             {"id": "c", "file": "c.png"},
         ],

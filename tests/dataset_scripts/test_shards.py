@@ -86,7 +86,7 @@ class Dying(Folder):
 
 @pytest.fixture(scope="module")
 def scans(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """40 scans of several formats, of which some are broken and some are there twice."""
+    """40 scans of several formats, some broken and some duplicated."""
     files = {}
     for number in range(40):
         kind = number % 5
@@ -321,11 +321,11 @@ def test_index_equals_the_columns_of_the_shards(whole: Path) -> None:
     rows = rows_of(whole)
     places = [(f"{name}.parquet", row) for name in shard_names(whole) for row in rows_of(whole, name)]
     assert len(rows) == index.num_rows == 39
-    for told, (shard, row) in zip(index.to_pylist(), places, strict=True):
-        assert told["shard"] == shard
-        assert {key: told[key] for key in row if key in told} == {key: row[key] for key in row if key in told}
-        group = pq.ParquetFile(whole / "data" / shard).read_row_group(told["group"])
-        assert group.column("id")[told["row"]].as_py() == row["id"]
+    for entry, (shard, row) in zip(index.to_pylist(), places, strict=True):
+        assert entry["shard"] == shard
+        assert {key: entry[key] for key in row if key in entry} == {key: row[key] for key in row if key in entry}
+        group = pq.ParquetFile(whole / "data" / shard).read_row_group(entry["group"])
+        assert group.column("id")[entry["row"]].as_py() == row["id"]
 
 
 def test_dropping_rows_changes_no_other_row(tmp_path: Path, scans: Path, whole: Path) -> None:

@@ -31,10 +31,10 @@ def test_only_mri_collections_are_for_evaluation_only() -> None:
 
 @pytest.mark.parametrize("source", DECLARED, ids=lambda source: source.name)
 def test_folder_without_the_collection_is_refused(source: type[entries.Source], tmp_path: Path) -> None:
-    for place in (write(tmp_path / "other", "Thumbs.db", "scan.hdr", "scan.img"), tmp_path / "missing"):
+    for root in (write(tmp_path / "other", "Thumbs.db", "scan.hdr", "scan.img"), tmp_path / "missing"):
         with pytest.raises(SourceError) as caught:
-            list(source().entries(place))
-        assert caught.value.location.startswith(str(place))
+            list(source().entries(root))
+        assert caught.value.location.startswith(str(root))
 
 
 @pytest.mark.parametrize(
