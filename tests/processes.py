@@ -33,7 +33,7 @@ IMPORTED = [
     "matplotlib.pyplot",
     "modeling_m3ret.data.loading",
     "modeling_m3ret.pretraining.saving",
-    "modeling_m3ret.evaluation.report.pictures",
+    "modeling_m3ret.evaluation.report.report",
     "torch.distributed.fsdp",
     # used by the library's own workers; modules that cannot be imported are ignored
     *("dataset_scripts.shards", "modeling_m3ret.phantom.dataset"),

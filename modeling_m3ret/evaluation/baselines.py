@@ -1,20 +1,19 @@
-"""Other people's encoders on the same scans, so that they stand in the same table: transformers and open_clip models.
+"""Embed scans with image encoders of transformers and open_clip, so that they stand in the same table.
 
-All of them see pictures. A scan gives n evenly spaced slices or frames (an image its one), by our reader and in its
-[0, 1], and its embedding is the mean or maximum of their features, L2-normalised. A picture is the whole slice, resized
-to the encoder's square as DINOv3, SigLIP and ViT prepare theirs; those that crop the centre (CLIP, DINOv2, ConvNeXt)
-get it whole too, since a finding may lie at the border and all encoders shall see the same. Size, mean, standard
-deviation and filter (bilinear or bicubic, antialiased; bicubic for any other) are the checkpoint's.
+These encoders take 2D images. Our reader gives n evenly spaced slices or frames of a scan (one for an image), scaled to
+[0, 1]; the embedding is the mean or maximum of their features, L2-normalised. The whole slice is resized to the
+encoder's square, as DINOv3, SigLIP and ViT do. Encoders whose processor crops the centre (CLIP, DINOv2, ConvNeXt) get
+the whole slice too: a finding may lie at the border, and all encoders should see the same. Size, mean, standard
+deviation and filter (bilinear or bicubic, antialiased; bicubic in place of any other) are those of the checkpoint.
 
-The feature, by kind:
+The feature depends on the model:
 
-- with text aligned (CLIP, SigLIP, ...): `get_image_features`, what the text was aligned with; so in open_clip.
-- `pooler_output`, if the checkpoint has its weights or it needs none: the normalised class token of DINOv2 and DINOv3,
-  the mean of ConvNeXt and Swin, the dense layer of a ViT that was trained with one.
-- else the class token of the last hidden state: a ViT fine-tuned to classify, DINO, MAE (which masks nothing here).
+- models aligned with text (CLIP, SigLIP, ...): `get_image_features`, and the same in open_clip;
+- `pooler_output`, if the checkpoint has its weights or it has none: the normalised class token of DINOv2 and DINOv3,
+  the mean of ConvNeXt and Swin, the dense layer of a ViT that was trained with one;
+- otherwise the class token of the last hidden state: ViT classifiers, DINO, MAE (without masking).
 
-Nothing that is downloaded is unpickled or run: of a repository only JSON and safetensors are fetched, and weights are
-read by safetensors alone.
+No downloaded code is run and no pickle is opened: only JSON and safetensors files are fetched.
 """
 
 from __future__ import annotations
@@ -36,68 +35,88 @@ from transformers import MODEL_MAPPING, AutoConfig
 
 from ..data.collection import Record
 from ..data.loading import ReadFailure, Resized, WholeScans, embedding_loader
+from ..errors import InputError
 from ..image_processing_m3ret import M3RetImageProcessor
 from ..reading_m3ret import M3RetReadError, Scan
 from ..search.embedding import Embedded
 
 
-SLICES = 8  # as many steps in depth as our encoder's grid has of a CT: 32 slices in patches 4 deep
-OPEN_CLIP = "hf-hub:"  # how open_clip itself writes a model on the Hub
-# all that is ever fetched; not adapter_config.json, which would have transformers load another repository
+SLICES = 8  # the depth of our encoder's patch grid of a CT: 32 slices in patches of 4
+OPEN_CLIP = "hf-hub:"  # open_clip's own prefix of models on the Hub
+# Only these files are fetched. adapter_config.json is not: transformers would load the repository that it names.
 CONFIGS = ("config.json", "preprocessor_config.json", "processor_config.json", "open_clip_config.json")
-WEIGHTS = ("model.safetensors", "model-*.safetensors")  # in one file, or in shards
+WEIGHTS = ("model.safetensors", "model-*.safetensors")  # one file, or shards
 OPEN_CLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip*.safetensors")
 
-# from normalised pictures (N, 3, height, width) to features (N, d)
-Encode = Callable[[Tensor], Tensor]
+# from normalised images (N, 3, height, width) to features (N, d)
+Encoder = Callable[[Tensor], Tensor]
 
 
-class BaselineError(ValueError):
-    """An encoder that can't be used: which, what was found, what would do."""
+class BaselineError(InputError):
+    """A baseline encoder cannot be used.
 
-    def __init__(self, name: str, found: str, expected: str):
-        super().__init__(f"{name}: found {found}; expected {expected}")
+    Attributes:
+        name: the encoder as it was given.
+    """
+
+    def __init__(self, name: str, problem: str, expected: str, got: str):
+        super().__init__(f"{name}: {problem}: expected {expected}, got {got}.")
+        self.name = name
 
 
 @dataclass(frozen=True)
-class Pictures:
-    """What an encoder takes: height and width in pixels, mean and std of each channel, filter of the resize."""
+class ImageTransform:
+    """Image preprocessing of an encoder.
+
+    Attributes:
+        size: height and width in pixels.
+        mean, std: of each channel.
+        filter: "bilinear" or "bicubic".
+    """
 
     size: tuple[int, int]
     mean: tuple[float, ...]
     std: tuple[float, ...]
     filter: str = "bicubic"
 
-    def of(self, scan: Scan, slices: int) -> Tensor:
-        """The centres of `slices` equal segments in depth, resized: `(1 or 3, n, height, width)` float32 in [0, 1]."""
+    def resize(self, scan: Scan, slices: int) -> Tensor:
+        """Return the centres of up to `slices` equal depth segments of a scan, resized.
+
+        Returns:
+            float32 `(1 or 3, n, height, width)` in [0, 1].
+        """
         depth = scan.array.shape[1]
         count = min(slices, depth)
-        picked = torch.from_numpy(scan.array[:, [(2 * i + 1) * depth // (2 * count) for i in range(count)]])
-        values = picked.float() / 255 if picked.dtype == torch.uint8 else picked.float()
-        # always antialiased, for then torch's bicubic is Pillow's, which these encoders were trained with; and clamped
-        # as 8-bit pictures are, where bicubic overshoots
+        centres = torch.from_numpy(scan.array[:, [(2 * i + 1) * depth // (2 * count) for i in range(count)]])
+        values = centres.float() / 255 if centres.dtype == torch.uint8 else centres.float()
+        # Antialiased, torch's bicubic filter is Pillow's, with which these encoders were trained. Bicubic overshoot is
+        # clamped, as it is in 8-bit images.
         return torch.nn.functional.interpolate(values, self.size, mode=self.filter, antialias=True).clamp_(0, 1)
 
-    def normalised(self, volumes: Sequence[Tensor]) -> Tensor:
-        """All pictures of several scans `(1 or 3, n, height, width)`, one after the other: `(N, 3, height, width)`."""
-        pictures = torch.cat([volume.expand(3, -1, -1, -1).transpose(0, 1) for volume in volumes])
-        mean, std = (pictures.new_tensor(numbers).view(-1, 1, 1) for numbers in (self.mean, self.std))
-        return (pictures - mean) / std
+    def normalize(self, volumes: Sequence[Tensor]) -> Tensor:
+        """Concatenate and normalise the images of several scans `(1 or 3, n, height, width)`.
+
+        Returns:
+            float32 `(N, 3, height, width)`.
+        """
+        images = torch.cat([volume.expand(3, -1, -1, -1).transpose(0, 1) for volume in volumes])
+        mean, std = (images.new_tensor(values).view(-1, 1, 1) for values in (self.mean, self.std))
+        return (images - mean) / std
 
 
-class SliceScans(WholeScans):
-    """Each record once, its slices as an encoder of pictures takes them."""
+class SliceDataset(WholeScans):
+    """The resized slices of each record."""
 
-    def __init__(self, records: Sequence[Record], pictures: Pictures, slices: int):
-        super().__init__(records, M3RetImageProcessor(num_frames=slices))  # which reads, of a clip no more than these
-        self.pictures = pictures
+    def __init__(self, records: Sequence[Record], transform: ImageTransform, slices: int):
+        super().__init__(records, M3RetImageProcessor(num_frames=slices))  # used for reading only
+        self.transform = transform
 
     def __getitem__(self, index: int) -> list[Resized | ReadFailure]:
         try:
             scan = self.processor.read(self.records[index].open())
         except M3RetReadError as error:
             return [ReadFailure(index, str(error))]
-        return [Resized(index, self.pictures.of(scan, self.processor.num_frames))]
+        return [Resized(index, self.transform.resize(scan, self.processor.num_frames))]
 
 
 def embed_with_baseline(
@@ -112,116 +131,131 @@ def embed_with_baseline(
     dtype: torch.dtype = torch.float32,
     progress: bool = True,
 ) -> Embedded:
-    """Embed every readable scan, in order, with the encoder `name`; see `load_baseline`, `baseline_name`.
+    """Embed every readable scan, in order, with a baseline encoder.
 
     Args:
-        slices: most of a scan. pooling: over them. batch_size: scans in one pass of the encoder, each up to `slices`
-            pictures. dtype: bfloat16 runs under autocast, weights and embeddings staying float32.
+        name: as for `load_baseline`.
+        records: the scans.
+        slices: largest number of slices per scan.
+        pooling: over the features of the slices.
+        batch_size: scans per forward pass, each of up to `slices` images.
+        num_workers: processes that decode.
+        device: of the encoder.
+        dtype: bfloat16 runs the encoder under autocast; weights and embeddings stay float32.
+        progress: show a progress bar.
 
     Raises:
-        BaselineError: if the encoder can't be used.
+        BaselineError: if the encoder cannot be used.
     """
-    pool = {"mean": lambda part: part.mean(0), "max": lambda part: part.amax(0)}[pooling]
-    pictures, encode = load_baseline(name, device)
-    loader = embedding_loader(SliceScans(records, pictures, slices), batch_size, num_workers)
-    parts: list[Tensor] = []
-    kept: list[int] = []
+    pool = {"mean": lambda features: features.mean(0), "max": lambda features: features.amax(0)}[pooling]
+    transform, encode = load_baseline(name, device)
+    loader = embedding_loader(SliceDataset(records, transform, slices), batch_size, num_workers)
+    batches: list[Tensor] = []
+    readable: list[int] = []
     failures: list[str] = []
     reduced = None if dtype == torch.float32 else dtype
+    autocast = torch.autocast(torch.device(device).type, dtype=reduced, enabled=reduced is not None)
     bar = tqdm(total=len(records), desc=baseline_name(name), unit="scan", disable=not progress, leave=False)
-    with bar, torch.inference_mode(), torch.autocast(torch.device(device).type, reduced, reduced is not None):
+    with bar, torch.inference_mode(), autocast:
         for pack in loader:
             bar.update(len(pack.scans) + len(pack.failures))
             failures += [message for _, message in pack.failures]
             if not pack.scans:
                 continue
-            kept += pack.scans
+            readable += pack.scans
             values = pack.values.to(device, non_blocking=True).split([math.prod(shape) for shape in pack.shapes])
-            volumes = [part.view(shape) for part, shape in zip(values, pack.shapes, strict=True)]
-            features = encode(pictures.normalised(volumes)).float().split([shape[1] for shape in pack.shapes])
-            parts.append(torch.nn.functional.normalize(torch.stack([pool(part) for part in features]), dim=-1).cpu())
-    embeddings = torch.cat(parts) if parts else torch.empty(0, 0)
+            volumes = [voxels.view(shape) for voxels, shape in zip(values, pack.shapes, strict=True)]
+            features = encode(transform.normalize(volumes)).float().split([shape[1] for shape in pack.shapes])
+            pooled = torch.stack([pool(scan_features) for scan_features in features])
+            batches.append(torch.nn.functional.normalize(pooled, dim=-1).cpu())
+    embeddings = torch.cat(batches) if batches else torch.empty(0, 0)
     if not torch.isfinite(embeddings).all():
-        raise BaselineError(name, "embeddings that are not finite", "an encoder whose features are")
-    return Embedded(embeddings, [records[index] for index in kept], failures)
+        raise BaselineError(name, "invalid embeddings", "finite features", "NaN or infinity")
+    return Embedded(embeddings, [records[index] for index in readable], failures)
 
 
 def baseline_name(name: str) -> str:
-    """The last part of an id or path, without its revision: what the table may show, since it names no folder."""
+    """Return the last part of a Hub id or path, without the revision: a name for the table that reveals no folder."""
     if Path(name).is_dir():
         return Path(name).resolve().name
     return name.removeprefix(OPEN_CLIP).split("@")[0].rstrip("/").split("/")[-1]
 
 
-def load_baseline(name: str, device: torch.device | str = "cpu") -> tuple[Pictures, Encode]:
-    """An encoder by a local folder or `ORG/NAME[@REVISION]` on the Hub, with what it takes.
+def load_baseline(name: str, device: torch.device | str = "cpu") -> tuple[ImageTransform, Encoder]:
+    """Load a baseline encoder with its image transform.
 
-    It is open_clip's with `hf-hub:` before it, or if its folder holds an open_clip_config.json and no config.json.
+    Args:
+        name: folder, or `ORG/NAME[@REVISION]` on the Hub. The prefix `hf-hub:`, or a folder with an
+            open_clip_config.json and no config.json, selects open_clip instead of transformers.
+        device: of the encoder.
 
     Raises:
-        BaselineError: if there is none, it isn't one of pictures, or its weights are not in safetensors.
+        BaselineError: if it does not exist, is not an image encoder, or its weights are not in safetensors.
     """
-    plain = name.removeprefix(OPEN_CLIP)
-    of_open_clip = plain != name
-    folder = Path(plain)
+    location = name.removeprefix(OPEN_CLIP)
+    is_open_clip = location != name
+    folder = Path(location)
     if not folder.is_dir():
-        repository, _, revision = plain.partition("@")
-        files = [*CONFIGS, *(OPEN_CLIP_WEIGHTS if of_open_clip else WEIGHTS)]
-        with _refusing(name, "a folder, or ORG/NAME on the Hub; a gated one needs its terms accepted and a login"):
-            folder = Path(snapshot_download(repository, revision=revision or None, allow_patterns=files))
+        repo_id, _, revision = location.partition("@")
+        files = [*CONFIGS, *(OPEN_CLIP_WEIGHTS if is_open_clip else WEIGHTS)]
+        expected = "a folder, or ORG/NAME on the Hub (for a gated one, accept its terms and log in)"
+        with _baseline_errors(name, "cannot be downloaded", expected):
+            folder = Path(snapshot_download(repo_id, revision=revision or None, allow_patterns=files))
     elif not (folder / "config.json").is_file():
-        of_open_clip |= (folder / "open_clip_config.json").is_file()
-    with _refusing(name, "a vision model of transformers or open_clip that needs no code of its own"):
-        pictures, encode = (_open_clip if of_open_clip else _transformers)(name, folder, torch.device(device))
-        with torch.inference_mode():  # one black picture, so that what doesn't fit is known before hours of reading
-            shape = tuple(encode(torch.zeros(1, 3, *pictures.size, device=device)).shape)
+        is_open_clip |= (folder / "open_clip_config.json").is_file()
+    with _baseline_errors(name, "cannot be loaded", "a vision model of transformers or open_clip without custom code"):
+        load = _load_open_clip if is_open_clip else _load_transformers
+        transform, encode = load(name, folder, torch.device(device))
+        with torch.inference_mode():  # a test image fails now rather than after hours of reading
+            shape = tuple(encode(torch.zeros(1, 3, *transform.size, device=device)).shape)
     if len(shape) != 2:
-        raise BaselineError(name, f"features of shape {shape} for a picture", "one vector, (1, d)")
-    return pictures, encode
+        raise BaselineError(name, "not an image encoder", "one feature vector (1, d) per image", f"shape {shape}")
+    return transform, encode
 
 
 @contextmanager
-def _refusing(name: str, expected: str) -> Iterator[None]:
-    """Turn whatever a library raises while it loads a checkpoint into a BaselineError."""
+def _baseline_errors(name: str, problem: str, expected: str) -> Iterator[None]:
+    """Turn any exception of a library into a BaselineError."""
     try:
         yield
     except BaselineError:
         raise
     except Exception as error:
         line = next(iter(str(error).strip().splitlines()), "")
-        raise BaselineError(name, f"what fails with {type(error).__name__}: {line}", expected) from error
+        raise BaselineError(name, problem, expected, f"{type(error).__name__}: {line}") from error
 
 
-def _weights(name: str, folder: Path, patterns: Sequence[str]) -> dict[str, Tensor]:
-    """What all files hold that match the first pattern that any matches."""
+def _read_weights(name: str, folder: Path, patterns: Sequence[str]) -> dict[str, Tensor]:
+    """Read the tensors of all files that match the first pattern with any match."""
     matching = [sorted(folder.glob(pattern)) for pattern in patterns]
     files = next(filter(None, matching), None)
     if files is None:
-        others = sorted(file.name for file in folder.glob("*") if file.suffix in (".bin", ".pt", ".pth", ".ckpt"))
-        found = ", ".join([f"no {patterns[0]}", *others])
-        raise BaselineError(name, found, "weights in safetensors: pickles are never opened")
+        pickles = sorted(file.name for file in folder.glob("*") if file.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+        got = f"{', '.join(pickles)} (pickles are never opened)" if pickles else "no weights"
+        raise BaselineError(name, "no safetensors weights", patterns[0], got)
     return {key: value for file in files for key, value in load_file(file).items()}
 
 
 # -------------------------------------------------------------------------------------------------------- transformers
 
 
-def _transformers(name: str, folder: Path, device: torch.device) -> tuple[Pictures, Encode]:
+def _load_transformers(name: str, folder: Path, device: torch.device) -> tuple[ImageTransform, Encoder]:
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     if config.model_type.startswith("siglip2"):
-        raise BaselineError(name, "a NaFlex SigLIP 2, which takes patches", "one of a fixed size (...-patch16-224)")
-    if hasattr(config, "mask_ratio"):  # MAE's encoder hides this part even of what it only embeds
+        raise BaselineError(name, "unsupported SigLIP 2", "a fixed image size (...-patch16-224)", "siglip2 (NaFlex)")
+    if hasattr(config, "mask_ratio"):  # MAE's encoder masks in inference, too
         config.mask_ratio = 0.0
-    pictures = _pictures_of_processor(name, folder)
+    transform = _read_transform(name, folder)
     model_class: Any = MODEL_MAPPING[type(config)]
-    # from weights that are already read, so that transformers looks for no other file: no pickle, no adapter
+    # given a state dict, transformers looks for no other file: no pickle, no adapter
+    weights = _read_weights(name, folder, WEIGHTS)
     model, loading = model_class.from_pretrained(
-        None, config=config, state_dict=_weights(name, folder, WEIGHTS), dtype=torch.float32, output_loading_info=True
+        None, config=config, state_dict=weights, dtype=torch.float32, output_loading_info=True
     )
     missing = sorted(loading["missing_keys"])
-    has_pooler = not any(key.startswith("pooler.") for key in missing)  # or else random numbers
+    has_pooler = not any(key.startswith("pooler.") for key in missing)  # otherwise it is randomly initialised
     if missing := [key for key in missing if not key.startswith("pooler.")]:
-        raise BaselineError(name, f"no weights for {missing[0]} and {len(missing) - 1} more", "all of a vision model's")
+        raise BaselineError(name, "missing weights", "all of the model", f"none for {', '.join(missing[:3])}")
     has_class_token = any(key.endswith(("cls_token", "class_embedding")) for key, _ in model.named_parameters())
     model = model.to(device).eval()
 
@@ -232,34 +266,35 @@ def _transformers(name: str, folder: Path, device: torch.device) -> tuple[Pictur
         if has_pooler and getattr(output, "pooler_output", None) is not None:
             return output.pooler_output
         if not has_class_token:
-            raise BaselineError(name, "neither a pooled feature nor a class token", "one of both")
+            raise BaselineError(name, "unsupported features", "a pooled output or a class token", "neither")
         return output.last_hidden_state[:, 0]
 
-    return pictures, encode
+    return transform, encode
 
 
-def _pictures_of_processor(name: str, folder: Path) -> Pictures:
-    """From the image processor's JSON: the class itself would need torchvision, and resize in its own way."""
-    nested = _json(folder / "processor_config.json").get("image_processor")  # as newer versions of transformers save it
-    settings = nested or _json(folder / "preprocessor_config.json")
+def _read_transform(name: str, folder: Path) -> ImageTransform:
+    """Read the transform from the image processor's JSON; the processor class would need torchvision."""
+    nested = _read_json(folder / "processor_config.json").get("image_processor")  # written by newer transformers
+    settings = nested or _read_json(folder / "preprocessor_config.json")
     if absent := [key for key in ("size", "image_mean", "image_std") if settings.get(key) is None]:
-        raise BaselineError(name, f"no {', '.join(absent)} in a preprocessor_config.json", "what pictures it takes")
+        keys = ", ".join(absent)
+        raise BaselineError(name, "incomplete preprocessor_config.json", "size, image_mean, image_std", f"no {keys}")
     scale = 255 * settings.get("rescale_factor", 1 / 255) if settings.get("do_rescale", True) else 255.0
     if abs(scale - 1) > 1e-3 or settings.get("do_normalize") is False:
-        raise BaselineError(name, f"pictures from 0 to {scale:g}, or not normalised", "normalised from [0, 1]")
-    cropped = settings.get("crop_size") if settings.get("do_center_crop", True) else None
+        got = f"images in [0, {scale:g}] (rescale_factor), or do_normalize: false"
+        raise BaselineError(name, "unsupported preprocessor_config.json", "images in [0, 1], normalised", got)
+    crop_size = settings.get("crop_size") if settings.get("do_center_crop", True) else None
     resample = {2: "bilinear", 3: "bicubic"}.get(settings.get("resample", 3), "bicubic")  # Pillow's numbers
-    return Pictures(
-        _square(cropped or settings["size"]), (*settings["image_mean"],), (*settings["image_std"],), resample
-    )
+    size = _height_and_width(crop_size or settings["size"])
+    return ImageTransform(size, (*settings["image_mean"],), (*settings["image_std"],), resample)
 
 
-def _json(file: Path) -> dict[str, Any]:
+def _read_json(file: Path) -> dict[str, Any]:
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
-def _square(size: int | Sequence[int] | Mapping[str, int]) -> tuple[int, int]:
-    """Height and width of what processors write as n, [height, width], {height, width} or {shortest_edge}."""
+def _height_and_width(size: int | Sequence[int] | Mapping[str, int]) -> tuple[int, int]:
+    """Convert a processor's size: n, [height, width], {height, width} or {shortest_edge}."""
     if isinstance(size, int):
         return size, size
     if not isinstance(size, Mapping):
@@ -270,30 +305,31 @@ def _square(size: int | Sequence[int] | Mapping[str, int]) -> tuple[int, int]:
 # ----------------------------------------------------------------------------------------------------------- open_clip
 
 
-def _open_clip(name: str, folder: Path, device: torch.device) -> tuple[Pictures, Encode]:
-    """The vision tower alone: a text tower may fetch its configuration from elsewhere, and no text is embedded.
+def _load_open_clip(name: str, folder: Path, device: torch.device) -> tuple[ImageTransform, Encoder]:
+    """Load the vision tower only, since a text tower may fetch its configuration from another repository.
 
-    open_clip's own loaders fall back to pickles where a repository has no safetensors, so the weights are read here.
+    open_clip's own loaders fall back to pickles if a repository has no safetensors, so weights are read here.
     """
     try:
         import open_clip
     except ImportError as error:
-        raise BaselineError(name, "no open_clip", "it installed: `pip install m3ret[clip]`") from error
-    weights = _weights(name, folder, OPEN_CLIP_WEIGHTS)
-    settings = _json(folder / "open_clip_config.json")
+        expected = "the package open_clip (pip install 'm3ret[clip]')"
+        raise BaselineError(name, "open_clip is not installed", expected, "none") from error
+    weights = _read_weights(name, folder, OPEN_CLIP_WEIGHTS)
+    settings = _read_json(folder / "open_clip_config.json")
     model = settings["model_cfg"]
-    # nothing of ImageNet's is fetched for it, and no tokens are given beside the embedding (CoCa)
+    # do not fetch ImageNet weights (timm), return the embedding without tokens (CoCa)
     vision = model["vision_cfg"] | {"timm_model_pretrained": False, "output_tokens": False}
-    smallest = {"context_length": 1, "vocab_size": 1, "width": 1, "heads": 1, "layers": 1}
-    clip = open_clip.CLIP(model["embed_dim"], vision, smallest, quick_gelu=model.get("quick_gelu", False))
+    minimal_text = {"context_length": 1, "vocab_size": 1, "width": 1, "heads": 1, "layers": 1}
+    clip = open_clip.CLIP(model["embed_dim"], vision, minimal_text, quick_gelu=model.get("quick_gelu", False))
     tower = clip.visual
-    of_tower = {key.removeprefix("visual."): value for key, value in weights.items() if key.startswith("visual.")}
-    tower.load_state_dict(of_tower)
-    prepared = settings.get("preprocess_cfg", {})
-    pictures = Pictures(
-        _square(tower.image_size),
-        (*prepared.get("mean", open_clip.OPENAI_DATASET_MEAN),),
-        (*prepared.get("std", open_clip.OPENAI_DATASET_STD),),
-        "bilinear" if prepared.get("interpolation") == "bilinear" else "bicubic",
+    prefix = "visual."
+    tower.load_state_dict({key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)})
+    preprocessing = settings.get("preprocess_cfg", {})
+    transform = ImageTransform(
+        _height_and_width(tower.image_size),
+        (*preprocessing.get("mean", open_clip.OPENAI_DATASET_MEAN),),
+        (*preprocessing.get("std", open_clip.OPENAI_DATASET_STD),),
+        "bilinear" if preprocessing.get("interpolation") == "bilinear" else "bicubic",
     )
-    return pictures, tower.to(device).eval()
+    return transform, tower.to(device).eval()

@@ -42,6 +42,12 @@ def select_records(records: Sequence[Record], split: str | None, holdout: float 
     return in_split if holdout is None else split_by_group(in_split, holdout)[1]
 
 
+def describe_selection(split: str | None, holdout: float | None) -> str:
+    """Return the selection of `select_records` in words, for the report."""
+    patients = "all patients" if holdout is None else f"held-out fraction {holdout} of the patients"
+    return patients if split is None else f"{patients} of the {split} split"
+
+
 def checkpoint_records(records: Sequence[Record], facts: Mapping[str, Any]) -> list[Record] | None:
     """Return the records that `train.py` trained a checkpoint on, in its order.
 

@@ -1,4 +1,4 @@
-"""The encoder before training, whitened as training whitens it: what a trained one is compared with."""
+"""The untrained encoder, whitened as a trained one is: the baseline that shows what training adds."""
 
 from __future__ import annotations
 
@@ -16,27 +16,32 @@ from ..search.embedding import MAX_TOKENS
 from ..search.embedding_store import embed_collection
 
 
-# training scans that a whitening is fitted to: five and more for each of a ViT-T's 192 dimensions
-WHITENING_SCANS = 1024
+WHITENING_SCANS = 1024  # at least five training scans for each of the 192 dimensions of ViT-T
 
 
-def whitening_sample(training: Sequence[Record], most: int = WHITENING_SCANS) -> list[Record]:
-    """At most so many of them, evenly spaced in the list, so of all modalities."""
-    step = max(1, -(-len(training) // most))
+def whitening_sample(training: Sequence[Record], max_scans: int = WHITENING_SCANS) -> list[Record]:
+    """Return at most `max_scans` of the records, evenly spaced, so that every modality is represented."""
+    step = max(1, -(-len(training) // max_scans))
     return list(training[::step])
 
 
-class Untrained(NamedTuple):
-    """encoder: in evaluation, on its device; title: what the table calls it; note: its whitening, in words; fitted_to:
-    the scans that it was fitted to, all readable."""
+class UntrainedBaseline(NamedTuple):
+    """The untrained encoder.
+
+    Attributes:
+        encoder: in evaluation mode, on the accelerator's device.
+        title: name in the table.
+        note: sentence about its whitening, for the report.
+        whitening_records: readable scans to which the whitening was fitted.
+    """
 
     encoder: M3RetModel
     title: str
     note: str
-    fitted_to: list[Record]
+    whitening_records: list[Record]
 
 
-def untrained_encoder(
+def build_untrained_baseline(
     config: M3RetConfig,
     processor: M3RetImageProcessor,
     training: Sequence[Record],
@@ -45,11 +50,19 @@ def untrained_encoder(
     seed: int = 0,
     max_tokens: int = MAX_TOKENS,
     num_workers: int = 0,
-) -> Untrained:
-    """Random weights, and the whitening that training scans give them; all processes call at once and get the same.
+) -> UntrainedBaseline:
+    """Initialise an encoder randomly and fit its whitening to training scans.
+
+    All processes must call it together; they get the same encoder.
 
     Args:
-        training: of `training_part`; where none can be read the whitening stays the identity. seed: 0 as `RunConfig`.
+        config: configuration of the encoder.
+        processor: its image processor.
+        training: of `training_records`; if none is readable, the whitening stays the identity.
+        accelerator: of the run.
+        seed: of the random weights; the default is that of `RunConfig`.
+        max_tokens: patches per batch.
+        num_workers: processes that decode.
     """
     set_seed(seed)
     encoder = M3RetModel(config).eval().to(accelerator.device)
@@ -65,13 +78,14 @@ def untrained_encoder(
     )
     if not pooled.records:
         note = (
-            "The untrained encoder is not whitened, as a trained one is: no scan is known to be of training and of a "
-            "patient who is not evaluated (--holdout says so, or --split of a data set with a train split)."
+            "The untrained encoder is not whitened: no training scans of patients outside the evaluation are known. "
+            "Use --holdout, or --split with a data set that has a train split."
         )
-        return Untrained(encoder, "untrained", note, [])
+        return UntrainedBaseline(encoder, "untrained", note, [])
     encoder.whitening.fit(pooled.embeddings)
-    broadcast(list(encoder.whitening.buffers()))  # machines that round differently shall not make two of it
+    broadcast(list(encoder.whitening.buffers()))  # machines may round differently
     note = (
-        f"The untrained encoder's whitening is fitted to {len(pooled.records)} scans of patients who are not evaluated."
+        f"The whitening of the untrained encoder is fitted to {len(pooled.records)} scans of patients outside the "
+        "evaluation."
     )
-    return Untrained(encoder, "untrained, whitened", note, pooled.records)
+    return UntrainedBaseline(encoder, "untrained, whitened", note, pooled.records)

@@ -1,4 +1,4 @@
-"""Labelled scans and facts of trainings that the tests of reports share."""
+"""Labelled scans and training facts shared by the tests of reports."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LABELS = ("mass", "mass|cyst", "cyst", "_hidden", "$c_{$", "<b>[x]")
 
 
 def collection(count: int = 60, modalities: tuple[str, ...] = ("ct", "mri", "xray"), folder: Path = Path()) -> Embedded:
-    """Two scans a patient, of several modalities, labels and anatomies; a label draws its scans a little together."""
+    """Return two scans per patient, of several modalities, labels and anatomies, loosely clustered by label."""
     records = [
         Record(
             f"{SECRET_ID}-{n}",
@@ -32,7 +32,7 @@ def collection(count: int = 60, modalities: tuple[str, ...] = ("ct", "mri", "xra
     return Embedded(torch.nn.functional.normalize(vectors, dim=-1), records)
 
 
-def facts_of_training(objective: str, step: int, scans: int, parameters: int) -> dict[str, object]:
+def training_facts(objective: str, step: int, scans: int, parameters: int) -> dict[str, object]:
     return {
         "objective": objective,
         "step": step,

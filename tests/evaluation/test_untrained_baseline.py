@@ -1,4 +1,4 @@
-"""The untrained encoder has its own whitening, the one that training would fit, on any number of processes."""
+"""The untrained baseline: random weights with the whitening that training would fit, on any number of processes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from processes import Script
 
 from modeling_m3ret import M3RetImageProcessor, M3RetModel
 from modeling_m3ret.data.collection import Record
-from modeling_m3ret.evaluation.untrained_baseline import WHITENING_SCANS, untrained_encoder, whitening_sample
+from modeling_m3ret.evaluation.untrained_baseline import WHITENING_SCANS, build_untrained_baseline, whitening_sample
 from modeling_m3ret.pretraining.quality import OnlineQuality
 from modeling_m3ret.search import embedding_store
 from modeling_m3ret.search.embedding import embed_records, encoder_embedder, pooled_embedder
@@ -24,7 +24,7 @@ PROCESSOR = M3RetImageProcessor(size=32, num_frames=8)
 
 
 @pytest.fixture(autouse=True)
-def _kept_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _temporary_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(embedding_store, "CACHE_FOLDER", tmp_path / "hf" / "m3ret")
 
 
@@ -37,48 +37,47 @@ def scans(folder: Path, count: int) -> list[Record]:
 
 
 def records_of(folder: Path) -> list[Record]:
-    places = sorted(folder.iterdir(), key=lambda place: int(place.stem))
-    return [Record(place.stem, place, ("xray", "ct")[n % 2], "", "", f"p{n}") for n, place in enumerate(places)]
+    files = sorted(folder.iterdir(), key=lambda file: int(file.stem))
+    return [Record(file.stem, file, ("xray", "ct")[n % 2], "", "", f"p{n}") for n, file in enumerate(files)]
 
 
-def test_its_whitening_is_that_of_the_training_scans_and_of_training(tmp_path: Path) -> None:
+def test_whitening_is_fitted_to_training_scans_as_in_training(tmp_path: Path) -> None:
     records = scans(tmp_path / "scans", 30)
     training, evaluated = records[:24], records[24:]
-    encoder, title, note, fitted_to = untrained_encoder(
+    encoder, title, note, whitening_records = build_untrained_baseline(
         tiny_config(), PROCESSOR, training, Accelerator(cpu=True), seed=3
     )
-    assert fitted_to == training
+    assert whitening_records == training
     assert title == "untrained, whitened"
-    assert "24 scans" in note
+    assert "24" in note
     torch.manual_seed(3)
     bare = M3RetModel(tiny_config()).eval()
     assert all(torch.equal(a, b) for a, b in zip(encoder.parameters(), bare.parameters(), strict=True))
     pooled = embed_records([pooled_embedder(bare)], PROCESSOR, training, progress=False)[0].embeddings
     assert encoder.whitening(pooled).mean(0).abs().max() <= 1e-3
-    assert encoder.whitening(pooled).std(0).max() > 0.9  # of its strongest direction 1 / sqrt(1.01)
+    assert encoder.whitening(pooled).std(0).max() > 0.9  # 1 / sqrt(1.01) in the strongest direction
     OnlineQuality(training, [], PROCESSOR, Accelerator(cpu=True)).fit_whitening(bare)
-    ours, of_training = embed_records(
+    baseline, expected = embed_records(
         [encoder_embedder(encoder), encoder_embedder(bare)], PROCESSOR, evaluated, progress=False
     )
-    # cosines, since directions of no variance are any
-    cosines = [embedded.embeddings @ embedded.embeddings.T for embedded in (ours, of_training)]
+    # compare cosines: directions without variance are arbitrary
+    cosines = [embedded.embeddings @ embedded.embeddings.T for embedded in (baseline, expected)]
     assert (cosines[0] - cosines[1]).abs().max() <= 1e-3
     assert (cosines[0] - 1).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("readable", [True, False])
-def test_without_training_scans_it_is_not_whitened_and_says_so(readable: bool, tmp_path: Path) -> None:
-    training = [] if readable else [Record("x", tmp_path / "x.npy", "ct", "", "", "p")]
-    encoder, title, note, fitted_to = untrained_encoder(tiny_config(), PROCESSOR, training, Accelerator(cpu=True))
-    assert fitted_to == []
-    assert title == "untrained"
-    assert "not whitened" in note
-    assert torch.equal(encoder.whitening.matrix, torch.eye(48))
-    assert not encoder.whitening.mean.any()
+@pytest.mark.parametrize("known", [True, False])
+def test_without_readable_training_scans_it_is_not_whitened(known: bool, tmp_path: Path) -> None:
+    training = [Record("x", tmp_path / "missing.npy", "ct", "", "", "p")] if known else []
+    baseline = build_untrained_baseline(tiny_config(), PROCESSOR, training, Accelerator(cpu=True))
+    assert baseline.whitening_records == []
+    assert baseline.title == "untrained"
+    assert torch.equal(baseline.encoder.whitening.matrix, torch.eye(48))
+    assert not baseline.encoder.whitening.mean.any()
 
 
 @pytest.mark.parametrize("count", [0, 1, WHITENING_SCANS, WHITENING_SCANS + 1, 5000])
-def test_the_sample_is_bounded_and_the_one_that_training_takes(count: int) -> None:
+def test_the_whitening_sample_is_bounded_and_the_same_in_training(count: int) -> None:
     records = [Record(f"{n}", Path("x"), ("xray", "ct")[n % 2], "", "", f"p{n}") for n in range(count)]
     sample = whitening_sample(records)
     assert min(count, WHITENING_SCANS // 2) <= len(sample) <= WHITENING_SCANS
@@ -95,23 +94,24 @@ from accelerate import Accelerator
 from conftest import tiny_config
 from test_untrained_baseline import PROCESSOR, records_of
 from modeling_m3ret.search import embedding_store
-from modeling_m3ret.evaluation.untrained_baseline import untrained_encoder
+from modeling_m3ret.evaluation.untrained_baseline import build_untrained_baseline
 embedding_store.CACHE_FOLDER, embedding_store.SHARD_SCANS = Path(sys.argv[2]), 4
 accelerator = Accelerator(cpu=True)
-encoder = untrained_encoder(tiny_config(), PROCESSOR, records_of(Path(sys.argv[1])), accelerator).encoder
+encoder = build_untrained_baseline(tiny_config(), PROCESSOR, records_of(Path(sys.argv[1])), accelerator).encoder
 torch.save(encoder.state_dict(), sys.argv[3] + str(accelerator.process_index))
 """
 
 
+@pytest.mark.slow
 def test_two_processes_get_the_same_encoder_as_one(tmp_path: Path) -> None:
     records = scans(tmp_path / "scans", 10)
     script = tmp_path / "process.py"
     script.write_text(PROCESS.format(root=str(ROOT)))
-    words = [str(script), *(str(tmp_path / name) for name in ("scans", "of_two", "encoder"))]
-    ran = Script(words, tmp_path, 2, ACCELERATE_USE_CPU="true")
+    argv = [str(script), *(str(tmp_path / name) for name in ("scans", "of_two", "encoder"))]
+    ran = Script(argv, tmp_path, 2, ACCELERATE_USE_CPU="true")
     assert ran.finish() == 0, ran.printed
     first, second = (torch.load(tmp_path / f"encoder{rank}") for rank in (0, 1))
-    alone = untrained_encoder(tiny_config(), PROCESSOR, records, Accelerator(cpu=True)).encoder.state_dict()
+    alone = build_untrained_baseline(tiny_config(), PROCESSOR, records, Accelerator(cpu=True)).encoder.state_dict()
     assert first.keys() == alone.keys()
     for name, value in first.items():
         assert torch.equal(value, second[name])

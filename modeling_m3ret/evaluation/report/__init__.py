@@ -1,1 +1,1 @@
-"""Figures of an evaluation report: what they show (`numbers`), how they are drawn (`plots`, `style`), and the files."""
+"""The evaluation report: its numbers (`numbers`), its figures (`plots`, `style`), and its files (`report`)."""

@@ -1,7 +1,7 @@
-"""A report's pictures, each drawn from the numbers of `report_numbers.py` alone.
+"""The figures of a report, drawn from the numbers of `numbers.py`.
 
-A report may be shared, so a picture shows modalities, anatomies, labels and what the table calls the methods, never a
-file or a patient; pictures of scans are made only for those who ask for them.
+A report may be shared: figures show modalities, anatomies, labels and names of methods, never a file or a patient.
+Scans are shown only on request, in `examples`.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ from torch import Tensor
 from ...data.collection import Record
 from ...image_processing_m3ret import M3RetImageProcessor
 from ...search.embedding import Embedded
+from ...search.thumbnails import thumbnail
 from ..protocols import Annotations
 from ..table import ALL_MODALITIES, Row
 from .numbers import (
-    CHANCE_ORDERS,
+    CHANCE_RANKINGS,
     EXAMPLE_HITS,
-    FIRST,
-    MOST_CLASSES,
+    MAX_CLASSES,
     QUANTITIES,
-    Ranked,
+    TOP_K,
+    QueryResults,
     best_and_worst,
     class_means,
-    engineering,
     example_queries,
     first_hits,
-    modality_shares,
+    modality_fractions,
     principal_components,
-    thumbnail,
+    with_prefix,
 )
 from .style import (
     BLACK,
@@ -47,19 +47,27 @@ from .style import (
     legend_below,
     method_styles,
     new_figure,
-    panels_of,
-    plain,
+    new_panels,
+    plain_text,
     png,
 )
 
 
-MOST_KINDS = 8  # of modalities or anatomies in the map: as many as there are colours; the rarest share the last
-MOST_POINTS = 5000  # in the map, where more only hide each other
+MAX_CATEGORIES = 8  # modalities or anatomies in the map, one colour each; the rarest share the last one
+MAX_POINTS = 5000  # in the map; more would hide each other
 
 
 @dataclass(frozen=True)
 class Picture:
-    """file: its name in the report's folder; alt: what it shows, for those who don't see it; note: how to read it."""
+    """A figure of the report.
+
+    Attributes:
+        file: name in the folder of the report.
+        title: heading.
+        alt: alternative text, with the numbers shown.
+        note: how to read the figure.
+        png: the encoded image.
+    """
 
     file: str
     title: str
@@ -68,180 +76,180 @@ class Picture:
     png: bytes
 
 
-def precision_recall(within: Mapping[str, Mapping[str, Ranked]], main: str) -> Picture:
-    """A line a method, a panel a modality; `within` is of `rank_within_modalities`, `main` the method in bold."""
+def precision_recall(within: Mapping[str, Mapping[str, QueryResults]], main: str) -> Picture:
+    """Draw interpolated precision over recall, one panel per modality and one line per method.
+
+    Args:
+        within: of `rank_within_modalities`.
+        main: the method drawn in bold.
+    """
     columns = min(3, len(within))
     figure = new_figure(max(4.5, 3.2 * columns), 3.0 * -(-len(within) // columns) + 0.6)
-    panels = panels_of(figure, list(within), columns, "recall", "interpolated precision")
+    panels = new_panels(figure, list(within), columns, "recall", "interpolated precision")
     recall = [tenth / 10 for tenth in range(11)]
-    told = []
+    alt: list[str] = []
     for modality, axes in panels.items():
-        of_methods = within[modality]
-        for name, style in method_styles(list(of_methods), main).items():
-            precision = of_methods[name].precision.mean(0).tolist()
-            axes.plot(recall, precision, label=plain(name), **style, zorder=3 if name == main else 2)
-            told.append(f"{modality}, {name}: {', '.join(f'{precision[at]:.2f}' for at in (0, 5, 10))}")
-        axes.set(title=f"{plain(modality, 18)} ({len(of_methods[main].queries)} queries)")
+        by_method = within[modality]
+        for name, style in method_styles(list(by_method), main).items():
+            precision = by_method[name].precision.mean(0).tolist()
+            axes.plot(recall, precision, label=plain_text(name), **style, zorder=3 if name == main else 2)
+            alt.append(f"{modality}, {name}: {', '.join(f'{precision[at]:.2f}' for at in (0, 5, 10))}")
+        axes.set(title=f"{plain_text(modality, 18)} ({len(by_method[main].queries)} queries)")
         axes.set(xlim=(-0.03, 1.03), ylim=(0, 1.03))
         axes.grid(alpha=0.3)
     legend_below(figure, next(iter(panels.values())), 2 if columns == 1 else 4)
     return Picture(
         "precision_recall.png",
         "Precision and recall within each modality",
-        f"Lines that fall from left to right, a panel a modality. Precision at recall 0, .5 and 1: {'; '.join(told)}.",
-        "The highest precision at a recall of 0, .1, … 1 or any above it, mean over queries (the eleven-point curve). "
-        f"Chance is the mean of {CHANCE_ORDERS} random orders or more.",
+        f"One panel per modality, one falling line per method. Precision at recall 0, 0.5 and 1: {'; '.join(alt)}.",
+        "The highest precision at recall 0, 0.1, …, 1 or any above it, mean over queries (the eleven-point curve). "
+        f"Chance is the mean of at least {CHANCE_RANKINGS} random rankings.",
         png(figure),
     )
 
 
-def classes(records: Sequence[Record], within: Mapping[str, Mapping[str, Ranked]], main: str) -> Picture:
-    """Bars of mAP by label, of `main`, with the other methods as markers."""
+def classes(records: Sequence[Record], within: Mapping[str, Mapping[str, QueryResults]], main: str) -> Picture:
+    """Draw mAP by label: bars of the main method and markers of the others."""
     means = {
-        modality: {name: class_means(records, ranked) for name, ranked in of_methods.items()}
-        for modality, of_methods in within.items()
+        modality: {name: class_means(records, ranked) for name, ranked in by_method.items()}
+        for modality, by_method in within.items()
     }
-    shown = {modality: best_and_worst(list(of_methods[main])) for modality, of_methods in means.items()}
+    shown = {modality: best_and_worst(list(by_method[main])) for modality, by_method in means.items()}
     sizes = [len(labels) for labels in shown.values()]
     figure = new_figure(7.5, 0.24 * sum(sizes) + 0.55 * len(sizes) + 0.9)
     panels = figure.subplots(len(sizes), 1, squeeze=False, sharex=True, height_ratios=[n + 1 for n in sizes])[:, 0]
     styles = method_styles(list(next(iter(within.values()))), main)
-    told = []
+    alt: list[str] = []
     for (modality, labels), axes in zip(shown.items(), panels, strict=True):
-        of_methods = means[modality]
-        places = {label: place for place, label in enumerate(labels)}
+        by_method = means[modality]
+        positions = range(len(labels))
         axes.barh(
-            list(places.values()),
-            [of_methods[main][label][1] for label in labels],
-            color=(SKY, 0.45),  # light, so that markers stand out in grey, too
+            positions,
+            [by_method[main][label][1] for label in labels],
+            color=(SKY, 0.45),  # light, so that markers stand out in greyscale
             edgecolor=BLACK,
             linewidth=0.6,
-            label=plain(main),
+            label=plain_text(main),
         )
         for name in styles:
             if name != main:
                 marker = "|" if name == "chance" else styles[name]["marker"]
                 axes.plot(
-                    [of_methods[name][label][1] for label in labels],
-                    list(places.values()),
+                    [by_method[name][label][1] for label in labels],
+                    positions,
                     marker=marker,
                     color=styles[name]["color"],
                     linestyle="",
                     markersize=9 if name == "chance" else 5,
                     markeredgewidth=2 if name == "chance" else 0.5,
                     markeredgecolor=BLACK,
-                    label=plain(name),
+                    label=plain_text(name),
                 )
         axes.set_yticks(
-            list(places.values()),
-            [f"{plain(label)} ({of_methods[main][label][0]})" for label in labels],
+            positions,
+            [f"{plain_text(label)} ({by_method[main][label][0]})" for label in labels],
             fontsize="small",
         )
-        left_out = len(of_methods[main]) - len(labels)
-        if left_out:
-            axes.axhline(MOST_CLASSES / 2 - 0.5, color=BLACK, linestyle="--", linewidth=0.8)
-        more = (
-            f": {MOST_CLASSES // 2} best and {MOST_CLASSES // 2} worst, {left_out} between left out" if left_out else ""
-        )
+        omitted = len(by_method[main]) - len(labels)
+        if omitted:
+            axes.axhline(MAX_CLASSES / 2 - 0.5, color=BLACK, linestyle="--", linewidth=0.8)
+        more = f": {MAX_CLASSES // 2} best and {MAX_CLASSES // 2} worst, {omitted} between omitted" if omitted else ""
         axes.set(ylim=(len(labels) - 0.4, -0.6), xlim=(0, 1.02))
-        axes.set_title(plain(modality) + more, fontsize="medium", loc="left")
+        axes.set_title(plain_text(modality) + more, fontsize="medium", loc="left")
         axes.grid(axis="x", alpha=0.3)
-        for word, label in (("best", labels[0]), ("worst", labels[-1])):
-            scores = ", ".join(f"{name} {own[label][1]:.2f}" for name, own in of_methods.items())
-            told.append(f"{modality}, {word}: {label} ({scores})")
-    panels[-1].set_xlabel("mAP (in brackets: queries)")
+        for rank, label in (("best", labels[0]), ("worst", labels[-1])):
+            scores = ", ".join(f"{name} {by_label[label][1]:.2f}" for name, by_label in by_method.items())
+            alt.append(f"{modality}, {rank}: {label} ({scores})")
+    panels[-1].set_xlabel("mAP (number of queries in brackets)")
     legend_below(figure, panels[0], 4)
     return Picture(
         "classes.png",
         "Classes within each modality",
-        f"Bars of mAP, one a class, best of {main} first. {'; '.join(told)}.",
-        f"mAP of the queries of each label: bars are {main}, markers the other methods. Few queries say little.",
+        f"One bar of mAP per class, best of {main} first. {'; '.join(alt)}.",
+        f"mAP of the queries of each label. Bars: {main}. Markers: other methods. Means of few queries are uncertain.",
         png(figure),
     )
 
 
 def modalities(methods: Mapping[str, Embedded]) -> Picture:
-    """A matrix a method: the modality of the first hits by that of the query."""
+    """Draw one matrix per method: the modalities of the first hits by modality of the query."""
     matrices: dict[str, Tensor] = {}
     for name, embedded in methods.items():
-        names, matrices[name], candidates = modality_shares(embedded)
+        names, matrices[name], candidates = modality_fractions(embedded)
     matrices = {"chance": candidates, **matrices}
     columns = 2 if len(matrices) == 4 else min(3, len(matrices))
     side = max(2.2, 0.55 * len(names))
     figure = new_figure(columns * (side + 0.4) + 1.0, -(-len(matrices) // columns) * (side + 0.4) + 1.0)
-    labels = [plain(name, 14) for name in names]
-    words = (f"modality of the first {FIRST} hits, %", "modality of the query")
-    told = []
-    for name, axes in panels_of(figure, list(matrices), columns, *words).items():
+    labels = [plain_text(name, 14) for name in names]
+    axis_labels = (f"modality of the first {TOP_K} hits, %", "modality of the query")
+    alt: list[str] = []
+    for name, axes in new_panels(figure, list(matrices), columns, *axis_labels).items():
         axes.imshow(matrices[name].numpy(), cmap="Greys", vmin=0, vmax=1)
-        for row, shares in enumerate(matrices[name].tolist()):
-            for column, share in enumerate(shares):
-                number = "–" if share != share else f"{100 * share:.0f}"
+        for row, fractions in enumerate(matrices[name].tolist()):
+            for column, fraction in enumerate(fractions):
+                number = "–" if fraction != fraction else f"{100 * fraction:.0f}"
                 axes.text(
                     column,
                     row,
                     number,
                     ha="center",
                     va="center",
-                    color="white" if share > 0.5 else BLACK,
+                    color="white" if fraction > 0.5 else BLACK,
                     fontsize="small",
                 )
         axes.set_xticks(range(len(names)), labels, rotation=45, ha="right", fontsize="small")
         axes.set_yticks(range(len(names)), labels, fontsize="small")
-        axes.set_title(plain(name, 24), fontsize="medium")
-        own = ", ".join(
-            f"{kind} {100 * share:.0f}" for kind, share in zip(names, matrices[name].diag().tolist(), strict=True)
-        )
-        told.append(f"{name}: {own}")
+        axes.set_title(plain_text(name, 24), fontsize="medium")
+        diagonal = zip(names, matrices[name].diag().tolist(), strict=True)
+        alt.append(f"{name}: {', '.join(f'{modality} {100 * fraction:.0f}' for modality, fraction in diagonal)}")
     return Picture(
         "modalities.png",
-        f"Modality of the first {FIRST} hits in the mixed gallery",
-        f"Matrices of per cent, a panel a method. Hits of the query's own modality: {'; '.join(told)}.",
-        "All scans are searched together. A row is the queries of a modality and adds up to 100; chance is what the "
-        "gallery holds.",
+        f"Modality of the first {TOP_K} hits in the mixed gallery",
+        f"One matrix of percentages per method. Hits of the query's own modality: {'; '.join(alt)}.",
+        "All scans are searched together. Each row holds the queries of one modality and adds up to 100. Chance is the "
+        "composition of the gallery.",
         png(figure),
     )
 
 
 def embedding_map(records: Sequence[Record], embeddings: Tensor, main: str) -> Picture:
-    """The first two principal components of embeddings `(n, d)`, by modality and by anatomy."""
-    points, shares = principal_components(embeddings)
-    shown = torch.randperm(len(records), generator=torch.Generator().manual_seed(0))[:MOST_POINTS].tolist()
-    kinds = {key: [getattr(record, key) or "not told" for record in records] for key in ("modality", "anatomy")}
-    kinds = {key: names for key, names in kinds.items() if key == "modality" or any(r.anatomy for r in records)}
-    figure = new_figure(4.4 * len(kinds), 5.0)
-    panels = figure.subplots(1, len(kinds), squeeze=False, sharex=True, sharey=True)[0]
-    told = []
-    for (key, names), axes in zip(kinds.items(), panels, strict=True):
-        common = [name for name, _ in Counter(sorted(names)).most_common()]
-        if len(common) > MOST_KINDS:
-            common, names = (
-                [*common[: MOST_KINDS - 1], "others"],
-                [name if name in common[: MOST_KINDS - 1] else "others" for name in names],
-            )
-        for number, kind in enumerate(common):
-            own = points[[place for place in shown if names[place] == kind]].numpy()
+    """Draw the first two principal components of embeddings `(n, d)`, coloured by modality and by anatomy."""
+    points, variance = principal_components(embeddings)
+    shown = torch.randperm(len(records), generator=torch.Generator().manual_seed(0))[:MAX_POINTS].tolist()
+    keys = ["modality", "anatomy"] if any(record.anatomy for record in records) else ["modality"]
+    figure = new_figure(4.4 * len(keys), 5.0)
+    panels = figure.subplots(1, len(keys), squeeze=False, sharex=True, sharey=True)[0]
+    alt: list[str] = []
+    for key, axes in zip(keys, panels, strict=True):
+        names = [getattr(record, key) or "unknown" for record in records]
+        categories = [name for name, _ in Counter(sorted(names)).most_common()]
+        if len(categories) > MAX_CATEGORIES:
+            frequent = categories[: MAX_CATEGORIES - 1]
+            categories = [*frequent, "others"]
+            names = [name if name in frequent else "others" for name in names]
+        for number, category in enumerate(categories):
+            coordinates = points[[index for index in shown if names[index] == category]].numpy()
             colour = (*COLOURS, YELLOW)[number]
             style = {"color": colour, "marker": MARKERS[number], "edgecolor": BLACK, "linewidth": 0.3, "alpha": 0.8}
             axes.scatter(
-                own[:, 0],
-                own[:, 1],
+                coordinates[:, 0],
+                coordinates[:, 1],
                 s=22,
-                label=f"{plain(kind, 20)} ({names.count(kind)})",
+                label=f"{plain_text(category, 20)} ({names.count(category)})",
                 **style,
-                zorder=1 if kind == "others" else 2,
+                zorder=1 if category == "others" else 2,
             )
-        told.append(f"by {key}: {', '.join(common)}")
-        axes.set(title=f"by {key}", xlabel=f"first component, {100 * shares[0]:.0f} % of the variance")
+        alt.append(f"by {key}: {', '.join(categories)}")
+        axes.set(title=f"by {key}", xlabel=f"first component, {100 * variance[0]:.0f} % of the variance")
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, fontsize="small", frameon=False)
-    panels[0].set_ylabel(f"second component, {100 * shares[1]:.0f} %")
+    panels[0].set_ylabel(f"second component, {100 * variance[1]:.0f} %")
     return Picture(
         "map.png",
         "Map of the embeddings",
-        f"Points, one a scan, at the first two principal components, {100 * shares[0]:.0f} and {100 * shares[1]:.0f} "
-        f"per cent of the variance, coloured {'; '.join(told)}.",
-        f"Principal components of the embeddings of {main}: a flat shadow of many dimensions. What lies apart here is "
-        "apart; what lies together may not be.",
+        f"One point per scan at the first two principal components, {100 * variance[0]:.0f} % and "
+        f"{100 * variance[1]:.0f} % of the variance, coloured {'; '.join(alt)}.",
+        f"Principal components of the embeddings of {main}. Points that are far apart here are far apart in the "
+        "embedding space; points that are close together need not be close there.",
         png(figure),
     )
 
@@ -249,15 +257,15 @@ def embedding_map(records: Sequence[Record], embeddings: Tensor, main: str) -> P
 def scaling(
     series: Mapping[str, Mapping[str, list[str]]], checkpoints: Mapping[str, Mapping[str, Any]], rows: Sequence[Row]
 ) -> Picture:
-    """mAP of checkpoints over each quantity of `scaling_series`, with its interval; others as horizontal lines."""
+    """Draw mAP of checkpoints over each quantity of `scaling_series`, with intervals; other methods are lines."""
     from matplotlib.ticker import FuncFormatter, LogLocator
 
     scored = {row.method: row for row in rows if row.protocol == ALL_MODALITIES}
-    beside = [name for name in scored if name not in checkpoints]
-    heights = [max(2.8, 0.2 * (len(by_series) + len(beside)) + 0.6) for by_series in series.values()]
+    references = [name for name in scored if name not in checkpoints]
+    heights = [max(2.8, 0.2 * (len(by_series) + len(references)) + 0.6) for by_series in series.values()]
     figure = new_figure(9.0, sum(heights))
-    lines = method_styles(beside)
-    told = []
+    lines = method_styles(references)
+    alt: list[str] = []
     panels = figure.subplots(len(series), 1, squeeze=False, sharey=True, height_ratios=heights)[:, 0]
     for (quantity, by_series), axes in zip(series.items(), panels, strict=True):
         for number, (title, members) in enumerate(by_series.items()):
@@ -267,80 +275,84 @@ def scaling(
             lengths = [[v - low for v, (low, _) in zip(y, intervals, strict=True)]]
             lengths += [[high - v for v, (_, high) in zip(y, intervals, strict=True)]]
             colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
-            axes.errorbar(x, y, lengths, fmt=marker, color=colour, capsize=3, label=plain(title, 48))
-            at = sorted(set(x))
-            means = [float(np.mean([v for place, v in zip(x, y, strict=True) if place == here])) for here in at]
-            axes.plot(at, means, color=colour, linewidth=1.5)
-            points = ", ".join(f"{engineering(place)} {score:.3f}" for place, score in zip(x, y, strict=True))
-            told.append(f"{QUANTITIES[quantity]}, {title}: {points}")
-        for name in beside:
+            axes.errorbar(x, y, lengths, fmt=marker, color=colour, capsize=3, label=plain_text(title, 48))
+            distinct = sorted(set(x))
+            means = [float(np.mean([v for u, v in zip(x, y, strict=True) if u == value])) for value in distinct]
+            axes.plot(distinct, means, color=colour, linewidth=1.5)
+            points = ", ".join(f"{with_prefix(value)} {score:.3f}" for value, score in zip(x, y, strict=True))
+            alt.append(f"{QUANTITIES[quantity]}, {title}: {points}")
+        for name in references:
             dashes = lines[name]["linestyle"]
             axes.axhline(
-                scored[name].scores["mAP"], color="0.35", linestyle=dashes, linewidth=1.2, label=plain(name), zorder=1
+                scored[name].scores["mAP"],
+                color="0.35",
+                linestyle=dashes,
+                linewidth=1.2,
+                label=plain_text(name),
+                zorder=1,
             )
         all_x = [float(checkpoints[member][quantity]) for members in by_series.values() for member in members]
         if max(all_x) > 10 * min(all_x):
             axes.set_xscale("log")
             axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
-            axes.xaxis.set_minor_formatter(FuncFormatter(lambda value, place: ""))
+            axes.xaxis.set_minor_formatter(FuncFormatter(lambda value, position: ""))
         else:
             axes.locator_params(axis="x", integer=True)
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, place: engineering(value)))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, position: with_prefix(value)))
         axes.set(xlabel=QUANTITIES[quantity], ylabel="mAP, mean over modalities")
         axes.grid(alpha=0.3)
         axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize="small", frameon=False)
-    others = ", ".join(f"{name} {scored[name].scores['mAP']:.3f}" for name in beside)
+    others = ", ".join(f"{name} {scored[name].scores['mAP']:.3f}" for name in references)
     return Picture(
         "scaling.png",
         "mAP and the size of training",
-        f"mAP of the checkpoints. {'; '.join(told)}. Beside them as horizontal lines: {others}.",
-        "Mean over modalities with its 95 % interval. A line joins checkpoints that have all else in common, at equal "
-        "places through their mean. The untrained encoder is of the first checkpoint's size.",
+        f"mAP of the checkpoints. {'; '.join(alt)}. Horizontal lines: {others}.",
+        "Mean over modalities with its 95 % interval. A line joins checkpoints that differ in this quantity only, "
+        "through the mean of those with equal values. The untrained encoder has the size of the first checkpoint.",
         png(figure),
     )
 
 
 def examples(
-    embedded: Embedded, within: Mapping[str, Mapping[str, Ranked]], main: str, processor: M3RetImageProcessor
+    embedded: Embedded, within: Mapping[str, Mapping[str, QueryResults]], main: str, processor: M3RetImageProcessor
 ) -> Picture:
-    """Scans: queries at quantiles of average precision, and their first hits. The only picture that shows patients."""
-    facts = Annotations(embedded.records)
-    chosen = [
-        (modality, word, of_methods[main].queries[place].item(), of_methods[main].average_precision[place].item())
-        for modality, of_methods in within.items()
-        for word, place in example_queries(of_methods[main]).items()
+    """Show queries at quantiles of average precision with their first hits. This figure contains patient data."""
+    annotations = Annotations(embedded.records)
+    selected = [
+        (modality, quantile, by_method[main].queries[index].item(), by_method[main].average_precision[index].item())
+        for modality, by_method in within.items()
+        for quantile, index in example_queries(by_method[main]).items()
     ]
-    figure = new_figure(1.35 * (1 + EXAMPLE_HITS), 1.75 * len(chosen))
-    told = []
-    for (modality, word, query, score), axes in zip(
-        chosen, figure.subplots(len(chosen), 1 + EXAMPLE_HITS, squeeze=False), strict=True
-    ):
-        hits = first_hits(embedded, facts, int(query))
+    figure = new_figure(1.35 * (1 + EXAMPLE_HITS), 1.75 * len(selected))
+    alt: list[str] = []
+    panels = figure.subplots(len(selected), 1 + EXAMPLE_HITS, squeeze=False)
+    for (modality, quantile, query, score), axes in zip(selected, panels, strict=True):
+        hits = first_hits(embedded, annotations, int(query))
         for panel in axes[1 + len(hits) :]:
             panel.set_visible(False)
         shown = [(int(query), None), *hits]
-        for panel, (place, relevant) in zip(axes, shown, strict=False):
-            record = embedded.records[place]
+        for panel, (index, relevant) in zip(axes, shown, strict=False):
+            record = embedded.records[index]
             panel.imshow(thumbnail(processor, record.open()))
             panel.set_xticks([])
             panel.set_yticks([])
             sign = {True: "✓ ", False: "✗ ", None: ""}[relevant]
-            panel.set_xlabel(sign + plain(record.label or "no label", 20), fontsize="x-small")
+            panel.set_xlabel(sign + plain_text(record.label or "no label", 20), fontsize="x-small")
             panel.spines[:].set(
                 color={True: GREEN, False: VERMILLION, None: BLACK}[relevant],
                 linewidth={True: 3.0, False: 2.0, None: 1.0}[relevant],
                 linestyle="--" if relevant is False else "-",
             )
-        axes[0].set_ylabel(f"{plain(modality, 14)}, {word}", fontsize="small")
+        axes[0].set_ylabel(f"{plain_text(modality, 14)}, {quantile}", fontsize="small")
         axes[0].set_title(f"query, AP {score:.2f}", fontsize="small")
-        found = ", ".join("relevant" if relevant else "not" for _, relevant in hits)
-        told.append(f"{modality}, {word} (average precision {score:.2f}): {found}")
+        relevance = ", ".join("relevant" if relevant else "not" for _, relevant in hits)
+        alt.append(f"{modality}, {quantile} (average precision {score:.2f}): {relevance}")
     return Picture(
         "examples.png",
         "Examples",
-        f"Pictures of scans: a query a row, and its first {EXAMPLE_HITS} hits. {'; '.join(told)}.",
-        "**This picture shows scans of patients**, and writing that may be burned into them: share it as you would "
-        f"share the scans. Hits of {main} in the query's modality: ✓ in an unbroken border shares a label with it, "
-        "✗ in a dashed one doesn't. Queries stand at the 90th, 50th and 10th percentile of average precision.",
+        f"One row per query with its first {EXAMPLE_HITS} hits. {'; '.join(alt)}.",
+        "**This figure shows scans of patients**, possibly with burned-in text. Share it only as you would share the "
+        f"scans. Hits of {main} in the query's modality: ✓ (solid border) shares a label with the query, ✗ (dashed "
+        "border) does not. Queries are at the 90th, 50th and 10th percentile of average precision.",
         png(figure),
     )

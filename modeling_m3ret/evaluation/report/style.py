@@ -1,5 +1,8 @@
-"""How pictures look: colours and signs of methods, figures, panels, names. Colours are those of Okabe and Ito ("Color
-Universal Design", 2008), told apart with any colour vision; markers, dashes and borders say the same without colour."""
+"""The style of the figures: colours, markers, panels and labels.
+
+Colours are those of Okabe and Ito ("Color Universal Design", 2008), which the colour-blind can distinguish; markers,
+dashes and borders carry the same information without colour.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +34,10 @@ DPI = 110
 
 
 def method_styles(names: Sequence[str], main: str = "") -> dict[str, dict[str, Any]]:
-    """How each method is drawn; numbers of colours, markers and dashes share no factor, so pairs repeat late."""
+    """Return matplotlib properties by method, chance and the main method first.
+
+    The numbers of colours, markers and dashes have no common factor, so combinations repeat late.
+    """
     others = [name for name in names if name not in ("chance", main)]
     styles: dict[str, dict[str, Any]] = {"chance": {"color": BLACK, "linestyle": ":", "marker": "", "linewidth": 1.2}}
     for number, name in enumerate([main, *others]):
@@ -46,40 +52,43 @@ def method_styles(names: Sequence[str], main: str = "") -> dict[str, dict[str, A
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """In inches."""
-    from matplotlib.figure import Figure  # a second to load, which `--help` needn't take
+    """Return an empty figure; width and height are in inches."""
+    from matplotlib.figure import Figure  # takes a second to import, which `--help` does not need
 
-    return Figure(figsize=(width, height), dpi=DPI, layout="constrained")  # not pyplot's, which would keep it
+    return Figure(figsize=(width, height), dpi=DPI, layout="constrained")  # pyplot would keep a reference
 
 
 def png(figure: Figure) -> bytes:
-    """Without the name of what drew it; the same figure gives the same bytes."""
+    """Encode a figure as PNG without software version, so that equal figures give equal bytes."""
     stream = io.BytesIO()
     figure.savefig(stream, format="png", metadata={"Software": None}, pil_kwargs={"optimize": True})
     return stream.getvalue()
 
 
-def panels_of(figure: Figure, titles: Sequence[str], columns: int, x_label: str, y_label: str) -> dict[str, Axes]:
-    """Axes by title, labelled at the left and at the bottom, which is also above a place that is empty."""
+def new_panels(figure: Figure, titles: Sequence[str], columns: int, x_label: str, y_label: str) -> dict[str, Axes]:
+    """Return axes by title, labelled on the left and at the lowest panel of each column."""
     rows = -(-len(titles) // columns)
     axes = list(figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flat)
-    for place, panel in enumerate(axes):
-        panel.set_visible(place < len(titles))
-        at_bottom = place + columns >= len(titles)
+    for index, panel in enumerate(axes):
+        panel.set_visible(index < len(titles))
+        at_bottom = index + columns >= len(titles)
         panel.tick_params(labelbottom=at_bottom)
-        panel.set(xlabel=x_label if at_bottom else "", ylabel="" if place % columns else y_label)
+        panel.set(xlabel=x_label if at_bottom else "", ylabel="" if index % columns else y_label)
     return dict(zip(titles, axes, strict=False))
 
 
-def plain(name: str, most: int = 28) -> str:
-    """A name of any characters as matplotlib prints it: `$` begins no formula, `_` hides nothing from a legend. Of a
-    long one the middle goes, for many differ at the end."""
+def plain_text(name: str, max_length: int = 28) -> str:
+    """Escape a name for matplotlib, where `$` starts a formula and a leading `_` hides a legend entry.
+
+    A long name is shortened in the middle, since many names differ at the end.
+    """
     name = " ".join(name.split())
-    name = name if len(name) <= most else f"{name[: most - most // 2 - 1]}…{name[-(most // 2) :]}"
+    if len(name) > max_length:
+        name = f"{name[: max_length - max_length // 2 - 1]}…{name[-(max_length // 2) :]}"
     return re.sub(r"^_", " _", name).replace("$", r"\$")
 
 
 def legend_below(figure: Figure, axes: Axes, columns: int) -> None:
-    """One legend for all panels, of what these axes show."""
+    """Add one legend below all panels, with the entries of these axes."""
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize="small", frameon=False)
