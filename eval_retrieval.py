@@ -58,10 +58,9 @@ def parse_arguments() -> argparse.Namespace:
 
 def main(arguments: argparse.Namespace) -> None:
     accelerator = Accelerator()
-    device = accelerator.device
-    if device.type == "cpu":
+    if accelerator.device.type == "cpu":
         prepare_cpu(accelerator.num_processes)
-    dtype = torch.bfloat16 if arguments.precision == "bf16" else torch.float32
+    device, dtype = accelerator.device, torch.bfloat16 if arguments.precision == "bf16" else torch.float32
     batching = {"max_tokens": arguments.max_tokens, "num_workers": arguments.num_workers}
 
     # ---- scans ------------------------------------------------------------------------------------------------------
@@ -72,34 +71,30 @@ def main(arguments: argparse.Namespace) -> None:
         raise InputError(f"--data {arguments.data}: no scan in this selection. Change --split or --holdout.")
 
     # ---- embeddings of M3Ret encoders, by all processes -------------------------------------------------------------
+    embed = partial(embed_collection, records=records, accelerator=accelerator, dtype=dtype, **batching)
     titles = method_titles(arguments.model, arguments.baselines)
     main_title, names = titles[0], dict(zip(titles, arguments.model, strict=False))
     checkpoints, trained, notes = {}, {}, []
     for title, name in names.items():
         model, checkpoint = load_checkpoint(name, device)
-        warning = leakage_warning(title, collection, records, arguments.holdout, checkpoint.training)
-        notes += [warning] if warning else []
+        if warning := leakage_warning(title, collection, records, arguments.holdout, checkpoint.training):
+            notes.append(warning)
         checkpoints[title] = checkpoint
-        trained[title] = embed_collection(
-            model, checkpoint.processor, records, accelerator, name=name, dtype=dtype, **batching
-        )
+        trained[title] = embed(model, checkpoint.processor, name=name)
     config, processor = checkpoints[main_title].config, checkpoints[main_title].processor
     training = training_records(collection, records, arguments.holdout, checkpoints[main_title].training)
     untrained = build_untrained_baseline(config, processor, training, accelerator, seed=arguments.seed, **batching)
     notes.append(untrained.note)
-    random_weights = embed_collection(
-        untrained.encoder, processor, records, accelerator, name="untrained", dtype=dtype, **batching
-    )
+    random_weights = embed(untrained.encoder, processor, name="untrained")
     if not accelerator.is_main_process:
         return
 
     # ---- other methods, by the main process -------------------------------------------------------------------------
+    workers = arguments.num_workers
     pixels = embed_records([pixel_embedder(processor)], processor, records, **batching)[0]
     methods = {"pixels": pixels, untrained.title: random_weights}
     for title, name in zip(titles[len(names) :], arguments.baselines, strict=True):
-        methods[title] = embed_with_baseline(
-            name, records, num_workers=arguments.num_workers, device=device, dtype=dtype
-        )
+        methods[title] = embed_with_baseline(name, records, device=device, dtype=dtype, num_workers=workers)
     methods |= trained
     if arguments.rerank is not None:  # the untrained encoder too: what comparing patches gains without training
         settings = {"dtype": dtype, "max_tokens": arguments.max_tokens}
