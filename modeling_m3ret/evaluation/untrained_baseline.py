@@ -84,8 +84,5 @@ def build_untrained_baseline(
         return UntrainedBaseline(encoder, "untrained", note, [])
     encoder.whitening.fit(pooled.embeddings)
     broadcast(list(encoder.whitening.buffers()))  # machines may round differently
-    note = (
-        f"The whitening of the untrained encoder is fitted to {len(pooled.records)} scans of patients outside the "
-        "evaluation."
-    )
+    note = f"The untrained encoder's whitening is fitted to {len(pooled.records)} scans of patients outside the evaluation."
     return UntrainedBaseline(encoder, "untrained, whitened", note, pooled.records)
