@@ -84,5 +84,6 @@ def build_untrained_baseline(
         return UntrainedBaseline(encoder, "untrained", note, [])
     encoder.whitening.fit(pooled.embeddings)
     broadcast(list(encoder.whitening.buffers()))  # machines may round differently
-    note = f"The untrained encoder's whitening is fitted to {len(pooled.records)} scans of patients outside the evaluation."
+    count = len(pooled.records)
+    note = f"The untrained encoder's whitening is fitted to {count} scans of patients outside the evaluation."
     return UntrainedBaseline(encoder, "untrained, whitened", note, pooled.records)
