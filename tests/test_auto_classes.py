@@ -1,4 +1,4 @@
-"""Checkpoints load by the Auto classes: with the package, as remote code without it, and the encoder by itself."""
+"""Test that checkpoints load by the Auto classes, with the package and as remote code without it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from modeling_m3ret.pretraining.objectives import MaskedAutoencoding
 from modeling_m3ret.pretraining.run_config import RunConfig
 
 
-def save(folder: Path) -> M3RetModel:
+def save_tiny_checkpoint(folder: Path) -> M3RetModel:
     model = M3RetModel(tiny_config()).eval()
     model.save_pretrained(folder)
     M3RetImageProcessor(size=64, num_frames=8).save_pretrained(folder)
@@ -30,8 +30,8 @@ def save(folder: Path) -> M3RetModel:
 
 
 @torch.no_grad()
-def test_installed_save_and_load_gives_the_same_output(tmp_path: Path) -> None:
-    model = save(tmp_path)
+def test_saved_model_and_processor_load_unchanged(tmp_path: Path) -> None:
+    model = save_tiny_checkpoint(tmp_path)
     rows, grids = pack(make_scans())
     loaded = AutoModel.from_pretrained(tmp_path).eval()
     assert type(loaded) is M3RetModel
@@ -43,7 +43,7 @@ def test_installed_save_and_load_gives_the_same_output(tmp_path: Path) -> None:
     assert AutoImageProcessor.from_pretrained(tmp_path, size=32).size == 32
 
 
-REMOTE = """
+LOAD_REMOTE_CODE = """
 import json, sys
 class NotInstalled:
     def find_spec(self, name, path=None, target=None):
@@ -67,8 +67,9 @@ print(json.dumps({
 """
 
 
+@pytest.mark.slow
 @torch.no_grad()
-def test_remote_code_in_a_process_without_the_package(tmp_path: Path) -> None:
+def test_checkpoint_loads_as_remote_code_without_the_package(tmp_path: Path) -> None:
     folder = tmp_path / "m3ret-tiny"
     objective = MaskedAutoencoding(RunConfig(), tiny_config()).eval()
     save_checkpoint(folder, objective, objective.state_dict(), M3RetImageProcessor(size=64, num_frames=8), "# card", {})
@@ -78,7 +79,7 @@ def test_remote_code_in_a_process_without_the_package(tmp_path: Path) -> None:
     np.save(folder / "scan.npy", generator.random((9, 40, 40), dtype=np.float32))
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     ran = subprocess.run(
-        [sys.executable, "-c", REMOTE, str(folder)],
+        [sys.executable, "-c", LOAD_REMOTE_CODE, str(folder)],
         env=environment | {"HF_HOME": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"},
         cwd=tmp_path,
         capture_output=True,
@@ -86,16 +87,16 @@ def test_remote_code_in_a_process_without_the_package(tmp_path: Path) -> None:
         check=False,
     )
     assert ran.returncode == 0, ran.stderr
-    answer = json.loads(ran.stdout.splitlines()[-1])
-    assert answer["module"].startswith("transformers_modules.")
-    assert answer["packages"] == []
-    assert answer["pretraining"] == "M3RetForPreTraining"
+    loaded = json.loads(ran.stdout.splitlines()[-1])
+    assert loaded["module"].startswith("transformers_modules.")
+    assert loaded["packages"] == []
+    assert loaded["pretraining"] == "M3RetForPreTraining"
     inputs = AutoImageProcessor.from_pretrained(folder)([folder / "scan.png", np.load(folder / "scan.npy")])
-    assert largest_difference(torch.tensor(answer["features"]), model.get_image_features(**inputs)) <= 1e-6
+    assert largest_difference(torch.tensor(loaded["features"]), model.get_image_features(**inputs)) <= 1e-6
 
 
 @torch.no_grad()
-def test_encoder_of_a_pretraining_checkpoint_drops_only_the_decoder(
+def test_encoder_loads_from_a_pretraining_checkpoint_without_its_decoder(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     pretraining = M3RetForPreTraining(tiny_config()).eval()
@@ -109,26 +110,26 @@ def test_encoder_of_a_pretraining_checkpoint_drops_only_the_decoder(
     assert not [record for record in caplog.records if record.levelname in ("WARNING", "ERROR")]
     rows, grids = pack(make_scans())
     assert torch.equal(encoder.eval()(rows, grids).pooler_output, pretraining.m3ret(rows, grids).pooler_output)
-    kept = dict(encoder.named_parameters())
-    dropped = {name for name, _ in pretraining.named_parameters() if name.removeprefix("m3ret.") not in kept}
+    loaded = dict(encoder.named_parameters())
+    dropped = {name for name, _ in pretraining.named_parameters() if name.removeprefix("m3ret.") not in loaded}
     assert dropped == {name for name, _ in pretraining.named_parameters() if name.startswith("decoder.")}
 
 
 @torch.no_grad()
-def test_loads_on_the_meta_device_and_where_device_map_says(tmp_path: Path) -> None:
-    """transformers builds on meta and fills in: whatever is not in the file would come back as garbage."""
-    model = save(tmp_path)
+def test_checkpoint_loads_with_device_map_and_dtype(tmp_path: Path) -> None:
+    """transformers builds models on the meta device; a tensor that the file lacks would be left uninitialised."""
+    model = save_tiny_checkpoint(tmp_path)
     rows, grids = pack(make_scans())
     expected = model(rows, grids).pooler_output
     mapped = AutoModel.from_pretrained(tmp_path, device_map="cpu").eval()
     assert torch.equal(mapped(rows, grids).pooler_output, expected)
     half = AutoModel.from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert half.dtype == torch.bfloat16
-    assert {name for name, _ in model.named_buffers()} <= model.state_dict().keys(), "no buffer is lost on loading"
+    assert {name for name, _ in model.named_buffers()} <= model.state_dict().keys()
 
 
-def test_image_feature_extraction_pipeline(tmp_path: Path) -> None:
-    model = save(tmp_path)
+def test_feature_extraction_pipeline_returns_pooler_output(tmp_path: Path) -> None:
+    model = save_tiny_checkpoint(tmp_path)
     extractor = pipeline("image-feature-extraction", model=str(tmp_path))
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (50, 70, 3), dtype=np.uint8))
     pooled = extractor(image, pool=True, return_tensors=True)

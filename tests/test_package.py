@@ -1,4 +1,4 @@
-"""The package as a whole: what an import costs, which way imports point, and that what the texts say is so."""
+"""Test the package as a whole: cost of an import, direction of imports, examples and paths in the documentation."""
 
 from __future__ import annotations
 
@@ -16,10 +16,12 @@ from modeling_m3ret import modeling_m3ret
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "modeling_m3ret"
-TRAVELLING = sorted(path.stem for path in PACKAGE.glob("*_m3ret.py"))
+CHECKPOINT_CODE = sorted(path.stem for path in PACKAGE.glob("*_m3ret.py"))  # copied into every checkpoint
+ROOMS = ("phantom", "data", "search", "evaluation", "pretraining", "space")  # a room imports only those before it
 
 
-def test_importing_loads_no_heavy_reader() -> None:
+@pytest.mark.slow
+def test_import_loads_no_heavy_library() -> None:
     code = """
 import json, sys
 from transformers import PreTrainedModel, BaseImageProcessor
@@ -33,40 +35,38 @@ print(json.dumps(sorted(set(sys.modules) - before)))
     assert not loaded & {"decord", "nibabel", "pydicom", "av", "gdcm", "scipy", "datasets", "faiss", "evaluate"}
 
 
-@pytest.mark.parametrize("name", TRAVELLING)
-def test_travelling_files_import_nothing_of_the_rest(name: str) -> None:
-    """transformers copies what `from .x import y` at module level reaches, flat; anything else would be missing."""
+@pytest.mark.parametrize("name", CHECKPOINT_CODE)
+def test_checkpoint_code_imports_only_checkpoint_code(name: str) -> None:
+    """transformers copies the files that `from .x import y` reaches into one folder; other imports would fail there."""
     for node in ast.walk(ast.parse((PACKAGE / f"{name}.py").read_text())):
         if isinstance(node, ast.ImportFrom) and node.level:
             assert node.level == 1
-            assert node.module in TRAVELLING
+            assert node.module in CHECKPOINT_CODE
         if isinstance(node, ast.Import | ast.ImportFrom) and not getattr(node, "level", 0):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [str(node.module)]
             assert not [module for module in names if module.startswith("modeling_m3ret")]
 
 
-def test_rooms_point_one_way() -> None:
-    """A room imports only rooms that stand before it in this order."""
-    order = ("phantom", "data", "search", "evaluation", "pretraining", "space")
-    for position, room in enumerate(order):
+def test_rooms_import_only_earlier_rooms() -> None:
+    for position, room in enumerate(ROOMS):
         for path in (PACKAGE / room).rglob("*.py"):
             package = ("modeling_m3ret", *path.relative_to(PACKAGE).parent.parts)
             for node in ast.walk(ast.parse(path.read_text())):
                 if isinstance(node, ast.ImportFrom) and node.level:
                     target = [*package[: len(package) - node.level + 1], *str(node.module or "").split(".")]
-                    assert target[1] not in order[position + 1 :], f"{path.name} imports {'.'.join(target)}"
+                    assert target[1] not in ROOMS[position + 1 :], f"{path.name} imports {'.'.join(target)}"
 
 
-def test_examples_in_docstrings_print_what_they_say() -> None:
+def test_docstring_examples_give_their_printed_output() -> None:
     results = doctest.testmod(modeling_m3ret)
     assert results.attempted > 0
     assert results.failed == 0
 
 
-def test_ci_runs_what_the_readme_says() -> None:
+def test_readme_names_the_ci_script_and_existing_files() -> None:
     readme = (ROOT / "README.md").read_text()
     assert "bash .ci/run" in readme
     for word in readme.split():
-        name = word.strip("`()[].,").split("](")[0]
-        if name.startswith(("configs/", "dataset_scripts/", "modeling_m3ret/")) and "." in name:
-            assert (ROOT / name).exists(), f"the README names {name}"
+        path = word.strip("`()[].,").split("](")[0]
+        if path.startswith(("configs/", "dataset_scripts/", "modeling_m3ret/")) and "." in path:
+            assert (ROOT / path).exists(), path
