@@ -1,18 +1,18 @@
-"""A Hub to test against, in memory, over real HTTP on loopback.
+"""A Hugging Face Hub for tests: in memory, over real HTTP on the loopback interface.
 
-What huggingface_hub 2.4 and datasets 5.2 ask for when they make, fill, read and delete repositories of models, datasets
-and Spaces (`ROUTES` has all of it):
+It implements what huggingface_hub 2.4 and datasets 5.2 request to create, fill, read and delete repositories of models,
+datasets and Spaces. `HubHandler.ROUTES` lists all of it:
 
 - `/api/whoami-v2`, `/api/validate-yaml`, `/api/repos/create`, `/api/repos/delete`
-- of a repository, below `/api/models/ORG/NAME` (or datasets, spaces): its info, `revision`, `refs`, `branch`, `tag`,
-  `commits`, `tree`, `paths-info`, `preupload` (which files go by LFS?) and `commit` (NDJSON: header, file, lfsFile,
-  deletedFile, deletedFolder)
-- Git LFS: `.git/info/lfs/objects/batch`, then upload and verify where it says
+- below `/api/models/ORG/NAME` (or datasets, spaces): info, `revision`, `refs`, `branch`, `tag`, `commits`, `tree`,
+  `paths-info`, `preupload` (which files use LFS) and `commit` (NDJSON: header, file, lfsFile, deletedFile,
+  deletedFolder)
+- Git LFS: `.git/info/lfs/objects/batch`, and the upload and verify URLs that it returns
 - `/ORG/NAME/resolve/REVISION/PATH` with HEAD and Range
 
-The surface was traced from those two clients and is described in the Hub's API (https://huggingface.co/docs/hub/api)
-and in Git LFS's (https://github.com/git-lfs/git-lfs/blob/main/docs/api/batch.md). There is no Xet, no pagination, no
-pull request: clients set `HF_HUB_DISABLE_XET=1`. Private repositories want the server's token, as does all writing.
+The requests were traced from the two clients. They follow the Hub API (https://huggingface.co/docs/hub/api) and the
+batch API of Git LFS (https://github.com/git-lfs/git-lfs/blob/main/docs/api/batch.md). Xet, pagination and pull requests
+are missing; clients set `HF_HUB_DISABLE_XET=1`. Private repositories and all writing need the server's token.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ SHA256 = r"(?P<sha256>[0-9a-f]{64})"
 
 
 class HubError(Exception):
-    """An answer other than what was asked for, with the code by which huggingface_hub tells such answers apart."""
+    """An error response, with the `X-Error-Code` by which huggingface_hub distinguishes errors."""
 
     def __init__(self, status: int, code: str, message: str = ""):
         super().__init__(message or code)
@@ -53,23 +53,25 @@ class HubError(Exception):
 
 @dataclass(frozen=True)
 class Reply:
+    """Status, body and headers of a response."""
+
     status: int = 200
     content: bytes = b""
     headers: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
-    def of_json(cls, value: object, status: int = 200, headers: Mapping[str, str] | None = None) -> Reply:
+    def from_json(cls, value: object, status: int = 200, headers: Mapping[str, str] | None = None) -> Reply:
         return cls(status, json.dumps(value).encode(), {"Content-Type": "application/json"} | dict(headers or {}))
 
     @classmethod
-    def of_error(cls, error: HubError) -> Reply:
+    def from_error(cls, error: HubError) -> Reply:
         headers = {"X-Error-Code": error.code, "X-Error-Message": str(error)}
-        return cls.of_json({"error": str(error)}, error.status, headers)
+        return cls.from_json({"error": str(error)}, error.status, headers)
 
 
 @dataclass
 class Request:
-    """A request as it came in, and the status of the answer."""
+    """A received request and the status of its response."""
 
     method: str
     path: str  # without the query
@@ -80,13 +82,16 @@ class Request:
 
 @dataclass
 class Failure:
-    """Requests whose path has `path` (a regular expression) in it fail, the next `left` ones or, if None, for good."""
+    """Make requests fail whose path contains a match of the regular expression `path`.
+
+    `left` counts the requests still to fail; None means all.
+    """
 
     path: str
     status: int
     left: int | None
 
-    def hits(self, path: str) -> bool:
+    def applies_to(self, path: str) -> bool:
         if self.left == 0 or not re.search(self.path, path):
             return False
         if self.left is not None:
@@ -94,11 +99,13 @@ class Failure:
         return True
 
 
-# ---- what a repository is -------------------------------------------------------------------------------------------
+# ---- repositories ---------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class StoredFile:
+    """Content of a file in a commit, stored in Git or by LFS."""
+
     content: bytes
     is_lfs: bool
 
@@ -108,17 +115,18 @@ class StoredFile:
 
     @property
     def blob_id(self) -> str:
-        """Git's id of what Git holds, which of an LFS file is the pointer."""
+        """Git's id of the blob; for an LFS file, of its pointer."""
         pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{self.sha256}\nsize {len(self.content)}\n"
         blob = pointer.encode() if self.is_lfs else self.content
         return hashlib.sha1(b"blob %d\0" % len(blob) + blob).hexdigest()
 
     @property
     def content_id(self) -> str:
-        """By which clients recognise the content: in ETags, and to skip what is there already."""
+        """Id that clients compare to skip unchanged files, and the ETag."""
         return self.sha256 if self.is_lfs else self.blob_id
 
     def describe(self, path: str) -> dict[str, Any]:
+        """Return the file's entry in a tree listing."""
         size = len(self.content)
         lfs = {"lfs": {"oid": self.sha256, "sha256": self.sha256, "size": size, "pointerSize": 130}}
         return {"type": "file", "path": path, "size": size, "oid": self.blob_id} | (lfs if self.is_lfs else {})
@@ -126,6 +134,8 @@ class StoredFile:
 
 @dataclass(frozen=True)
 class Commit:
+    """All files of a revision, and its parent."""
+
     parent: str | None
     title: str
     date: str
@@ -138,7 +148,7 @@ class Commit:
 
 
 class Repository:
-    """Commits, and the branches and tags that name them. A new one has what the Hub puts in: `.gitattributes`."""
+    """Commits, branches and tags. As on the Hub, the first commit contains `.gitattributes`."""
 
     def __init__(self, repo_id: str, repo_type: str, private: bool, sdk: str | None = None):
         self.repo_id, self.repo_type, self.private, self.sdk = repo_id, repo_type, private, sdk
@@ -148,7 +158,7 @@ class Repository:
         self.commit("main", "initial commit", {".gitattributes": StoredFile(GIT_ATTRIBUTES, is_lfs=False)})
 
     def sha(self, revision: str = "main") -> str:
-        """The id of the commit that a branch, tag or commit id names."""
+        """Return the commit id of a branch, tag or commit id."""
         sha = self.branches.get(revision) or self.tags.get(revision) or revision
         if sha not in self.commits:
             raise HubError(404, "RevisionNotFound", f"Invalid rev id: {revision}")
@@ -158,14 +168,14 @@ class Repository:
         return self.commits[self.sha(revision)].files
 
     def history(self, revision: str = "main") -> Iterator[tuple[str, Commit]]:
-        """Newest first."""
+        """Yield the commits of a revision, newest first."""
         sha: str | None = self.sha(revision)
         while sha:
             yield sha, self.commits[sha]
             sha = self.commits[sha].parent
 
     def commit(self, branch: str, title: str, files: Mapping[str, StoredFile]) -> str:
-        """Make these the files of the branch."""
+        """Commit these files as the whole content of a branch and return the commit id."""
         date = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
         commit = Commit(self.branches.get(branch), title, date, dict(files))
         self.commits[commit.id] = commit
@@ -173,33 +183,34 @@ class Repository:
         return commit.id
 
     def folder(self, revision: str, folder: str, recursive: bool) -> list[dict[str, Any]]:
-        """What is in a folder ("" is the root), folders first, as the Hub describes it."""
+        """List a folder ("" is the root) in the Hub's format, folders first."""
         start = f"{folder.rstrip('/')}/" if folder else ""
         folders, files = set(), []
         for path, file in self.files(revision).items():
             if not path.startswith(start):
                 continue
-            *above, _ = path.removeprefix(start).split("/")
-            depth = len(above) if recursive else min(len(above), 1)
-            folders |= {start + "/".join(above[: number + 1]) for number in range(depth)}
-            if recursive or not above:
+            *parents, _ = path.removeprefix(start).split("/")
+            depth = len(parents) if recursive else min(len(parents), 1)
+            folders |= {start + "/".join(parents[: number + 1]) for number in range(depth)}
+            if recursive or not parents:
                 files.append(file.describe(path))
         if folder and not folders and not files:
             raise HubError(404, "EntryNotFound", f"{folder} does not exist on {revision}")
         return [describe_folder(path) for path in sorted(folders)] + files
 
     def paths(self, revision: str, paths: Iterable[str]) -> list[dict[str, Any]]:
-        """Those of the paths that exist."""
+        """Describe the paths that exist."""
         files = self.files(revision)
-        found = []
+        described = []
         for path in paths:
             if path in files:
-                found.append(files[path].describe(path))
+                described.append(files[path].describe(path))
             elif any(other.startswith(f"{path.rstrip('/')}/") for other in files):
-                found.append(describe_folder(path))
-        return found
+                described.append(describe_folder(path))
+        return described
 
     def describe(self, revision: str) -> dict[str, Any]:
+        """Return the repository's info at a revision."""
         sha = self.sha(revision)
         *_, (_, first) = self.history(sha)
         described = {
@@ -227,10 +238,10 @@ def describe_folder(path: str) -> dict[str, Any]:
 
 
 class HubServer(ThreadingHTTPServer):
-    """Serves at a free port while `with` lasts. `requests` is all that was asked of it so far."""
+    """Hub on a free port, running inside a `with` block. `requests` lists all requests so far."""
 
     daemon_threads = True
-    block_on_close = False  # clients keep connections open; nobody waits for them to hang up
+    block_on_close = False  # clients keep connections open, and closing would wait for them
 
     def __init__(self, user: str = "tester", token: str = "hf_loopback"):
         super().__init__(("127.0.0.1", 0), HubHandler)
@@ -251,24 +262,31 @@ class HubServer(ThreadingHTTPServer):
         self.server_close()
 
     def fail_next(self, count: int | None, path: str = "", status: int = 503) -> None:
-        """Let the next `count` requests (all, if None) fail whose path has the regular expression `path` in it."""
+        """Make requests fail whose path contains a match of a regular expression.
+
+        Args:
+            count: number of requests that fail; None for all.
+            path: regular expression.
+            status: status of the response.
+        """
         self.failures.append(Failure(path, status, count))
 
     def repository(self, repo_id: str, repo_type: str = "model") -> Repository:
+        """Return a repository, or raise `HubError` 404."""
         try:
             return self.repositories[repo_type, repo_id]
         except KeyError:
             raise HubError(404, "RepoNotFound", f"Repository not found: {repo_type} {repo_id}") from None
 
     def files(self, repo_id: str, repo_type: str = "model") -> dict[str, bytes]:
-        """What the main branch holds now."""
+        """Return the files of the main branch."""
         with self.lock:
             return {path: file.content for path, file in self.repository(repo_id, repo_type).files().items()}
 
 
 @dataclass(frozen=True)
 class Route:
-    """What answers requests for a path (a regular expression, whose named groups are arguments of `answer`)."""
+    """Handler of a path. The path is a regular expression, and its named groups are the arguments of `answer`."""
 
     methods: str
     path: str
@@ -277,11 +295,11 @@ class Route:
 
 
 class HubHandler(BaseHTTPRequestHandler):
-    """Answers one connection's requests: each goes by `ROUTES` to a method that gets the path's parts and replies."""
+    """Answer the requests of one connection with the methods in `ROUTES`."""
 
     server: HubServer
     protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True  # else each answer waits 40 ms between its headers and its content
+    disable_nagle_algorithm = True  # otherwise each response waits 40 ms between headers and body
     body: bytes
     query: dict[str, list[str]]
 
@@ -294,14 +312,14 @@ class HubHandler(BaseHTTPRequestHandler):
             try:
                 reply = self.reply(url.path)
             except HubError as error:
-                reply = Reply.of_error(error)
+                reply = Reply.from_error(error)
             logged.status = reply.status
         self.send(reply)
 
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = handle_request  # noqa: N815, the names are http.server's
 
     def log_message(self, *_: object) -> None:
-        """Nothing on stderr: `HubServer.requests` has it."""
+        """Print nothing; `HubServer.requests` records the requests."""
 
     def read_body(self) -> bytes:
         if self.headers.get("Transfer-Encoding", "").lower() != "chunked":
@@ -322,24 +340,24 @@ class HubHandler(BaseHTTPRequestHandler):
             self.wfile.write(reply.content)
 
     def reply(self, path: str) -> Reply:
-        if failure := next((failure for failure in self.server.failures if failure.hits(unquote(path))), None):
-            raise HubError(failure.status, "Injected", "The server was told to fail here")
+        if failure := next((failure for failure in self.server.failures if failure.applies_to(unquote(path))), None):
+            raise HubError(failure.status, "Injected", "Injected failure")
         for route in self.ROUTES:
             if self.command in route.methods and (match := re.fullmatch(route.path, path)):
                 if route.needs_token and not self.is_authorised():
                     raise HubError(401, "Unauthorized", "Invalid username or password.")
-                parts = {name: unquote(value) for name, value in match.groupdict(default="").items()}
-                if "repo_id" not in parts:
-                    return route.answer(self, **parts)
-                repo_type = parts.pop("repo_type", None) or REPO_TYPES[parts.pop("prefix")]
-                return route.answer(self, self.open_repository(parts.pop("repo_id"), repo_type), **parts)
-        raise HubError(404, "NotFound", f"{self.command} {path} is no part of this server")
+                groups = {name: unquote(value) for name, value in match.groupdict(default="").items()}
+                if "repo_id" not in groups:
+                    return route.answer(self, **groups)
+                repo_type = groups.pop("repo_type", None) or REPO_TYPES[groups.pop("prefix")]
+                return route.answer(self, self.open_repository(groups.pop("repo_id"), repo_type), **groups)
+        raise HubError(404, "NotFound", f"{self.command} {path} is not implemented")
 
     def open_repository(self, repo_id: str, repo_type: str) -> Repository:
-        """The repository, if it is there for this client."""
+        """Return the repository if this client may read it."""
         repository = self.server.repository(repo_id, repo_type)
         if repository.private and not self.is_authorised():
-            raise HubError(401, "RepoNotFound", "Repository not found")  # as the Hub: whether it is there is private
+            raise HubError(401, "RepoNotFound", "Repository not found")  # as the Hub, which hides its existence
         return repository
 
     def is_authorised(self) -> bool:
@@ -355,48 +373,48 @@ class HubHandler(BaseHTTPRequestHandler):
 
     def whoami(self) -> Reply:
         access = {"type": "access_token", "accessToken": {"displayName": "test", "role": "write"}}
-        return Reply.of_json({"type": "user", "name": self.server.user, "orgs": [], "auth": access})
+        return Reply.from_json({"type": "user", "name": self.server.user, "orgs": [], "auth": access})
 
     def validate_yaml(self) -> Reply:
-        return Reply.of_json({"errors": [], "warnings": []})
+        return Reply.from_json({"errors": [], "warnings": []})
 
     def create(self) -> Reply:
-        asked = self.json_body()
-        repo_id, repo_type = self.named_in(asked)
-        private = asked.get("visibility") == "private" or bool(asked.get("private"))  # huggingface_hub 2 and 1
-        repository = Repository(repo_id, repo_type, private, asked.get("sdk"))
-        known = self.server.repositories.setdefault((repo_type, repo_id), repository)
+        request = self.json_body()
+        repo_id, repo_type = self.requested_repository(request)
+        private = request.get("visibility") == "private" or bool(request.get("private"))  # huggingface_hub 2 and 1
+        repository = Repository(repo_id, repo_type, private, request.get("sdk"))
+        existing = self.server.repositories.setdefault((repo_type, repo_id), repository)
         answer = {"url": self.url(repository), "name": repo_id, "id": hashlib.sha1(repo_id.encode()).hexdigest()[:24]}
-        if known is not repository:
-            return Reply.of_json(answer | {"error": f"You already created this {repo_type} repo"}, 409)
-        return Reply.of_json(answer)
+        if existing is not repository:
+            return Reply.from_json(answer | {"error": f"You already created this {repo_type} repo"}, 409)
+        return Reply.from_json(answer)
 
     def delete(self) -> Reply:
-        repo_id, repo_type = self.named_in(self.json_body())
+        repo_id, repo_type = self.requested_repository(self.json_body())
         self.open_repository(repo_id, repo_type)
         del self.server.repositories[repo_type, repo_id]
-        return Reply.of_json({})
+        return Reply.from_json({})
 
-    def named_in(self, asked: dict[str, Any]) -> tuple[str, str]:
-        return f"{asked.get('organization') or self.server.user}/{asked['name']}", asked.get("type") or "model"
+    def requested_repository(self, request: dict[str, Any]) -> tuple[str, str]:
+        return f"{request.get('organization') or self.server.user}/{request['name']}", request.get("type") or "model"
 
     # ---- reading a repository ----
 
     def info(self, repository: Repository, revision: str = "") -> Reply:
-        return Reply.of_json(repository.describe(revision or "main"))
+        return Reply.from_json(repository.describe(revision or "main"))
 
     def tree(self, repository: Repository, revision: str, path: str) -> Reply:
         recursive = self.query.get("recursive", [""])[0].lower() in ("true", "1")
-        return Reply.of_json(repository.folder(revision, path, recursive))
+        return Reply.from_json(repository.folder(revision, path, recursive))
 
     def paths_info(self, repository: Repository, revision: str) -> Reply:
         is_json = "json" in self.headers.get("Content-Type", "")
         paths = self.json_body()["paths"] if is_json else parse_qs(self.body.decode()).get("paths", [])
-        return Reply.of_json(repository.paths(revision, paths))
+        return Reply.from_json(repository.paths(revision, paths))
 
     def commits(self, repository: Repository, revision: str) -> Reply:
         authors = [{"user": self.server.user}]
-        return Reply.of_json(
+        return Reply.from_json(
             [
                 {"id": sha, "title": commit.title, "message": "", "date": commit.date, "authors": authors}
                 for sha, commit in repository.history(revision)
@@ -407,7 +425,7 @@ class HubHandler(BaseHTTPRequestHandler):
         sha = repository.sha(revision)
         file = repository.files(sha).get(path)
         if file is None:
-            missing = Reply.of_error(HubError(404, "EntryNotFound", "Entry not found"))
+            missing = Reply.from_error(HubError(404, "EntryNotFound", "Entry not found"))
             return Reply(404, missing.content, {**missing.headers, "X-Repo-Commit": sha})
         headers = {
             "Content-Type": "application/octet-stream",
@@ -417,12 +435,12 @@ class HubHandler(BaseHTTPRequestHandler):
         }
         if file.is_lfs:
             headers |= {"X-Linked-Etag": f'"{file.sha256}"', "X-Linked-Size": str(len(file.content))}
-        if (asked := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers["Range"] or "")) and self.command == "GET":
-            return self.part(file.content, int(asked[1]), int(asked[2] or len(file.content) - 1), headers)
+        if (span := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers["Range"] or "")) and self.command == "GET":
+            return self.byte_range(file.content, int(span[1]), int(span[2] or len(file.content) - 1), headers)
         return Reply(200, file.content, headers)
 
     @staticmethod
-    def part(content: bytes, first: int, last: int, headers: dict[str, str]) -> Reply:
+    def byte_range(content: bytes, first: int, last: int, headers: dict[str, str]) -> Reply:
         if first >= len(content):
             return Reply(416, b"", {"Content-Range": f"bytes */{len(content)}"})
         last = min(last, len(content) - 1)
@@ -436,7 +454,7 @@ class HubHandler(BaseHTTPRequestHandler):
             return [{"name": name, "ref": f"refs/{kind}/{name}", "targetCommit": sha} for name, sha in names.items()]
 
         branches, tags = describe("heads", repository.branches), describe("tags", repository.tags)
-        return Reply.of_json({"branches": branches, "tags": tags, "converts": [], "pullRequests": []})
+        return Reply.from_json({"branches": branches, "tags": tags, "converts": [], "pullRequests": []})
 
     def create_branch(self, repository: Repository, revision: str) -> Reply:
         start = self.json_body().get("startingPoint", "main")
@@ -450,7 +468,7 @@ class HubHandler(BaseHTTPRequestHandler):
         if name in names:
             raise HubError(409, "Conflict", f"Reference already exists: {name}")
         names[name] = sha
-        return Reply.of_json({})
+        return Reply.from_json({})
 
     def delete_branch(self, repository: Repository, revision: str) -> Reply:
         return self.forget_name(repository.branches, revision)
@@ -462,45 +480,45 @@ class HubHandler(BaseHTTPRequestHandler):
     def forget_name(names: dict[str, str], name: str) -> Reply:
         if names.pop(name, None) is None:
             raise HubError(404, "RevisionNotFound", f"Invalid rev id: {name}")
-        return Reply.of_json({})
+        return Reply.from_json({})
 
     # ---- writing a repository ----
 
     def preupload(self, repository: Repository, revision: str) -> Reply:
-        """Which files go by LFS, and what is there already under their names."""
-        there = repository.files(revision)
+        """Tell which files use LFS, and the ids of the files that exist under these names."""
+        existing = repository.files(revision)
         answer = []
         for file in self.json_body()["files"]:
             path = file["path"]
             by_name = any(fnmatch(path.rpartition("/")[2], pattern) for pattern in LFS_PATTERNS)
             is_lfs = by_name or file["size"] > LFS_FROM_BYTES or b"\0" in base64.b64decode(file["sample"])
-            old = there[path].content_id if path in there else None
+            old = existing[path].content_id if path in existing else None
             mode = "lfs" if is_lfs else "regular"
             answer.append({"path": path, "uploadMode": mode, "shouldIgnore": False, "oid": old})
-        return Reply.of_json({"files": answer})
+        return Reply.from_json({"files": answer})
 
     def lfs_batch(self, repository: Repository) -> Reply:
-        """Where to upload those objects that are not here."""
+        """Return upload URLs for the objects that are missing."""
         objects = []
-        for asked in self.json_body()["objects"]:
-            described = {"oid": asked["oid"], "size": asked["size"]}
-            if asked["oid"] not in self.server.lfs_objects:
-                place = f"{self.server.endpoint}/lfs/{asked['oid']}"
-                described["actions"] = {"upload": {"href": place}, "verify": {"href": f"{place}/verify"}}
+        for requested in self.json_body()["objects"]:
+            described = {"oid": requested["oid"], "size": requested["size"]}
+            if requested["oid"] not in self.server.lfs_objects:
+                url = f"{self.server.endpoint}/lfs/{requested['oid']}"
+                described["actions"] = {"upload": {"href": url}, "verify": {"href": f"{url}/verify"}}
             objects.append(described)
         kind = {"Content-Type": "application/vnd.git-lfs+json"}
-        return Reply.of_json({"transfer": "basic", "objects": objects}, headers=kind)
+        return Reply.from_json({"transfer": "basic", "objects": objects}, headers=kind)
 
     def lfs_upload(self, sha256: str) -> Reply:
         if hashlib.sha256(self.body).hexdigest() != sha256:
-            raise HubError(400, "BadRequest", "The content has another SHA-256")
+            raise HubError(400, "BadRequest", "SHA-256 does not match the content")
         self.server.lfs_objects[sha256] = self.body
-        return Reply.of_json({})
+        return Reply.from_json({})
 
     def lfs_verify(self, sha256: str) -> Reply:
         if len(self.lfs_object(sha256)) != self.json_body()["size"]:
-            raise HubError(400, "BadRequest", "The content has another size")
-        return Reply.of_json({})
+            raise HubError(400, "BadRequest", "Size does not match the content")
+        return Reply.from_json({})
 
     def lfs_object(self, sha256: str) -> bytes:
         if sha256 not in self.server.lfs_objects:
@@ -522,10 +540,10 @@ class HubHandler(BaseHTTPRequestHandler):
                 self.apply(entry["key"], entry["value"], files)
         sha = repository.commit(revision, title, files)
         url = f"{self.url(repository)}/commit/{sha}"
-        return Reply.of_json({"success": True, "commitOid": sha, "commitUrl": url, "hookOutput": ""})
+        return Reply.from_json({"success": True, "commitOid": sha, "commitUrl": url, "hookOutput": ""})
 
     def apply(self, operation: str, value: dict[str, Any], files: dict[str, StoredFile]) -> None:
-        """Do one operation of a commit to the files."""
+        """Apply one operation of a commit to the files."""
         path = value["path"]
         if operation == "file":
             files[path] = StoredFile(base64.b64decode(value["content"]), is_lfs=False)
@@ -557,7 +575,7 @@ class HubHandler(BaseHTTPRequestHandler):
         Route("DELETE", f"{API}/tag/{REVISION}", delete_tag, needs_token=True),
         Route("POST", f"{API}/preupload/{REVISION}", preupload, needs_token=True),
         Route("POST", rf"{WEB}\.git/info/lfs/objects/batch", lfs_batch, needs_token=True),
-        Route("PUT", f"/lfs/{SHA256}", lfs_upload),  # where it is was told to those alone who have the token
+        Route("PUT", f"/lfs/{SHA256}", lfs_upload),  # only clients with the token learn this URL
         Route("POST", f"/lfs/{SHA256}/verify", lfs_verify),
         Route("POST", f"{API}/commit/{REVISION}", commit, needs_token=True),
     ]

@@ -1,4 +1,4 @@
-"""The Hub that other tests use is one for its clients: what they put there is what they and `datasets` get back."""
+"""Test the local Hub server with the clients that use it: huggingface_hub and datasets get back what they uploaded."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow
+import pytest
 from conftest import Hub
 from pyarrow import parquet
 
+
+pytestmark = pytest.mark.slow  # starts processes
 
 ROWS = {
     "id": [f"scan-{number}" for number in range(40)],
@@ -43,8 +46,8 @@ for split in loaded:
     assert list(streamed[split]) == loaded[split].to_list()
 loaded["train"].to_parquet(folder + "/loaded.parquet")
 """
-# each step as a user of `HfApi` would do it, and what it should give
-USE = """
+# a user's calls of `HfApi`, with the results that the real Hub gives
+USE_HUB_API = """
 import os, sys
 from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
@@ -70,7 +73,7 @@ assert {item.path for item in api.list_repo_tree(name, "a/b")} == {"a/b/empty.tx
 info = {item.path: item for item in api.get_paths_info(name, ["a", "a/b/large.npy", "nothing"])}
 assert set(info) == {"a", "a/b/large.npy"}
 assert info["a/b/large.npy"].size == info["a/b/large.npy"].lfs.size == os.path.getsize(folder + "/a/b/large.npy")
-assert api.upload_folder(repo_id=name, folder_path=folder).oid == first.oid  # nothing to do
+assert api.upload_folder(repo_id=name, folder_path=folder).oid == first.oid  # no change, so no commit
 
 api.create_tag(name, tag="v1")
 api.create_branch(name, branch="other")
@@ -112,7 +115,7 @@ def run(hub: Hub, code: str, folder: Path, *arguments: object) -> None:
     assert ran.returncode == 0, ran.stdout + ran.stderr
 
 
-def test_a_dataset_is_loaded_and_streamed_as_it_was_pushed(hub: Hub, tmp_path: Path) -> None:
+def test_pushed_dataset_loads_and_streams_unchanged(hub: Hub, tmp_path: Path) -> None:
     pushed = pyarrow.table(ROWS)
     folder = tmp_path / "scans"
     (folder / "data").mkdir(parents=True)
@@ -124,25 +127,25 @@ def test_a_dataset_is_loaded_and_streamed_as_it_was_pushed(hub: Hub, tmp_path: P
     files = hub.files(name, "dataset")
     assert files["data/test.parquet"] == (folder / "data" / "test.parquet").read_bytes()
     assert parquet.read_table(folder / "loaded.parquet").to_pylist() == pushed.slice(0, 35).to_pylist()
-    assert not hub.requests or any(request.status == 206 for request in hub.requests)  # streaming asks for ranges
+    assert not hub.requests or any(request.status == 206 for request in hub.requests)  # streaming uses range requests
 
 
-def test_clients_find_what_the_real_hub_would_show(hub: Hub, tmp_path: Path) -> None:
+def test_api_calls_give_the_results_of_the_real_hub(hub: Hub, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     (folder / "a" / "b").mkdir(parents=True)
     (folder / "a" / "notes.txt").write_text("old")
     (folder / "a" / "b" / "empty.txt").touch()
-    (folder / "straße 1.txt").write_text("a name to be quoted")
+    (folder / "straße 1.txt").write_text("its name needs URL quoting")
     np.save(folder / "a" / "b" / "large.npy", np.arange(50_000))
     name = hub.new_repository("model")
-    run(hub, USE, tmp_path, folder, name, hub.new_repository("space"))
+    run(hub, USE_HUB_API, tmp_path, folder, name, hub.new_repository("space"))
     assert set(hub.files(name)) == {".gitattributes", "a/notes.txt", "straße 1.txt"}
     assert hub.files(name)["a/notes.txt"] == b"new"
     assert hub.is_private(name)
     assert len(hub.head(name)) == 40
 
 
-def test_failures_come_as_told(hub: Hub, tmp_path: Path) -> None:
+def test_injected_failure_affects_the_next_request_only(hub: Hub, tmp_path: Path) -> None:
     hub.fail_next(1, "/api/whoami", status=500)
     code = """
 from huggingface_hub import HfApi
@@ -156,5 +159,5 @@ else:
 HfApi().whoami()
 """
     run(hub, code, tmp_path)
-    asked = [request.status for request in hub.requests if request.path == "/api/whoami-v2"]
-    assert asked[-2:] == [500, 200]
+    statuses = [request.status for request in hub.requests if request.path == "/api/whoami-v2"]
+    assert statuses[-2:] == [500, 200]
