@@ -28,7 +28,8 @@ from torch import Tensor
 from modeling_m3ret.cpu import prepare_cpu
 from modeling_m3ret.model_facts import ModelFacts
 from modeling_m3ret.search.approximate import ApproximateSearch
-from modeling_m3ret.search.index import MetadataFilter, RetrievalIndex
+from modeling_m3ret.search.filters import MetadataFilter
+from modeling_m3ret.search.index import RetrievalIndex
 
 
 FACTS = ModelFacts("synthetic", "0", "0")

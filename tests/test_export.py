@@ -29,6 +29,7 @@ ROOT = Path(__file__).parents[1]
 # (B, D, H, W), not the traced ones: an image, a batch of images, a clip, a volume whose depth fills its patches
 SHAPES = [(1, 1, 64, 48), (5, 1, 32, 80), (2, 6, 96, 32), (1, 16, 48, 48), (3, 9, 32, 32)]
 TOLERANCE = {"onnx": 1e-4, "onnx-int8": 0.1, "torch": 1e-5}
+load_once = functools.cache(load_graph)  # loading a torch.export program takes seconds
 slow = pytest.mark.slow  # tracing takes seconds, converting to ONNX tens of seconds
 
 
@@ -98,7 +99,7 @@ def test_graph_gives_the_embeddings_of_the_model_for_any_batch_and_grid(
     exported: tuple[str, Path], model: M3RetModel
 ) -> None:
     format, folder = exported
-    embed = load_graph(only_graph(folder))
+    embed = load_once(only_graph(folder))
     for B, D, H, W in SHAPES:
         pixel_values = torch.randn(B, 3, D, H, W)
         found, expected = embed(pixel_values), model.get_image_features(pixel_values)
@@ -117,7 +118,7 @@ def test_graph_gives_the_embeddings_of_the_model_for_any_batch_and_grid(
 @torch.inference_mode()
 def test_graph_takes_what_the_processor_resizes(exported: tuple[str, Path], model: M3RetModel) -> None:
     format, folder = exported
-    embed, processor = load_graph(only_graph(folder)), make_processor()
+    embed, processor = load_once(only_graph(folder)), make_processor()
     generator = np.random.default_rng(0)
     scans = [
         generator.integers(0, 255, (90, 70), dtype=np.uint8),  # grey
@@ -134,13 +135,13 @@ def test_graph_takes_what_the_processor_resizes(exported: tuple[str, Path], mode
 @slow
 @torch.inference_mode()
 def test_image_equals_the_volume_that_repeats_it(exported: tuple[str, Path]) -> None:
-    embed, image = load_graph(only_graph(exported[1])), torch.randn(2, 3, 1, 32, 48)
+    embed, image = load_once(only_graph(exported[1])), torch.randn(2, 3, 1, 32, 48)
     assert torch.equal(embed(image), embed(image.expand(-1, -1, 4, -1, -1).contiguous()))
 
 
 @slow
 def test_size_that_is_not_a_multiple_of_the_patch_size_is_an_error(exported: tuple[str, Path]) -> None:
-    embed = load_graph(only_graph(exported[1]))
+    embed = load_once(only_graph(exported[1]))
     for H, W in ((40, 32), (32, 40)):
         with pytest.raises(Exception), torch.inference_mode():  # noqa: B017, PT011 - each runtime has its own
             embed(torch.randn(1, 3, 1, H, W))

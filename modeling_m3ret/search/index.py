@@ -10,9 +10,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import threading
 import uuid
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -31,7 +30,7 @@ from ..errors import InputError
 from ..model_facts import ModelFacts, sha256_of
 from .approximate import TARGET_RECALL, ApproximateSearch, ApproximateSettings, Method
 from .exact import FEW_QUERIES, Hits, bfloat16_rounding, block_dtype, search_exactly
-from .string_column import StringColumn
+from .filters import FilterCache, FilteredRows, MetadataFilter, StringColumn
 
 
 FORMAT = 1
@@ -41,12 +40,9 @@ APPROXIMATE = "approximate.faiss"
 CURRENT = "current.json"  # manifest; names the version that readers open, and is replaced last
 # largest gallery that is searched exactly by default: 867,653 x 768 takes about 50 ms on two cores
 EXACT_UP_TO = 1_000_000
-MAX_CACHED_FILTERS = 8
-MAX_CACHED_BYTES = 2**28  # rows and embeddings of cached filters; 13 MiB for 1 % of 867,653 x 768
 MAX_COPIED_FRACTION = 0.25  # of the gallery; a filter that leaves more is faster to apply as a mask
 COLUMNS = ("id", "patient", "modality", "anatomy", "labels", "source")
 SCHEMA = pa.schema([(name, pa.list_(pa.string()) if name == "labels" else pa.string()) for name in COLUMNS])
-FILTER_COLUMNS = ("modality", "anatomy", "source")
 
 
 Reason = Literal["not_found", "damaged", "unsupported", "unfinished", "other_model"]
@@ -65,99 +61,6 @@ class IndexFormatError(InputError):
     def __init__(self, location: object, reason: Reason, details: str, file: str | None = None):
         super().__init__(f"{location}: {details}")
         self.location, self.reason, self.file = str(location), reason, file
-
-
-@dataclass(frozen=True)
-class MetadataFilter:
-    """Restricts a search to some scans.
-
-    Attributes:
-        modality, anatomy, source: allowed values; None allows all, an empty collection none.
-        excluded_patients: patients whose scans are left out.
-    """
-
-    modality: Collection[str] | None = None
-    anatomy: Collection[str] | None = None
-    source: Collection[str] | None = None
-    excluded_patients: Collection[str] = ()
-
-    def __post_init__(self) -> None:
-        for name in (*FILTER_COLUMNS, "excluded_patients"):
-            values = getattr(self, name)
-            object.__setattr__(self, name, values if values is None else frozenset(values))
-
-    def allowed_values(self) -> dict[str, Collection[str]]:
-        """Return the allowed values by column, without columns that allow all."""
-        return {name: values for name in FILTER_COLUMNS if (values := getattr(self, name)) is not None}
-
-    def matching_rows(self, gallery_size: int, column: Callable[[str], StringColumn]) -> np.ndarray:
-        """Return the rows that match, ascending.
-
-        Args:
-            gallery_size: number of rows.
-            column: returns a column by name.
-        """
-        allowed = self.allowed_values()
-        rows = np.arange(gallery_size)
-        if allowed:  # the most selective column gives the rows, the others are checked for these only
-            most_selective = min(allowed, key=lambda name: column(name).count(allowed[name]))
-            rows = column(most_selective).rows_of(allowed.pop(most_selective))
-        for name, values in allowed.items():
-            rows = rows[column(name).is_in(values, rows)]
-        if self.excluded_patients:
-            rows = rows[~column("patient").is_in(self.excluded_patients, rows)]
-        return rows
-
-
-@dataclass(frozen=True, eq=False)
-class FilteredRows:
-    """Rows of a gallery that match a filter.
-
-    Attributes:
-        rows: `(m,)` int64, ascending.
-        embeddings: `(m, d)` contiguous copy; None if the rows are so many that a mask is faster.
-    """
-
-    rows: Tensor
-    embeddings: Tensor | None
-
-    @property
-    def nbytes(self) -> int:
-        return self.rows.nbytes + (0 if self.embeddings is None else self.embeddings.nbytes)
-
-
-class FilterCache:
-    """The latest filters with their rows, bounded in number and bytes. Safe to use from several threads."""
-
-    def __init__(self) -> None:
-        self._entries: dict[MetadataFilter, FilteredRows] = {}
-        self._lock = threading.Lock()
-
-    def __len__(self) -> int:
-        return len(self._entries)
-
-    def __contains__(self, where: MetadataFilter) -> bool:
-        return where in self._entries
-
-    @property
-    def nbytes(self) -> int:
-        with self._lock:
-            return sum(entry.nbytes for entry in self._entries.values())
-
-    def get(self, where: MetadataFilter) -> FilteredRows | None:
-        return self._entries.get(where)
-
-    def put(self, where: MetadataFilter, filtered: FilteredRows) -> None:
-        """Add an entry and drop the oldest ones beyond the bounds. An entry too large for the cache is not added."""
-        available = MAX_CACHED_BYTES - filtered.nbytes
-        if available < 0:
-            return
-        with self._lock:
-            entries = self._entries
-            used = sum(entry.nbytes for entry in entries.values())
-            while entries and (len(entries) >= MAX_CACHED_FILTERS or used > available):
-                used -= entries.pop(next(iter(entries))).nbytes
-            entries[where] = filtered
 
 
 @dataclass

@@ -26,9 +26,9 @@ from torch import Tensor
 from ..model_facts import ModelFacts
 from .approximate import TARGET_RECALL, RecallSample
 from .exact import Hits
+from .filters import MetadataFilter
 from .index import (
     IndexFormatError,
-    MetadataFilter,
     check_model,
     check_queries,
     complete_metadata,

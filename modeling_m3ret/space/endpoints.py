@@ -14,7 +14,7 @@ from typing import Any, TypedDict
 import gradio as gr
 
 from ..reading_m3ret import M3RetReadError, Scan
-from ..search.index import MetadataFilter
+from ..search.filters import MetadataFilter
 from .service import DEFAULT_HITS, MAX_HITS, HitFacts, Query, ScanExpiredError, SearchService
 
 

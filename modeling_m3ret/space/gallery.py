@@ -33,7 +33,8 @@ from ..modeling_m3ret import M3RetModel
 from ..search.embedding import encoder_embedder
 from ..search.embedding_store import cache_key, fingerprint, read_shards, write_shards
 from ..search.exact import Hits
-from ..search.index import CURRENT, IndexFormatError, MetadataFilter, RetrievalIndex, check_model
+from ..search.filters import MetadataFilter
+from ..search.index import CURRENT, IndexFormatError, RetrievalIndex, check_model
 from ..search.thumbnails import THUMBNAIL_SIZE, thumbnail_embedder, to_image
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import gradio as gr
 
-from ..search.index import MetadataFilter
+from ..search.filters import MetadataFilter
 from .endpoints import HEAVY, PRIVATE, show_errors
 from .service import DEFAULT_HITS, MAX_HITS, HitFacts, Query, SearchService
 from .side_by_side import NO_SCAN, SideBySide, describe, modality_name

@@ -27,7 +27,7 @@ from ..image_processing_m3ret import M3RetImageProcessor
 from ..modeling_m3ret import M3RetModel
 from ..reading_m3ret import M3RetReadError, Scan
 from ..search.exact import Hits
-from ..search.index import MetadataFilter
+from ..search.filters import MetadataFilter
 from ..search.matching import ScanTokens, locate, scan_tokens
 from ..search.matching import rerank as rerank_hits
 from .gallery import Facts, Gallery

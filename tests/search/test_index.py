@@ -17,10 +17,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from modeling_m3ret.model_facts import ModelFacts
-from modeling_m3ret.search import approximate
+from modeling_m3ret.search import approximate, filters
 from modeling_m3ret.search import index as index_module
 from modeling_m3ret.search.approximate import ApproximateSearch
-from modeling_m3ret.search.index import MAX_CACHED_FILTERS, IndexFormatError, MetadataFilter, RetrievalIndex
+from modeling_m3ret.search.filters import MAX_CACHED_FILTERS, MetadataFilter
+from modeling_m3ret.search.index import IndexFormatError, RetrievalIndex
 
 
 ROOT = Path(__file__).parents[2]
@@ -177,10 +178,10 @@ def test_scans_of_the_query_patient_are_left_out(method: str) -> None:
 
 def test_filter_cache_is_bounded_and_safe_with_threads() -> None:
     index = build()
-    filters = [MetadataFilter(excluded_patients=[f"patient-{number}"]) for number in range(20)]
+    wheres = [MetadataFilter(excluded_patients=[f"patient-{number}"]) for number in range(20)]
 
     def search(number: int) -> set[int]:
-        return set(index.search(embeddings()[:1], k=600, where=filters[number % 20]).rows[0].tolist())
+        return set(index.search(embeddings()[:1], k=600, where=wheres[number % 20]).rows[0].tolist())
 
     with ThreadPoolExecutor(4) as threads:
         for number, rows in enumerate(threads.map(search, range(80))):
@@ -188,12 +189,12 @@ def test_filter_cache_is_bounded_and_safe_with_threads() -> None:
     assert len(index.filter_cache) <= MAX_CACHED_FILTERS
     for number in (0, 1, 2, 0):
         search(number)
-    assert all(filters[number] in index.filter_cache for number in (0, 1, 2))
+    assert all(wheres[number] in index.filter_cache for number in (0, 1, 2))
 
 
 def test_filter_cache_is_bounded_in_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     """200 rows take 200 x (64 + 8) bytes: two such entries fit, 400 rows fit alone, and 600 rows are not cached."""
-    monkeypatch.setattr(index_module, "MAX_CACHED_BYTES", 30_000)
+    monkeypatch.setattr(filters, "MAX_CACHED_BYTES", 30_000)
     monkeypatch.setattr(index_module, "MAX_COPIED_FRACTION", 1.0)
     index = build()
     for _ in range(2):

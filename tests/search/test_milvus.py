@@ -15,7 +15,8 @@ import torch
 from test_index import FACTS, NO_MILVUS, embeddings, metadata
 
 from modeling_m3ret.model_facts import ModelFacts
-from modeling_m3ret.search.index import IndexFormatError, MetadataFilter, RetrievalIndex
+from modeling_m3ret.search.filters import MetadataFilter
+from modeling_m3ret.search.index import IndexFormatError, RetrievalIndex
 
 
 pytestmark = pytest.mark.slow  # opening a file of Milvus Lite takes a second

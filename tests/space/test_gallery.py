@@ -18,7 +18,8 @@ from space_server import small_gallery, small_phantom
 from modeling_m3ret import M3RetImageProcessor, M3RetModel
 from modeling_m3ret.data.collection import Record
 from modeling_m3ret.search import embedding_store
-from modeling_m3ret.search.index import IndexFormatError, MetadataFilter
+from modeling_m3ret.search.filters import MetadataFilter
+from modeling_m3ret.search.index import IndexFormatError
 from modeling_m3ret.search.thumbnails import THUMBNAIL_SIZE
 from modeling_m3ret.space import gallery as gallery_module
 from modeling_m3ret.space.gallery import Gallery, embed_gallery, open_gallery
@@ -31,7 +32,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def records(folder: Path) -> list[Record]:
-    return small_phantom(folder / "secret-ward")
+    return small_phantom(folder / "secret-ward", subjects=2)
 
 
 @pytest.fixture(scope="module")
