@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -32,24 +32,22 @@ MAX_CONSECUTIVE_FAILURES = 16
 
 @dataclass
 class Pack:
-    """A batch of resized scans, as workers send it to the training process.
+    """A batch of resized scans or views, as workers send it to the training process; without arguments, an empty one.
 
     It holds each voxel once. The model's rows repeat a grey image twelve times (three channels, four slices), so they
     are made on the device by `inputs`.
-
-    Args:
-        values: voxels of all scans, float32, flattened and concatenated.
-        shapes: `(1 or 3, D, H, W)` of each scan.
-        scans: index of each scan in the records.
-        noise: `(P,)` random numbers for MAE's mask, or None.
-        failures: index and message of each scan that could not be read.
     """
 
-    values: Tensor
-    shapes: list[tuple[int, int, int, int]]
-    scans: list[int]
-    noise: Tensor | None = None
-    failures: list[tuple[int, str]] = field(default_factory=list)
+    values: Tensor = field(default_factory=lambda: torch.empty(0))  # voxels of all scans, float32, concatenated
+    shapes: list[tuple[int, ...]] = field(default_factory=list)  # (1 or 3, D, H, W) of each scan
+    scans: list[int] = field(default_factory=list)  # index of each scan in the records
+    noise: Tensor | None = None  # (P,) random numbers in [0, 1) for MAE's mask, in training only
+    failures: list[tuple[int, str]] = field(default_factory=list)  # index and message of each scan that was not read
+
+    @classmethod
+    def from_scan(cls, index: int, volume: Tensor, noise: Tensor | None = None) -> Pack:
+        """Return a pack of one scan `(1 or 3, D, H, W)`, the one of the record `index`."""
+        return cls(volume.flatten(), [(*volume.shape,)], [index], noise)
 
     @classmethod
     def concatenate(cls, packs: Sequence[Pack]) -> Pack:
@@ -84,43 +82,7 @@ class Pack:
         return inputs if self.noise is None else inputs | {"noise": self.noise.to(device, non_blocking=True)}
 
 
-@dataclass(frozen=True)
-class Resized:
-    """A resized scan or view.
-
-    Args:
-        index: index of its record.
-        volume: `(1 or 3, D, H, W)` float32.
-        noise: a number in [0, 1) for each patch, in training only.
-    """
-
-    index: int
-    volume: Tensor
-    noise: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class ReadFailure:
-    """A record that could not be read: its index and the message of the error."""
-
-    index: int
-    message: str
-
-
-def collate(items: Sequence[Sequence[Resized | ReadFailure]]) -> Pack:
-    """Collate items of a data set, each the views of one scan and its failures, into one pack."""
-    resized = [entry for item in items for entry in item if isinstance(entry, Resized)]
-    noises = [entry.noise for entry in resized if entry.noise is not None]
-    return Pack(
-        values=torch.cat([entry.volume.flatten() for entry in resized]) if resized else torch.empty(0),
-        shapes=[(*entry.volume.shape,) for entry in resized],
-        scans=[entry.index for entry in resized],
-        noise=torch.cat(noises) if noises else None,
-        failures=[(entry.index, entry.message) for item in items for entry in item if isinstance(entry, ReadFailure)],
-    )
-
-
-class WholeScans(Dataset[list[Resized | ReadFailure]]):
+class WholeScans(Dataset[Pack]):
     """Whole scans, resized by the processor, for embedding."""
 
     def __init__(self, records: Sequence[Record], processor: M3RetImageProcessor):
@@ -130,79 +92,65 @@ class WholeScans(Dataset[list[Resized | ReadFailure]]):
     def __len__(self) -> int:
         return len(self.records)
 
-    def __getitem__(self, index: int) -> list[Resized | ReadFailure]:
+    def __getitem__(self, index: int) -> Pack:
         try:
-            volume = self.processor.resize(self.processor.read(self.records[index].open()))
+            return Pack.from_scan(index, self.processor.resize(self.processor.read(self.records[index].open())))
         except M3RetReadError as error:
-            return [ReadFailure(index, str(error))]
-        return [Resized(index, volume)]
+            return Pack(failures=[(index, str(error))])
 
 
-class RandomViews(Dataset[list[Resized | ReadFailure]]):
+@dataclass(eq=False)
+class RandomViews(Dataset[Pack]):
     """Random views of scans, with the noise of their masks, for pretraining.
 
     All views of an item come from one decode. Its key is `(visit, index)`, see `SeededBatchSampler`. Crops and noise
     depend on the seed and the key alone, so they are the same in every worker and in a resumed run.
 
     A record that cannot be read is replaced by the next one, so that batches stay full.
-
-    Args:
-        records: records to train on.
-        processor: processor that reads and resizes.
-        views: kinds of views, in the order in which an item holds them.
-        seed: seed of crops and noise.
-        cache_bytes: bytes of decoded scans that each worker caches for later epochs.
-        blocks: blocks of rows that are fetched together when streaming.
     """
 
-    def __init__(
-        self,
-        records: Sequence[Record],
-        processor: M3RetImageProcessor,
-        *,
-        views: Sequence[ViewKind],
-        seed: int = 0,
-        cache_bytes: int = 0,
-        blocks: Blocks | None = None,
-    ):
-        self.records = records
-        self.processor = processor
-        self.kinds = [kind for kind in views for _ in range(kind.count)]
-        self.seed = seed
-        self.cache_bytes = cache_bytes
-        self.blocks = blocks
+    records: Sequence[Record]
+    processor: M3RetImageProcessor
+    _: KW_ONLY
+    views: Sequence[ViewKind]  # in the order in which an item holds them
+    seed: int = 0  # of crops and noise
+    cache_bytes: int = 0  # of decoded scans that each worker still caches for later epochs
+    blocks: Blocks | None = None  # rows that are fetched together when streaming
+
+    def __post_init__(self) -> None:
         self._cache: dict[int, Scan] = {}
 
     def __len__(self) -> int:
         return len(self.records)
 
-    def __getitem__(self, key: tuple[int, int]) -> list[Resized | ReadFailure]:
-        """Return the failures, if any, and the views of one item.
+    def __getitem__(self, key: tuple[int, int]) -> Pack:
+        """Return the views of one item, and the failures of records before it.
 
         Raises:
             M3RetReadError: if `MAX_CONSECUTIVE_FAILURES` records in a row cannot be read.
         """
         visit, index = key
         generator = np.random.default_rng([self.seed, visit, index])  # a replacement uses the requested key
-        failures: list[Resized | ReadFailure] = []
+        failures: list[tuple[int, str]] = []
         while True:
             try:
                 scan = self._read(index)
                 break
             except M3RetReadError as error:
-                failures.append(ReadFailure(index, str(error)))
+                failures.append((index, str(error)))
                 if len(failures) == MAX_CONSECUTIVE_FAILURES:
                     raise
                 index = (index + 1) % len(self.records)
-        return failures + [self._view(index, scan, kind, generator) for kind in self.kinds]
+        views = [self._view(index, scan, kind, generator) for kind in self.views for _ in range(kind.count)]
+        return Pack.concatenate([Pack(failures=failures), *views])
 
-    def _view(self, index: int, scan: Scan, kind: ViewKind, generator: np.random.Generator) -> Resized:
+    def _view(self, index: int, scan: Scan, kind: ViewKind, generator: np.random.Generator) -> Pack:
         view = random_flip(random_crop(scan, kind.ranges, generator), kind.flip_probability, generator)
         volume = self.processor.resize(view, size=kind.size)
         if kind.jitter:
             volume = random_intensity(volume, kind.jitter, generator)
         noise = generator.random(math.prod(self.processor.grid_shape(volume.shape)), dtype=np.float32)
-        return Resized(index, volume, torch.from_numpy(noise))
+        return Pack.from_scan(index, volume, torch.from_numpy(noise))
 
     def _read(self, index: int) -> Scan:
         if index in self._cache:
@@ -219,16 +167,9 @@ class RandomViews(Dataset[list[Resized | ReadFailure]]):
 def expected_tokens(
     records: Sequence[Record], processor: M3RetImageProcessor, kinds: Sequence[ViewKind], prefix: int
 ) -> np.ndarray:
-    """Return the expected number of tokens of all views of each record, estimated from crops of mean size.
+    """Return the expected number of tokens of all views of each record, `(n,)` float64, from crops of mean size.
 
-    Args:
-        records: records with a shape.
-        processor: processor that resizes the views.
-        kinds: kinds of views.
-        prefix: prefix tokens (CLS and registers) per view.
-
-    Returns:
-        `(n,)` float64.
+    `prefix` tokens (CLS and registers) are added to the patches of each view.
 
     Raises:
         CollectionError: if a record has no shape.
@@ -257,35 +198,30 @@ def expected_tokens(
 class PackLoader(DataLoader[Pack]):
     """A data loader whose workers survive a SIGTERM to the process group, so that the run can save first."""
 
+    def __init__(self, dataset: Dataset[Pack], num_workers: int, **options: Any):
+        super().__init__(
+            dataset,
+            num_workers=num_workers,
+            collate_fn=Pack.concatenate,
+            worker_init_fn=_initialise_worker,
+            # a loader draws a seed when it starts: taken from the global generator, a resumed run would draw one more
+            generator=torch.Generator(),
+            **options,
+        )
+
     def __iter__(self) -> Any:
         with block_sigterm_in_workers():
             return super().__iter__()
 
 
-def training_loader(dataset: RandomViews, batches: SeededBatchSampler, num_workers: int) -> DataLoader[Pack]:
+def training_loader(dataset: RandomViews, batches: SeededBatchSampler, num_workers: int) -> PackLoader:
     """Return a loader of endless packs of random views."""
-    return PackLoader(
-        dataset,  # type: ignore[arg-type]  # torch types a loader by its items; collate makes them packs
-        batch_sampler=batches,
-        num_workers=num_workers,
-        collate_fn=collate,
-        worker_init_fn=_initialise_worker,
-        persistent_workers=num_workers > 0,
-        # a loader draws a seed when it starts: taken from the global generator, a resumed run would draw one more
-        generator=torch.Generator(),
-    )
+    return PackLoader(dataset, num_workers, batch_sampler=batches, persistent_workers=num_workers > 0)
 
 
-def embedding_loader(dataset: WholeScans, batch_size: int, num_workers: int) -> DataLoader[Pack]:
+def embedding_loader(dataset: WholeScans, batch_size: int, num_workers: int) -> PackLoader:
     """Return a loader of packs of whole scans, in the order of the records."""
-    return PackLoader(
-        dataset,  # type: ignore[arg-type]  # as above
-        batch_size=batch_size,
-        num_workers=num_workers,
-        collate_fn=collate,
-        worker_init_fn=_initialise_worker,
-        generator=torch.Generator(),  # as above: an evaluation during training must not change the global generator
-    )
+    return PackLoader(dataset, num_workers, batch_size=batch_size)
 
 
 def _initialise_worker(worker: int) -> None:

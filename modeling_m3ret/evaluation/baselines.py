@@ -34,7 +34,7 @@ from tqdm.auto import tqdm
 from transformers import MODEL_MAPPING, AutoConfig
 
 from ..data.collection import Record
-from ..data.loading import ReadFailure, Resized, WholeScans, embedding_loader
+from ..data.loading import Pack, WholeScans, embedding_loader
 from ..errors import InputError
 from ..image_processing_m3ret import M3RetImageProcessor
 from ..reading_m3ret import M3RetReadError, Scan
@@ -111,12 +111,12 @@ class SliceDataset(WholeScans):
         super().__init__(records, M3RetImageProcessor(num_frames=slices))  # used for reading only
         self.transform = transform
 
-    def __getitem__(self, index: int) -> list[Resized | ReadFailure]:
+    def __getitem__(self, index: int) -> Pack:
         try:
             scan = self.processor.read(self.records[index].open())
         except M3RetReadError as error:
-            return [ReadFailure(index, str(error))]
-        return [Resized(index, self.transform.resize(scan, self.processor.num_frames))]
+            return Pack(failures=[(index, str(error))])
+        return Pack.from_scan(index, self.transform.resize(scan, self.processor.num_frames))
 
 
 def embed_with_baseline(

@@ -20,8 +20,6 @@ from modeling_m3ret.data.loading import (
     MAX_CONSECUTIVE_FAILURES,
     Pack,
     RandomViews,
-    ReadFailure,
-    Resized,
     WholeScans,
     embedding_loader,
     expected_tokens,
@@ -121,8 +119,7 @@ def test_expected_tokens_are_the_mean_of_sampled_views(tmp_path: Path) -> None:
     expected = expected_tokens(records, processor, kinds, prefix=5)
     for index in range(len(records)):
         counts = [
-            sum(5 + np.prod(processor.grid_shape(view.volume.shape)) for view in views[visit, index])
-            for visit in range(40)
+            sum(5 + np.prod(processor.grid_shape(shape)) for shape in views[visit, index].shapes) for visit in range(40)
         ]
         assert expected[index] == pytest.approx(np.mean(counts), rel=0.1), records[index].id
 
@@ -174,18 +171,15 @@ def test_embedding_no_records_gives_an_empty_table() -> None:
 def test_a_cached_scan_is_read_once_and_gives_the_same_views(
     records: list[Record], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def volumes_and_noise(item: list[Resized | ReadFailure]) -> list[torch.Tensor]:
-        return [tensor for view in item for tensor in (view.volume, view.noise)]
-
     uncached = RandomViews(records, PROCESSOR, views=[ViewKind(2)])
-    expected = [volumes_and_noise(uncached[visit, 0]) for visit in range(2)]
+    expected = [uncached[visit, 0] for visit in range(2)]
     read: list[Path] = []
     original = M3RetImageProcessor.read
     monkeypatch.setattr(M3RetImageProcessor, "read", lambda self, source: read.append(source) or original(self, source))
     one_image = 20_000  # bytes: one image of 50 x 60 float32 fits, two do not
     cached = RandomViews(records, PROCESSOR, views=[ViewKind(2)], cache_bytes=one_image)
     for visit in range(2):
-        assert all(map(torch.equal, volumes_and_noise(cached[visit, 0]), expected[visit]))
+        assert are_equal(cached[visit, 0], expected[visit])
     assert len(read) == 1
     for visit in range(2):
         _ = cached[visit, 3]
