@@ -119,18 +119,17 @@ def find_checkpoint(model: str | None, quickstart: bool) -> str:
 def main() -> None:
     arguments = parse_arguments()
     name = find_checkpoint(arguments.model, arguments.quickstart)
-    readers = None if arguments.push_to_hub else IsolatedReaders()  # they start while the model is loaded
     model, processor = load_pretrained(name)
     if torch.cuda.is_available():
         model.to("cuda")
     gallery = open_gallery(arguments.gallery, model, processor, name)
-    if readers is None:
+    if arguments.push_to_hub:
         from modeling_m3ret.space.publishing import push_space
 
         print(push_space(arguments.push_to_hub, Path(__file__), model, processor, gallery, name))
         return
 
-    # imported after the demo gallery is embedded: Gradio takes seconds to import
+    readers = IsolatedReaders()  # they start while Gradio is imported, which takes seconds
     from modeling_m3ret.space.pages import ServerOptions, build, serve
     from modeling_m3ret.space.service import SearchService
 
