@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -52,6 +53,8 @@ def load_checkpoint(name: str, device: torch.device) -> tuple[M3RetModel, Checkp
     Raises:
         InputError: if there is no M3Ret checkpoint.
     """
+    if "/" not in name and not Path(name).is_dir():  # a misspelt folder, which the Hub need not be asked for
+        raise InputError(f"{name}: no checkpoint: expected an existing folder, or ORG/NAME on the Hub.")
     try:
         processor = AutoImageProcessor.from_pretrained(name)
         model = AutoModel.from_pretrained(name)
