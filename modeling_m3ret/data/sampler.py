@@ -6,8 +6,9 @@ Both follow from the seed alone, so a run resumes from any step with the batches
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import KW_ONLY, dataclass
 from itertools import count
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -17,6 +18,7 @@ from ..errors import InputError
 Stratum = str | tuple[str, str]  # a modality, or (modality, source)
 
 
+@dataclass(eq=False)
 class SeededBatchSampler:
     """Yield endless batches of `(visit, index)` that depend on the seed and the number of the batch alone.
 
@@ -32,65 +34,48 @@ class SeededBatchSampler:
     If `num_workers` divides `lanes`, each worker has lanes of its own, and hardly any block is fetched by two workers.
     The order depends on the numbers of lanes and ranks, not on the number of workers.
 
-    Args:
-        strata: stratum of each record. Strata are numbered in sorted order.
-        batch_size: scans per batch and rank.
-        seed: seed of all shuffles.
-        alpha: exponent of the mixture; 1 samples in proportion to size, 0 samples all strata equally.
-        start: number of the first batch of this rank.
-        rank: rank of this process.
-        world_size: number of ranks.
-        blocks: `(n,)` block of each record when streaming, else None.
-        lanes: lanes per rank. Ignored unless streaming.
-
     Raises:
         InputError: if the records do not fill one batch on each rank.
     """
 
-    WINDOW = 4  # blocks shuffled together: at 8 MiB a block, several hundred images
+    strata: Sequence[Stratum]  # of each record; strata are numbered in sorted order
+    batch_size: int  # scans per batch and rank
+    _: KW_ONLY
+    seed: int  # of all shuffles
+    alpha: float = 1.0  # 1 samples strata in proportion to their size, 0 samples all equally
+    start: int = 0  # number of the first batch of this rank
+    rank: int = 0
+    world_size: int = 1
+    blocks: np.ndarray | None = None  # (n,) block of each record when streaming
+    lanes: int = 1  # per rank; ignored unless streaming
 
-    def __init__(
-        self,
-        strata: Sequence[Stratum],
-        batch_size: int,
-        *,
-        seed: int,
-        alpha: float = 1.0,
-        start: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-        blocks: np.ndarray | None = None,
-        lanes: int = 1,
-    ):
-        records = len(strata)
-        if records < batch_size * world_size:
-            raise InputError(
-                f"too few training scans: expected at least {batch_size * world_size} (a batch of {batch_size} on each "
-                f"of {world_size} ranks), got {records}. Reduce batch_size or add scans."
-            )
-        number_of = {stratum: number for number, stratum in enumerate(sorted(set(strata)))}
-        numbers = np.array([number_of[stratum] for stratum in strata])
+    WINDOW: ClassVar = 4  # blocks shuffled together: at 8 MiB a block, several hundred images
+
+    def __post_init__(self) -> None:
+        self.records = len(self.strata)
+        self._require_scans(self.batch_size, "batch_size")
+        number_of = {stratum: number for number, stratum in enumerate(sorted(set(self.strata)))}
+        numbers = np.array([number_of[stratum] for stratum in self.strata])
         self.members = [np.flatnonzero(numbers == number) for number in range(len(number_of))]
-        self.samples = _apportion(records, np.array([len(members) ** alpha for members in self.members]))
-        self.records = records
-        self.batch_size = batch_size
-        self.seed = seed
-        self.start = start
-        self.rank = rank
-        self.world_size = world_size
-        self.blocks = blocks
-        self.lanes = lanes if blocks is not None else 1
+        self.samples = _apportion(self.records, np.array([len(members) ** self.alpha for members in self.members]))
+        if self.blocks is None:
+            self.lanes = 1
         self._epochs: dict[int, np.ndarray] = {}  # the latest two: a batch may need both
+
+    def _require_scans(self, per_rank: int, option: str) -> None:
+        required = per_rank * self.world_size
+        if self.records < required:
+            raise InputError(
+                f"too few training scans: expected at least {required} ({option}={per_rank} on each of "
+                f"{self.world_size} ranks), got {self.records}. Reduce {option} or add scans."
+            )
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         for number in count(self.start):
-            yield self.batch(number * self.world_size + self.rank)
-
-    def batch(self, number: int) -> list[tuple[int, int]]:
-        """Return the `(visit, index)` pairs of one batch; `number` counts the batches of all ranks."""
-        positions = range(number * self.batch_size, (number + 1) * self.batch_size)
-        samples = [self.epoch(position // self.records)[position % self.records] for position in positions]
-        return [(int(visit), int(index)) for visit, index in samples]
+            first = (number * self.world_size + self.rank) * self.batch_size
+            positions = range(first, first + self.batch_size)
+            samples = [self.epoch(position // self.records)[position % self.records] for position in positions]
+            yield [(int(visit), int(index)) for visit, index in samples]
 
     def epoch(self, epoch: int) -> np.ndarray:
         """Return the samples of an epoch, `(n, 2)` of visit and index, in the order in which all ranks take them."""
@@ -103,20 +88,17 @@ class SeededBatchSampler:
     def _shuffle_epoch(self, epoch: int) -> np.ndarray:
         """Return the samples of an epoch, `(n, 2)`: strata mixed at random, each in its own order."""
         generator = np.random.default_rng([self.seed, epoch])
-        drawn, positions = [], []
-        for stratum, samples in enumerate(self.samples):
-            drawn.append(self._draw(stratum, epoch * samples, (epoch + 1) * samples))
-            positions.append(np.sort(generator.random(samples)))
+        drawn = [self._draw(stratum, epoch * n, (epoch + 1) * n) for stratum, n in enumerate(self.samples)]
+        positions = [np.sort(generator.random(n)) for n in self.samples]
         return np.concatenate(drawn)[np.argsort(np.concatenate(positions), kind="stable")]
 
     def _draw(self, stratum: int, first: int, end: int) -> np.ndarray:
         """Return samples `first` to `end` of a stratum, counted from the start of training, as `(n, 2)`."""
         size = len(self.members[stratum])
-        drawn = [np.empty((0, 2), np.int64)]
-        for visit in range(first // size, -(-end // size)):
-            indices = self._shuffle_stratum(stratum, visit)[max(first - visit * size, 0) : end - visit * size]
-            drawn.append(np.stack([np.full(len(indices), visit), indices], axis=1))
-        return np.concatenate(drawn)
+        visits = range(first // size, -(-end // size))
+        orders = [np.empty(0, np.int64), *(self._shuffle_stratum(stratum, visit) for visit in visits)]
+        indices = np.concatenate(orders)[first % size :][: end - first]
+        return np.stack([np.arange(first, end) // size, indices], axis=1)
 
     def _shuffle_stratum(self, stratum: int, visit: int) -> np.ndarray:
         """Return the indices of a stratum's records in the order of one visit to each."""
@@ -168,11 +150,7 @@ class TokenBatchSampler(SeededBatchSampler):
 
     def __init__(self, strata: Sequence[Stratum], tokens: np.ndarray, budget: int, **order: Any):
         super().__init__(strata, 1, **order)
-        if len(strata) < self.lanes * self.world_size:
-            raise InputError(
-                f"too few training scans: expected at least {self.lanes * self.world_size} ({self.lanes} lanes on each "
-                f"of {self.world_size} ranks), got {len(strata)}. Reduce stream_lanes or add scans."
-            )
+        self._require_scans(self.lanes, "stream_lanes")
         self.tokens = tokens
         self.budget = budget
 

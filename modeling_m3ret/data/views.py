@@ -17,22 +17,17 @@ from torch import Tensor, nn
 from ..reading_m3ret import Scan
 
 
+Range = tuple[float, float]
+
+
 @dataclass(frozen=True)
 class CropRanges:
-    """Ranges from which crops are sampled, uniformly unless stated otherwise.
+    """Ranges from which crops are sampled, uniformly unless stated otherwise."""
 
-    Args:
-        area: fraction of the slice's area, 0.2 to 1 as in MAE (arXiv 2111.06377, appendix A.1).
-        aspect: aspect ratio (width over height) relative to that of the scan, log-uniform, 3/4 to 4/3 as in Inception
-            and MAE.
-        depth: fraction of the slices. 3DINO uses 0.5 to 1 for its global views.
-        single_slice_probability: probability of taking a single slice from anywhere in the scan, instead of `depth`.
-    """
-
-    area: tuple[float, float] = (0.2, 1.0)
-    aspect: tuple[float, float] = (3 / 4, 4 / 3)
-    depth: tuple[float, float] = (0.5, 1.0)
-    single_slice_probability: float = 0.0
+    area: Range = (0.2, 1.0)  # fraction of the slice's area, as in MAE (arXiv 2111.06377, appendix A.1)
+    aspect: Range = (3 / 4, 4 / 3)  # width over height relative to the scan's, log-uniform, as in Inception and MAE
+    depth: Range = (0.5, 1.0)  # fraction of the slices, as for the global views of 3DINO
+    single_slice_probability: float = 0.0  # of taking a single slice from anywhere in the scan, instead of `depth`
 
 
 # areas of SimDINO's published 2D command (arXiv 2502.10385), depths of 3DINO's volumes
@@ -44,57 +39,34 @@ LOCAL_CROPS = CropRanges(area=(0.05, 0.4), depth=(0.2, 0.5))
 class Jitter:
     """Ranges of the intensity changes, and the probability of applying each to a view.
 
-    Args:
-        contrast: factor of the contrast. SimDINO's colour jitter has a strength of 0.4.
-        brightness: shift of the brightness as a fraction of the intensity range. Half of SimDINO's 0.4, because a shift
-            clips.
-        gamma: exponent; 0.7 to 1.5 as in nnU-Net (Isensee et al. 2021).
-        white_balance: factor of each channel, colour scans only. SimDINO shifts the hue by 0.1; the light sources of
-            endoscopes differ by more.
-        saturation: factor of the distance from grey, colour scans only. SimDINO's strength is 0.2.
-        probability: probability of the five changes above, applied together; 0.8 as in SimDINO.
-        grey_probability: probability of removing the colour, as in SimDINO.
-        noise: standard deviation of Gaussian noise as a fraction of the intensity range. This and the following ranges
-            and probabilities are nnU-Net's.
-        noise_probability: probability of adding noise.
-        blur: standard deviation of the Gaussian blur in pixels.
-        blur_probability: probability of blurring.
-        low_resolution: factor by which the slices are downsampled before they are upsampled again.
-        low_resolution_probability: probability of lowering the resolution.
+    Contrast to saturation are applied together, with `probability`. Defaults of these and of `grey_probability` follow
+    SimDINO unless stated otherwise; those of noise, blur and low resolution are nnU-Net's (Isensee et al. 2021).
     """
 
-    contrast: tuple[float, float] = (0.6, 1.4)
-    brightness: tuple[float, float] = (-0.2, 0.2)
-    gamma: tuple[float, float] = (0.7, 1.5)
-    white_balance: tuple[float, float] = (0.7, 1.4)
-    saturation: tuple[float, float] = (0.6, 1.4)
+    contrast: Range = (0.6, 1.4)  # factor; SimDINO's colour jitter has a strength of 0.4
+    brightness: Range = (-0.2, 0.2)  # fraction of the intensity range; half of SimDINO's 0.4, because a shift clips
+    gamma: Range = (0.7, 1.5)  # exponent, as in nnU-Net
+    white_balance: Range = (0.7, 1.4)  # factor of each channel; SimDINO's hue shift of 0.1 is less than endoscopes vary
+    saturation: Range = (0.6, 1.4)  # factor of the distance from grey; SimDINO's strength is 0.2
     probability: float = 0.8
-    grey_probability: float = 0.2
-    noise: tuple[float, float] = (0.0, 0.1)
+    grey_probability: float = 0.2  # of removing the colour
+    noise: Range = (0.0, 0.1)  # standard deviation of Gaussian noise as a fraction of the intensity range
     noise_probability: float = 0.1
-    blur: tuple[float, float] = (0.5, 1.0)
+    blur: Range = (0.5, 1.0)  # standard deviation of the Gaussian in pixels
     blur_probability: float = 0.2
-    low_resolution: tuple[float, float] = (0.5, 1.0)
+    low_resolution: Range = (0.5, 1.0)  # factor by which slices are downsampled before they are upsampled again
     low_resolution_probability: float = 0.25
 
 
 @dataclass(frozen=True)
 class ViewKind:
-    """One kind of view.
+    """One kind of view."""
 
-    Args:
-        count: number of views of this kind per decoded scan.
-        ranges: ranges of the crops.
-        size: `size` for the processor's resize; None uses the processor's own.
-        jitter: intensity changes, or None for none.
-        flip_probability: probability of mirroring a view left to right.
-    """
-
-    count: int
+    count: int  # views of this kind per decoded scan
     ranges: CropRanges = CropRanges()
-    size: int | None = None
+    size: int | None = None  # `size` for the processor's resize, by default the processor's own
     jitter: Jitter | None = None
-    flip_probability: float = 0.0
+    flip_probability: float = 0.0  # of mirroring a view left to right
 
 
 def random_crop(scan: Scan, ranges: CropRanges, generator: np.random.Generator) -> Scan:
@@ -121,18 +93,10 @@ def random_flip(scan: Scan, probability: float, generator: np.random.Generator) 
 
 
 def random_intensity(volume: Tensor, jitter: Jitter, generator: np.random.Generator) -> Tensor:
-    """Change the sharpness and the intensities of a resized view at random.
+    """Change the sharpness and the intensities of a resized view `(1 or 3, D, H, W)`, float32 in [-1, 1], at random.
 
     The changes follow the order of an acquisition: loss of resolution in the optics, then light and display, then noise
-    of the sensor.
-
-    Args:
-        volume: `(1 or 3, D, H, W)` float32 in [-1, 1]. Not modified.
-        jitter: ranges and probabilities.
-        generator: source of randomness; one draw applies to the whole view.
-
-    Returns:
-        A tensor of the same shape, dtype and range.
+    of the sensor. One draw applies to the whole view.
     """
     values = ((volume + 1) / 2).clamp_(0, 1)
     if generator.random() < jitter.low_resolution_probability:
@@ -141,9 +105,8 @@ def random_intensity(volume: Tensor, jitter: Jitter, generator: np.random.Genera
         values = gaussian_blur(values, generator.uniform(*jitter.blur))
     has_colour = len(values) == 3
     if generator.random() < jitter.probability:
-        contrast, brightness, gamma = (
-            generator.uniform(*ends) for ends in (jitter.contrast, jitter.brightness, jitter.gamma)
-        )
+        ranges = (jitter.contrast, jitter.brightness, jitter.gamma)
+        contrast, brightness, gamma = (generator.uniform(*limits) for limits in ranges)
         if has_colour:
             balance = generator.uniform(*jitter.white_balance, size=(3, 1, 1, 1)).astype(np.float32)
             values = values * torch.from_numpy(balance)
