@@ -28,7 +28,7 @@ from modeling_m3ret.errors import InputError
 from modeling_m3ret.version import __version__
 from modeling_m3ret.worker_process import initialise_worker, worker_context
 
-from .builder import BuiltRow, ScanBuilder, SkippedEntry
+from .builder import ScanBuilder, SkippedEntry
 from .duplicates import Fingerprint
 from .entries import Entry
 
@@ -46,12 +46,7 @@ COMPRESSION_LEVEL = 1
 
 
 class BuildError(InputError):
-    """A build that cannot start or continue.
-
-    Attributes:
-        output: the output folder.
-        differences: for an output folder that holds another build, the settings that differ as `{name: (old, new)}`.
-    """
+    """A build in `output` that cannot start or continue. `differences` from another build there: {name: (old, new)}."""
 
     def __init__(self, output: Path, problem: str, differences: dict[str, tuple[Any, Any]] | None = None):
         super().__init__(f"{output}: {problem}")
@@ -80,13 +75,8 @@ class ShardReport:
 
 
 def plan_shards(splits: dict[str, list[Entry]], shard_bytes: int | None = None) -> list[Shard]:
-    """Distribute the entries of each split over shards of about `shard_bytes`, estimated from file sizes.
-
-    Args:
-        splits: entries of each split, in their order.
-        shard_bytes: by default `SHARD_BYTES`.
-    """
-    shard_bytes = SHARD_BYTES if shard_bytes is None else shard_bytes
+    """Distribute the entries of each split over shards of about `shard_bytes`, estimated from file sizes."""
+    shard_bytes = shard_bytes or SHARD_BYTES
     shards = []
     for split in SPLITS:
         groups: list[list[Entry]] = []
@@ -115,12 +105,6 @@ def _estimate_bytes(entry: Entry) -> int:
 def build_shards(builder: ScanBuilder, output: Path, shards: Sequence[Shard], num_proc: int = 1) -> list[ShardReport]:
     """Write the missing shards, with a progress bar, and return the reports of all shards in order.
 
-    Args:
-        builder: builder of the collection.
-        output: empty or new folder, or that of an interrupted build.
-        shards: see `plan_shards`.
-        num_proc: number of processes.
-
     Raises:
         BuildError: if `output` holds another build or other files, or a process died.
     """
@@ -128,17 +112,14 @@ def build_shards(builder: ScanBuilder, output: Path, shards: Sequence[Shard], nu
     for partial in output.rglob(".*.partial"):  # left by a killed build
         partial.unlink()
     missing = [shard for shard in shards if _read_report(output, shard) is None]
-    total = sum(len(shard.entries) for shard in shards)
-    done = total - sum(len(shard.entries) for shard in missing)
-    with tqdm(total=total, initial=done, desc="building", unit="scan") as bar:
+    total, left = (sum(len(shard.entries) for shard in some) for some in (shards, missing))
+    with tqdm(total=total, initial=total - left, desc="building", unit="scan") as bar:
         if num_proc == 1 or len(missing) < 2:
             for shard in missing:
                 write_shard(builder, output, shard, bar.update)
         else:
             _write_in_parallel(builder, output, missing, min(num_proc, len(missing)), bar)
-    reports = [_read_report(output, shard) for shard in shards]
-    assert all(report is not None for report in reports)
-    return [report for report in reports if report is not None]
+    return [report for shard in shards if (report := _read_report(output, shard))]
 
 
 def _write_in_parallel(builder: ScanBuilder, output: Path, missing: Sequence[Shard], num_proc: int, bar: Any) -> None:
@@ -158,9 +139,8 @@ def _write_in_parallel(builder: ScanBuilder, output: Path, missing: Sequence[Sha
             finally:
                 pool.shutdown(cancel_futures=True)  # after an error or Ctrl-C, start no further shard
     except BrokenExecutor as error:
-        raise BuildError(
-            output, "a worker process died, possibly of a lack of memory. Run again with a smaller --num_proc."
-        ) from error
+        problem = "a worker process died, possibly of a lack of memory. Run again with a smaller --num_proc."
+        raise BuildError(output, problem) from error
 
 
 _worker: dict[str, Any] = {}  # set once per worker process
@@ -180,14 +160,7 @@ def _write_in_worker(shard: Shard) -> None:
 
 
 def write_shard(builder: ScanBuilder, output: Path, shard: Shard, progress: Callable[[int], Any]) -> None:
-    """Write one shard, then its report, which marks the shard as complete.
-
-    Args:
-        builder: builder of the collection.
-        output: output folder.
-        shard: the planned shard.
-        progress: called with the number of scans since the last call.
-    """
+    """Write one shard, then its report, which marks the shard as complete; call `progress(1)` after each scan."""
     report = ShardReport()
 
     def rows() -> Iterator[dict[str, Any]]:
@@ -199,27 +172,22 @@ def write_shard(builder: ScanBuilder, output: Path, shard: Shard, progress: Call
                 continue
             columns = row.columns
             report.files[columns["id"]] = os.path.relpath(entry.files[0], builder.root)
-            report.fingerprints.append(asdict(_fingerprint(row, shard.split)))
+            fingerprint = Fingerprint(columns["id"], shard.split, columns["patient"], row.digest, row.picture_hash)
+            report.fingerprints.append(asdict(fingerprint))
             report.media_bytes += len(columns[media_column(columns)]["bytes"])
             if row.burned_in is not None:
                 report.burned_in[row.burned_in] = report.burned_in.get(row.burned_in, 0) + 1
             yield columns
 
-    path = shard_path(output, shard)
-    report.rows = write_parquet(path, rows())
+    report.rows = write_parquet(shard_path(output, shard), rows())
     atomic_write_text(_report_path(output, shard), json.dumps(asdict(report)) + "\n")
-
-
-def _fingerprint(row: BuiltRow, split: str) -> Fingerprint:
-    return Fingerprint(row.columns["id"], split, row.columns["patient"], row.digest, row.picture_hash)
 
 
 def write_parquet(path: Path, rows: Iterator[dict[str, Any]]) -> int:
     """Write rows atomically as one Parquet file of the schema, and return their number. Without rows, write no file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     schema = features().arrow_schema
-    row_group: list[dict[str, Any]] = []
-    count = size = 0
+    count = 0
     with (
         atomic_write(path) as stream,
         pq.ParquetWriter(
@@ -231,34 +199,33 @@ def write_parquet(path: Path, rows: Iterator[dict[str, Any]]) -> int:
             write_statistics=False,  # those of the media columns would contain whole files
         ) as writer,
     ):
-        for row in rows:
-            row_group.append(row)
-            count += 1
-            size += len(row[media_column(row)]["bytes"])
-            if size >= ROW_GROUP_BYTES:
-                writer.write_table(pa.Table.from_pylist(row_group, schema), row_group_size=len(row_group))
-                row_group, size = [], 0
-        if row_group:
+        for row_group in _row_groups(rows):
             writer.write_table(pa.Table.from_pylist(row_group, schema), row_group_size=len(row_group))
+            count += len(row_group)
     if not count:
         path.unlink()
     return count
 
 
+def _row_groups(rows: Iterator[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    row_group: list[dict[str, Any]] = []
+    size = 0
+    for row in rows:
+        row_group.append(row)
+        size += len(row[media_column(row)]["bytes"])
+        if size >= ROW_GROUP_BYTES:
+            yield row_group
+            row_group, size = [], 0
+    if row_group:
+        yield row_group
+
+
 def _leaf_columns(schema: pa.Schema) -> list[str]:
     """Return the names of the columns in Parquet, where struct fields and list elements are columns."""
-    names = []
-    for column in schema:
-        if pa.types.is_struct(column.type):
-            names += [f"{column.name}.{child.name}" for child in column.type]
-        elif pa.types.is_list(column.type):
-            names.append(f"{column.name}.list.element")
-        else:
-            names.append(column.name)
-    return names
-
-
-# ---------------------------------------------------------------------------------------------------- state of a build
+    empty = pa.BufferOutputStream()
+    pq.write_table(schema.empty_table(), empty)
+    leaves = pq.ParquetFile(pa.BufferReader(empty.getvalue())).schema
+    return [leaves.column(index).path for index in range(len(leaves.names))]
 
 
 def shard_path(output: Path, shard: Shard) -> Path:
@@ -311,21 +278,16 @@ def _check_plan(builder: ScanBuilder, output: Path, shards: Sequence[Shard]) -> 
 def _compare_plans(output: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
     differences = {key: (old.get(key), value) for key, value in new.items() if old.get(key) != value}
     if "layout" in differences or "m3ret" in differences:
-        raise BuildError(
-            output,
+        problem = (
             f"expected a build of M3Ret {new['m3ret']} (layout {new['layout']}), got one of {old.get('m3ret')} (layout "
             f"{old.get('layout')}). It can still be read. To build again, choose another --output; to resume it, use "
-            "the version that started it.",
-            differences,
+            "the version that started it."
         )
+        raise BuildError(output, problem, differences)
     if differences:
         changed = "; ".join(f"{key}: {before} -> {now}" for key, (before, now) in differences.items())
-        raise BuildError(
-            output, f"holds a build with other settings ({changed}). Choose another --output.", differences
-        )
-
-
-# ----------------------------------------------------------------------------------------------- after the last shard
+        problem = f"holds a build with other settings ({changed}). Choose another --output."
+        raise BuildError(output, problem, differences)
 
 
 def written_shards(output: Path, shards: Sequence[Shard]) -> list[Path]:
@@ -349,7 +311,7 @@ def drop_rows(output: Path, shards: Sequence[Shard], ids: set[str]) -> int:
 def write_index(output: Path, shards: Sequence[Shard]) -> pa.Table | None:
     """Write the index: all columns but the media, and the location of each row, sorted by shard name.
 
-    Training reads it instead of opening every shard. Returns None, and writes no file, if there is no row.
+    Training reads it instead of opening every shard. Return None, and write no file, if there is no row.
     """
     tables = []
     for path in sorted(written_shards(output, shards)):

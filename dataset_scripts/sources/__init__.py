@@ -1,7 +1,5 @@
 """All declared collections, by the name that `--source` takes."""
 
-from __future__ import annotations
-
 from dataset_scripts.entries import Source
 from dataset_scripts.sources.brats import Brats
 from dataset_scripts.sources.busi import Busi
@@ -25,30 +23,12 @@ from dataset_scripts.sources.pocus_lung import PocusLung
 SOURCES: dict[str, type[Source]] = {
     source.name: source
     for source in (
-        # local folders, and the synthetic collection of this project
-        Folder,
-        Phantom,
-        # X-ray
-        CheXpert,
-        MimicCxrJpg,
-        NihChestXray14,
-        PadChest,
-        # ultrasound
-        Busi,
-        PocusLung,
-        # endoscopy
-        CholecT50,
-        HyperKvasirVideos,
-        LDPolypVideo,
-        # CT
-        CtRate,
-        LidcIdri,
-        Msd,
-        # MRI
-        Brats,
-        MsdMri,
-        Oasis,
-        # several modalities
-        MedMnist,
+        *(Folder, Phantom),
+        *(CheXpert, MimicCxrJpg, NihChestXray14, PadChest),  # X-ray
+        *(Busi, PocusLung),  # ultrasound
+        *(CholecT50, HyperKvasirVideos, LDPolypVideo),  # endoscopy
+        *(CtRate, LidcIdri, Msd),  # CT
+        *(Brats, MsdMri, Oasis),  # MRI
+        MedMnist,  # several modalities
     )
 }

@@ -1,11 +1,9 @@
 """BUSI: breast ultrasound, normal or with a lesion."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 
-from dataset_scripts.entries import Entry, Source, descend, find_files, requires_layout
+from dataset_scripts.entries import Entry, Source, descend, find_files
 
 
 LABELS = ("benign", "malignant", "normal")
@@ -22,9 +20,9 @@ class Busi(Source):
     homepage = "https://scholar.cu.edu.eg/?q=afahmy/pages/dataset"
     licence = "Not stated with the data; the article is CC BY 4.0"
     citation = "Al-Dhabyani et al., Dataset of breast ultrasound images, Data in Brief 2020"
+    layout = "Dataset_BUSI_with_GT/benign|malignant|normal/*.png"
 
-    @requires_layout("Dataset_BUSI_with_GT/benign|malignant|normal/*.png")
-    def entries(self, root: Path) -> Iterator[Entry]:
+    def find_entries(self, root: Path) -> Iterator[Entry]:
         root = descend(root, "Dataset_BUSI_with_GT")
         for label in LABELS:
             for path in find_files(root / label, (".png",)):

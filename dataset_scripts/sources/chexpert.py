@@ -1,36 +1,15 @@
 """CheXpert: chest radiographs, with findings extracted from their reports. The validation set is labelled by hand."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
-from dataset_scripts.entries import (
-    Entry,
-    Source,
-    SourceError,
-    path_inside,
-    positive_labels,
-    read_table,
-    requires_layout,
-)
+from dataset_scripts.entries import Entry, Source, SourceError, path_inside, positive_labels, read_table
 
 
 FINDINGS = (
-    "No Finding",
-    "Enlarged Cardiomediastinum",
-    "Cardiomegaly",
-    "Lung Opacity",
-    "Lung Lesion",
-    "Edema",
-    "Consolidation",
-    "Pneumonia",
-    "Atelectasis",
-    "Pneumothorax",
-    "Pleural Effusion",
-    "Pleural Other",
-    "Fracture",
-    "Support Devices",
+    *("No Finding", "Enlarged Cardiomediastinum", "Cardiomegaly", "Lung Opacity", "Lung Lesion", "Edema"),
+    *("Consolidation", "Pneumonia", "Atelectasis", "Pneumothorax", "Pleural Effusion", "Pleural Other"),
+    *("Fracture", "Support Devices"),
 )
 TABLES = {"train": "train.csv", "validation": "valid.csv"}
 
@@ -43,23 +22,15 @@ class CheXpert(Source):
     homepage = "https://stanfordmlgroup.github.io/competitions/chexpert/"
     licence = "Stanford University Dataset Research Use Agreement"
     citation = "Irvin et al., CheXpert, AAAI 2019, arXiv 1901.07031"
+    layout = "train.csv and valid.csv with a row per image"
 
-    @requires_layout("train.csv and valid.csv with a row per image")
-    def entries(self, root: Path) -> Iterator[Entry]:
+    def find_entries(self, root: Path) -> Iterator[Entry]:
         for split, table in TABLES.items():
             for row in read_table(root / table, ["Path", *FINDINGS]):
                 parts = PurePosixPath(row["Path"]).parts[1:]  # the first is the name of the release
                 if len(parts) != 4:
-                    raise SourceError(
-                        root / table, "paths such as RELEASE/train/PATIENT/STUDY/VIEW.jpg", repr(row["Path"])
-                    )
+                    expected = "paths such as RELEASE/train/PATIENT/STUDY/VIEW.jpg"
+                    raise SourceError(root / table, expected, repr(row["Path"]))
                 name = "/".join(parts)
-                yield Entry(
-                    id=name,
-                    files=(path_inside(root, name),),
-                    modality="xray",
-                    anatomy="chest",
-                    labels=positive_labels(row, FINDINGS),
-                    patient=parts[1],
-                    split=split,
-                )
+                path, labels = path_inside(root, name), positive_labels(row, FINDINGS)
+                yield Entry(name, (path,), "xray", "chest", labels=labels, patient=parts[1], split=split)

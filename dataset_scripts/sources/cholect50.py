@@ -1,21 +1,10 @@
 """CholecT50: laparoscopic cholecystectomy at one frame per second, with the phase of the operation."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dataset_scripts.entries import (
-    Entry,
-    Source,
-    SourceError,
-    descend,
-    find_files,
-    list_folders,
-    read_json,
-    requires_layout,
-)
+from dataset_scripts.entries import Entry, Source, SourceError, descend, find_files, list_folders, read_json
 
 
 # The split of the article; all other videos are for training.
@@ -32,23 +21,17 @@ class CholecT50(Source):
     homepage = "https://github.com/CAMMA-public/cholect50"
     licence = "CC BY-NC-SA 4.0"
     citation = "Nwoye et al., Rendezvous, Medical Image Analysis 2022, arXiv 2109.03223"
+    layout = "videos/VID01/*.png and labels/VID01.json"
 
-    @requires_layout("videos/VID01/*.png and labels/VID01.json")
-    def entries(self, root: Path) -> Iterator[Entry]:
+    def find_entries(self, root: Path) -> Iterator[Entry]:
         root = descend(root, "CholecT50")
         for video in list_folders(root / "videos"):
+            split = "validation" if video.name in VALIDATION else "test" if video.name in TEST else "train"
             phases = _phases(root / "labels" / f"{video.name}.json")
             for path in find_files(video, (".png",)):
                 phase = phases.get(str(int(path.stem))) if path.stem.isdecimal() else None
-                yield Entry(
-                    id=f"{video.name}/{path.stem}",
-                    files=(path,),
-                    modality="endoscopy",
-                    anatomy="abdomen",
-                    labels=(phase,) if phase else (),
-                    patient=video.name,
-                    split="validation" if video.name in VALIDATION else "test" if video.name in TEST else "train",
-                )
+                name, labels = f"{video.name}/{path.stem}", (phase,) if phase else ()
+                yield Entry(name, (path,), "endoscopy", "abdomen", labels=labels, patient=video.name, split=split)
 
 
 def _phases(path: Path) -> dict[str, str]:

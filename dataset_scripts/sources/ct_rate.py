@@ -1,20 +1,9 @@
 """CT-RATE: chest CT, with abnormalities extracted from the reports."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 
-from dataset_scripts.entries import (
-    Entry,
-    Source,
-    SourceError,
-    descend,
-    find_files,
-    positive_labels,
-    read_table,
-    requires_layout,
-)
+from dataset_scripts.entries import Entry, Source, SourceError, descend, find_files, positive_labels, read_table
 
 
 SPLITS = {"train": "train", "valid": "validation"}
@@ -33,9 +22,9 @@ class CtRate(Source):
     homepage = "https://huggingface.co/datasets/ibrahimhamamci/CT-RATE"
     licence = "CC BY-NC-SA 4.0"
     citation = "Hamamci et al., CT-RATE and CT-CLIP, 2024, arXiv 2403.17834"
+    layout = "dataset/train_fixed or valid_fixed with train_1/train_1_a/train_1_a_1.nii.gz"
 
-    @requires_layout("dataset/train_fixed or valid_fixed with train_1/train_1_a/train_1_a_1.nii.gz")
-    def entries(self, root: Path) -> Iterator[Entry]:
+    def find_entries(self, root: Path) -> Iterator[Entry]:
         root = descend(root, "dataset")
         for prefix, split in SPLITS.items():
             volumes = root / f"{prefix}_fixed"
@@ -47,24 +36,14 @@ class CtRate(Source):
             not_chest = _read_not_chest(root / "metadata" / f"no_chest_{prefix}.txt")
             for path in find_files(volumes, (".nii.gz",)):
                 name = path.name.removesuffix(".nii.gz")
-                yield Entry(
-                    id=name,
-                    files=(path,),
-                    modality="ct",
-                    anatomy="" if not_chest & {name, name.rpartition("_")[0]} else "chest",
-                    labels=labels.get(name, ()),
-                    patient="_".join(name.split("_")[:2]),
-                    split=split,
-                )
+                anatomy = "" if not_chest & {name, name.rpartition("_")[0]} else "chest"
+                patient = "_".join(name.split("_")[:2])
+                yield Entry(name, (path,), "ct", anatomy, labels=labels.get(name, ()), patient=patient, split=split)
 
 
 def _labels(table: Path) -> dict[str, tuple[str, ...]]:
-    return {
-        row["VolumeName"].removesuffix(".nii.gz"): positive_labels(
-            row, [column for column in row if column != "VolumeName"]
-        )
-        for row in read_table(table, ["VolumeName"])
-    }
+    rows = read_table(table, ["VolumeName"])
+    return {row["VolumeName"].removesuffix(".nii.gz"): positive_labels(row, row.keys()) for row in rows}
 
 
 def _read_not_chest(path: Path) -> set[str]:

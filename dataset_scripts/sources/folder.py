@@ -1,14 +1,12 @@
 """A local folder of scans, described by a manifest or by nothing but its files."""
 
-from __future__ import annotations
-
 import re
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dataset_scripts.entries import Entry, Source, SourceError, find_files, path_inside, read_table, requires_layout
+from dataset_scripts.entries import Entry, Source, SourceError, find_files, path_inside, read_table
 from modeling_m3ret.scan_m3ret import silence_libraries, sniff
 
 
@@ -31,12 +29,10 @@ MODALITY_WORDS = {
 }
 _MODALITY_OF_WORD = {word: modality for modality, words in MODALITY_WORDS.items() for word in words.split("|")}
 # BodyPartExamined is free text in practice; only these terms of DICOM PS3.16 are accepted.
-BODY_PARTS = frozenset(
-    (
-        *("abdomen", "ankle", "arm", "breast", "chest", "elbow", "extremity", "eye", "finger", "foot", "hand", "head"),
-        *("heart", "hip", "humerus", "knee", "leg", "liver", "lung", "neck", "pelvis", "prostate", "ribs", "shoulder"),
-        *("skull", "spine", "thorax", "thyroid", "uterus", "wrist", "brain", "kidney", "colon"),
-    )
+BODY_PARTS = (
+    *("abdomen", "ankle", "arm", "breast", "chest", "elbow", "extremity", "eye", "finger", "foot", "hand", "head"),
+    *("heart", "hip", "humerus", "knee", "leg", "liver", "lung", "neck", "pelvis", "prostate", "ribs", "shoulder"),
+    *("skull", "spine", "thorax", "thyroid", "uterus", "wrist", "brain", "kidney", "colon"),
 )
 BODY_PART_SYNONYMS = {"cspine": "spine", "tspine": "spine", "lspine": "spine", "ssspine": "spine"}
 NON_SCAN_SUFFIXES = (
@@ -54,10 +50,10 @@ NON_SCAN_SUFFIXES = (
     ".ini",
     ".log",
 )
-HEADER_ELEMENTS = (
+HEADER_ELEMENTS = [
     *("Modality", "SeriesInstanceUID", "PatientID", "BodyPartExamined", "NumberOfFrames", "ImagePositionPatient"),
     "Rows",
-)
+]
 
 
 class Folder(Source):
@@ -89,12 +85,10 @@ class Folder(Source):
         if licence:
             self.licence = licence  # type: ignore[misc]
 
-    @requires_layout("a manifest.csv, or DICOM, NIfTI, video or image files")
-    def entries(self, root: Path) -> Iterator[Entry]:
-        if (root / "manifest.csv").is_file():
-            yield from self._read_manifest(root)
-        else:
-            yield from self._scan_files(root)
+    layout = "a manifest.csv, or DICOM, NIfTI, video or image files"
+
+    def find_entries(self, root: Path) -> Iterator[Entry]:
+        return self._read_manifest(root) if (root / "manifest.csv").is_file() else self._scan_files(root)
 
     def _read_manifest(self, root: Path) -> Iterator[Entry]:
         manifest = root / "manifest.csv"
@@ -152,7 +146,7 @@ def _dicom_header(path: Path) -> dict[str, str] | None:
 
     with silence_libraries:
         try:
-            header = dcmread(path, stop_before_pixels=True, force=True, specific_tags=list(HEADER_ELEMENTS))
+            header = dcmread(path, stop_before_pixels=True, force=True, specific_tags=HEADER_ELEMENTS)
         except Exception:  # pydicom raises many types; reading the file reports the failure
             return None
         return {name: _text(header, name) for name in HEADER_ELEMENTS}
@@ -173,10 +167,6 @@ def _anatomy(body_part: str) -> str:
 
 
 def _modality_of_path(name: str) -> str:
-    for part in reversed(name.casefold().split("/")):
-        for word in reversed(
-            re.split("[^a-z0-9]+", part.replace("x-ray", "xray").replace("computed-tomography", "ct"))
-        ):
-            if word in _MODALITY_OF_WORD:
-                return _MODALITY_OF_WORD[word]
-    return ""
+    name = name.casefold().replace("x-ray", "xray").replace("computed-tomography", "ct")
+    words = reversed(re.split("[^a-z0-9]+", name))
+    return next((_MODALITY_OF_WORD[word] for word in words if word in _MODALITY_OF_WORD), "")

@@ -1,11 +1,9 @@
 """HyperKvasir: clips of gastroscopies and colonoscopies, by finding. Its still images are not used."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 
-from dataset_scripts.entries import Entry, Source, descend, find_files, read_table, requires_layout
+from dataset_scripts.entries import Entry, Source, descend, find_files, read_table
 
 
 TRACTS = {"lower-gi-tract": "colon", "upper-gi-tract": "upper gastrointestinal tract"}
@@ -22,9 +20,9 @@ class HyperKvasirVideos(Source):
     homepage = "https://osf.io/mh9sj/"
     licence = "CC BY 4.0; the authors ask for written permission before commercial use and competitions"
     citation = "Borgli et al., HyperKvasir, Scientific Data 2020"
+    layout = "labeled-videos/lower-gi-tract|upper-gi-tract/<category>/<finding>/*.avi"
 
-    @requires_layout("labeled-videos/lower-gi-tract|upper-gi-tract/<category>/<finding>/*.avi")
-    def entries(self, root: Path) -> Iterator[Entry]:
+    def find_entries(self, root: Path) -> Iterator[Entry]:
         root = descend(root, "labeled-videos")
         findings = {
             Path(row["Video file"]).stem: [row[column] for column in sorted(row) if column.startswith("Finding")]
@@ -34,10 +32,5 @@ class HyperKvasirVideos(Source):
             for path in find_files(root / tract, (".avi",)):
                 names = [path.parent.name, *findings.get(path.stem, [])]
                 labels = dict.fromkeys(" ".join(name.replace("-", " ").lower().split()) for name in names)
-                yield Entry(
-                    id=path.relative_to(root).as_posix(),
-                    files=(path,),
-                    modality="endoscopy",
-                    anatomy=anatomy,
-                    labels=tuple(label for label in labels if label not in ("", "none")),
-                )
+                found = tuple(label for label in labels if label not in ("", "none"))
+                yield Entry(path.relative_to(root).as_posix(), (path,), "endoscopy", anatomy, labels=found)

@@ -1,11 +1,9 @@
 """LDPolypVideo: frames of colonoscopies with polyp bounding boxes."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 
-from dataset_scripts.entries import Entry, Source, descend, find_files, list_folders, requires_layout
+from dataset_scripts.entries import Entry, Source, descend, find_files, list_folders
 
 
 SPLITS = {"TrainValid": "train", "Test": "test"}
@@ -22,23 +20,17 @@ class LDPolypVideo(Source):
     homepage = "https://github.com/dashishi/LDPolypVideo-Benchmark"
     licence = "Not stated"
     citation = "Ma et al., LDPolypVideo Benchmark, MICCAI 2021"
+    layout = "TrainValid/Images/<video>/*.jpg or Test/Images/<video>/*.jpg"
 
-    @requires_layout("TrainValid/Images/<video>/*.jpg or Test/Images/<video>/*.jpg")
-    def entries(self, root: Path) -> Iterator[Entry]:
+    def find_entries(self, root: Path) -> Iterator[Entry]:
         root = descend(root, "LDPolypVideo")
         for folder, split in SPLITS.items():
             images, boxes = root / folder / "Images", root / folder / "Annotations"
             for video in list_folders(images):
                 for path in find_files(video, (".jpg",)):
-                    yield Entry(
-                        id=path.relative_to(root).as_posix(),
-                        files=(path,),
-                        modality="endoscopy",
-                        anatomy="colon",
-                        labels=_labels(boxes / video.name, path.stem),
-                        patient=f"{folder}/{video.name}",
-                        split=split,
-                    )
+                    name, labels = path.relative_to(root).as_posix(), _labels(boxes / video.name, path.stem)
+                    patient = f"{folder}/{video.name}"
+                    yield Entry(name, (path,), "endoscopy", "colon", labels=labels, patient=patient, split=split)
 
 
 def _labels(boxes: Path, frame: str) -> tuple[str, ...]:

@@ -1,12 +1,10 @@
 """LIDC-IDRI: chest CT of lung cancer screening and diagnosis."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
 
-from dataset_scripts.entries import Entry, Source, descend, find_files, list_folders, requires_layout
+from dataset_scripts.entries import Entry, Source, descend, find_files, list_folders
 
 
 MIN_SLICES = 20  # every CT has more; folders of radiographs, segmentations and reports have fewer files
@@ -23,9 +21,9 @@ class LidcIdri(Source):
     homepage = "https://www.cancerimagingarchive.net/collection/lidc-idri/"
     licence = "CC BY 3.0"
     citation = "Armato et al., The Lung Image Database Consortium, Medical Physics 2011"
+    layout = "LIDC-IDRI-0001/<study>/<series>/*.dcm"
 
-    @requires_layout("LIDC-IDRI-0001/<study>/<series>/*.dcm")
-    def entries(self, root: Path) -> Iterator[Entry]:
+    def find_entries(self, root: Path) -> Iterator[Entry]:
         root = descend(root, "LIDC-IDRI")
         for patient in list_folders(root):
             if not patient.name.startswith("LIDC-IDRI-"):

@@ -1,7 +1,5 @@
 """MedMNIST+: small images and volumes, many per file; the subsets of radiographs, ultrasound and CT."""
 
-from __future__ import annotations
-
 import math
 import zipfile
 import zlib
@@ -13,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from dataset_scripts.entries import Entry, Source, SourceError, requires_layout
+from dataset_scripts.entries import Entry, Source, SourceError
 
 
 SPLITS = {"train": "train", "val": "validation", "test": "test"}
@@ -42,12 +40,11 @@ ORGANS_3D = (
     *("liver", "kidney-right", "kidney-left", "femur-right", "femur-left", "bladder", "heart", "lung-right"),
     *("lung-left", "spleen", "pancreas"),
 )
+RIB_FRACTURES = ("buckle rib fracture", "nondisplaced rib fracture", "displaced rib fracture")
 SUBSETS = {
     "breastmnist": Subset("ultrasound", "breast", ("malignant", "normal, benign")),
     "chestmnist": Subset("xray", "chest", CHEST, multi_label=True),
-    "fracturemnist3d": Subset(
-        "ct", "rib", ("buckle rib fracture", "nondisplaced rib fracture", "displaced rib fracture")
-    ),
+    "fracturemnist3d": Subset("ct", "rib", RIB_FRACTURES),
     "nodulemnist3d": Subset("ct", "lung", ("benign", "malignant")),
     "organamnist": Subset("ct", "abdomen", ORGANS),
     "organcmnist": Subset("ct", "abdomen", ORGANS),
@@ -72,9 +69,9 @@ class MedMnist(Source):
     homepage = "https://doi.org/10.5281/zenodo.10519652"
     licence = "CC BY 4.0"
     citation = "Yang et al., MedMNIST v2, Scientific Data 2023, arXiv 2110.14795"
+    layout = f"at least one of {', '.join(SUBSETS)}, as NAME.npz or NAME_224.npz"
 
-    @requires_layout(f"at least one of {', '.join(SUBSETS)}, as NAME.npz or NAME_224.npz")
-    def entries(self, root: Path) -> Iterator[Entry]:
+    def find_entries(self, root: Path) -> Iterator[Entry]:
         for name, subset in SUBSETS.items():
             path = next((file for size in SIZES if (file := root / f"{name}{size}.npz").is_file()), None)
             if path is None:
@@ -84,13 +81,13 @@ class MedMnist(Source):
                 if labels.shape != (expected := (images[0], len(subset.labels) if subset.multi_label else 1)):
                     raise SourceError(path, f"{key}_labels of shape {expected}", str(labels.shape))
                 for index, row in enumerate(labels):
-                    member = f"{key}/{index}"
+                    member, classes = f"{key}/{index}", _labels(row, subset)
                     yield Entry(
-                        id=f"{path.stem}/{member}",
-                        files=(path,),
-                        modality=subset.modality,
-                        anatomy=subset.anatomy,
-                        labels=_labels(row, subset),
+                        f"{path.stem}/{member}",
+                        (path,),
+                        subset.modality,
+                        subset.anatomy,
+                        classes,
                         split=split,
                         member=member,
                     )
@@ -120,15 +117,13 @@ def read_shape(path: Path, key: str) -> tuple[int, ...]:
         with zipfile.ZipFile(path) as archive, archive.open(f"{key}.npy") as stream:
             shape, _, dtype = readers[np.lib.format.read_magic(stream)](stream)
     except (KeyError, *ARCHIVE_ERRORS) as error:
-        raise SourceError(
-            path, f"an archive with the array {key}", f"damaged or other data ({type(error).__name__})"
-        ) from error
+        got = f"damaged or other data ({type(error).__name__})"
+        raise SourceError(path, f"an archive with the array {key}", got) from error
+    got = f"type {dtype} and shape {shape}"
     if dtype.kind not in "iu" or not shape or math.prod(shape) * dtype.itemsize > MAX_ARRAY_BYTES:
-        raise SourceError(
-            path, f"{key} as integers of at most {MAX_ARRAY_BYTES:,} bytes", f"type {dtype} and shape {shape}"
-        )
+        raise SourceError(path, f"{key} as integers of at most {MAX_ARRAY_BYTES:,} bytes", got)
     if key.endswith("_images") and (dtype != np.uint8 or len(shape) not in (3, 4)):
-        raise SourceError(path, f"{key} as uint8 of shape (N, H, W) or (N, D, H, W)", f"type {dtype} and shape {shape}")
+        raise SourceError(path, f"{key} as uint8 of shape (N, H, W) or (N, D, H, W)", got)
     return tuple(shape)
 
 

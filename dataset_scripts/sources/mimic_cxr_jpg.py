@@ -1,19 +1,9 @@
 """MIMIC-CXR-JPG: chest radiographs of an emergency department, with findings extracted from their reports."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 
-from dataset_scripts.entries import (
-    Entry,
-    Source,
-    SourceError,
-    path_inside,
-    positive_labels,
-    read_table,
-    requires_layout,
-)
+from dataset_scripts.entries import Entry, Source, SourceError, path_inside, positive_labels, read_table
 from dataset_scripts.sources.chexpert import FINDINGS  # the same labeller processed these reports
 
 
@@ -28,9 +18,9 @@ class MimicCxrJpg(Source):
     homepage = "https://physionet.org/content/mimic-cxr-jpg/"
     licence = "PhysioNet Credentialed Health Data License 1.5.0"
     citation = "Johnson et al., MIMIC-CXR-JPG, 2019, arXiv 1901.07042"
+    layout = "mimic-cxr-2.0.0-split.csv.gz and files/p10/p10000032/s50414267/*.jpg"
 
-    @requires_layout("mimic-cxr-2.0.0-split.csv.gz and files/p10/p10000032/s50414267/*.jpg")
-    def entries(self, root: Path) -> Iterator[Entry]:
+    def find_entries(self, root: Path) -> Iterator[Entry]:
         findings = {
             row["study_id"]: positive_labels(row, FINDINGS)
             for row in read_table(root / "mimic-cxr-2.0.0-chexpert.csv", ["study_id", *FINDINGS])
@@ -43,12 +33,5 @@ class MimicCxrJpg(Source):
             group = path_inside(root, f"files/p{subject[:2]}")
             if not group.is_dir():  # each of the ten groups of patients is a separate download
                 continue
-            yield Entry(
-                id=name,
-                files=(path_inside(group, f"p{subject}/s{study}/{name}.jpg"),),
-                modality="xray",
-                anatomy="chest",
-                labels=findings.get(study, ()),
-                patient=subject,
-                split=SPLITS[row["split"]],
-            )
+            path, labels = path_inside(group, f"p{subject}/s{study}/{name}.jpg"), findings.get(study, ())
+            yield Entry(name, (path,), "xray", "chest", labels=labels, patient=subject, split=SPLITS[row["split"]])

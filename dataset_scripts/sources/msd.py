@@ -1,12 +1,10 @@
 """Medical Segmentation Decathlon: six CT tasks and, as a separate source, four MRI tasks."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
-from dataset_scripts.entries import Entry, Source, SourceError, path_inside, read_json, requires_layout
+from dataset_scripts.entries import Entry, Source, SourceError, path_inside, read_json
 
 
 SPLITS = {"training": "train", "test": "test"}
@@ -32,14 +30,12 @@ class Msd(Source):
         "Task09_Spleen": "spleen",
         "Task10_Colon": "colon",
     }
+    layout = "a task folder such as Task03_Liver (CT) or Task01_BrainTumour (MRI), with its dataset.json"
 
-    @requires_layout("a task folder such as Task03_Liver (CT) or Task01_BrainTumour (MRI), with its dataset.json")
-    def entries(self, root: Path) -> Iterator[Entry]:
+    def find_entries(self, root: Path) -> Iterator[Entry]:
         for task, anatomy in self.tasks.items():
             folder = root / task
-            if not folder.is_dir():
-                continue
-            for name, split in _list_images(folder / "dataset.json"):
+            for name, split in _list_images(folder / "dataset.json") if folder.is_dir() else ():
                 path = path_inside(folder, name)
                 yield Entry(f"{task}/{path.name.split('.')[0]}", (path,), self.modality, anatomy, split=split)
 
@@ -63,11 +59,8 @@ def _list_images(path: Path) -> list[tuple[str, str]]:
     """Return file name and split of each image in `dataset.json`. Test images have no mask and are plain strings."""
     table: Any = read_json(path)
     try:
-        images = [
-            (item["image"] if isinstance(item, dict) else item, split)
-            for key, split in SPLITS.items()
-            for item in table[key]
-        ]
+        items = [(item, split) for key, split in SPLITS.items() for item in table[key]]
+        images = [(item["image"] if isinstance(item, dict) else item, split) for item, split in items]
     except (KeyError, TypeError) as error:
         raise SourceError(path, "JSON with the lists training and test", "another structure") from error
     if not all(isinstance(name, str) for name, _ in images):

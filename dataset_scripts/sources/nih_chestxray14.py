@@ -1,11 +1,9 @@
 """NIH ChestX-ray14: frontal chest radiographs, with findings extracted from their reports."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 
-from dataset_scripts.entries import Entry, Source, SourceError, read_table, requires_layout
+from dataset_scripts.entries import Entry, Source, SourceError, read_table
 
 
 LISTS = {"train": "train_val_list.txt", "test": "test_list.txt"}
@@ -19,33 +17,21 @@ class NihChestXray14(Source):
     homepage = "https://nihcc.app.box.com/v/ChestXray-NIHCC"
     licence = "Unrestricted use; link to the download site and acknowledge the NIH Clinical Center"
     citation = "Wang et al., ChestX-ray8, CVPR 2017, arXiv 1705.02315"
+    layout = "Data_Entry_2017*.csv and images_001/images/*.png or images/*.png"
 
-    @requires_layout("Data_Entry_2017*.csv and images_001/images/*.png or images/*.png")
-    def entries(self, root: Path) -> Iterator[Entry]:
+    def find_entries(self, root: Path) -> Iterator[Entry]:
         tables = sorted(root.glob("Data_Entry_2017*.csv"))
         if not tables:
             raise SourceError(root, "the table of findings, Data_Entry_2017*.csv", "no such file")
         splits = _read_splits(root)
-        files = {
-            path.name: path
-            for folder in [root / "images", *sorted(root.glob("images_*/images"))]
-            for path in folder.glob("*.png")
-        }
-        for row in read_table(
-            tables[-1], ["Image Index", "Finding Labels", "Patient ID"]
-        ):  # the last is the corrected version
-            name = row["Image Index"]
-            if name not in files:  # in one of the twelve archives that was not downloaded
-                continue
-            yield Entry(
-                id=name,
-                files=(files[name],),
-                modality="xray",
-                anatomy="chest",
-                labels=tuple(label for label in row["Finding Labels"].split("|") if label),
-                patient=row["Patient ID"],
-                split=splits.get(name),
-            )
+        folders = [root / "images", *sorted(root.glob("images_*/images"))]
+        files = {path.name: path for folder in folders for path in folder.glob("*.png")}
+        table = tables[-1]  # the corrected version
+        for row in read_table(table, ["Image Index", "Finding Labels", "Patient ID"]):
+            name, patient, split = row["Image Index"], row["Patient ID"], splits.get(row["Image Index"])
+            if name in files:  # otherwise in one of the twelve archives that was not downloaded
+                labels = tuple(label for label in row["Finding Labels"].split("|") if label)
+                yield Entry(name, (files[name],), "xray", "chest", labels=labels, patient=patient, split=split)
 
 
 def _read_splits(root: Path) -> dict[str, str]:

@@ -1,12 +1,10 @@
 """OASIS-3: brain MRI in ageing and Alzheimer's disease."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from dataset_scripts.entries import Entry, Source, find_files, requires_layout
+from dataset_scripts.entries import Entry, Source, find_files
 
 
 NAME = re.compile(r"sub-(OAS3\d{4})(_[\w-]+)?_(T1w|T2w|FLAIR)\.nii(\.gz)?", re.ASCII)
@@ -25,9 +23,9 @@ class Oasis(Source):
     licence = "OASIS Data Use Agreement"
     citation = "LaMontagne et al., OASIS-3, medRxiv 2019.12.13.19014902"
     evaluation_only = True
+    layout = "OAS30001_MR_d0129/anat2/sub-OAS30001_*_T1w.nii.gz of OASIS-3 (OASIS-1 is not supported)"
 
-    @requires_layout("OAS30001_MR_d0129/anat2/sub-OAS30001_*_T1w.nii.gz of OASIS-3 (OASIS-1 is not supported)")
-    def entries(self, root: Path) -> Iterator[Entry]:
+    def find_entries(self, root: Path) -> Iterator[Entry]:
         for path in find_files(root, (".nii.gz", ".nii")):
             if match := NAME.fullmatch(path.name):
                 yield Entry(path.relative_to(root).as_posix(), (path,), "mri", "brain", patient=match[1])

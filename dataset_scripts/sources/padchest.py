@@ -1,12 +1,10 @@
 """PadChest: chest radiographs of Hospital San Juan, with findings extracted from their Spanish reports."""
 
-from __future__ import annotations
-
 import ast
 from collections.abc import Iterator
 from pathlib import Path
 
-from dataset_scripts.entries import Entry, Source, path_inside, read_table, requires_layout
+from dataset_scripts.entries import Entry, Source, path_inside, read_table
 
 
 TABLE = "PADCHEST_chest_x_ray_images_labels_160K_01.02.19.csv"
@@ -21,21 +19,14 @@ class PadChest(Source):
     homepage = "https://bimcv.cipf.es/bimcv-projects/padchest/"
     licence = "PadChest Dataset Research Use Agreement"
     citation = "Bustos et al., PadChest, Medical Image Analysis 2020, arXiv 1901.07441"
+    layout = f"{TABLE} and folders 0 to 54 of *.png"
 
-    @requires_layout(f"{TABLE} and folders 0 to 54 of *.png")
-    def entries(self, root: Path) -> Iterator[Entry]:
+    def find_entries(self, root: Path) -> Iterator[Entry]:
         for row in read_table(root / TABLE, ["ImageID", "ImageDir", "PatientID", "Labels"]):
             folder = path_inside(root, row["ImageDir"])
-            if not folder.is_dir():  # each folder is a separate download of many GB
-                continue
-            yield Entry(
-                id=row["ImageID"],
-                files=(path_inside(folder, row["ImageID"]),),
-                modality="xray",
-                anatomy="chest",
-                labels=_labels(row["Labels"]),
-                patient=row["PatientID"],
-            )
+            if folder.is_dir():  # each folder is a separate download of many GB
+                path, labels = path_inside(folder, row["ImageID"]), _labels(row["Labels"])
+                yield Entry(row["ImageID"], (path,), "xray", "chest", labels=labels, patient=row["PatientID"])
 
 
 def _labels(cell: str) -> tuple[str, ...]:

@@ -1,12 +1,10 @@
 """The synthetic phantom collection of this project."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from dataset_scripts.entries import Entry, Source, requires_layout
+from dataset_scripts.entries import Entry, Source
 from dataset_scripts.sources.folder import Folder
 from modeling_m3ret.data.collection import phantom_folder
 from modeling_m3ret.phantom import SYNTHETIC_SOURCE
@@ -24,7 +22,8 @@ class Phantom(Source):
     def folder(self, root: str) -> Path:
         return Path(root) if Path(root).exists() else phantom_folder(root)
 
-    @requires_layout("a folder written by make_phantom.py, or phantom[:SUBJECTS[:SEED]]")
-    def entries(self, root: Path) -> Iterator[Entry]:
+    layout = "a folder written by make_phantom.py, or phantom[:SUBJECTS[:SEED]]"
+
+    def find_entries(self, root: Path) -> Iterator[Entry]:
         for entry in Folder().entries(root):
             yield replace(entry, licence=self.licence)

@@ -1,18 +1,13 @@
 """COVID-19 Lung Ultrasound: point-of-care images and clips, gathered from public websites."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 
-from dataset_scripts.entries import Entry, Source, descend, find_files, read_table, requires_layout
+from dataset_scripts.entries import Entry, Source, descend, find_files, read_table
 
 
 LABELS = {"cov": "COVID-19", "pneu": "bacterial pneumonia", "reg": "regular", "vir": "viral pneumonia"}
-MEDIA = {
-    "pocus_images": (".png", ".jpg", ".jpeg"),
-    "pocus_videos": (".mp4", ".mpeg", ".mov", ".avi", ".gif"),
-}
+MEDIA = {"pocus_images": (".png", ".jpg", ".jpeg"), "pocus_videos": (".mp4", ".mpeg", ".mov", ".avi", ".gif")}
 
 
 class PocusLung(Source):
@@ -26,22 +21,15 @@ class PocusLung(Source):
     homepage = "https://github.com/jannisborn/covid19_ultrasound"
     licence = "CC BY-NC 4.0 for most files; dataset_metadata.csv has the licence of each"
     citation = "Born et al., Accelerating Detection of Lung Pathologies, Applied Sciences 2021, arXiv 2004.12084"
+    layout = "data/pocus_images|pocus_videos/convex|linear/Cov|Pneu|Reg|Vir*"
 
-    @requires_layout("data/pocus_images|pocus_videos/convex|linear/Cov|Pneu|Reg|Vir*")
-    def entries(self, root: Path) -> Iterator[Entry]:
+    def find_entries(self, root: Path) -> Iterator[Entry]:
         root = descend(root, "data")
-        patients = {
-            row["Filename"]: row["Patient ID / Name"]
-            for row in read_table(root / "dataset_metadata.csv", ["Filename", "Patient ID / Name"])
-        }
+        rows = read_table(root / "dataset_metadata.csv", ["Filename", "Patient ID / Name"])
+        patients = {row["Filename"]: row["Patient ID / Name"] for row in rows}
         for folder, suffixes in MEDIA.items():
             for path in find_files(root / folder, suffixes):
                 label = LABELS.get(path.stem.replace("_", "-").split("-")[0].lower())
-                yield Entry(
-                    id=path.relative_to(root).as_posix(),
-                    files=(path,),
-                    modality="ultrasound",
-                    anatomy="lung",
-                    labels=(label,) if label and path.parent.name != "label_uncertain" else (),
-                    patient=patients.get(path.stem, ""),
-                )
+                labels = (label,) if label and path.parent.name != "label_uncertain" else ()
+                name, patient = path.relative_to(root).as_posix(), patients.get(path.stem, "")
+                yield Entry(name, (path,), "ultrasound", "lung", labels=labels, patient=patient)

@@ -30,7 +30,7 @@ class Listed(Source):
     def __init__(self, entries: list[Entry]):
         self.listed = entries
 
-    def entries(self, root: Path) -> Iterator[Entry]:
+    def find_entries(self, root: Path) -> Iterator[Entry]:
         yield from self.listed
 
 
