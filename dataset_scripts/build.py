@@ -43,16 +43,12 @@ def build(
     shard_bytes: int | None = None,
     repository: str | None = None,
 ) -> dict[str, object]:
-    """Build a data set in `output`, or resume an interrupted build, and return its report.
+    """Build a data set from the collection in `root`, or resume an interrupted build, and return its report.
 
     Args:
-        source: the collection.
-        root: its folder.
         output: a new or empty folder outside `root`, or an interrupted build.
         salt: see `read_salt`.
-        options: options that change the rows.
-        num_proc: number of processes.
-        drop_duplicates: drop duplicates, see `choose_duplicates_to_drop`.
+        drop_duplicates: see `choose_duplicates_to_drop`.
         shard_bytes: approximate size of a shard; by default `shards.SHARD_BYTES`.
         repository: Hub repository for the example code on the card; by default the name of `output`.
 

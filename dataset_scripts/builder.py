@@ -18,7 +18,7 @@ from datasets import DatasetInfo, GeneratorBasedBuilder, Split, SplitGenerator
 
 from dataset_scripts.row_encoding import EncodedScan, encode_scan
 from modeling_m3ret.atomic_io import read_or_create_secret
-from modeling_m3ret.data.schema import MODALITIES, SPLITS, features, media_column
+from modeling_m3ret.data.schema import MEDIA, MODALITIES, SPLITS, features, media_column
 from modeling_m3ret.errors import InputError
 from modeling_m3ret.hub import CACHE_FOLDER
 from modeling_m3ret.reading_m3ret import M3RetReadError
@@ -34,19 +34,12 @@ MAX_MEDIA_BYTES = 2**31 - 2**22
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """Options that change the rows of a data set.
+    """Options that change the rows of a data set."""
 
-    Attributes:
-        validation: fraction of patients in the validation split, if the collection has no official split.
-        test: fraction of patients in the test split, if the collection has no official split.
-        max_size: slices and frames of more than max_size**2 pixels are reduced to that area; None keeps all sizes.
-        blank_outside_regions: blank an ultrasound DICOM outside the regions that its header declares.
-    """
-
-    validation: float = 0.1
-    test: float = 0.1
-    max_size: int | None = None
-    blank_outside_regions: bool = False
+    validation: float = 0.1  # fraction of patients in the validation split, if there is no official split
+    test: float = 0.1  # the same for the test split
+    max_size: int | None = None  # slices and frames of more than max_size**2 pixels are reduced to that area
+    blank_outside_regions: bool = False  # blank an ultrasound DICOM outside the regions that its header declares
 
     def __post_init__(self) -> None:
         if not (self.validation >= 0 and self.test >= 0 and self.validation + self.test <= 1):
@@ -61,16 +54,11 @@ class Pseudonyms:
     """Replace names by pseudonyms that are stable, but cannot be reversed without the salt.
 
     A pseudonym is the first 64 bits of HMAC-SHA256 (RFC 2104). A plain hash would not suffice, as all patient numbers
-    could be tried.
-
-    Args:
-        source: name of the collection. Equal names in two collections have different pseudonyms.
-        salt: see `read_salt`.
+    could be tried. Equal names in two collections (`source`) have different pseudonyms.
     """
 
     def __init__(self, source: str, salt: bytes):
-        self.source = source
-        self.salt = salt
+        self.source, self.salt = source, salt
 
     def pseudonym(self, kind: str, name: str) -> str:
         """Return 16 hexadecimal digits; equal names of different kinds have different pseudonyms."""
@@ -83,15 +71,10 @@ class Pseudonyms:
 
     def patient(self, entry: Entry) -> str:
         """Return the pseudonym of the patient; a scan of an unknown patient is a patient of its own."""
-        if not entry.patient:
-            return self.pseudonym("scan's patient", entry.id)
-        return self.pseudonym("patient", entry.patient)
+        return self.pseudonym("patient", entry.patient) if entry.patient else self.pseudonym("scan's patient", entry.id)
 
     def split(self, entry: Entry, options: BuildOptions) -> str:
-        """Return the official split, or one that depends on the patient's pseudonym only.
-
-        Patients therefore keep their split when data is added.
-        """
+        """Return the official split, or one by the patient's pseudonym, which stays the same when data is added."""
         if entry.split is not None:
             return entry.split
         fraction = int(self.patient(entry), 16) / 2**64
@@ -105,9 +88,6 @@ def read_salt(path: Path | None) -> bytes:
 
     Args:
         path: by default `HF_HOME/m3ret/salt`. Keep the file secret, and keep it as long as data may be added.
-
-    Raises:
-        InputError: if the file is too short for a secret.
     """
     path = path or CACHE_FOLDER / "salt"
     salt = read_or_create_secret(path)
@@ -136,13 +116,10 @@ class BuiltRow:
 
 
 class ScanBuilder(GeneratorBasedBuilder):
-    """Build one collection as a `datasets` builder. It downloads nothing and runs where the data is.
+    """Build the collection in the folder `root` as a `datasets` builder. It downloads nothing.
 
     Args:
-        source: the collection.
-        root: its folder.
         salt: see `read_salt`.
-        options: options that change the rows.
         cache_dir: folder into which `download_and_prepare` writes.
     """
 
@@ -155,32 +132,20 @@ class ScanBuilder(GeneratorBasedBuilder):
         options: BuildOptions = BuildOptions(),
         cache_dir: str | None = None,
     ):
-        self.source = source
-        self.root = root
-        self.options = options
+        self.source, self.root, self.options = source, root, options
         self.pseudonyms = Pseudonyms(source.name, salt)
         # `datasets` caches by this hash, so it must change with the scans, the options and the pseudonyms
         arguments = f"{root.resolve()} {options} {source.title} {sorted(vars(source).items())}"
-        super().__init__(
-            cache_dir=cache_dir, dataset_name=source.name, hash=self.pseudonyms.pseudonym("cache", arguments)
-        )
+        cache_hash = self.pseudonyms.pseudonym("cache", arguments)
+        super().__init__(cache_dir=cache_dir, dataset_name=source.name, hash=cache_hash)
 
     def _info(self) -> DatasetInfo:
-        source = self.source
-        return DatasetInfo(
-            description=source.title,
-            features=features(),
-            homepage=source.homepage,
-            license=source.licence,
-            citation=source.citation,
-        )
+        title, homepage, licence = self.source.title, self.source.homepage, self.source.licence
+        return DatasetInfo(title, self.source.citation, homepage, licence, features())
 
     def _split_generators(self, dl_manager: Any) -> list[SplitGenerator]:
-        return [
-            SplitGenerator(name=Split(split), gen_kwargs={"entries": entries})
-            for split, entries in self.split_entries().items()
-            if entries
-        ]
+        splits = {Split(split): entries for split, entries in self.split_entries().items() if entries}
+        return [SplitGenerator(name, gen_kwargs={"entries": entries}) for name, entries in splits.items()]
 
     def _generate_examples(self, entries: Sequence[Entry]) -> Iterator[tuple[str, dict[str, Any]]]:
         for entry in entries:
@@ -193,9 +158,6 @@ class ScanBuilder(GeneratorBasedBuilder):
 
         If only some scans of a patient have an official split, the patient's other scans follow them. All entries of a
         source for evaluation only are in the test split.
-
-        Raises:
-            SourceError: if the folder does not have the layout of the collection.
         """
         all_entries = list(self.source.entries(self.root))
         official = {entry.patient: entry.split for entry in all_entries if entry.patient and entry.split is not None}
@@ -208,38 +170,24 @@ class ScanBuilder(GeneratorBasedBuilder):
     def build_row(self, entry: Entry) -> BuiltRow | SkippedEntry:
         """Open and encode one scan. A scan that cannot be read is returned as a `SkippedEntry`, never raised."""
         if not entry.modality:
-            return self._skip(
-                entry, f"unknown modality: expected one of {', '.join(MODALITIES)}, got none. Set --modality."
-            )
+            reason = f"unknown modality: expected one of {', '.join(MODALITIES)}, got none. Set --modality."
+            return self._skip(entry, reason)
+        options = self.options
         try:
-            scan = encode_scan(
-                self.source.open(entry),
-                max_size=self.options.max_size,
-                blank_outside=self.options.blank_outside_regions,
-            )
+            scan = encode_scan(self.source.open(entry), options.max_size, options.blank_outside_regions)
         except M3RetReadError as error:
             return self._skip(entry, error.detail)
         except Exception as error:  # raised by a decoder, or because the file was removed
-            return self._skip(
-                entry, f"data cannot be decoded: expected a readable scan, got an error of type {type(error).__name__}."
-            )
-        size = len(scan.columns[media_column(scan.columns)]["bytes"])
-        if size > MAX_MEDIA_BYTES:
-            return self._skip(
-                entry, f"scan is too large: expected at most {MAX_MEDIA_BYTES:,} bytes, got {size:,}. Set --max_size."
-            )
-        return BuiltRow(
-            columns=self._columns(entry, scan),
-            digest=scan.digest,
-            picture_hash=perceptual_hash(scan.picture),
-            burned_in=scan.burned_in,
-        )
+            got = f"got an error of type {type(error).__name__}"
+            return self._skip(entry, f"data cannot be decoded: expected a readable scan, {got}.")
+        if (size := len(scan.columns[media_column(scan.columns)]["bytes"])) > MAX_MEDIA_BYTES:
+            limit = f"at most {MAX_MEDIA_BYTES:,} bytes"
+            return self._skip(entry, f"scan is too large: expected {limit}, got {size:,}. Set --max_size.")
+        return BuiltRow(self._columns(entry, scan), scan.digest, perceptual_hash(scan.picture), scan.burned_in)
 
     def _columns(self, entry: Entry, scan: EncodedScan) -> dict[str, Any]:
         return {
-            "image": None,
-            "video": None,
-            "volume": None,
+            **dict.fromkeys(MEDIA),
             **scan.columns,
             "id": self.pseudonyms.scan(entry),
             "modality": MODALITIES.index(entry.modality),

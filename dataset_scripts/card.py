@@ -24,23 +24,16 @@ SIZE_CATEGORIES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"
 def make_card(builder: ScanBuilder, report: dict[str, Any], index: pa.Table, repository: str) -> str:
     """Return the card, with the YAML header from which the Hub's viewer and `load_dataset` read splits and features.
 
-    Args:
-        builder: builder of the collection.
-        report: see `make_report`.
-        index: index of the rows.
-        repository: Hub repository or local folder to load the data set from, for the example code.
+    The example code on the card loads the data set from `repository`: a Hub repository or a local folder.
     """
     counts: dict[str, int] = report["counts"]["split"]
     splits = [split for split in SPLITS if split in counts]
     source = builder.source
     size, built = report["bytes"]["parquet"], report["scans"]["built"]
-    infos = SplitDict(
-        {
-            split: SplitInfo(split, num_bytes=_bytes_of(index, split), num_examples=counts[split], dataset_name=None)
-            for split in splits
-        }
-    )
-    info = DatasetInfo(features=features(), splits=infos, download_size=size, dataset_size=_bytes_of(index, ""))
+    infos = {split: SplitInfo(split, _bytes_of(index, split), counts[split]) for split in splits}
+    total = _bytes_of(index, "")
+    info = DatasetInfo(features=features(), splits=SplitDict(infos), download_size=size, dataset_size=total)
+    files = [{"split": split, "path": f"data/{split}-*.parquet"} for split in splits]
     data = DatasetCardData(
         pretty_name=source.title,
         license="other",
@@ -48,12 +41,7 @@ def make_card(builder: ScanBuilder, report: dict[str, Any], index: pa.Table, rep
         tags=["medical-imaging", "m3ret", *report["counts"]["modality"]],
         task_categories=["image-feature-extraction"],
         size_categories=[next((name for limit, name in SIZE_CATEGORIES if built < limit), "1M<n<10M")],
-        configs=[
-            {
-                "config_name": "default",
-                "data_files": [{"split": split, "path": f"data/{split}-*.parquet"} for split in splits],
-            }
-        ],
+        configs=[{"config_name": "default", "data_files": files}],
     )
     DatasetInfosDict({"default": info}).to_dataset_card_data(data)
     burned_in = report["burned_in_annotation"]

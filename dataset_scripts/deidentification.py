@@ -107,13 +107,13 @@ def strip_video_metadata(file: bytes | Path) -> bytes:
         ValueError: if the codec may hold text in places that are not checked, or frames would be lost.
         av.FFmpegError: if FFmpeg cannot copy the stream.
     """
-    errors: list[Exception] = []
-    for container in ("mp4", "matroska"):
+    try:
+        return _copy_stream(file, "mp4")
+    except Exception as error:  # FFmpeg and its muxers raise many types
         try:
-            return _copy_stream(file, container)
-        except Exception as error:
-            errors.append(error)
-    raise errors[0]
+            return _copy_stream(file, "matroska")
+        except Exception:
+            raise error from None
 
 
 def _copy_stream(file: bytes | Path, container: str) -> bytes:
@@ -150,11 +150,7 @@ def _copy_stream(file: bytes | Path, container: str) -> bytes:
 
 
 def _strip_packets(source: Any, stream: Any, scratch: Any) -> tuple[Any, Iterator[tuple[Any, bytes]]]:
-    """Return a stream with the parameters of the copy, and each packet with its stripped data.
-
-    Args:
-        scratch: an output container to hold that stream, if a bitstream filter changes the parameters.
-    """
+    """Return a stream with the parameters of the copy, held by `scratch` if a filter changes them, and the packets."""
     from av.bitstream import BitStreamFilterContext
 
     codec = stream.codec_context.codec.canonical_name

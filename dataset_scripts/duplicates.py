@@ -66,12 +66,8 @@ def find_near_duplicates(
 ) -> Iterator[tuple[Fingerprint, Fingerprint, int]]:
     """Yield pairs of different patients in different splits that look the same, with their Hamming distance.
 
-    Not all pairs are compared: of 16 bands of 16 bits, up to 15 differing bits leave at least one band equal. Blank
-    pictures are ignored.
-
-    Args:
-        fingerprints: all scans of the collection.
-        max_distance: largest number of differing bits, at most 15.
+    Not all pairs are compared: of 16 bands of 16 bits, up to 15 differing bits leave at least one band equal, so
+    `max_distance` is at most 15. Blank pictures are ignored.
     """
     if max_distance > 15:
         raise ValueError(f"max_distance: expected at most 15, got {max_distance}")
@@ -116,8 +112,8 @@ def choose_duplicates_to_drop(fingerprints: Sequence[Fingerprint]) -> set[str]:
     """
     dropped: set[str] = set()
     for group in find_exact_duplicates(fingerprints):
-        retained = min(group, key=lambda fingerprint: SPLIT_PRIORITY[fingerprint.split])
-        dropped |= {fingerprint.id for fingerprint in group if fingerprint is not retained}
+        _, *others = sorted(group, key=lambda fingerprint: SPLIT_PRIORITY[fingerprint.split])
+        dropped |= {fingerprint.id for fingerprint in others}
     for one, other, _ in find_near_duplicates(fingerprints):
         if one.id not in dropped and other.id not in dropped:
             dropped.add(max((one, other), key=lambda fingerprint: SPLIT_PRIORITY[fingerprint.split]).id)

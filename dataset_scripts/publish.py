@@ -18,10 +18,6 @@ def push(folder: Path, repository: str) -> None:
 
     Files that are on the Hub already are not sent again. Shards of an older build that the new one lacks are deleted in
     the same commit.
-
-    Args:
-        folder: output folder of the build.
-        repository: `ORG/NAME`.
     """
     api = HfApi()
     for attempt in hub_retries(f"upload to {repository}"):

@@ -28,13 +28,8 @@ def make_report(
 ) -> dict[str, Any]:
     """Return the report as a JSON object. It contains no time, so that the same build gives the same report.
 
-    Media bytes and duplicates count all scans that were read, including dropped duplicates.
-
-    Args:
-        builder: builder of the collection.
-        reports: reports of all shards.
-        index: index of the rows after duplicates were dropped; None if there is no row.
-        parquet_bytes: size of all shards.
+    Media bytes and duplicates count all scans that were read, including dropped duplicates. `index` is None if there is
+    no row, and `parquet_bytes` is the size of all shards.
     """
     fingerprints = collect_fingerprints(reports)
     files = {name: file for report in reports for name, file in report.files.items()}
@@ -64,19 +59,14 @@ def make_report(
             "anatomy": _count(row["anatomy"] or "" for row in rows),
             "label": _count(label for row in rows for label in row["labels"] or [""]),
         },
-        "bytes": {
-            "parquet": parquet_bytes,
-            "media": sum(report.media_bytes for report in reports),
-        },
+        "bytes": {"parquet": parquet_bytes, "media": sum(report.media_bytes for report in reports)},
         "burned_in_annotation": dict(sum((Counter(report.burned_in) for report in reports), Counter())),
         "duplicates": {
             "exact_groups": len(exact),
             "exact_groups_across_splits": sum(len({scan.split for scan in group}) > 1 for group in exact),
             "near_pairs_across_splits": len(near),
             "exact": [[files[scan.id] for scan in group] for group in exact[:MAX_LISTED_DUPLICATES]],
-            "near": [
-                [files[one.id], files[other.id], distance] for one, other, distance in near[:MAX_LISTED_DUPLICATES]
-            ],
+            "near": [[files[one.id], files[other.id], bits] for one, other, bits in near[:MAX_LISTED_DUPLICATES]],
         },
         "failures": failures,
     }
@@ -100,9 +90,8 @@ def format_summary(report: dict[str, Any]) -> str:
     ]
     if several := report["patients_in_several_splits"]:
         lines.append(f"warning: {several} patients are in more than one official split")
-    uncertain = {answer: count for answer, count in report["burned_in_annotation"].items() if answer != "no"}
-    if uncertain:
-        counts = ", ".join(f"{count} {answer}" for answer, count in sorted(uncertain.items()))
+    burned_in = sorted(report["burned_in_annotation"].items())
+    if counts := ", ".join(f"{count} {answer}" for answer, count in burned_in if answer != "no"):
         lines.append(f"warning: DICOM images may have text burned in ({counts}); inspect them before you share them")
     return "\n".join(lines)
 

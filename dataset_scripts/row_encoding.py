@@ -31,23 +31,16 @@ from modeling_m3ret.scan_m3ret import ReadRequest, Spacing, display_name, silenc
 
 @dataclass(frozen=True, eq=False)
 class EncodedScan:
-    """The columns of a row that come from the scan itself, and what duplicate detection and the report need.
+    """The columns of a row that come from the scan itself, and what duplicate detection and the report need."""
 
-    Attributes:
-        columns: one of image, video and volume as `{"bytes": ..., "path": None}`; shape, spacing and intensity.
-        picture: `(H, W)` float32, the grey values of the middle slice or frame.
-        digest: SHA-256 of the voxels; equal scans in lossless formats have equal digests.
-        burned_in: whether DICOM declares text in the pixels: "yes", "no" or "unknown"; None for other formats.
-    """
-
-    columns: dict[str, Any]
-    picture: np.ndarray
-    digest: str
-    burned_in: str | None
+    columns: dict[str, Any]  # one of image, video, volume as {"bytes": ..., "path": None}; shape, spacing, intensity
+    picture: np.ndarray  # (H, W) float32, the grey values of the middle slice or frame
+    digest: str  # SHA-256 of the voxels; equal scans in lossless formats have equal digests
+    burned_in: str | None  # whether DICOM declares text in the pixels: "yes", "no", "unknown"; None for other formats
 
 
 def encode_scan(
-    source: Any, *, max_size: int | None = None, blank_outside: bool = False, limits: ReadLimits = ReadLimits()
+    source: Any, max_size: int | None = None, blank_outside: bool = False, *, limits: ReadLimits = ReadLimits()
 ) -> EncodedScan:
     """Read one scan and encode it.
 
@@ -62,15 +55,10 @@ def encode_scan(
     """
     request = ReadRequest(display_name(source), None, limits)
     with silence_libraries, request.translate_errors():
-        file = _single_file(source)
-        kind = sniff(file) if file is not None else None
-        encoded = None
-        if file is not None and kind == "video":
-            encoded = _encode_video(file, request, max_size)
-        elif file is not None and kind == "image":
-            encoded = _copy_jpeg(file, request, max_size)
-        if encoded is not None:
-            return encoded
+        if (file := _single_file(source)) is not None:
+            encode_copy = {"video": _encode_video, "image": _copy_jpeg}.get(sniff(file) or "")
+            if encode_copy and (encoded := encode_copy(file, request, max_size)):
+                return encoded
         stored = read_stored(source, limits=limits)
         if blank_outside and str(stored.description.get("format", "")).startswith("dicom"):
             stored = replace(stored, array=blank_outside_regions(stored.array, *_dicom_headers(source)))
@@ -85,9 +73,6 @@ def _single_file(source: Any) -> bytes | Path | None:
     if isinstance(source, (str, Path)) and Path(source).is_file():
         return Path(source)
     return None
-
-
-# ------------------------------------------------------------------------------------------------ compressed pixels
 
 
 def _fits(height: int, width: int, max_size: int | None) -> bool:
@@ -115,10 +100,7 @@ def _copy_jpeg(file: bytes | Path, request: ReadRequest, max_size: int | None) -
 
 
 def _encode_video(file: bytes | Path, request: ReadRequest, max_size: int | None) -> EncodedScan | None:
-    """Copy the stream into a new container, or encode it losslessly if the copy decodes to other frames.
-
-    Returns None if the frames are larger than `max_size`.
-    """
+    """Copy the stream, or encode it losslessly if the copy decodes to other frames; return None if it is too large."""
     before = read_scan(file, num_frames=3, limits=request.limits)
     height, width = before.array.shape[2:]
     if not _fits(height, width, max_size):
@@ -139,9 +121,6 @@ def _encode_video(file: bytes | Path, request: ReadRequest, max_size: int | None
     return EncodedScan(columns, _middle_slice(before.array), hashlib.sha256(data).hexdigest(), None)
 
 
-# ------------------------------------------------------------------------------------------------------ plain voxels
-
-
 def _encode_array(stored: StoredScan) -> EncodedScan:
     array = stored.array
     if array.shape[1] == 1 and array.dtype != np.int16:
@@ -159,10 +138,8 @@ def _encoded(column: str, data: bytes, stored: StoredScan) -> EncodedScan:
     }
     digest = hashlib.sha256(f"{stored.array.shape} {stored.array.dtype} {stored.intensity}".encode())
     digest.update(stored.array.data)
-    burned_in = stored.description.get("burned_in_annotation")
-    return EncodedScan(
-        columns, _middle_slice(stored.array), digest.hexdigest(), None if burned_in is None else str(burned_in)
-    )
+    burned_in: Any = stored.description.get("burned_in_annotation")
+    return EncodedScan(columns, _middle_slice(stored.array), digest.hexdigest(), burned_in)
 
 
 def _middle_slice(array: np.ndarray) -> np.ndarray:
@@ -195,8 +172,8 @@ def encode_nifti(array: np.ndarray, spacing: Spacing, slice_axis: int = 2) -> by
     from nibabel import Nifti1Header, Nifti2Header
 
     C, D, H, W = array.shape
-    known = [mm for mm in spacing if mm is not None]
-    mm = [float(value) for value in known] if len(known) == 3 else [1.0] * 3
+    known = [float(mm) for mm in spacing if mm is not None]
+    mm = known if len(known) == 3 else [1.0] * 3
     axes = {2: (2, 1, 0), 1: (1, 2, 0), 0: (0, 2, 1)}[slice_axis]  # body axis of D, H and W, as in `canonical`
     signs = (-1.0, -1.0, 1.0 if slice_axis == 2 else -1.0)
     affine = np.eye(4)
@@ -216,9 +193,6 @@ def encode_nifti(array: np.ndarray, spacing: Spacing, slice_axis: int = 2) -> by
     return header.binaryblock + b"\0" * 4 + voxels.tobytes()
 
 
-# ---------------------------------------------------------------------------------------------- blanking, downscaling
-
-
 def _dicom_headers(source: Any) -> list[Any]:
     """Return the headers of a DICOM source, without pixel data."""
     from pydicom import dcmread
@@ -231,8 +205,8 @@ def _dicom_headers(source: Any) -> list[Any]:
     if isinstance(source, (list, tuple)):
         return [header for one in source for header in _dicom_headers(one)]
     if isinstance(source, (bytes, bytearray, memoryview)):
-        return [dcmread(io.BytesIO(bytes(source)), stop_before_pixels=True, force=True)]
-    if Path(source).is_dir():
+        source = io.BytesIO(bytes(source))
+    elif Path(source).is_dir():
         files = (path for path in sorted(Path(source).rglob("*")) if path.is_file())
         return _dicom_headers([path for path in files if sniff(path) == "dicom"])
     return [dcmread(source, stop_before_pixels=True, force=True)]
