@@ -13,7 +13,7 @@ import hmac
 import json
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..atomic_io import atomic_write, atomic_write_text, read_or_create_secret
 from ..hub import CACHE_FOLDER
-from .exact import Hits, bfloat16_rounding, search_exactly
+from .exact import Hits, search_exactly
 
 
 logger = logging.getLogger(__name__)
@@ -40,67 +40,40 @@ BLOCK_ROWS = 65536
 
 @dataclass(frozen=True)
 class ApproximateSettings:
-    """Settings of an approximate index and the recall that was measured with them.
-
-    Attributes:
-        method: faiss index type.
-        cells: number of IVF clusters.
-        probes: clusters searched per query (`nprobe`), or length of the candidate list of HNSW (`efSearch`).
-        candidate_factor: candidates per hit that are compared exactly.
-        recall: measured recall@10.
-        target_recall: recall@10 that tuning aims at.
-    """
+    """Settings of an approximate index and the recall that was measured with them."""
 
     method: Method
-    cells: int
-    probes: int
-    candidate_factor: int
-    recall: float
-    target_recall: float = TARGET_RECALL
+    cells: int  # number of IVF clusters
+    probes: int  # clusters searched per query (`nprobe`), or length of the candidate list of HNSW (`efSearch`)
+    candidate_factor: int  # candidates per hit that are compared exactly
+    recall: float  # measured recall@10
+    target_recall: float = TARGET_RECALL  # recall@10 that tuning aims at
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings under the keys of the index's files."""
-        return {key: getattr(self, name) for name, key in DISK_KEYS.items()}
+        return {DISK_KEYS.get(name, name): value for name, value in asdict(self).items()}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> ApproximateSettings:
-        """Read what `to_dict` returned.
-
-        Raises:
-            TypeError, KeyError: if keys are unknown or missing.
-        """
-        if unknown := set(values) - set(DISK_KEYS.values()):
-            raise TypeError(f"unknown settings of an approximate index: {sorted(unknown)}.")
-        return cls(**{name: values[key] for name, key in DISK_KEYS.items()})
+        """Read what `to_dict` returned; unknown or missing keys are a TypeError."""
+        names = {key: name for name, key in DISK_KEYS.items()}
+        return cls(**{names.get(key, key): value for key, value in values.items()})
 
 
-# key of each field in the index's files; fixed, so that indices written by older versions can be read
-DISK_KEYS = {
-    "method": "method",
-    "cells": "cells",
-    "probes": "effort",
-    "candidate_factor": "reranked",
-    "recall": "recall",
-    "target_recall": "aim",
-}
+# keys in the index's files that differ from the fields' names: those of older versions, so that their files can be read
+DISK_KEYS = {"probes": "effort", "candidate_factor": "reranked", "target_recall": "aim"}
 
 
 class RecallSample:
-    """Scans drawn from a gallery as queries, with their exact neighbours, to measure the recall@10 of a search.
+    """Rows of a gallery `(n, d)` as queries, with their exact neighbours, to measure the recall@10 of a search."""
 
-    Args:
-        gallery: `(n, d)` float16 of norm 1.
-        generator: draws the queries.
-    """
-
-    def __init__(self, gallery: Tensor, generator: torch.Generator):
-        sample = torch.randperm(len(gallery), generator=generator)[:RECALL_QUERIES]
+    def __init__(self, gallery: Tensor):
+        sample = torch.randperm(len(gallery), generator=torch.Generator().manual_seed(0))[:RECALL_QUERIES]
         self.queries = gallery[sample].float()
         self.neighbours = min(10, len(gallery) - 1)
         if self.neighbours > 0:
             itself = [row[None] for row in sample]
-            rounding = bfloat16_rounding(gallery)
-            self.truth = search_exactly(gallery, self.queries, self.neighbours, itself, rounding).rows
+            self.truth = search_exactly(gallery, self.queries, self.neighbours, itself).rows
 
     def recall(self, search: Callable[[Tensor, int], Hits]) -> float:
         """Return the fraction of exact neighbours that `search(queries, k)` finds; 1 for a gallery of one scan."""
@@ -111,51 +84,47 @@ class RecallSample:
         return hits / self.truth.numel()
 
 
+@dataclass
 class ApproximateSearch:
-    """A faiss index over the rows of a gallery; hits are rescored exactly with the gallery's own vectors.
+    """A faiss index over the rows of a gallery; hits are rescored exactly with the gallery's own vectors."""
 
-    Args:
-        gallery: `(n, d)` float16 of norm 1.
-        index: faiss index of the same rows.
-        settings: how it is searched.
-    """
-
-    def __init__(self, gallery: Tensor, index: Any, settings: ApproximateSettings):
-        self.gallery = gallery
-        self.index = index
-        self.settings = settings
+    gallery: Tensor  # (n, d) float16 of norm 1
+    index: Any
+    settings: ApproximateSettings
 
     @classmethod
-    def build(
-        cls, gallery: Tensor, method: Method = "rabitq", target_recall: float = TARGET_RECALL, seed: int = 0
-    ) -> ApproximateSearch:
-        """Train an index, add the gallery, and tune the search until it reaches the target recall.
+    def build(cls, gallery: Tensor, method: Method, target_recall: float = TARGET_RECALL) -> ApproximateSearch:
+        """Train an index of at least one row, and tune the search until it reaches the target recall@10.
 
-        Args:
-            gallery: `(n, d)` float16 of norm 1, at least one row.
-            method: faiss index type.
-            target_recall: recall@10 to reach. A warning is logged if the index cannot reach it.
-            seed: of the training sample and the tuning queries.
+        A warning is logged if the index cannot reach it.
         """
         import faiss
 
         rows, dimension = gallery.shape
-        cells = _number_of_cells(rows)
+        # about twice the square root of the rows, as a power of two: faiss' guideline; 2048 for 867,653
+        cells = min(rows, 2 ** round(np.log2(2.2 * rows**0.5)))
         name = {"ivf": f"IVF{cells},SQfp16", "rabitq": f"IVF{cells},RaBitQ", "hnsw": "HNSW32,SQfp16"}[method]
         index = faiss.index_factory(dimension, name, faiss.METRIC_INNER_PRODUCT)
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(1)  # other scans than those of the recall sample
         sample = torch.randperm(rows, generator=generator)[: cells * TRAINING_ROWS_PER_CELL]
         index.train(_numpy(gallery[sample.sort().values]))
-        for block in gallery.split(BLOCK_ROWS):
-            index.add(_numpy(block))
         settings = ApproximateSettings(method, cells, 16 if method == "hnsw" else 1, 1, 0.0, target_recall)
-        built = cls(gallery, index, settings)
-        built._tune(generator)
-        return built
+        return cls(gallery[:0], index, settings).extend(gallery)
 
-    def _tune(self, generator: torch.Generator) -> None:
+    def extend(self, gallery: Tensor) -> ApproximateSearch:
+        """Return an index of a larger gallery, whose first rows are this one's; tuned again but not retrained."""
+        import faiss
+
+        index = faiss.clone_index(self.index)
+        for block in gallery[len(self.gallery) :].split(BLOCK_ROWS):
+            index.add(_numpy(block))
+        larger = ApproximateSearch(gallery, index, self.settings)
+        larger._tune()
+        return larger
+
+    def _tune(self) -> None:
         """Increase probes and candidates from the present settings until the target recall is reached."""
-        sample = RecallSample(self.gallery, generator)
+        sample = RecallSample(self.gallery)
         initial, rabitq = self.settings, self.settings.method == "rabitq"
         max_probes = MAX_HNSW_CANDIDATES if initial.method == "hnsw" else initial.cells
         for factor in CANDIDATE_FACTORS if rabitq else (1,):
@@ -173,28 +142,21 @@ class ApproximateSearch:
                 probes, previous = min(2 * probes, max_probes), recall
         logger.warning(
             "recall@10 of the %s index is too low: expected %.3f, got %.3f. Build the index with method='exact'.",
-            initial.method,
-            initial.target_recall,
-            self.settings.recall,
+            *(initial.method, initial.target_recall, self.settings.recall),
         )
 
-    def search(self, queries: Tensor, k: int) -> Hits:
-        """Return the k most similar rows that the index finds, with exact scores.
-
-        Args:
-            queries: `(q, d)` of norm 1.
-            k: number of hits.
-        """
-        candidates = min(len(self.gallery), k * self.settings.candidate_factor)
+    def search(self, queries: Tensor, k: int, excluded: list[Tensor] | None = None) -> Hits:
+        """Return the k most similar rows that the index finds, with exact scores; see `search_exactly`."""
+        wanted = k + max(map(len, excluded or ()), default=0)
+        candidates = min(len(self.gallery), wanted * self.settings.candidate_factor)
         _, found = self.index.search(_numpy(queries), candidates, params=self._parameters(candidates))
-        scores = torch.full((len(queries), k), -torch.inf)
-        rows = torch.full((len(queries), k), -1, dtype=torch.int64)
-        for index, candidate_rows in enumerate(torch.from_numpy(found)):
-            candidate_rows = candidate_rows[candidate_rows >= 0].sort().values
-            exact = self.gallery[candidate_rows].float() @ queries[index].float()
-            order = torch.argsort(exact, descending=True, stable=True)[:k]
-            scores[index, : len(order)], rows[index, : len(order)] = exact[order], candidate_rows[order]
-        return Hits(scores, rows)
+        hits = Hits.empty(len(queries), k)
+        for index, rows in enumerate(torch.from_numpy(found)):
+            rows = rows[rows >= 0].sort().values
+            if excluded is not None:
+                rows = rows[~torch.isin(rows, excluded[index])]
+            hits.set_best(index, self.gallery[rows].float() @ queries[index].float(), rows)
+        return hits
 
     def _parameters(self, candidates: int) -> Any:
         import faiss
@@ -203,37 +165,15 @@ class ApproximateSearch:
             parameters: Any = faiss.SearchParametersHNSW()  # type: ignore[attr-defined]  # missing in its stubs
             parameters.efSearch = max(self.settings.probes, candidates)
             return parameters
-        parameters = (
-            faiss.IVFRaBitQSearchParameters() if self.settings.method == "rabitq" else faiss.SearchParametersIVF()
-        )
+        rabitq = self.settings.method == "rabitq"
+        parameters = faiss.IVFRaBitQSearchParameters() if rabitq else faiss.SearchParametersIVF()
         parameters.nprobe = self.settings.probes
         return parameters
-
-    def extend(self, gallery: Tensor, seed: int = 0) -> ApproximateSearch:
-        """Return an index of a larger gallery, tuned again but not retrained.
-
-        Args:
-            gallery: `(m, d)` float16 of norm 1, whose first rows are this index's gallery.
-            seed: of the tuning queries.
-        """
-        import faiss
-
-        index = faiss.clone_index(self.index)
-        for block in gallery[len(self.gallery) :].split(BLOCK_ROWS):
-            index.add(_numpy(block))
-        larger = ApproximateSearch(gallery, index, self.settings)
-        larger._tune(torch.Generator().manual_seed(seed))
-        return larger
 
     # ---- on disk ----------------------------------------------------------------------------------------------------
 
     def save(self, path: Path, gallery_digest: str) -> None:
-        """Write the faiss file, and a JSON file that signs it with this machine's secret.
-
-        Args:
-            path: of the faiss file.
-            gallery_digest: SHA-256 of the file of embeddings that it belongs to.
-        """
+        """Write the faiss file, and a JSON file that signs it and its gallery's SHA-256 with this machine's secret."""
         import faiss
 
         content = faiss.serialize_index(self.index).tobytes()
@@ -244,33 +184,22 @@ class ApproximateSearch:
         atomic_write_text(path.with_suffix(".json"), json.dumps({**signed, "signature": signature}) + "\n")
 
     @classmethod
-    def load(cls, path: Path, gallery: Tensor, gallery_digest: str) -> ApproximateSearch | None:
-        """Load a saved index if this machine wrote it for this gallery.
+    def load(cls, path: Path, gallery: Tensor, gallery_digest: str, settings: ApproximateSettings) -> ApproximateSearch:
+        """Load an index that this machine saved for this gallery with these settings, and build any other again.
 
         faiss trusts the bytes that it reads, so a file without a valid signature is never given to it.
-
-        Returns:
-            The index; None if it is missing, damaged, or from another machine or gallery. Build it again.
         """
         import faiss
 
         try:
-            signed = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
             content = path.read_bytes()
-            signature = signed.pop("signature")
-            if not hmac.compare_digest(signature, _signature(content, signed)):
-                return None
-            if signed.pop("gallery") != gallery_digest:
-                return None
-            settings = ApproximateSettings.from_dict(signed)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            return None
-        return cls(gallery, faiss.deserialize_index(np.frombuffer(content, np.uint8)), settings)
-
-
-def _number_of_cells(rows: int) -> int:
-    """Return about twice the square root of the rows, as a power of two: faiss' guideline; 2048 for 867,653."""
-    return min(rows, 2 ** round(np.log2(2.2 * rows**0.5)))
+            signature = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))["signature"]
+            expected = _signature(content, {"gallery": gallery_digest, **settings.to_dict()})
+            if hmac.compare_digest(signature, expected):
+                return cls(gallery, faiss.deserialize_index(np.frombuffer(content, np.uint8)), settings)
+        except (OSError, ValueError, KeyError, TypeError):
+            pass
+        return cls.build(gallery, settings.method, settings.target_recall)
 
 
 def _numpy(vectors: Tensor) -> np.ndarray:

@@ -8,7 +8,8 @@ at a third of the time: one query is as fast as memory can be read, and half pre
 from __future__ import annotations
 
 import functools
-import time
+import timeit
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -39,15 +40,30 @@ class Hits:
     scores: Tensor
     rows: Tensor
 
+    @classmethod
+    def empty(cls, queries: int, k: int) -> Hits:
+        """Return hits without a row."""
+        return cls(torch.full((queries, k), -torch.inf), torch.full((queries, k), -1, dtype=torch.int64))
+
+    def set_best(self, query: int, scores: Tensor, rows: Tensor) -> None:
+        """Set the hits of one query to the k best of some rows; rows of equal score keep their order."""
+        order = torch.argsort(scores, descending=True, stable=True)[: self.rows.shape[1]]
+        self.scores[query, : len(order)], self.rows[query, : len(order)] = scores[order], rows[order]
+
+
+def check_queries(queries: Tensor, dimension: int, k: int, patients: Sequence[str] | None = None) -> None:
+    """Raise ValueError unless queries are `(q, dimension)`, k is positive, and patients, if given, are q."""
+    if queries.ndim != 2 or queries.shape[1] != dimension:
+        raise ValueError(f"queries do not match the index: expected (q, {dimension}), got {tuple(queries.shape)}.")
+    if k < 1:
+        raise ValueError(f"k must be positive: got {k}.")
+    if patients is not None and len(patients) != len(queries):
+        raise ValueError(f"query_patients does not match queries: expected {len(queries)}, got {len(patients)}.")
+
 
 @torch.autocast("cpu", enabled=False)  # autocast would change the precision that the error bounds assume
 def search_exactly(
-    gallery: Tensor,
-    queries: Tensor,
-    k: int,
-    excluded: list[Tensor] | None = None,
-    max_rounding: float = BFLOAT16_ROUNDING,
-    allowed: Tensor | None = None,
+    gallery: Tensor, queries: Tensor, k: int, excluded: list[Tensor] | None = None, allowed: Tensor | None = None
 ) -> Hits:
     """Return the k most similar rows of each query.
 
@@ -56,31 +72,18 @@ def search_exactly(
         queries: `(q, d)` float32 of norm 1.
         k: number of hits, at least 1.
         excluded: for each query, int64 rows that are left out.
-        max_rounding: bound of the distance between a gallery row and the same row in bfloat16. The default holds for
-            any gallery; `bfloat16_rounding(gallery)` is less than half of it and halves the rows to recompute. Not
-            used for few queries, nor where `block_dtype()` is float32.
         allowed: `(n,)` bool, rows that may be found; None for all.
 
     Raises:
         ValueError: if the shapes do not match or k is not positive.
     """
-    if gallery.ndim != 2 or queries.ndim != 2 or queries.shape[1] != gallery.shape[1]:
-        raise ValueError(
-            "gallery and queries do not match: expected (n, d) and (q, d), "
-            f"got {tuple(gallery.shape)} and {tuple(queries.shape)}."
-        )
-    if k < 1:
-        raise ValueError(f"k must be positive: got {k}.")
-    scores = torch.full((len(queries), k), -torch.inf)
-    rows = torch.full((len(queries), k), -1, dtype=torch.int64)
+    check_queries(queries, gallery.shape[1], k)
+    hits = Hits.empty(len(queries), k)
     few = len(queries) <= FEW_QUERIES
     batch_size = FEW_QUERIES if few else max(1, APPROXIMATE_VALUES // max(1, len(gallery)))
     for start in range(0, len(queries), batch_size):
         batch = queries[start : start + batch_size].float()
-        if few:
-            approximate, errors = _scores_per_query(gallery, batch)
-        else:
-            approximate, errors = _scores_in_blocks(gallery, batch, max_rounding, block_dtype())
+        approximate, errors = _scores_per_query(gallery, batch) if few else _scores_in_blocks(gallery, batch)
         if allowed is not None:
             approximate[:, : len(gallery)].masked_fill_(~allowed, -torch.inf)
         if excluded is not None:
@@ -89,19 +92,8 @@ def search_exactly(
         group_best = approximate.unflatten(1, (-1, GROUP)).amax(2)  # (q, groups)
         for index, query in enumerate(batch):
             candidates = _candidates(approximate[index], group_best[index], float(errors[index]), k)
-            exact = gallery[candidates].float() @ query
-            order = torch.argsort(exact, descending=True, stable=True)[:k]
-            scores[start + index, : len(order)] = exact[order]
-            rows[start + index, : len(order)] = candidates[order]
-    return Hits(scores, rows)
-
-
-def bfloat16_rounding(gallery: Tensor) -> float:
-    """Return the largest distance between a row and the same row in bfloat16."""
-    distances = [
-        (block.float() - block.bfloat16().float()).norm(dim=1).max() for block in _blocks(gallery, torch.float32)
-    ]
-    return max((float(distance) for distance in distances), default=0.0)
+            hits.set_best(start + index, gallery[candidates].float() @ query, candidates)
+    return hits
 
 
 @functools.cache
@@ -112,20 +104,12 @@ def block_dtype() -> torch.dtype:
     It is measured once, in a few milliseconds, because PyTorch does not report it for every processor. With AVX2 only,
     100 queries took five times as long in bfloat16; with AMX large products take about half the time.
     """
-    seconds = {}
-    for dtype in (torch.bfloat16, torch.float32):
+
+    def seconds(dtype: torch.dtype) -> float:
         queries, block = torch.ones(64, 768, dtype=dtype), torch.ones(2048, 768, dtype=dtype)
-        times = []
-        for _ in range(4):
-            start = time.perf_counter()
-            queries @ block.T
-            times.append(time.perf_counter() - start)
-        seconds[dtype] = min(times)
-    return min(seconds, key=lambda dtype: seconds[dtype])
+        return min(timeit.repeat(lambda: queries @ block.T, repeat=4, number=1))
 
-
-def _blocks(gallery: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    return gallery.split(max(1, BLOCK_BYTES[dtype] // (dtype.itemsize * max(1, gallery.shape[1]))))
+    return min((torch.bfloat16, torch.float32), key=seconds)
 
 
 def _empty_scores(queries: int, rows: int, dtype: torch.dtype) -> Tensor:
@@ -144,21 +128,21 @@ def _scores_per_query(gallery: Tensor, queries: Tensor) -> tuple[Tensor, Tensor]
     return scores, (queries - half.float()).norm(dim=1) + FLOAT16_RESULT_ERROR + SUM_ERROR
 
 
-def _scores_in_blocks(
-    gallery: Tensor, queries: Tensor, max_rounding: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+def _scores_in_blocks(gallery: Tensor, queries: Tensor) -> tuple[Tensor, Tensor]:
     """Return the same for many queries, which share each block of the gallery.
 
     With bfloat16 the gallery is rounded too; with float32 only the results are.
     """
+    dtype = block_dtype()
+    bfloat16 = dtype == torch.bfloat16
     rounded = queries.to(dtype)
-    scores = _empty_scores(len(queries), len(gallery), torch.bfloat16 if dtype == torch.bfloat16 else torch.float16)
-    start = 0
-    for block in _blocks(gallery, dtype):
+    scores = _empty_scores(len(queries), len(gallery), torch.bfloat16 if bfloat16 else torch.float16)
+    rows = max(1, BLOCK_BYTES[dtype] // (dtype.itemsize * max(1, gallery.shape[1])))
+    for start in range(0, len(gallery), rows):
+        block = gallery[start : start + rows]
         scores[:, start : start + len(block)] = rounded @ block.to(dtype).T
-        start += len(block)
-    errors = (queries - rounded.float()).norm(dim=1) + SUM_ERROR
-    return scores, errors + (max_rounding + BFLOAT16_RESULT_ERROR if dtype == torch.bfloat16 else FLOAT16_RESULT_ERROR)
+    error = BFLOAT16_ROUNDING + BFLOAT16_RESULT_ERROR if bfloat16 else FLOAT16_RESULT_ERROR
+    return scores, (queries - rounded.float()).norm(dim=1) + SUM_ERROR + error
 
 
 def _candidates(scores: Tensor, group_best: Tensor, error: float, k: int) -> Tensor:

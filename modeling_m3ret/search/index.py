@@ -12,7 +12,8 @@ import os
 import shutil
 import uuid
 from collections.abc import Collection, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,8 +30,8 @@ from ..atomic_io import atomic_write_text, sync
 from ..errors import InputError
 from ..model_facts import ModelFacts, sha256_of
 from .approximate import TARGET_RECALL, ApproximateSearch, ApproximateSettings, Method
-from .exact import FEW_QUERIES, Hits, bfloat16_rounding, block_dtype, search_exactly
-from .filters import FilterCache, FilteredRows, MetadataFilter, StringColumn
+from .exact import Hits, check_queries, search_exactly
+from .filters import FILTER_COLUMNS, MetadataFilter, StringColumn
 
 
 FORMAT = 1
@@ -45,9 +46,6 @@ COLUMNS = ("id", "patient", "modality", "anatomy", "labels", "source")
 SCHEMA = pa.schema([(name, pa.list_(pa.string()) if name == "labels" else pa.string()) for name in COLUMNS])
 
 
-Reason = Literal["not_found", "damaged", "unsupported", "unfinished", "other_model"]
-
-
 class IndexFormatError(InputError):
     """An index cannot be used.
 
@@ -58,30 +56,25 @@ class IndexFormatError(InputError):
         file: name of the missing or damaged file, if it is one file.
     """
 
-    def __init__(self, location: object, reason: Reason, details: str, file: str | None = None):
+    def __init__(
+        self,
+        location: object,
+        reason: Literal["not_found", "damaged", "unsupported", "unfinished", "other_model"],
+        details: str,
+        file: str | None = None,
+    ):
         super().__init__(f"{location}: {details}")
         self.location, self.reason, self.file = str(location), reason, file
 
 
 @dataclass
 class RetrievalIndex:
-    """A gallery that can be searched. Create it with `build` or `load`.
+    """A gallery that can be searched. Create it with `build` or `load`."""
 
-    Attributes:
-        embeddings: `(n, d)` float16 of norm 1, possibly memory-mapped.
-        metadata: table with `COLUMNS`, one row per scan.
-        facts: model that made the embeddings.
-        approximate: used by searches without a filter, if present.
-        filter_cache: rows of the latest filters.
-    """
-
-    embeddings: Tensor
-    metadata: pa.Table
-    facts: ModelFacts
-    approximate: ApproximateSearch | None = None
-    filter_cache: FilterCache = field(default_factory=FilterCache, repr=False)
-    _rounding: float | None = field(default=None, repr=False)
-    _columns: dict[str, StringColumn] = field(default_factory=dict, repr=False)
+    embeddings: Tensor  # (n, d) float16 of norm 1, possibly memory-mapped
+    metadata: pa.Table  # COLUMNS, one row per scan
+    facts: ModelFacts  # model that made the embeddings
+    approximate: ApproximateSearch | None = None  # used by searches without a filter, if present
 
     @classmethod
     def build(
@@ -98,7 +91,7 @@ class RetrievalIndex:
             embeddings: `(n, d)` of any norm except zero; stored as float16 of norm 1.
             metadata: one row per scan with a unique `id`; missing `COLUMNS` are filled with empty values.
             facts: model that made the embeddings.
-            method: "exact", "ivf", "rabitq" or "hnsw"; "auto" is exact up to a million scans and rabitq above.
+            method: "auto" is exact up to a million scans and rabitq above.
             target_recall: recall@10 that an approximate search is tuned to.
 
         Raises:
@@ -139,72 +132,41 @@ class RetrievalIndex:
         Raises:
             ValueError: if the shapes do not match or k is not positive.
         """
-        check_queries(queries, self.embeddings.shape[1], query_patients)
-        if k < 1:
-            raise ValueError(f"k must be positive: got {k}.")
+        check_queries(queries, self.embeddings.shape[1], k, query_patients)
         queries = torch.nn.functional.normalize(queries.float(), dim=-1)
-        excluded = self._rows_of_patients(query_patients)
-        if where is None and self.approximate is not None:
-            return _search_approximately(self.approximate, queries, k, excluded)
-        filtered = None if where is None else self._filter(where)
-        if filtered is None or len(filtered.rows) == len(self):
-            return search_exactly(self.embeddings, queries, k, excluded, self._max_rounding(queries))
-        if filtered.embeddings is None:
-            mask = _mask(filtered.rows, len(self))
-            return search_exactly(self.embeddings, queries, k, excluded, self._max_rounding(queries), mask)
+        excluded = None
+        if query_patients is not None:
+            patients = self._columns["patient"]
+            excluded = [_nonzero(patients.is_in([patient] if patient else [])) for patient in query_patients]
+        if where is None:
+            if self.approximate is not None:
+                return self.approximate.search(queries, k, excluded)
+            return search_exactly(self.embeddings, queries, k, excluded)
+        mask = where.mask(self._columns)
+        if np.count_nonzero(mask) > MAX_COPIED_FRACTION * len(self):
+            return search_exactly(self.embeddings, queries, k, excluded, torch.from_numpy(mask))
+        rows = _nonzero(mask)
+        # numpy's take copies whole rows, in half the time of indexing a tensor
+        copied = torch.from_numpy(self.embeddings.numpy().take(rows, axis=0))
         if excluded is not None:
-            excluded = [_positions(filtered.rows, rows) for rows in excluded]
-        hits = search_exactly(filtered.embeddings, queries, k, excluded)
-        if not len(filtered.rows):
-            return hits
-        return Hits(hits.scores, torch.where(hits.rows < 0, -1, filtered.rows[hits.rows.clamp(min=0)]))
+            excluded = [torch.isin(rows, left_out).nonzero().flatten() for left_out in excluded]
+        hits = search_exactly(copied, queries, k, excluded)
+        return Hits(hits.scores, torch.cat([rows, torch.tensor([-1])])[hits.rows])  # -1, no hit, stays -1
 
     def lookup(self, rows: Tensor) -> list[dict[str, Any]]:
         """Return the metadata of rows that a search found; rows of -1 are skipped."""
         return self.metadata.take(pa.array(rows[rows >= 0].flatten().tolist())).to_pylist()
 
-    def _max_rounding(self, queries: Tensor) -> float:
-        if self._rounding is None:
-            if len(queries) <= FEW_QUERIES or block_dtype() != torch.bfloat16:
-                return 1.0  # not used, and measuring it takes longer than the search
-            self._rounding = bfloat16_rounding(self.embeddings)
-        return self._rounding
-
-    def _filter(self, where: MetadataFilter) -> FilteredRows:
-        filtered = self.filter_cache.get(where)
-        if filtered is None:
-            rows = where.matching_rows(len(self), self._column)
-            embeddings = None
-            if len(rows) <= MAX_COPIED_FRACTION * len(self):
-                # numpy's take copies whole rows, in half the time of indexing a tensor
-                embeddings = torch.from_numpy(self.embeddings.numpy().take(rows, axis=0))
-            filtered = FilteredRows(torch.from_numpy(rows), embeddings)
-            self.filter_cache.put(where, filtered)
-        return filtered
-
-    def _column(self, name: str) -> StringColumn:
-        column = self._columns.get(name)
-        if column is None:
-            column = self._columns[name] = StringColumn.encode(self.metadata.column(name))
-        return column
-
-    def _rows_of_patients(self, patients: Sequence[str] | None) -> list[Tensor] | None:
-        if patients is None:
-            return None
-        column = self._column("patient")
-        return [torch.from_numpy(column.rows_of([patient] if patient else [])) for patient in patients]
+    @cached_property
+    def _columns(self) -> dict[str, StringColumn]:
+        return {name: StringColumn(self.metadata.column(name)) for name in ("patient", *FILTER_COLUMNS)}
 
     # ---- changes ----------------------------------------------------------------------------------------------------
 
     def add(self, embeddings: Tensor, metadata: pa.Table) -> RetrievalIndex:
         """Return a new index with further scans. An approximate index is not retrained, but tuned again.
 
-        Args:
-            embeddings: `(m, d)`, as for `build`.
-            metadata: one row per added scan, as for `build`.
-
-        Raises:
-            ValueError: as `build`, or if an id is in the index already.
+        Arguments and errors are those of `build`; an id that is in the index already is a ValueError.
         """
         added = RetrievalIndex.build(embeddings, metadata, self.facts, "exact")
         gallery = torch.cat([self.embeddings, added.embeddings])
@@ -213,11 +175,7 @@ class RetrievalIndex:
         return RetrievalIndex(gallery, metadata, self.facts, approximate)
 
     def remove(self, ids: Collection[str]) -> RetrievalIndex:
-        """Return a new index without some scans. An approximate index is built again.
-
-        Args:
-            ids: of the scans to remove; unknown ids are ignored.
-        """
+        """Return a new index without these scans; unknown ids are ignored. An approximate index is built again."""
         remaining = ~np.asarray(pc.is_in(self.metadata.column("id"), value_set=pa.array(list(ids), pa.string())))
         gallery = self.embeddings[torch.from_numpy(np.flatnonzero(remaining))]
         approximate = None
@@ -274,63 +232,48 @@ class RetrievalIndex:
             IndexFormatError: if the index is missing, damaged, of an unsupported format, or of another model.
         """
         manifest = _read_manifest(folder)
-        version = folder / manifest["version"]
+        version, files = folder / manifest["version"], manifest["files"]
         facts = ModelFacts(**manifest["model"])
         check_model(folder, facts, expected)
-        for name, digest in manifest["files"].items():
+        for name, digest in files.items():
             if not (version / name).is_file():
-                raise IndexFormatError(folder, "damaged", f"{name} is missing. Build the index again.", name)
+                raise _damaged(folder, f"{name} is missing.", name)
             if verify and sha256_of(version / name) != digest:
-                raise IndexFormatError(
-                    folder,
-                    "damaged",
-                    f"{name} is damaged: its SHA-256 differs from the manifest. Build the index again.",
-                    name,
-                )
+                raise _damaged(folder, f"{name} is damaged: its SHA-256 differs from the manifest.", name)
         try:
             with safe_open(version / EMBEDDINGS, framework="pt") as tensors:
                 embeddings = tensors.get_tensor("embeddings")
             metadata = pq.read_table(version / METADATA)
         except Exception as error:  # the readers raise many types
-            raise IndexFormatError(
-                folder, "damaged", f"cannot read the index ({type(error).__name__}). Build the index again."
-            ) from error
+            raise _damaged(folder, f"cannot read the index ({type(error).__name__}).") from error
         shape = (manifest["scans"], manifest["dimension"])
         if embeddings.shape != shape or embeddings.dtype != torch.float16 or len(metadata) != shape[0]:
-            raise IndexFormatError(
+            raise _damaged(
                 folder,
-                "damaged",
                 f"files do not match the manifest: expected embeddings {shape} torch.float16 and {shape[0]} rows of "
-                f"metadata, got {tuple(embeddings.shape)} {embeddings.dtype} and {len(metadata)} rows. "
-                "Build the index again.",
+                f"metadata, got {tuple(embeddings.shape)} {embeddings.dtype} and {len(metadata)} rows.",
             )
         approximate = None
         if manifest["approximate"]:
             settings = ApproximateSettings.from_dict(manifest["approximate"])
-            approximate = ApproximateSearch.load(version / APPROXIMATE, embeddings, manifest["files"][EMBEDDINGS])
-            if approximate is None:
-                approximate = ApproximateSearch.build(embeddings, settings.method, settings.target_recall)
+            approximate = ApproximateSearch.load(version / APPROXIMATE, embeddings, files[EMBEDDINGS], settings)
         return cls(embeddings, metadata, facts, approximate)
+
+
+def check_format(location: object, found: object, file: str | None = None) -> None:
+    """Raise IndexFormatError if the format of an index is not supported."""
+    if found != FORMAT:
+        details = f"unsupported index format: expected {FORMAT}, got {found}. Build the index again, or update m3ret."
+        raise IndexFormatError(location, "unsupported", details, file)
 
 
 def check_model(location: object, found: ModelFacts, expected: ModelFacts | None) -> None:
     """Raise IndexFormatError if an index is of another model than expected."""
     if expected is not None and found != expected:
-        raise IndexFormatError(
-            location,
-            "other_model",
-            f"embeddings of another model: expected {expected}, got {found}. Build the index again with this model.",
+        details = (
+            f"embeddings of another model: expected {expected}, got {found}. Build the index again with this model."
         )
-
-
-def check_queries(queries: Tensor, dimension: int, patients: Sequence[str] | None) -> None:
-    """Raise ValueError unless queries are `(q, dimension)`, with one patient each if patients are given."""
-    if queries.ndim != 2 or queries.shape[1] != dimension:
-        raise ValueError(f"queries do not match the index: expected (q, {dimension}), got {tuple(queries.shape)}.")
-    if patients is not None and len(patients) != len(queries):
-        raise ValueError(
-            f"query_patients does not match queries: expected {len(queries)} patients, got {len(patients)}."
-        )
+        raise IndexFormatError(location, "other_model", details)
 
 
 def normalize_to_float16(embeddings: Tensor) -> Tensor:
@@ -380,31 +323,10 @@ def complete_metadata(metadata: pa.Table, rows: int) -> pa.Table:
         ) from error
 
 
-def _search_approximately(
-    approximate: ApproximateSearch, queries: Tensor, k: int, excluded: list[Tensor] | None
-) -> Hits:
-    """Search without the excluded rows of each query, which are found first and then left out."""
-    if not excluded:
-        return approximate.search(queries, k)
-    hits = approximate.search(queries, k + max(len(rows) for rows in excluded))
-    allowed = torch.stack([~torch.isin(found, rows) for found, rows in zip(hits.rows, excluded, strict=True)])
-    order = torch.argsort((~allowed).int(), dim=1, stable=True)[:, :k]  # allowed hits first, in their order
-    missing = ~allowed.gather(1, order)
-    scores = hits.scores.gather(1, order).masked_fill(missing, -torch.inf)
-    return Hits(scores, hits.rows.gather(1, order).masked_fill(missing, -1))
-
-
 def _read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest = json.loads((folder / CURRENT).read_text(encoding="utf-8"))
-        if manifest["format"] != FORMAT:
-            raise IndexFormatError(
-                folder,
-                "unsupported",
-                f"unsupported index format: expected {FORMAT}, got {manifest['format']}. "
-                "Build the index again, or update m3ret.",
-                CURRENT,
-            )
+        check_format(folder, manifest["format"], CURRENT)
         name = manifest["version"]
         if set(manifest["files"]) != {EMBEDDINGS, METADATA} or os.sep in name or ".." in name:
             raise ValueError("unexpected file names")  # never read files outside the folder
@@ -417,21 +339,12 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     except IndexFormatError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise IndexFormatError(
-            folder, "damaged", f"{CURRENT} is not a valid index manifest. Build the index again.", CURRENT
-        ) from error
+        raise _damaged(folder, f"{CURRENT} is not a valid index manifest.", CURRENT) from error
 
 
-def _mask(rows: Tensor, size: int) -> Tensor:
-    """Return a bool mask `(size,)` that is true for these rows."""
-    mask = torch.zeros(size, dtype=torch.bool)
-    mask[rows] = True
-    return mask
+def _damaged(folder: Path, details: str, file: str | None = None) -> IndexFormatError:
+    return IndexFormatError(folder, "damaged", f"{details} Build the index again.", file)
 
 
-def _positions(ascending: Tensor, wanted: Tensor) -> Tensor:
-    """Return the positions in an ascending list of those wanted values that it contains."""
-    if not len(ascending):
-        return wanted[:0]
-    positions = torch.searchsorted(ascending, wanted).clamp(max=len(ascending) - 1)
-    return positions[ascending[positions] == wanted]
+def _nonzero(mask: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.flatnonzero(mask))

@@ -16,7 +16,7 @@ import logging
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import torch
@@ -25,20 +25,14 @@ from torch import Tensor
 
 from ..model_facts import ModelFacts
 from .approximate import TARGET_RECALL, RecallSample
-from .exact import Hits
+from .exact import Hits, check_queries
 from .filters import MetadataFilter
-from .index import (
-    IndexFormatError,
-    check_model,
-    check_queries,
-    complete_metadata,
-    normalize_to_float16,
-)
+from .index import FORMAT, IndexFormatError, check_format, check_model, complete_metadata, normalize_to_float16
 
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
-FORMAT = 1
 PROPERTY = "m3ret"  # property of the collection that holds the manifest
 TOKEN_VARIABLE = "MILVUS_TOKEN"  # environment variable with "user:password" or an API key
 DIGEST_COLUMNS = ("id", "patient", "modality", "anatomy", "source")
@@ -46,72 +40,57 @@ MAX_HITS = 16384  # per search, https://milvus.io/docs/limitations.md
 MESSAGE_BYTES = 2**24  # a quarter of the 64 MB that Milvus allows per message, by the same page
 METADATA_BYTES = 1024  # approximate size of a scan's metadata
 HIT_BYTES = 16  # a row and a score
-DIGESTS_PER_LIST = 8192  # 35 bytes each in an expression
+DIGEST_BYTES = 36  # in a list in an expression
 
 
 @dataclass(frozen=True)
 class MilvusSearch:
-    """How Milvus searches.
+    """How Milvus searches."""
 
-    Attributes:
-        index_type: vector index of Milvus. FLAT compares all vectors, as the index on disk does by default.
-        build: parameters of building the index, such as `nlist` or `M`.
-        search: parameters of searching it, such as `nprobe` or `ef`.
-    """
-
-    index_type: str = "FLAT"
-    build: Mapping[str, Any] | None = None
-    search: Mapping[str, Any] | None = None
+    index_type: str = "FLAT"  # FLAT compares all vectors, as the index on disk does by default
+    build: Mapping[str, Any] | None = None  # parameters of building the index, such as `nlist` or `M`
+    search: Mapping[str, Any] | None = None  # parameters of searching it, such as `nprobe` or `ef`
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """Description of a collection, stored in one of its properties.
-
-    Attributes:
-        facts: model that made the embeddings.
-        dimension: of the embeddings.
-        end: row before which the scans lie; 0 while the collection is being built.
-        method: how it is searched.
-        recall: recall@10 on scans of the gallery when it was built; None for FLAT, which is exact, and after an
-            addition.
-    """
+    """Description of a collection, stored in one of its properties."""
 
     facts: ModelFacts
     dimension: int
-    end: int
+    end: int  # row before which the scans lie; 0 while the collection is being built
     method: MilvusSearch
-    recall: float | None = None
+    recall: float | None = None  # recall@10 at the build; None for FLAT, which is exact, and after an addition
 
     def to_json(self) -> str:
         return json.dumps({"format": FORMAT, **asdict(self)})
 
     @classmethod
-    def from_json(cls, text: str, collection: str) -> Manifest:
-        """Parse a manifest.
+    def from_json(cls, text: str | None, collection: str) -> Manifest:
+        """Parse the manifest of a collection.
 
         Raises:
-            IndexFormatError: if its format is not supported.
-            ValueError, KeyError, TypeError: if it is not a manifest.
+            IndexFormatError: if its format is not supported, or it is not a manifest.
         """
-        values = json.loads(text)
-        if (found := values.pop("format")) != FORMAT:
-            raise IndexFormatError(
-                collection,
-                "unsupported",
-                f"unsupported index format: expected {FORMAT}, got {found}. Build the index again, or update m3ret.",
-            )
-        facts, method = ModelFacts(**values.pop("facts")), MilvusSearch(**values.pop("method"))
-        return cls(facts=facts, method=method, **values)
+        try:
+            values = json.loads(text or "")
+            check_format(collection, values.pop("format"))
+            facts, method = ModelFacts(**values.pop("facts")), MilvusSearch(**values.pop("method"))
+            return cls(facts=facts, method=method, **values)
+        except IndexFormatError:
+            raise
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            details = "the collection is not an index of m3ret. Choose another name."
+            raise IndexFormatError(collection, "unsupported", details) from error
 
 
+@dataclass
 class MilvusIndex:
     """A gallery in Milvus. Create it with `build` or `load`."""
 
-    def __init__(self, client: MilvusClient, collection: str, manifest: Manifest):
-        self.client = client
-        self.collection = collection
-        self.manifest = manifest
+    client: MilvusClient
+    collection: str
+    manifest: Manifest
 
     @property
     def facts(self) -> ModelFacts:
@@ -128,12 +107,10 @@ class MilvusIndex:
         method: MilvusSearch = MilvusSearch(),
         target_recall: float = TARGET_RECALL,
     ) -> MilvusIndex:
-        """Create a collection. One that an interrupted build left behind is replaced.
+        """Create a collection from at least one scan. One that an interrupted build left behind is replaced.
 
         Args:
-            embeddings: `(n, d)`, as for `RetrievalIndex.build`; at least one.
-            metadata: one row per scan, as for `RetrievalIndex.build`.
-            facts: model that made the embeddings.
+            embeddings, metadata, facts: as for `RetrievalIndex.build`.
             uri: a file `*.db` of Milvus Lite, or a server's `https://…` or `http://…:19530`. The token is read from the
                 environment (`MILVUS_TOKEN`).
             collection: name of the collection.
@@ -141,8 +118,7 @@ class MilvusIndex:
             target_recall: a warning is logged if the recall@10 of an approximate search is below it.
 
         Raises:
-            ValueError: if there is no scan, the sizes do not match, ids are missing or repeated, an embedding is zero
-                or not finite, or the collection exists.
+            ValueError: as `RetrievalIndex.build`, if there is no scan, or if the collection exists.
         """
         vectors = normalize_to_float16(embeddings)
         metadata = complete_metadata(metadata, len(vectors))
@@ -166,22 +142,18 @@ class MilvusIndex:
         string_indices, vector_index = client.prepare_index_params(), client.prepare_index_params()
         for column in DIGEST_COLUMNS:
             string_indices.add_index(f"{column}_digest", index_type="INVERTED")
-        vector_index.add_index(
-            "embedding", index_type=method.index_type, metric_type="IP", params=dict(method.build or {})
-        )
+        build = dict(method.build or {})
+        vector_index.add_index("embedding", index_type=method.index_type, metric_type="IP", params=build)
         client.create_index(collection, string_indices, sync=False)
         client.create_index(collection, vector_index)  # waits for the index, which the recall is measured on
         client.load_collection(collection)
         built.manifest = replace(manifest, end=len(vectors))
         if method.index_type != "FLAT":
-            recall = RecallSample(vectors, torch.Generator().manual_seed(0)).recall(built.search)
+            recall = RecallSample(vectors).recall(built.search)
             if recall < target_recall:
                 logger.warning(
                     "recall@10 of the collection %s is too low: expected %.3f, got %.3f. Raise the parameters of %s.",
-                    collection,
-                    target_recall,
-                    recall,
-                    method,
+                    *(collection, target_recall, recall, method),
                 )
             built.manifest = replace(built.manifest, recall=recall)
         built._publish()
@@ -189,12 +161,7 @@ class MilvusIndex:
 
     @classmethod
     def load(cls, uri: str, collection: str, expected: ModelFacts | None = None) -> MilvusIndex:
-        """Open a collection.
-
-        Args:
-            uri: as for `build`.
-            collection: name of the collection.
-            expected: model of the queries; a collection of another model is refused. None accepts any.
+        """Open a collection, which must be of the `expected` model if that is given.
 
         Raises:
             IndexFormatError: if the collection is missing, not an index, unfinished, or of another model.
@@ -235,12 +202,11 @@ class MilvusIndex:
         Raises:
             ValueError: if the shapes do not match, k is not in 1 to 16,384, or the filter is too long for a request.
         """
-        check_queries(queries, self.manifest.dimension, query_patients)
-        if not 1 <= k <= MAX_HITS:
-            raise ValueError(f"k must be in 1 to {MAX_HITS}: got {k}.")
+        check_queries(queries, self.manifest.dimension, k, query_patients)
+        if k > MAX_HITS:
+            raise ValueError(f"k must be at most {MAX_HITS}: got {k}.")
         queries = torch.nn.functional.normalize(queries.float(), dim=-1)
-        scores = torch.full((len(queries), k), -torch.inf)
-        rows = torch.full((len(queries), k), -1, dtype=torch.int64)
+        hits = Hits.empty(len(queries), k)
         queries_of: dict[str, list[int]] = {}
         for index, patient in enumerate([""] * len(queries) if query_patients is None else query_patients):
             queries_of.setdefault(patient, []).append(index)
@@ -256,11 +222,12 @@ class MilvusIndex:
                     limit=k,
                     search_params={"metric_type": "IP", "params": dict(self.manifest.method.search or {})},
                 )
-                for index, hits in zip(batch, found, strict=True):
-                    best = sorted((-hit["distance"], hit["row"]) for hit in hits)
-                    scores[index, : len(best)] = torch.tensor([-distance for distance, _ in best])
-                    rows[index, : len(best)] = torch.tensor([row for _, row in best], dtype=torch.int64)
-        return Hits(scores, rows)
+                for index, entities in zip(batch, found, strict=True):
+                    entities = sorted(entities, key=lambda entity: entity["row"])
+                    scores = torch.tensor([entity["distance"] for entity in entities])
+                    rows = torch.tensor([entity["row"] for entity in entities], dtype=torch.int64)
+                    hits.set_best(index, scores, rows)
+        return hits
 
     def lookup(self, rows: Tensor) -> list[dict[str, Any]]:
         """Return the metadata of rows that a search found; rows of -1 are skipped.
@@ -281,10 +248,6 @@ class MilvusIndex:
 
     def add(self, embeddings: Tensor, metadata: pa.Table) -> MilvusIndex:
         """Add scans and return the larger index. Indices that are open already do not see them.
-
-        Args:
-            embeddings: `(m, d)`, as for `build`.
-            metadata: one row per added scan, as for `build`.
 
         Raises:
             ValueError: as `build`, if an id is in the index already, or if others added scans since this was opened.
@@ -314,11 +277,7 @@ class MilvusIndex:
         return larger
 
     def remove(self, ids: Collection[str]) -> MilvusIndex:
-        """Remove scans for all who search the collection, and return this index.
-
-        Args:
-            ids: of the scans to remove; unknown ids are ignored.
-        """
+        """Remove the scans of these ids for all who search the collection; unknown ids are ignored."""
         for digests in _digest_lists(ids):
             self.client.delete(self.collection, filter=f"id_digest in {digests}")
         return self
@@ -355,15 +314,7 @@ def _schema(dimension: int) -> Any:
 
 
 def _read_manifest(client: MilvusClient, collection: str) -> Manifest:
-    text = client.describe_collection(collection)["properties"].get(PROPERTY)
-    try:
-        return Manifest.from_json(text, collection)
-    except IndexFormatError:
-        raise
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise IndexFormatError(
-            collection, "unsupported", "the collection is not an index of m3ret. Choose another name."
-        ) from error
+    return Manifest.from_json(client.describe_collection(collection)["properties"].get(PROPERTY), collection)
 
 
 def _digest(value: str | None) -> str:
@@ -373,9 +324,7 @@ def _digest(value: str | None) -> str:
 
 def _digest_lists(values: Collection[str]) -> Iterator[str]:
     """Yield the digests of values as lists in the syntax of an expression."""
-    digests = sorted({_digest(value) for value in values})
-    for start in range(0, len(digests), DIGESTS_PER_LIST):
-        yield json.dumps(digests[start : start + DIGESTS_PER_LIST])
+    yield from map(json.dumps, _batches(sorted({_digest(value) for value in values}), DIGEST_BYTES))
 
 
 def _expression(where: MetadataFilter) -> str:
@@ -394,7 +343,7 @@ def _expression(where: MetadataFilter) -> str:
     return expression
 
 
-def _batches(items: Sequence[int], bytes_each: int) -> Iterator[list[int]]:
+def _batches(items: Sequence[T], bytes_each: int) -> Iterator[list[T]]:
     """Split items so that each batch fits a message."""
     size = max(1, min(MAX_HITS, MESSAGE_BYTES // bytes_each))
     for start in range(0, len(items), size):

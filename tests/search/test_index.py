@@ -17,10 +17,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from modeling_m3ret.model_facts import ModelFacts
-from modeling_m3ret.search import approximate, filters
+from modeling_m3ret.search import approximate
 from modeling_m3ret.search import index as index_module
 from modeling_m3ret.search.approximate import ApproximateSearch
-from modeling_m3ret.search.filters import MAX_CACHED_FILTERS, MetadataFilter
+from modeling_m3ret.search.filters import MetadataFilter
 from modeling_m3ret.search.index import IndexFormatError, RetrievalIndex
 
 
@@ -176,40 +176,16 @@ def test_scans_of_the_query_patient_are_left_out(method: str) -> None:
         assert patient not in found
 
 
-def test_filter_cache_is_bounded_and_safe_with_threads() -> None:
+def test_index_can_be_searched_by_several_threads() -> None:
     index = build()
-    wheres = [MetadataFilter(excluded_patients=[f"patient-{number}"]) for number in range(20)]
 
     def search(number: int) -> set[int]:
-        return set(index.search(embeddings()[:1], k=600, where=wheres[number % 20]).rows[0].tolist())
+        where = MetadataFilter(excluded_patients=[f"patient-{number % 20}"])
+        return set(index.search(embeddings()[:1], k=600, where=where).rows[0].tolist())
 
     with ThreadPoolExecutor(4) as threads:
         for number, rows in enumerate(threads.map(search, range(80))):
             assert rows - {-1} == {row for row in range(600) if row // 3 != number % 20}
-    assert len(index.filter_cache) <= MAX_CACHED_FILTERS
-    for number in (0, 1, 2, 0):
-        search(number)
-    assert all(wheres[number] in index.filter_cache for number in (0, 1, 2))
-
-
-def test_filter_cache_is_bounded_in_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """200 rows take 200 x (64 + 8) bytes: two such entries fit, 400 rows fit alone, and 600 rows are not cached."""
-    monkeypatch.setattr(filters, "MAX_CACHED_BYTES", 30_000)
-    monkeypatch.setattr(index_module, "MAX_COPIED_FRACTION", 1.0)
-    index = build()
-    for _ in range(2):
-        for name, residue in (("ct", 0), ("xray", 1), ("mri", 2)):
-            rows = index.search(embeddings()[:1], 600, where=MetadataFilter(modality=[name])).rows[0]
-            assert set(rows.tolist()) - {-1} == {n for n in range(600) if n % 3 == residue}
-            assert index.filter_cache.nbytes <= 30_000
-        assert len(index.filter_cache) == 2
-        too_large = MetadataFilter(anatomy=["chest", "head"])
-        assert (index.search(embeddings()[:1], 600, where=too_large).rows >= 0).all()
-        assert too_large not in index.filter_cache
-        assert len(index.filter_cache) == 2  # nothing was dropped for it
-        alone = index.search(embeddings()[:1], 600, where=MetadataFilter(modality=["ct", "mri"])).rows[0]
-        assert set(alone.tolist()) - {-1} == {n for n in range(600) if n % 3 != 1}
-        assert index.filter_cache.nbytes <= 30_000
 
 
 # ---- approximate search ---------------------------------------------------------------------------------------------

@@ -61,7 +61,7 @@ def test_large_requests_are_split_into_messages(index: Any, monkeypatch: pytest.
     queries = embeddings(seed=2)[:20]
     whole = index.search(queries, 5)
     monkeypatch.setattr(milvus, "MESSAGE_BYTES", 3000)  # 23 queries, one row of metadata
-    monkeypatch.setattr(milvus, "DIGESTS_PER_LIST", 2)
+    monkeypatch.setattr(milvus, "DIGEST_BYTES", 1500)  # two in a list
     split = index.search(
         queries, 5, where=MetadataFilter(modality=["ct", "xray", "mri"], excluded_patients=["a", "b", "c"])
     )
