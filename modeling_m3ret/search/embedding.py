@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from ..image_processing_m3ret import M3RetImageProcessor
 from ..modeling_m3ret import M3RetModel
 
 
+T = TypeVar("T")
 # patches per forward pass: 20 X-rays or two CTs; keeps two cores busy, and activations of a ViT-B take about 100 MB
 MAX_TOKENS = 4096
 
@@ -27,17 +28,11 @@ Embedder = Callable[[Mapping[str, Tensor]], Tensor]
 
 @dataclass
 class Embedded:
-    """A collection with its embeddings.
+    """A collection with its embeddings."""
 
-    Attributes:
-        embeddings: `(n, d)` float32, L2-normalised.
-        records: the n records that could be read.
-        failures: one line for each record that could not be read.
-    """
-
-    embeddings: Tensor
-    records: list[Record]
-    failures: list[str] = field(default_factory=list)
+    embeddings: Tensor  # (n, d) float32, L2-normalised
+    records: list[Record]  # the n records that could be read
+    failures: list[str] = field(default_factory=list)  # one line for each record that could not be read
 
     def similarities(self, queries: Tensor, candidate: Tensor) -> Tensor:
         """Return the similarities by which queries rank all records: `(q, n)` float32.
@@ -62,7 +57,7 @@ def embed_records(
     """Embed every readable scan, in order, with one or several embedders that share each decode.
 
     Args:
-        embedders: functions from the model's inputs to `(B, d)`, such as `encoder_embedder(model)`.
+        embedders: such as `encoder_embedder(model)`.
         processor: image processor of the encoder.
         records: scans to embed.
         max_tokens: patches per forward pass. Embeddings do not depend on it.
@@ -79,13 +74,17 @@ def embed_records(
     vectors: list[list[Tensor]] = [[] for _ in embedders]
     readable: list[int] = []
     failures: list[str] = []
+
+    def tokens(pack: Pack) -> int:
+        return sum(math.prod(processor.grid_shape(shape)) for shape in pack.shapes)
+
     loader = embedding_loader(WholeScans(records, processor), 1, num_workers)
     if bar is None:
         bar = tqdm(total=len(records), desc="embedding", unit="scan", disable=not progress)
     else:
         bar = nullcontext(bar)  # its owner closes it
     with torch.inference_mode(), bar as shown:
-        for pack in _merge_packs(loader, processor, max_tokens):
+        for pack in map(Pack.concatenate, batched(loader, tokens, max_tokens)):
             shown.update(len(pack.scans) + len(pack.failures))
             failures += [message for _, message in pack.failures]
             if pack.scans:
@@ -102,19 +101,18 @@ def embed_records(
     ]
 
 
-def _merge_packs(packs: Iterable[Pack], processor: M3RetImageProcessor, max_tokens: int) -> Iterator[Pack]:
-    """Merge consecutive packs up to a number of patches; an image and a CT differ by a factor of ten."""
-    pending: list[Pack] = []
+def batched(items: Iterable[T], size: Callable[[T], int], max_size: int) -> Iterator[list[T]]:
+    """Batch consecutive items up to a total size; a larger item is a batch of its own."""
+    batch: list[T] = []
     total = 0
-    for pack in packs:
-        tokens = sum(math.prod(processor.grid_shape(shape)) for shape in pack.shapes)
-        if pending and total + tokens > max_tokens:
-            yield Pack.concatenate(pending)
-            pending, total = [], 0
-        pending.append(pack)
-        total += tokens
-    if pending:
-        yield Pack.concatenate(pending)
+    for item in items:
+        total += size(item)
+        if batch and total > max_size:
+            yield batch
+            batch, total = [], size(item)
+        batch.append(item)
+    if batch:
+        yield batch
 
 
 def encoder_embedder(model: M3RetModel) -> Embedder:
@@ -148,16 +146,7 @@ def pixel_embedder(processor: M3RetImageProcessor) -> Embedder:
 
 
 def unpatchify(rows: Tensor, grid: Sequence[int], processor: M3RetImageProcessor) -> Tensor:
-    """Convert one scan's rows back to a volume; the inverse of `patchify`.
-
-    Args:
-        rows: `(T*h*w, C*t*p*p)`.
-        grid: T, h, w of the scan.
-        processor: its image processor.
-
-    Returns:
-        `(C, T*t, h*p, w*p)`, padding of the depth included.
-    """
+    """Convert the rows `(T*h*w, C*t*p*p)` of one scan to its volume `(C, T*t, h*p, w*p)`; the inverse of `patchify`."""
     (T, h, w), t, p = grid, processor.patch_depth, processor.patch_size
     patches = rows.view(T, h, w, -1, t, p, p).permute(3, 0, 4, 1, 5, 2, 6)  # (C, T, t, h, p, w, p)
     return patches.reshape(-1, T * t, h * p, w * p)

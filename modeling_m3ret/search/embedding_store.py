@@ -10,6 +10,7 @@ unreadable scans only the absence of their row is stored. Delete `HF_HOME/m3ret/
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import logging
@@ -64,9 +65,8 @@ def embed_collection(
         accelerator: of this process.
         name: name of the checkpoint.
         folder: of the cache; by default `HF_HOME/m3ret/embeddings`.
-        dtype: precision of the encoder; bfloat16 is faster on hardware that supports it.
-        max_tokens: patches per forward pass.
-        num_workers: processes that decode ahead.
+        dtype: bfloat16 runs the encoder under autocast, which is faster on hardware that supports it.
+        max_tokens, num_workers: as for `embed_records`.
         pooled: return pooled features `(n, pooled_size)`, neither whitened nor normalised, to fit a whitening to.
     """
     facts = asdict(model_facts(model, processor, name))
@@ -112,15 +112,14 @@ def cache_key(**parts: object) -> str:
 def fingerprint(records: Sequence[Record]) -> str:
     """Return a hash of the records' ids and contents: size and modification time of files, shard and row of rows."""
     digest = hashlib.sha256()
-    shards: dict[str, str] = {}
+    state = functools.cache(_file_state)  # a shard holds many records
     for record in records:
-        if isinstance(record.location, ParquetRow):
-            shard = record.location.shard
-            if shard not in shards:
-                shards[shard] = shard if "://" in shard else _file_state(Path(shard))
-            content = f"{shards[shard]} {record.location.group} {record.location.row}"
+        location = record.location
+        if isinstance(location, ParquetRow):
+            shard = location.shard if "://" in location.shard else state(Path(location.shard))
+            content = f"{shard} {location.group} {location.row}"
         else:
-            content = _file_state(record.location)
+            content = state(location)
         digest.update(f"{record.id}\0{content}\n".encode())
     return digest.hexdigest()
 
@@ -158,8 +157,7 @@ def write_shards(
         shard_scans: scans per shard.
         rank: index of this process; it embeds every `world_size`-th shard.
         world_size: number of processes.
-        max_tokens: patches per forward pass.
-        num_workers: processes that decode ahead.
+        max_tokens, num_workers: as for `embed_records`.
         description: title of the progress bar.
         progress: show a progress bar.
         log_failures: log why a scan cannot be read, with its path. Not for logs that others read.
@@ -171,49 +169,39 @@ def write_shards(
     shards = _shards(records, shard_scans)[rank::world_size]
     missing = [shard for shard in shards if not _shard_path(folder, shard).is_file()]
     total, remaining = sum(map(len, shards)), sum(map(len, missing))
-    bar = tqdm(
-        total=total, initial=total - remaining, desc=description, unit="scan", disable=not (progress and missing)
-    )
-    with bar:
+    hidden = not (progress and missing)
+    with tqdm(total=total, initial=total - remaining, desc=description, unit="scan", disable=hidden) as bar:
         for shard in missing:
+            scans = [records[index] for index in shard]
             embedded = embed_records(
-                list(embedders.values()),
-                processor,
-                [records[index] for index in shard],
-                max_tokens=max_tokens,
-                num_workers=num_workers,
-                bar=bar,
+                list(embedders.values()), processor, scans, max_tokens=max_tokens, num_workers=num_workers, bar=bar
             )
             for failure in embedded[0].failures if log_failures else ():
                 logger.warning("cannot read a scan: %s", failure)
-            _write_shard(_shard_path(folder, shard), shard, dict(zip(embedders, embedded, strict=True)), records)
+            index_of = {record.id: index for record, index in zip(scans, shard, strict=True)}
+            tensors = {name: one.embeddings.contiguous() for name, one in zip(embedders, embedded, strict=True)}
+            # the index of each row's record
+            tensors["rows"] = torch.tensor([index_of[record.id] for record in embedded[0].records], dtype=torch.int64)
+            with atomic_write(_shard_path(folder, shard)) as stream:
+                stream.write(save(tensors))
     return remaining
 
 
 def read_shards(names: Sequence[str], records: Sequence[Record], folder: Path, shard_scans: int) -> dict[str, Embedded]:
-    """Read all shards of a collection.
-
-    Args:
-        names: of the embedders given to `write_shards`.
-        records: as given to `write_shards`.
-        folder: of the shards.
-        shard_scans: scans per shard.
+    """Read all shards of a collection, as `write_shards` wrote them.
 
     Returns:
-        For each embedder the embeddings of the readable records, in order, and a line for each
-        record that is not readable.
+        For each embedder the embeddings of the readable records, in order, and a line for each record that is not
+        readable.
     """
     tensors = [load_file(_shard_path(folder, shard)) for shard in _shards(records, shard_scans)]
     rows = [row for shard in tensors for row in shard["rows"].tolist()]
     readable = set(rows)
     failures = [f"{record.id}: cannot be read" for row, record in enumerate(records) if row not in readable]
     filled = [shard for shard in tensors if len(shard["rows"])]
+    found = [records[row] for row in rows]
     return {
-        name: Embedded(
-            torch.cat([shard[name] for shard in filled]) if filled else torch.empty(0, 0),
-            [records[row] for row in rows],
-            failures,
-        )
+        name: Embedded(torch.cat([shard[name] for shard in filled]) if filled else torch.empty(0, 0), found, failures)
         for name in names
     }
 
@@ -224,14 +212,3 @@ def _shards(records: Sequence[Record], shard_scans: int) -> list[range]:
 
 def _shard_path(folder: Path, shard: range) -> Path:
     return folder / f"{shard.start:09d}.safetensors"
-
-
-def _write_shard(path: Path, shard: range, embedded: Mapping[str, Embedded], records: Sequence[Record]) -> None:
-    """Write the embeddings of one shard with the index of each row's record."""
-    index_of = {records[index].id: index for index in shard}
-    readable = next(iter(embedded.values())).records
-    tensors = {name: one.embeddings.contiguous() for name, one in embedded.items()}
-    tensors["rows"] = torch.tensor([index_of[record.id] for record in readable], dtype=torch.int64)
-    content = save(tensors)
-    with atomic_write(path) as stream:
-        stream.write(content)

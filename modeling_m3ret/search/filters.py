@@ -22,7 +22,9 @@ class StringColumn:
 
     def is_in(self, values: Collection[str]) -> np.ndarray:
         """Return whether each row has one of the values: `(n,)` bool."""
-        return np.isin(self.codes, [self.code_of[value] for value in values if value in self.code_of])
+        chosen = np.zeros(len(self.code_of) + 1, dtype=bool)  # of each code; the last is that of null
+        chosen[[self.code_of[value] for value in values if value in self.code_of]] = True
+        return chosen[self.codes]
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from ..configuration_m3ret import M3RetConfig
 from ..image_processing_m3ret import M3RetImageProcessor
 from ..modeling_m3ret import M3RetModel, M3RetWhitening
 from ..reading_m3ret import Scan
-from .embedding import MAX_TOKENS, Embedded
+from .embedding import MAX_TOKENS, Embedded, batched
 from .exact import Hits
 
 
@@ -38,18 +38,13 @@ TEMPERATURE = 0.03
 
 @dataclass(frozen=True, eq=False)
 class ScanTokens:
-    """Patch tokens of one scan with the positions of the patches.
+    """Patch tokens of one scan with the positions of the patches."""
 
-    Attributes:
-        tokens: `(T*h*w, d)` float16, L2-normalised, in raster order.
-        edges: boundaries of the patches along D, H and W in voxels of the array that the processor reads: `(T+1,)`,
-            `(h+1,)` and `(w+1,)` float64.
-        frames: for each of the array's D slices its index in the scan. Of a clip only some frames are read.
-    """
-
-    tokens: Tensor
+    tokens: Tensor  # (T*h*w, d) float16, L2-normalised, in raster order
+    # boundaries of the patches along D, H and W in voxels of the array that the processor reads: (T+1,), (h+1,) and
+    # (w+1,) float64
     edges: tuple[Tensor, Tensor, Tensor]
-    frames: tuple[int, ...]
+    frames: tuple[int, ...]  # index in the scan of each of the array's D slices; of a clip only some frames are read
 
     @property
     def grid(self) -> tuple[int, int, int]:
@@ -128,18 +123,19 @@ def scan_tokens(
     whitening = whitening or model.whitening
     tokens: list[ScanTokens] = []
     with torch.inference_mode():
-        for patches, (edges, frames) in _encode_patches(model, processor, sources, max_tokens):
+        for patches, scan in _encode_patches(model, processor, sources, max_tokens):
             # with statistics pooling, use the columns for the mean: patches that deviate as scans do on average
             width = patches.shape[1]
             whitened = (patches - whitening.mean[:width]) @ whitening.matrix[:, :width].T
-            tokens.append(ScanTokens(torch.nn.functional.normalize(whitened, dim=-1).half().cpu(), edges, frames))
+            normalized = torch.nn.functional.normalize(whitened, dim=-1).half().cpu()
+            tokens.append(ScanTokens(normalized, scan.edges, scan.frames))
     return tokens
 
 
 def fit_token_whitening(
     model: M3RetModel, processor: M3RetImageProcessor, sources: Iterable[Any], *, max_tokens: int = MAX_TOKENS
 ) -> M3RetWhitening:
-    """Fit a whitening to patch tokens, for checkpoints that pool the CLS token.
+    """Fit a whitening from `(n, d)` to `(n, d)` to patch tokens, for checkpoints that pool the CLS token.
 
     The whitening of their embedding was fitted to CLS tokens and does not suit patch tokens. Checkpoints that pool the
     mean do not need it (docs/results.md).
@@ -150,17 +146,13 @@ def fit_token_whitening(
         sources: training scans, or scans of the gallery; at most `PATCHES_PER_SCAN` patches of each are used.
         max_tokens: patches per forward pass.
 
-    Returns:
-        A whitening from `(n, d)` to `(n, d)`, on the model's device.
-
     Raises:
         M3RetReadError: if a scan cannot be read.
         ValueError: if there is no scan.
     """
-    sample = []
     with torch.inference_mode():
-        for patches, _ in _encode_patches(model, processor, sources, max_tokens):
-            sample.append(patches[:: -(-len(patches) // PATCHES_PER_SCAN)].cpu())
+        encoded = _encode_patches(model, processor, sources, max_tokens)
+        sample = [patches[:: -(-len(patches) // PATCHES_PER_SCAN)].cpu() for patches, _ in encoded]
     if not sample:
         raise ValueError("cannot fit a token whitening: expected at least one scan, got none.")
     # a token has hidden_size values, whatever the model pools
@@ -170,63 +162,44 @@ def fit_token_whitening(
     return whitening.to(model.device)
 
 
-_Geometry = tuple[tuple[Tensor, Tensor, Tensor], tuple[int, ...]]  # edges and frames of a `ScanTokens`
+class _ResizedScan(NamedTuple):
+    volume: Tensor  # (C, D, H, W), resized
+    edges: tuple[Tensor, Tensor, Tensor]
+    frames: tuple[int, ...]
+    patches: int
 
 
 def _encode_patches(
     model: M3RetModel, processor: M3RetImageProcessor, sources: Iterable[Any], max_tokens: int
-) -> Iterator[tuple[Tensor, _Geometry]]:
+) -> Iterator[tuple[Tensor, _ResizedScan]]:
     """Yield for each scan the last layer's patch tokens, `(T*h*w, d)` float32 on the model's device."""
-    for volumes, geometries in _batches(processor, sources, max_tokens):
-        rows, grids = processor.pack(volumes)
+    resized = (_resize(processor, processor.read(source)) for source in sources)
+    for batch in batched(resized, lambda scan: scan.patches, max_tokens):
+        rows, grids = processor.pack([scan.volume for scan in batch])
         outputs = model(rows.to(model.device), grids.to(model.device))
-        for tokens, geometry in zip(model.split_tokens(outputs.last_hidden_state, grids), geometries, strict=True):
-            yield tokens[model.config.num_prefix_tokens :].float(), geometry
+        for tokens, scan in zip(model.split_tokens(outputs.last_hidden_state, grids), batch, strict=True):
+            yield tokens[model.config.num_prefix_tokens :].float(), scan
 
 
-def _batches(
-    processor: M3RetImageProcessor, sources: Iterable[Any], max_tokens: int
-) -> Iterator[tuple[list[Tensor], list[_Geometry]]]:
-    """Read and resize scans, and batch consecutive ones up to a number of patches."""
-    volumes: list[Tensor] = []
-    geometries: list[_Geometry] = []
-    total = 0
-    for source in sources:
-        scan = processor.read(source)
-        volume = processor.resize(scan)
-        patches = math.prod(processor.grid_shape(volume.shape))
-        if volumes and total + patches > max_tokens:
-            yield volumes, geometries
-            volumes, geometries, total = [], [], 0
-        volumes.append(volume)
-        geometries.append((_edges(processor, scan, volume), _frames(scan)))
-        total += patches
-    if volumes:
-        yield volumes, geometries
-
-
-def _edges(processor: M3RetImageProcessor, scan: Scan, volume: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the boundaries of the patches of a resized scan `(C, D, H, W)` in voxels of its array.
+def _resize(processor: M3RetImageProcessor, scan: Scan) -> _ResizedScan:
+    """Resize a scan and compute where its patches lie in its array.
 
     Resizing keeps the corners, so each axis has one scale factor; each frame that is read stands for an equal share of
     the clip. The last patch in depth ends with the slices, not with the padding.
     """
+    volume = processor.resize(scan)
+    grid = processor.grid_shape(volume.shape)
     steps = (processor.patch_depth, processor.patch_size, processor.patch_size)
     T, h, w = (
         (torch.arange(patches + 1, dtype=torch.float64) * step).clamp(max=resized) * (size / resized)
-        for patches, step, resized, size in zip(
-            processor.grid_shape(volume.shape), steps, volume.shape[1:], scan.array.shape[1:], strict=True
-        )
+        for patches, step, resized, size in zip(grid, steps, volume.shape[1:], scan.array.shape[1:], strict=True)
     )
-    return T, h, w
-
-
-def _frames(scan: Scan) -> tuple[int, ...]:
-    """Return the index in the scan of each slice of its array; a clip is read at the centres of equal intervals."""
+    # a clip is read at the centres of equal intervals
     read = scan.array.shape[1]
     total = scan.description.get("frames_total", read)
     assert isinstance(total, int)
-    return tuple((2 * index + 1) * total // (2 * read) for index in range(read))
+    frames = tuple((2 * index + 1) * total // (2 * read) for index in range(read))
+    return _ResizedScan(volume, (T, h, w), frames, math.prod(grid))
 
 
 # ---- late interaction -----------------------------------------------------------------------------------------------
@@ -239,20 +212,12 @@ def late_interaction(query: ScanTokens, hits: Sequence[ScanTokens]) -> Tensor:
     retrieved worse (docs/results.md).
     """
     query_tokens = _normalized(query)
-    scores: list[Tensor] = []
-    start = 0
-    while start < len(hits):
-        stop, total = start, 0
-        while stop < len(hits) and (
-            stop == start or (total + len(hits[stop].tokens)) * len(query_tokens) <= MAX_SIMILARITIES
-        ):
-            total += len(hits[stop].tokens)
-            stop += 1
-        block = hits[start:stop]
+    scores = [torch.empty(0)]
+    for block in batched(hits, lambda hit: len(hit.tokens) * len(query_tokens), MAX_SIMILARITIES):
         cosines = query_tokens @ torch.cat([_normalized(hit) for hit in block]).T  # (Lq, Lh of the whole block)
-        scores += [one.amax(1).mean() for one in cosines.split([len(hit.tokens) for hit in block], dim=1)]
-        start = stop
-    return torch.stack(scores) if scores else torch.empty(0)
+        best = [one.amax(1).mean() for one in cosines.split([len(hit.tokens) for hit in block], dim=1)]
+        scores.append(torch.stack(best))
+    return torch.cat(scores)
 
 
 def _normalized(scan: ScanTokens) -> Tensor:
@@ -275,36 +240,29 @@ def rerank(queries: Sequence[ScanTokens], hits: Hits, gallery: Sequence[ScanToke
     """
     if len(queries) != len(hits.rows):
         raise ValueError(f"queries do not match hits: expected {len(hits.rows)} queries, got {len(queries)}.")
-    scores, rows = torch.full_like(hits.scores, -torch.inf), torch.full_like(hits.rows, -1)
+    reranked = Hits.empty(*hits.rows.shape)
     for index, query in enumerate(queries):
         found = hits.rows[index][hits.rows[index] >= 0]
-        similarities = late_interaction(query, [gallery[row] for row in found.tolist()])
-        order = similarities.argsort(descending=True, stable=True)
-        scores[index, : len(order)], rows[index, : len(order)] = similarities[order], found[order]
-    return Hits(scores, rows)
+        reranked.set_best(index, late_interaction(query, [gallery[row] for row in found.tolist()]), found)
+    return reranked
 
 
 @dataclass
 class RerankedSearch(Embedded):
     """A search by embeddings whose first candidates are re-ranked, as one method of an evaluation.
 
-    Attributes:
-        tokens: of each record.
-        depth: number of candidates that are re-ranked; the others follow in their order.
-
     Raises:
         ValueError: if the number of tokens is not the number of records, or the depth is not positive.
     """
 
-    tokens: Sequence[ScanTokens] = field(kw_only=True)
-    depth: int = field(kw_only=True)
-    _cache: dict[tuple[int, ...], Hits] = field(default_factory=dict, init=False, repr=False)
+    tokens: Sequence[ScanTokens] = field(kw_only=True)  # of each record
+    depth: int = field(kw_only=True)  # number of candidates that are re-ranked; the others follow in their order
+    # late interaction of a query with its first candidates: several protocols and figures ask the same
+    _cache: dict[tuple[int, ...], Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if len(self.tokens) != len(self.records):
-            raise ValueError(
-                f"tokens do not match records: expected {len(self.records)} scans, got {len(self.tokens)}."
-            )
+            raise ValueError(f"tokens do not match records: expected {len(self.records)}, got {len(self.tokens)}.")
         if self.depth < 1:
             raise ValueError(f"depth must be positive: got {self.depth}.")
 
@@ -315,12 +273,10 @@ class RerankedSearch(Embedded):
         for index, query in enumerate(queries.tolist()):
             rows = first.indices[index, : self.depth]
             rows = rows[candidate[index, rows]]
-            key = (query, *rows.tolist())  # several protocols and figures ask the same
+            key = (query, *rows.tolist())
             if key not in self._cache:
-                hits = Hits(similarities[index, rows][None], rows[None])
-                self._cache[key] = rerank([self.tokens[query]], hits, self.tokens)
-            reranked = self._cache[key]
-            similarities[index, reranked.rows[0]] = 3 + reranked.scores[0]
+                self._cache[key] = late_interaction(self.tokens[query], [self.tokens[row] for row in rows.tolist()])
+            similarities[index, rows] = 3 + self._cache[key]
         return similarities
 
 
@@ -328,36 +284,29 @@ class RerankedSearch(Embedded):
 
 
 class PatchPair(NamedTuple):
-    """A patch of the query and the patch of the hit that matches it.
+    """A patch of the query and the patch of the hit that matches it, by their centres.
 
-    Attributes:
-        query, hit: centres along D, H, W in voxel coordinates of each scan's array, integers at voxel centres.
-        cosine: of the two tokens.
-        confidence: in [0, 1], see `locate`.
+    Centres are along D, H, W in voxel coordinates of each scan's array, integers at voxel centres.
     """
 
-    query: tuple[float, float, float]
-    hit: tuple[float, float, float]
-    cosine: float
-    confidence: float
+    query: tuple[float, ...]
+    hit: tuple[float, ...]
+    cosine: float  # of the two tokens
+    confidence: float  # in [0, 1], see `locate`
 
 
 @dataclass(frozen=True, eq=False)
 class Match:
     """Where two scans match.
 
-    Attributes:
-        hit_heat, query_heat: `(D, H, W)` float32 in [0, 1] on the array that the processor reads: confidence that a
-            voxel has a counterpart in the other scan.
-        hit_slice: slice of the hit's array with the hottest voxel; `frames[hit_slice]` of its tokens is the index in
-            the clip.
-        pairs: matching patches, most confident first.
+    A heat is `(D, H, W)` float32 in [0, 1] on the array that the processor reads: the confidence that a voxel has a
+    counterpart in the other scan.
     """
 
     hit_heat: Tensor
     query_heat: Tensor
-    hit_slice: int
-    pairs: tuple[PatchPair, ...]
+    hit_slice: int  # of the hit's array, with the hottest voxel; `frames[hit_slice]` of its tokens is that of the clip
+    pairs: tuple[PatchPair, ...]  # most confident first
 
 
 def locate(
@@ -395,23 +344,14 @@ def locate(
     best = pair_confidence.argsort(descending=True, stable=True)
     best = best[weights[best] > 0][:pairs]
     hit_heat = hit.to_voxels(confidence.sum(0)).clamp(max=1)  # above 1 by rounding only
+    query_centres, hit_centres = query.centres()[best].tolist(), hit.centres()[nearest[best]].tolist()
+    values = zip(nearest_cosine[best].tolist(), pair_confidence[best].tolist(), strict=True)
     return Match(
         hit_heat=hit_heat,
         query_heat=query.to_voxels(confidence.sum(1)).clamp(max=1),
         hit_slice=int(hit_heat.argmax()) // math.prod(hit.shape[1:]),
         pairs=tuple(
-            PatchPair(_point(query_centre), _point(hit_centre), cosine, confidence)
-            for query_centre, hit_centre, cosine, confidence in zip(
-                query.centres()[best].tolist(),
-                hit.centres()[nearest[best]].tolist(),
-                nearest_cosine[best].tolist(),
-                pair_confidence[best].tolist(),
-                strict=True,
-            )
+            PatchPair(tuple(query_centre), tuple(hit_centre), *pair)
+            for query_centre, hit_centre, pair in zip(query_centres, hit_centres, values, strict=True)
         ),
     )
-
-
-def _point(coordinates: Sequence[float]) -> tuple[float, float, float]:
-    z, y, x = coordinates
-    return z, y, x
