@@ -17,7 +17,7 @@ from test_modeling import largest_difference, make_scans, pack
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForPreTraining, pipeline
 
 from modeling_m3ret import M3RetConfig, M3RetForPreTraining, M3RetImageProcessor, M3RetModel
-from modeling_m3ret.pretraining.checkpoints import save_checkpoint
+from modeling_m3ret.pretraining.checkpoints import write_checkpoint
 from modeling_m3ret.pretraining.objectives import MaskedAutoencoding
 from modeling_m3ret.pretraining.run_config import RunConfig
 
@@ -72,7 +72,9 @@ print(json.dumps({
 def test_checkpoint_loads_as_remote_code_without_the_package(tmp_path: Path) -> None:
     folder = tmp_path / "m3ret-tiny"
     objective = MaskedAutoencoding(RunConfig(), tiny_config()).eval()
-    save_checkpoint(folder, objective, objective.state_dict(), M3RetImageProcessor(size=64, num_frames=8), "# card", {})
+    write_checkpoint(
+        folder, objective, objective.state_dict(), M3RetImageProcessor(size=64, num_frames=8), "# card", {}
+    )
     model = objective.encoder
     generator = np.random.default_rng(0)
     Image.fromarray(generator.integers(0, 255, (50, 70), dtype=np.uint8)).save(folder / "scan.png")

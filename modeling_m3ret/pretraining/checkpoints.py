@@ -1,16 +1,15 @@
-"""Checkpoint folders that load with `from_pretrained`, written atomically, and the folder that holds those of a run."""
+"""Checkpoint folders that load with `from_pretrained`, and the folder that holds those of a run."""
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from ..atomic_io import atomic_folder
 from ..errors import InputError
 from ..image_processing_m3ret import M3RetImageProcessor
 from .objectives import Objective, model_weights
@@ -46,38 +45,30 @@ def validate_output_folder(folder: Path) -> Path:
     return resolved
 
 
-def save_checkpoint(
+def write_checkpoint(
     folder: Path,
     objective: Objective,
     weights: Mapping[str, Tensor],
     processor: M3RetImageProcessor,
     card: str,
     facts: dict[str, Any],
-    write_extra: Callable[[Path], None] | None = None,
 ) -> None:
-    """Write encoder, processor and their code atomically, with the objective's further weights in `pretraining/`.
+    """Write encoder, processor and their code into a folder, with the objective's further weights in `pretraining/`.
 
     `AutoModel.from_pretrained(folder)` returns the encoder. `pretraining/` holds, for MAE, the encoder with its decoder
     for `AutoModelForPreTraining`; for SimDINO, student, teacher and heads.
 
     Args:
-        folder: checkpoint folder. An older checkpoint there is replaced.
-        objective: the trained objective.
         weights: state dict of the objective, on the CPU.
-        processor: saved with the encoder.
-        card: text of the model card, `README.md`.
+        card: text of `README.md`.
         facts: content of `training.json`.
-        write_extra: function that writes further files into the folder it is given.
     """
-    with atomic_folder(folder, replace=True) as partial:
-        of_model = model_weights(weights, "model")
-        objective.encoder.save_pretrained(partial, state_dict=model_weights(of_model, objective.encoder_name))
-        processor.save_pretrained(partial)
-        objective.save(partial, of_model)
-        (partial / "README.md").write_text(card, encoding="utf-8")
-        (partial / "training.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-        if write_extra:
-            write_extra(partial)
+    of_model = model_weights(weights, "model")
+    objective.encoder.save_pretrained(folder, state_dict=model_weights(of_model, objective.encoder_name))
+    processor.save_pretrained(folder)
+    objective.save(folder, of_model)
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    (folder / "training.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
 
 class CheckpointFolder:
@@ -91,11 +82,10 @@ class CheckpointFolder:
 
     def all(self) -> list[Path]:
         """Return all complete checkpoints, oldest first. An interrupted save has another name."""
-        paths = self.folder.glob("step-*") if self.folder.is_dir() else []
-        return sorted((path for path in paths if (path / STATE_FOLDER).is_dir()), key=self.step)
+        return sorted((path.parent for path in self.folder.glob(f"step-*/{STATE_FOLDER}")), key=self.step)
 
     def newest(self) -> Path | None:
-        return self.all()[-1] if self.all() else None
+        return next(reversed(self.all()), None)
 
     @staticmethod
     def step(checkpoint: Path) -> int:
@@ -109,7 +99,3 @@ class CheckpointFolder:
                 checkpoint.rename(checkpoint.with_name(f".{checkpoint.name}.replaced"))
         for remains in self.folder.glob(".step-*"):
             shutil.rmtree(remains, ignore_errors=True)
-
-    def clear(self) -> None:
-        """Delete all checkpoints."""
-        shutil.rmtree(self.folder, ignore_errors=True)

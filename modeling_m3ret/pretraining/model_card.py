@@ -7,33 +7,16 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from ..configuration_m3ret import M3RetConfig
 from ..evaluation.table import Row, format_table
+from ..modeling_m3ret import M3RetModel
 from .run_config import RunConfig
 
 
-OBJECTIVES = {
-    "mae": "masked autoencoding (MAE)",
-    "simdino": "self-distillation (SimDINO)",
-    "mae+simdino": "masked autoencoding and self-distillation (MAE and SimDINO)",
-}
-
-
-def write_card(
-    template: Path,
-    run: RunConfig,
-    model: M3RetConfig,
-    parameters: int,
-    facts: dict[str, Any],
-    rows: list[Row],
-) -> str:
+def write_card(template: Path, run: RunConfig, encoder: M3RetModel, facts: dict[str, Any], rows: list[Row]) -> str:
     """Return the text of the model card.
 
     Args:
         template: Jinja template, the project's `model_card.md`.
-        run: configuration of the run.
-        model: configuration of the encoder.
-        parameters: number of parameters of the encoder.
         facts: content of `training.json`.
         rows: retrieval results; empty before the run has ended.
     """
@@ -43,19 +26,13 @@ def write_card(
         pipeline_tag="image-feature-extraction",
         tags=["m3ret", "medical-imaging", "image-retrieval", "self-supervised"],
     )
-    name = Path(run.output_dir).name
     card = ModelCard.from_template(
         card_data,
         template_path=str(template),
-        name=name,
-        repo_id=run.push_to_hub or name,
-        objective=OBJECTIVES[run.objective],
-        hidden_size=model.hidden_size,
-        preset=run.preset,
-        parameters=f"{parameters / 1e6:.1f} M",
-        patch=f"{model.patch_depth} x {model.patch_size} x {model.patch_size}",
-        size=run.size,
-        num_frames=run.num_frames,
+        name=Path(run.output_dir).name,
+        run=run,
+        model=encoder.config,
+        parameters=f"{encoder.num_parameters() / 1e6:.1f} M",
         facts=facts,
         table=format_table(rows) if rows else "",
     )

@@ -1,15 +1,15 @@
 """Training objectives behind one interface: masked autoencoding (MAE), self-distillation (SimDINO), and both together.
 
-An objective is a module that maps a pack to its loss and the scalars to log. It also defines its views, the encoder to
-publish, the update after an optimiser step, and the file of its weights in a checkpoint.
+An objective is a module that maps a pack to its loss and the scalars to log. It has `views` of a scan; `model`,
+all weights, which `save` writes to `weights_file` in a checkpoint; `encoder`, the one to publish, `encoder_name` in
+`model`; `trained_encoder`, the one with gradients; and `after_step`, called after each optimiser step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
 
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -23,32 +23,6 @@ from .distributed import rank_weight
 from .run_config import RunConfig
 from .simdino import SimDINO, SimDINOLoss, teacher_momentum
 from .warm_start import load_initial
-
-
-class Objective(Protocol):
-    """`forward(pixel_values, grid_thw, noise)` returns the loss and named scalars.
-
-    Attributes:
-        views: the views of each scan.
-        encoder: the encoder to publish.
-        encoder_name: its name in `model`, which holds all weights.
-        trained_encoder: the encoder with gradients.
-        weights_file: file with all weights of `model`, relative to a checkpoint.
-    """
-
-    views: Sequence[ViewKind]
-    encoder_name: str
-    weights_file: str
-
-    @property
-    def encoder(self) -> M3RetModel: ...
-
-    @property
-    def trained_encoder(self) -> M3RetModel: ...
-
-    def after_step(self, step: int, steps: int) -> None: ...
-
-    def save(self, folder: Path, weights: Mapping[str, Tensor]) -> None: ...
 
 
 class MaskedAutoencoding(nn.Module):
@@ -119,11 +93,7 @@ class SelfDistillation(nn.Module):
 
     def forward(self, pixel_values: Tensor, grid_thw: Tensor, noise: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         terms = self.model(pixel_values, grid_thw, noise)
-        logged = {
-            "compression": terms.compression,
-            "expansion_share": terms.expansion_share,
-            "collapsed_share": terms.collapsed_share,
-        }
+        logged = {name: getattr(terms, name) for name in ("compression", "expansion_share", "collapsed_share")}
         if terms.patch_agreement is not None:
             logged["patch_agreement"] = terms.patch_agreement
         if terms.reconstruction is None:
@@ -140,7 +110,10 @@ class SelfDistillation(nn.Module):
         save_file({name: value.contiguous() for name, value in weights.items()}, folder / self.weights_file)
 
 
-def build_objective(run: RunConfig) -> tuple[MaskedAutoencoding | SelfDistillation, M3RetConfig]:
+Objective = MaskedAutoencoding | SelfDistillation
+
+
+def build_objective(run: RunConfig) -> tuple[Objective, M3RetConfig]:
     """Build the objective of a run, and the configuration of its encoder.
 
     MAE pools patches, since the CLS token has no target there. SimDINO pools the CLS token and uses stochastic depth

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from ..data.collection import Record
 from ..data.loading import Pack, WholeScans, embedding_loader
 from ..evaluation.metrics import feature_std, knn_accuracy, rank_me
-from ..evaluation.table import ACROSS, ALL_MODALITIES, Row, evaluate
+from ..evaluation.table import ACROSS, ALL_MODALITIES, evaluate
 from ..evaluation.untrained_baseline import whitening_sample
 from ..image_processing_m3ret import M3RetImageProcessor
 from ..modeling_m3ret import M3RetModel
@@ -99,7 +99,7 @@ class RepeatedEmbedding:
 
 
 class OnlineQuality:
-    """Evaluate an encoder on held-out scans and fit its whitening to training scans. All ranks must call it together.
+    """Evaluate an encoder in eval mode on held-out scans and fit its whitening. All ranks must call it together.
 
     Attributes:
         training: the `whitening_sample` of the training scans.
@@ -123,8 +123,7 @@ class OnlineQuality:
     def fit_whitening(self, encoder: M3RetModel) -> bool:
         """Fit the encoder's whitening to training scans. Return False, and change nothing, if no scan could be read or
         the features are not finite."""
-        with _evaluating(encoder):
-            pooled = self.training.embed(pooled_embedder(encoder)).embeddings
+        pooled = self.training.embed(pooled_embedder(encoder)).embeddings
         fits = len(pooled) > 0 and bool(pooled.isfinite().all())
         if fits:
             encoder.whitening.fit(pooled.to(encoder.device))
@@ -132,21 +131,12 @@ class OnlineQuality:
 
     def measure(self, encoder: M3RetModel) -> dict[str, float]:
         """Return the metrics of `quality_of`, equal on each rank; empty if no held-out scan could be read."""
-        with _evaluating(encoder):
-            pooled = self.held_out.embed(pooled_embedder(encoder))
+        pooled = self.held_out.embed(pooled_embedder(encoder))
         if not pooled.records:
             return {}
         white = encoder.whitening(pooled.embeddings.to(encoder.device)).cpu()
         embeddings = torch.nn.functional.normalize(white, dim=-1)  # as get_image_features does
         return quality_of(Embedded(embeddings, pooled.records), pooled.embeddings)
-
-
-@contextlib.contextmanager
-def _evaluating(encoder: M3RetModel) -> Iterator[None]:
-    was_training = encoder.training
-    encoder.eval()
-    yield
-    encoder.train(was_training)
 
 
 def quality_of(embedded: Embedded, pooled: torch.Tensor) -> dict[str, float]:
@@ -161,13 +151,9 @@ def quality_of(embedded: Embedded, pooled: torch.Tensor) -> dict[str, float]:
     """
     if not (embedded.embeddings.isfinite().all() and pooled.isfinite().all()):
         return {"held_out/feature_std": float("nan"), "held_out/rank_me": float("nan")}
-    rows: list[Row] = evaluate({"trained": embedded}, jackknife=())
+    rows = [row for row in evaluate({"trained": embedded}, jackknife=()) if row.method == "trained"]
     named = {ALL_MODALITIES: "all", ACROSS: "across"}
-    numbers = {
-        f"held_out/mAP/{named.get(row.protocol, row.protocol)}": row.scores["mAP"]
-        for row in rows
-        if row.method == "trained"
-    }
+    numbers = {f"held_out/mAP/{named.get(row.protocol, row.protocol)}": row.scores["mAP"] for row in rows}
     if (accuracy := _knn(embedded)) is not None:
         numbers["held_out/knn_accuracy"] = accuracy
     directions = torch.nn.functional.normalize(pooled.float(), dim=-1)
@@ -179,18 +165,15 @@ def _knn(embedded: Embedded) -> float | None:
     accuracies = []
     for modality in sorted({record.modality for record in embedded.records}):
         indices = [i for i, record in enumerate(embedded.records) if record.modality == modality and record.label]
-        records = [embedded.records[i] for i in indices]
-        labels, groups = (_numbered([getattr(record, key) for record in records]) for key in ("label", "group"))
+        labels, groups = (
+            torch.from_numpy(np.unique([getattr(embedded.records[i], key) for i in indices], return_inverse=True)[1])
+            for key in ("label", "group")
+        )
         candidate = groups[:, None] != groups
         if indices and candidate.any(1).all() and len(labels.unique()) > 1:
             features = embedded.embeddings[indices]
             accuracies.append(float(knn_accuracy(features @ features.T, labels, candidate).mean()))
     return sum(accuracies) / len(accuracies) if accuracies else None
-
-
-def _numbered(names: Sequence[str]) -> torch.Tensor:
-    numbers = {name: number for number, name in enumerate(sorted(set(names)))}
-    return torch.tensor([numbers[name] for name in names], dtype=torch.int64)
 
 
 def collapse_alarm(numbers: Mapping[str, float]) -> str | None:

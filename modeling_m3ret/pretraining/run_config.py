@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import math
-import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -47,8 +46,7 @@ class ResumeOptions:
     """Start, stop and resume"""
 
     initial: str | None = None
-    """Checkpoint folder or Hub id of an earlier run to initialise weights from. Parts that are missing there or have
-    another shape start from random weights, with a warning."""
+    """Checkpoint folder or Hub id of an earlier run to initialise weights from; missing parts start at random."""
     resume: bool = False
     """Continue from the newest checkpoint in `run_dir`."""
     restart: bool = False
@@ -67,11 +65,10 @@ class DataOptions:
     stream: bool = False
     """Fetch rows of a Parquet dataset when they are needed instead of downloading the dataset first."""
     stream_lanes: int = 8
-    """Parts of an epoch that each process reads in parallel when streaming. Use a multiple of `num_workers`, so that
-    no two workers fetch the same block. Determines the order of scans, so it must not change on resume."""
+    """Parts of an epoch that each process reads in parallel when streaming: a multiple of `num_workers`, so that no two
+    workers fetch the same block. Determines the order of scans."""
     exclude_modalities: list[str] = field(default_factory=lambda: ["mri"])
-    """Modalities left out of pretraining, as a YAML list. MRI by default, as in the M3Ret paper, to have an unseen
-    modality to evaluate on."""
+    """Modalities left out of pretraining, as a YAML list, to evaluate on an unseen one. MRI as in the M3Ret paper."""
     holdout: float = 0.3
     """Fraction of patients held out for evaluation, below 1. Ignored if the dataset has a validation split."""
     mixture_alpha: float = 1.0
@@ -80,8 +77,8 @@ class DataOptions:
     num_workers: int = 4
     """Worker processes that decode scans, for each training process."""
     cache_gib: float = 0.0
-    """Memory in GiB, shared by the workers of a training process, to cache decoded scans for the next epoch. Any
-    worker may receive any scan, so with several workers it takes some epochs to fill."""
+    """Memory in GiB, shared by the workers of a training process, to cache decoded scans. Any worker may receive any
+    scan, so with several workers it takes some epochs to fill."""
 
 
 @dataclass
@@ -99,16 +96,15 @@ class ObjectiveOptions:
     simdino_weight: float = 1.0
     """Weight of the SimDINO loss. Only for mae+simdino."""
     patch_weight: float = 0.0
-    """Weight of SimDINOv2's patch loss (1 as published there): blocks of the student's global views are masked, and
-    its tokens there are matched to the teacher's. 0 is the original SimDINO. Only for simdino."""
+    """Weight of SimDINOv2's patch loss on masked blocks of the student's global views; 1 as published there, 0 is the
+    original SimDINO. Only for simdino."""
     compression_weight: float = 1.0
     """Weight of SimDINO's compression term relative to its maximum; 1 as published."""
     expansion_weight: float = 0.45
-    """Weight of SimDINO's expansion term relative to its maximum; 0.45 reproduces the published balance for any batch
-    size (see `SimDINOLoss`)."""
+    """Weight of SimDINO's expansion term relative to its maximum; 0.45 is the published balance (see `SimDINOLoss`)."""
     teacher_momentum: float = 0.996
-    """Initial EMA momentum of the SimDINO teacher, which rises to 1 along a cosine. The teacher averages over about
-    1 / (1 - momentum) steps: the published 0.996 suits 100,000 steps; use 0.95 for hundreds of steps."""
+    """Initial EMA momentum of the SimDINO teacher, which averages over about 1 / (1 - momentum) steps; rises to 1 along
+    a cosine. The published 0.996 suits 100,000 steps; use 0.95 for hundreds of steps."""
 
 
 @dataclass
@@ -128,16 +124,15 @@ class ViewOptions:
     local_size: int = 96
     """SimDINO: size of local crops in pixels; 96 as published."""
     global_area: list[float] = field(default_factory=lambda: [0.4, 1.0])
-    """SimDINO: range of the fraction of a slice's area that a global crop covers; [0.4, 1] as published. Smaller crops
-    hide marks that a device draws around the image, such as an ultrasound sector."""
+    """SimDINO: range of the fraction of a slice's area in a global crop; [0.4, 1] as published. Smaller crops hide
+    marks that a device draws around the image, such as an ultrasound sector."""
     local_area: list[float] = field(default_factory=lambda: [0.05, 0.4])
-    """SimDINO: range of the fraction of a slice's area that a local crop covers; [0.05, 0.4] as published."""
+    """SimDINO: range of the fraction of a slice's area in a local crop; [0.05, 0.4] as published."""
     single_slice_probability: float = 0.5
     """SimDINO: probability that a crop of a volume or video is a single slice or frame. At 0 the student can tell scans
     apart by their depth; docs/results.md compares values."""
     flip_probability: float = 0.0
-    """Probability of a left-right flip of a view. 0 by default because the two sides of the body differ; 0.5 adds
-    variety where they do not."""
+    """Probability of a left-right flip of a view; 0.5 adds variety where the two sides of the body do not differ."""
 
 
 @dataclass
@@ -149,12 +144,11 @@ class OptimisationOptions:
     batch_size: int = 64
     """Scans that each process decodes for one pack (a packed batch)."""
     tokens_per_batch: int | None = None
-    """Token budget of a pack, instead of `batch_size`: equal compute and memory in every step for any mixture of
-    modalities. Requires scan sizes in the dataset (Parquet) and an explicit `learning_rate`. Each scan has the same
-    weight although packs hold different numbers of scans."""
+    """Token budget of a pack, instead of `batch_size`: equal compute and memory in every step, and the same weight for
+    each scan. Requires scan sizes in the dataset (Parquet) and an explicit `learning_rate`."""
     accumulate: int = 1
-    """Packs whose gradients are averaged for one optimiser step; each scan has the same weight. Equals one larger pack
-    for MAE. SimDINO's expansion term is computed for each pack, because a coding rate is not a mean over scans."""
+    """Packs whose gradients are averaged for one optimiser step. Equals one larger pack for MAE; SimDINO's expansion
+    term is computed for each pack, because a coding rate is not a mean over scans."""
     learning_rate: float | None = None
     """Peak learning rate. null applies the linear scaling rule: 1.5e-4 x views per step / 256 for MAE (arXiv
     2111.06377, table 8), 5e-4 x scans per step / 256 for SimDINO."""
@@ -173,8 +167,8 @@ class OptimisationOptions:
     gradient_clip: float = 3.0
     """Maximum gradient norm; 3 as in SimDINO. MAE does not clip; at 3 only outliers are clipped."""
     precision: Literal["no", "bf16"] | None = None
-    """Mixed precision: bf16, or no for float32 (quote "no" in YAML). null follows `accelerate launch`, and must stay
-    the same on resume. fp16 is not supported, because its loss scale is not saved in checkpoints."""
+    """Mixed precision: bf16, or no for float32 (quote "no" in YAML); null follows `accelerate launch`. fp16 is not
+    supported, because its loss scale is not saved in checkpoints."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more compute."""
     compile_layers: bool = False
@@ -195,30 +189,30 @@ class ConfigError(InputError):
         self.key = key
 
 
-# limits of each number. Only gradient_clip ("> 0") may be infinite, which disables clipping
-LIMITS: dict[str, tuple[str, ...]] = {
+# limits of each number, and the numbers they apply to. Only gradient_clip may be infinite, which disables clipping
+LIMITS: dict[str, tuple[Callable[[float], bool], tuple[str, ...]]] = {
     ">= 1": (
-        *("steps", "batch_size", "tokens_per_batch", "views_per_decode", "accumulate", "log_every", "save_every"),
-        *("keep_last", "size", "num_frames", "max_patches", "local_size", "stream_lanes"),
+        lambda value: 1 <= value < math.inf,
+        (
+            *("steps", "batch_size", "tokens_per_batch", "views_per_decode", "accumulate", "log_every", "save_every"),
+            *("keep_last", "size", "num_frames", "max_patches", "local_size", "stream_lanes"),
+        ),
     ),
     ">= 0": (
-        *("num_workers", "local_views", "cache_gib", "seed", "evaluate_every", "stop_after", "mixture_alpha"),
-        *("learning_rate", "final_learning_rate", "weight_decay", "final_weight_decay"),
-        *("mae_weight", "simdino_weight", "patch_weight", "compression_weight", "expansion_weight"),
+        lambda value: 0 <= value < math.inf,
+        (
+            *("num_workers", "local_views", "cache_gib", "seed", "evaluate_every", "stop_after", "mixture_alpha"),
+            *("learning_rate", "final_learning_rate", "weight_decay", "final_weight_decay"),
+            *("mae_weight", "simdino_weight", "patch_weight", "compression_weight", "expansion_weight"),
+        ),
     ),
-    "> 0": ("gradient_clip",),
+    "> 0": (lambda value: value > 0, ("gradient_clip",)),
     ">= 0 and <= 1": (
-        *("flip_probability", "single_slice_probability"),
-        *("warmup_fraction", "teacher_momentum", "adam_beta2"),
+        lambda value: 0 <= value <= 1,
+        ("flip_probability", "single_slice_probability", "warmup_fraction", "teacher_momentum", "adam_beta2"),
     ),
-    ">= 0 and < 1": ("holdout",),
-    "> 0 and <= 1": ("layer_decay",),
-}
-COMPARISONS: dict[str, Callable[[float, float], bool]] = {
-    ">": operator.gt,
-    ">=": operator.ge,
-    "<": operator.lt,
-    "<=": operator.le,
+    ">= 0 and < 1": (lambda value: 0 <= value < 1, ("holdout",)),
+    "> 0 and <= 1": (lambda value: 0 < value <= 1, ("layer_decay",)),
 }
 SIMDINO = ("simdino", "mae+simdino")
 # options of some objectives alone; other objectives refuse them. The number and size of views may be set for any
@@ -258,20 +252,16 @@ class RunConfig(OutputOptions, ResumeOptions, DataOptions, ObjectiveOptions, Vie
             raise ConfigError("model", f"expected fields of M3RetConfig, got {', '.join(unknown)}.")
         output, run = Path(self.output_dir).resolve(), Path(self.run_dir).resolve()
         if run.is_relative_to(output):
-            raise ConfigError(
-                "run_dir",
-                f"expected a folder outside output_dir, which the final checkpoint replaces, got {run} in {output}.",
+            problem = (
+                f"expected a folder outside output_dir, which the final checkpoint replaces, got {run} in {output}."
             )
+            raise ConfigError("run_dir", problem)
 
     def _check_limits(self) -> None:
-        for limits, names in LIMITS.items():
-            bounds = [(COMPARISONS[sign], float(bound)) for sign, bound in re.findall(r"([<>]=?) (\d)", limits)]
+        for limits, (is_within, names) in LIMITS.items():
             for name in names:
                 value = getattr(self, name)
-                if value is None:
-                    continue
-                is_finite = math.isfinite(value) or limits == "> 0"
-                if not is_finite or not all(compare(value, bound) for compare, bound in bounds):
+                if value is not None and not is_within(value):
                     raise ConfigError(name, f"expected a number {limits}, got {value}.")
 
     def _check_areas(self) -> None:
@@ -287,49 +277,32 @@ class RunConfig(OutputOptions, ResumeOptions, DataOptions, ObjectiveOptions, Vie
             objectives = APPLIES_TO.get(entry.name, (self.objective,))
             default = entry.default_factory() if callable(entry.default_factory) else entry.default
             if getattr(self, entry.name) != default and self.objective not in objectives:
-                raise ConfigError(
-                    entry.name,
-                    f"applies only to objective {' and '.join(objectives)}, got objective {self.objective}. Remove it, "
-                    "or change the objective.",
-                )
+                problem = f"applies only to objective {' and '.join(objectives)}, got objective {self.objective}."
+                raise ConfigError(entry.name, f"{problem} Remove it, or change the objective.")
 
     def _check_tokens_per_batch(self) -> None:
         if self.tokens_per_batch is None:
             return
         if self.learning_rate is None:
-            raise ConfigError(
-                "learning_rate",
-                "expected a number with tokens_per_batch, got null. The scaling rule needs a fixed batch_size.",
-            )
+            problem = "expected a number with tokens_per_batch, got null. The scaling rule needs a fixed batch_size."
+            raise ConfigError("learning_rate", problem)
         if self.accumulate > 1 and "mae" in self.objective and self.model.get("loss_weighting") == "patch":
-            raise ConfigError(
-                "accumulate",
-                "expected 1 with tokens_per_batch and loss_weighting patch, because packs are weighted by their number "
-                f"of scans, got {self.accumulate}.",
-            )
+            problem = f"expected 1 with tokens_per_batch and loss_weighting patch, got {self.accumulate}."
+            raise ConfigError("accumulate", f"{problem} Packs are weighted by their number of scans.")
 
     def as_launched(self, precision: str, processes: int) -> RunConfig:
-        """Return the config with the precision that Accelerate resolved.
-
-        Args:
-            precision: Accelerate's `mixed_precision`.
-            processes: world size.
+        """Return the config with the precision that Accelerate resolved, after checking it with the world size.
 
         Raises:
             ConfigError: if the precision is not supported, or the final learning rate is above the peak.
         """
         if precision not in ("no", "bf16"):
-            raise ConfigError(
-                "precision",
-                f"expected bf16 or no, got {precision} from `accelerate launch`. Its loss scale is not saved in "
-                "checkpoints.",
-            )
+            problem = f"expected bf16 or no, got {precision} from `accelerate launch`."
+            raise ConfigError("precision", f"{problem} Its loss scale is not saved in checkpoints.")
         peak = self.peak_learning_rate(processes)
         if peak < self.final_learning_rate and not self.resume:
-            raise ConfigError(
-                "final_learning_rate",
-                f"expected at most the peak learning rate of {peak:.3g}, got {self.final_learning_rate}.",
-            )
+            problem = f"expected at most the peak learning rate of {peak:.3g}, got {self.final_learning_rate}."
+            raise ConfigError("final_learning_rate", problem)
         return replace(self, precision="bf16" if precision == "bf16" else "no")
 
     def peak_learning_rate(self, processes: int) -> float:
@@ -341,8 +314,7 @@ class RunConfig(OutputOptions, ResumeOptions, DataOptions, ObjectiveOptions, Vie
         return 1.5e-4 * self.batch_size * self.views_per_decode * self.accumulate * processes / 256
 
     def due(self, step: int) -> tuple[bool, bool]:
-        """Return whether to evaluate and whether to save after this step. Both are due after the last step, evaluation
-        only if it is enabled."""
+        """Return whether to evaluate and whether to save after this step; both after the last, if enabled."""
         is_last = step == self.steps
         evaluates = self.evaluate_every > 0 and (is_last or step % self.evaluate_every == 0)
         return evaluates, is_last or step % self.save_every == 0
@@ -360,6 +332,14 @@ class RunConfig(OutputOptions, ResumeOptions, DataOptions, ObjectiveOptions, Vie
         return {key: (their, our) for key, (their, our) in pairs.items() if their != our}
 
 
+def format_differences(differences: Mapping[str, tuple[Any, Any]]) -> str:
+    """Return one line with values that differ between a checkpoint and this run, from name -> (checkpoint's, ours)."""
+    return "; ".join(f"{key}: {theirs} in the checkpoint, {ours} now" for key, (theirs, ours) in differences.items())
+
+
+TYPES = {entry.name: str(entry.type) for entry in fields(RunConfig)}  # annotations, as written
+
+
 class RunConfigParser(CommandLine):
     """Parser of all options, which names the expected and the given value in its errors."""
 
@@ -374,32 +354,14 @@ class RunConfigParser(CommandLine):
         wrong_value = re.match(r'(?s)Parser key "(\w+)":.*(?:Got|Given) value: (.*)$', message)
         if wrong_value:
             key, value = wrong_value.groups()
-            message = f"{key}: expected {expected_value(key)}, got {value}."
+            expected = TYPES[key].replace("Literal", "one of ").replace(" | None", " or null")
+            message = f"{key}: expected {expected}, got {value}."
         super().error(message, ex)
 
 
 @functools.cache  # building it takes longer than parsing
 def run_config_parser(description: str | None) -> RunConfigParser:
     return RunConfigParser(description)
-
-
-def expected_value(key: str) -> str:
-    """Return a description of the values that an option accepts."""
-    annotation = str(next(entry.type for entry in fields(RunConfig) if entry.name == key))
-    if annotation.startswith("Literal"):
-        choices = annotation.removeprefix("Literal[").replace('"', "")
-        return "one of " + choices.replace("] | None", ", null").removesuffix("]")
-    words = {
-        "str": "a string",
-        "int": "an integer",
-        "float": "a number",
-        "bool": "true or false",
-        "list[str]": "a list of strings",
-        "list[float]": "a list of numbers",
-        "dict[str, Any]": "a mapping",
-        "None": "null",
-    }
-    return " or ".join(words[part] for part in annotation.split(" | "))
 
 
 def parse_run_config(arguments: Sequence[str], description: str | None = None) -> RunConfig:
@@ -422,7 +384,7 @@ def parse_run_config(arguments: Sequence[str], description: str | None = None) -
 
 def with_explicit_flags(arguments: Sequence[str]) -> list[str]:
     """Return the arguments with `--flag` expanded to `--flag=true` and `--config` first, so options override it."""
-    flags = {f"--{entry.name}" for entry in fields(RunConfig) if entry.type == "bool"}
+    flags = {f"--{name}" for name, annotation in TYPES.items() if annotation == "bool"}
     expanded = [
         f"{argument}=true" if argument in flags and (following is None or following.startswith("--")) else argument
         for argument, following in zip_longest(arguments, arguments[1:])

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -15,7 +16,7 @@ from accelerate.utils import set_seed
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ..atomic_io import atomic_write_text
+from ..atomic_io import atomic_folder, atomic_write_text
 from ..configuration_m3ret import M3RetConfig
 from ..data.collection import Record
 from ..evaluation.table import Row, evaluate, format_table, to_json
@@ -24,7 +25,7 @@ from ..modeling_m3ret import M3RetModel
 from ..phantom import SYNTHETIC_SOURCE
 from ..search.embedding import embed_records, encoder_embedder, pixel_embedder
 from ..version import __version__
-from .checkpoints import CheckpointFolder, OutputFolderError, save_checkpoint
+from .checkpoints import CheckpointFolder, OutputFolderError, write_checkpoint
 from .distributed import gather_encoder
 from .hub_upload import HubUpload
 from .model_card import write_card
@@ -39,35 +40,20 @@ MAP_PREFIX = "held_out/mAP/"
 
 @dataclass(kw_only=True)
 class RunSaver:
-    """Save and resume one run. All ranks must call its methods together.
-
-    Attributes:
-        config: configuration of the run.
-        accelerator: of the run.
-        model: objective as prepared by Accelerate.
-        optimiser: optimiser as prepared by Accelerate.
-        objective: the objective itself.
-        processor: saved with the encoder.
-        training: training scans.
-        unseen: modalities without training scans.
-        quality: evaluates held-out scans.
-        card_template: the project's `model_card.md`.
-        progress: how far the run has come.
-        is_new_best: the latest evaluation gave the highest mAP, and was not saved yet.
-    """
+    """Save and resume one run. All ranks must call its methods together."""
 
     config: RunConfig
     accelerator: Accelerator
-    model: nn.Module
+    model: nn.Module  # the objective as prepared by Accelerate
     optimiser: torch.optim.Optimizer
     objective: Objective
-    processor: M3RetImageProcessor
+    processor: M3RetImageProcessor  # saved with the encoder
     training: Sequence[Record]
-    unseen: Sequence[str]
+    unseen: Sequence[str]  # modalities without training scans
     quality: OnlineQuality
-    card_template: Path
+    card_template: Path  # the project's model_card.md
     progress: Progress = field(default_factory=Progress, init=False)
-    is_new_best: bool = field(default=False, init=False)
+    is_new_best: bool = field(default=False, init=False)  # the latest evaluation gave the highest mAP; not saved yet
 
     def __post_init__(self) -> None:
         self.optimiser = getattr(self.optimiser, "optimizer", self.optimiser)  # without Accelerate's wrapper
@@ -91,9 +77,8 @@ class RunSaver:
         newest = self.checkpoints.newest()
         if self.config.resume:
             if newest is None:
-                raise OutputFolderError(
-                    self.checkpoints.folder, "expected a checkpoint to resume from, got none. Start without --resume."
-                )
+                problem = "expected a checkpoint to resume from, got none. Start without --resume."
+                raise OutputFolderError(self.checkpoints.folder, problem)
             self._restore(newest)
             return self.progress
         if newest is not None and not self.config.restart and not self._is_finished():
@@ -104,7 +89,7 @@ class RunSaver:
             )
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
-            self.checkpoints.clear()
+            shutil.rmtree(self.checkpoints.folder, ignore_errors=True)
         return self.progress
 
     def _restore(self, checkpoint: Path) -> None:
@@ -133,9 +118,7 @@ class RunSaver:
 
     def record_quality(self, metrics: Mapping[str, float]) -> None:
         """Record the latest held-out mAP, and the best over all modalities."""
-        latest = {
-            name.removeprefix(MAP_PREFIX): value for name, value in metrics.items() if name.startswith(MAP_PREFIX)
-        }
+        latest = {name.removeprefix(MAP_PREFIX): mean for name, mean in metrics.items() if name.startswith(MAP_PREFIX)}
         if latest:
             self._online = {"step": self.progress.step, "mAP": latest}
         score = latest.get("all")
@@ -152,13 +135,10 @@ class RunSaver:
         self._saved_step = progress.step
         state = gather_state(self.accelerator, self.model, self.optimiser)
         if self.accelerator.is_main_process:
-
-            def write_training_state(folder: Path) -> None:
-                processes = self.accelerator.num_processes
+            checkpoint, processes = self.checkpoints.path(progress.step), self.accelerator.num_processes
+            with atomic_folder(checkpoint, replace=True) as folder:
+                self._write(folder, state.weights, self.facts())
                 write_state(folder / STATE_FOLDER, state, progress, self.config, self.training, processes)
-
-            checkpoint = self.checkpoints.path(progress.step)
-            self._save(checkpoint, state.weights, self.facts(), write_training_state)
             self.checkpoints.prune(self.config.keep_last, progress.best_step)
             if self.upload and checkpoint.is_dir():
                 self.upload.submit(checkpoint, f"step {progress.step}")
@@ -173,8 +153,11 @@ class RunSaver:
         """
         facts = self.facts() | {"unreadable_scans": len(unreadable)}
         if self.accelerator.is_main_process:  # before the evaluation, whose failure must not cost the weights
-            weights = self._weights(self.checkpoints.path(self.progress.step))
-            self._save(output, weights, facts)
+            for partial in output.parent.glob(".*.partial"):
+                if partial.name.rsplit(".", 2)[0] == f".{output.name}":  # left by a killed run
+                    shutil.rmtree(partial, ignore_errors=True)
+            with atomic_folder(output, replace=True) as folder:
+                self._write(folder, self._weights(self.checkpoints.path(self.progress.step)), facts)
         trained = gather_encoder(self.objective.encoder)
         set_seed(self.config.seed)
         untrained = M3RetModel(cast(M3RetConfig, trained.config)).eval().to(trained.device)
@@ -189,19 +172,17 @@ class RunSaver:
         measured, workers = self.quality.held_out.records, self.config.num_workers
         embedded = embed_records(list(embedders.values()), self.processor, measured, num_workers=workers)
         rows = evaluate(dict(zip(embedders, embedded, strict=True)))
-        facts |= {
-            "measured_scans": len(embedded[0].records),
-            "unreadable_scans": len(unreadable) + len(embedded[0].failures),
-        }
-        metrics_folder = Path(self.config.run_dir)
+        facts["measured_scans"] = len(embedded[0].records)
+        facts["unreadable_scans"] += len(embedded[0].failures)
+        run_dir = Path(self.config.run_dir)
         atomic_write_text(output / "README.md", self._card(facts, rows))
         atomic_write_text(output / "training.json", json.dumps(facts, indent=2) + "\n")
-        atomic_write_text(metrics_folder / "retrieval.json", to_json(rows, **facts) + "\n")
+        atomic_write_text(run_dir / "retrieval.json", to_json(rows, **facts) + "\n")
         print(f"retrieval on {facts['measured_scans']} of {facts['held_out_scans']} held-out scans:")
         print(format_table(rows))
         for message in [*unreadable.values(), *embedded[0].failures]:
             print(f"could not be read: {message}")
-        print(f"checkpoint: {self.config.output_dir}   metrics: {metrics_folder / 'metrics.jsonl'}")
+        print(f"checkpoint: {self.config.output_dir}   metrics: {run_dir / 'metrics.jsonl'}")
         if self.upload:
             self.upload.submit(output, f"step {self.progress.step}, with its retrieval table")
 
@@ -240,17 +221,8 @@ class RunSaver:
             "seconds": round(self.progress.seconds, 1),
         }
 
-    def _save(
-        self,
-        folder: Path,
-        weights: Mapping[str, Tensor],
-        facts: dict[str, Any],
-        write_extra: Callable[[Path], None] | None = None,
-    ) -> None:
-        card = self._card(facts, [])
-        save_checkpoint(folder, self.objective, weights, self.processor, card, facts, write_extra)
+    def _write(self, folder: Path, weights: Mapping[str, Tensor], facts: dict[str, Any]) -> None:
+        write_checkpoint(folder, self.objective, weights, self.processor, self._card(facts, []), facts)
 
     def _card(self, facts: dict[str, Any], rows: list[Row]) -> str:
-        encoder = self.objective.encoder
-        config = cast(M3RetConfig, encoder.config)
-        return write_card(self.card_template, self.config, config, encoder.num_parameters(), facts, rows)
+        return write_card(self.card_template, self.config, self.objective.encoder, facts, rows)

@@ -25,26 +25,15 @@ from .distributed import count_over_ranks, rank_weight, sum_over_ranks
 
 @dataclass
 class SimDINOTerms:
-    """Scalars of one batch.
+    """Scalars of one batch."""
 
-    Attributes:
-        loss: loss to minimise, negative by design.
-        compression: mean cosine similarity of teacher and student over different views, at most 1.
-        expansion: coding rate of the student's global views.
-        expansion_share: expansion divided by its closed-form maximum.
-        collapsed_share: closed-form value of `expansion_share` if all features are equal.
-        reconstruction: loss of masked autoencoding; None without a decoder.
-        patch_agreement: mean cosine similarity of the student's masked patches with the teacher's, at most 1; None
-            without the patch term.
-    """
-
-    loss: Tensor
-    compression: Tensor
-    expansion: Tensor
-    expansion_share: Tensor
-    collapsed_share: Tensor
-    reconstruction: Tensor | None = None
-    patch_agreement: Tensor | None = None
+    loss: Tensor  # to minimise, negative by design
+    compression: Tensor  # mean cosine similarity of teacher and student over different views, at most 1
+    expansion: Tensor  # coding rate of the student's global views
+    expansion_share: Tensor  # expansion divided by its closed-form maximum
+    collapsed_share: Tensor  # closed-form value of expansion_share if all features are equal
+    reconstruction: Tensor | None = None  # loss of masked autoencoding, with a decoder
+    patch_agreement: Tensor | None = None  # mean cosine similarity of masked patches with the teacher's, at most 1
 
 
 class SimDINOLoss(nn.Module):
@@ -68,9 +57,7 @@ class SimDINOLoss(nn.Module):
 
     def __init__(self, eps: float = 0.05, coeff: float = 1.0, expansion_weight: float | None = 0.45):
         super().__init__()
-        self.eps = eps
-        self.coeff = coeff
-        self.expansion_weight = expansion_weight
+        self.eps, self.coeff, self.expansion_weight = eps, coeff, expansion_weight
 
     def forward(self, student: Tensor, teacher: Tensor) -> SimDINOTerms:
         """Compute the loss of L2-normalised projections.

@@ -26,10 +26,11 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.optim import Optimizer
 
 from ..data.collection import Record
 from ..errors import InputError
-from .run_config import RunConfig
+from .run_config import RunConfig, format_differences
 
 
 STATE_FOLDER = "training_state"
@@ -46,35 +47,23 @@ class ResumeError(InputError):
     """
 
     def __init__(self, checkpoint: Path, differences: Mapping[str, tuple[Any, Any]]):
-        listed = "; ".join(
-            f"{key}: {theirs} in the checkpoint, {ours} now" for key, (theirs, ours) in differences.items()
-        )
         super().__init__(
-            f"{checkpoint}: checkpoint is incompatible with this run ({listed}). Resume with the options of the "
-            "checkpoint, or train with another run_dir."
+            f"{checkpoint}: checkpoint is incompatible with this run ({format_differences(differences)}). Resume with "
+            "the options of the checkpoint, or train with another run_dir."
         )
         self.checkpoint, self.differences = checkpoint, dict(differences)
 
 
 @dataclass
 class Progress:
-    """How far a run has come.
+    """How far a run has come."""
 
-    Attributes:
-        step: completed steps.
-        views: views seen by all ranks.
-        seconds: training time, summed over all starts of the run.
-        best_score: highest held-out mAP over all modalities.
-        best_step: its step.
-        unreadable: index of each scan that could not be read -> error message.
-    """
-
-    step: int = 0
-    views: int = 0
-    seconds: float = 0.0
-    best_score: float | None = None
+    step: int = 0  # completed steps
+    views: int = 0  # seen by all ranks
+    seconds: float = 0.0  # training time, summed over all starts of the run
+    best_score: float | None = None  # highest held-out mAP over all modalities
     best_step: int | None = None
-    unreadable: dict[int, str] = field(default_factory=dict)
+    unreadable: dict[int, str] = field(default_factory=dict)  # index of a scan -> error message
 
 
 @dataclass
@@ -86,7 +75,7 @@ class TrainingState:
     random: dict[str, Tensor]
 
 
-def gather_state(accelerator: Accelerator, model: nn.Module, optimiser: torch.optim.Optimizer) -> TrainingState:
+def gather_state(accelerator: Accelerator, model: nn.Module, optimiser: Optimizer) -> TrainingState:
     """Gather the state of all ranks on the main rank. All ranks must call it together."""
     weights: dict[str, Any] = get_model_state_dict(model, options=ON_MAIN_RANK)
     of_parameter: Any = get_optimizer_state_dict(model, optimiser, options=ON_MAIN_RANK).get("state", {})
@@ -138,11 +127,7 @@ def read_progress(checkpoint: Path, config: RunConfig, records: Sequence[Record]
 
 
 def restore_state(
-    checkpoint: Path,
-    weights: Mapping[str, Tensor],
-    accelerator: Accelerator,
-    model: nn.Module,
-    optimiser: torch.optim.Optimizer,
+    checkpoint: Path, weights: Mapping[str, Tensor], accelerator: Accelerator, model: nn.Module, optimiser: Optimizer
 ) -> None:
     """Load weights, optimiser state and random number generators of a checkpoint, on every rank."""
     folder = checkpoint / STATE_FOLDER
@@ -161,18 +146,14 @@ def restore_state(
 
 
 def training_order_hash(records: Sequence[Record], config: RunConfig) -> str:
-    """Return a hash of everything that determines the order of training scans, but not of the folder they are in.
-
-    This is the sequence of ids and modalities, the sources of modalities that have several, and the sizes of scans if
-    they determine batches.
-    """
+    """Return a hash of everything that determines the order of training scans, but not of the folder they are in."""
     sources = Counter(modality for modality, _ in {(record.modality, record.source) for record in records})
     lines = []
     for record in records:
         columns = [record.id, record.modality]
-        if sources[record.modality] > 1:
+        if sources[record.modality] > 1:  # each is sampled on its own
             columns.append(record.source)
         if config.tokens_per_batch is not None:
-            columns.append(f"{record.shape} {record.spacing} {record.is_clip}")
+            columns.append(f"{record.shape} {record.spacing} {record.is_clip}")  # they determine the batches
         lines.append("\t".join(columns))
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()

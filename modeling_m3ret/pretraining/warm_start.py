@@ -14,6 +14,7 @@ from torch import nn
 from ..configuration_m3ret import M3RetConfig
 from ..errors import InputError
 from ..modeling_m3ret import M3RetModel
+from .run_config import format_differences
 
 
 logger = logging.getLogger(__name__)
@@ -48,7 +49,6 @@ def load_initial(model: nn.Module, config: M3RetConfig, weights_file: str, sourc
 
     Args:
         model: the objective's model. Its children are the parts.
-        config: configuration of the encoder.
         weights_file: file with the weights of `model`, relative to a checkpoint.
         source: checkpoint folder or Hub id.
 
@@ -66,11 +66,8 @@ def load_initial(model: nn.Module, config: M3RetConfig, weights_file: str, sourc
         raise WarmStartError(source, f"expected a checkpoint, got {source} without {' and '.join(missing)}.")
     theirs = M3RetConfig.from_pretrained(folder)
     pairs = {name: (getattr(theirs, name), getattr(config, name)) for name in ENCODER_FIELDS}
-    differences = {name: (their, our) for name, (their, our) in pairs.items() if their != our}
-    if differences:
-        listed = "; ".join(
-            f"{name}: {their} in the checkpoint, {our} now" for name, (their, our) in differences.items()
-        )
+    if differences := {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}:
+        listed = format_differences(differences)
         raise WarmStartError(source, f"the encoder of {source} differs from this run's ({listed}).", differences)
 
     encoders = [name for name, part in model.named_children() if isinstance(part, M3RetModel)]

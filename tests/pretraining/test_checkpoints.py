@@ -12,13 +12,14 @@ import yaml
 from conftest import tiny_config
 from transformers import AutoImageProcessor, AutoModel, AutoModelForPreTraining
 
-from modeling_m3ret import M3RetImageProcessor
+from modeling_m3ret import M3RetImageProcessor, M3RetModel
+from modeling_m3ret.atomic_io import atomic_folder
 from modeling_m3ret.evaluation.table import Row
 from modeling_m3ret.pretraining.checkpoints import (
     CheckpointFolder,
     OutputFolderError,
-    save_checkpoint,
     validate_output_folder,
+    write_checkpoint,
 )
 from modeling_m3ret.pretraining.model_card import write_card
 from modeling_m3ret.pretraining.objectives import MaskedAutoencoding
@@ -41,7 +42,8 @@ FACTS = {
 
 
 def save(folder: Path, objective: MaskedAutoencoding, processor: M3RetImageProcessor, card: str, facts: dict) -> None:
-    save_checkpoint(folder, objective, objective.state_dict(), processor, card, facts)
+    with atomic_folder(folder, replace=True) as partial:
+        write_checkpoint(partial, objective, objective.state_dict(), processor, card, facts)
 
 
 @torch.no_grad()
@@ -91,7 +93,7 @@ ROWS = [Row("ct", "trained", 10, 11, {"P@1": 0.5, "R@5": 0.75, "mAP": 0.625}, (0
 
 
 def card_of(run: RunConfig | None = None, rows: list[Row] = ROWS, **facts: object) -> str:
-    return write_card(TEMPLATE, run or RunConfig(), tiny_config(), 1_234_567, FACTS | facts, rows)
+    return write_card(TEMPLATE, run or RunConfig(), M3RetModel(tiny_config()), FACTS | facts, rows)
 
 
 def test_card_is_filled_in_completely_and_names_no_path(tmp_path: Path) -> None:

@@ -16,12 +16,7 @@ from modeling_m3ret import M3RetForPreTraining, M3RetImageProcessor
 from modeling_m3ret.data.loading import Pack
 from modeling_m3ret.pretraining import optimisation
 from modeling_m3ret.pretraining.objectives import SelfDistillation
-from modeling_m3ret.pretraining.optimisation import (
-    accumulate_gradients,
-    build_optimiser,
-    set_schedule,
-    warmup_cosine,
-)
+from modeling_m3ret.pretraining.optimisation import accumulate_gradients, build_optimiser, set_schedule, warmup_cosine
 from modeling_m3ret.pretraining.run_config import RunConfig
 
 

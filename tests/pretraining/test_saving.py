@@ -122,7 +122,12 @@ def test_final_table_covers_the_readable_scans_of_the_sample(
     saver.fit_whitening(saver.objective.encoder)
     save(saver, 10)
     output = Path(config.output_dir)
+    remains, other = (output.with_name(f".{name}.1234.partial") for name in ("m3ret-tiny", "m3ret-tiny.other"))
+    for folder in (remains, other):
+        folder.mkdir()
     saver.save_result(output, {})
+    assert other.is_dir()
+    assert not remains.exists()  # left by a killed run
     facts = json.loads((output / "training.json").read_text())
     assert (facts["held_out_scans"], facts["measured_scans"], facts["unreadable_scans"]) == (6, 4, 1)
     assert "4 of 6 held-out scans" in (output / "README.md").read_text()

@@ -10,7 +10,7 @@ from test_objectives import TINY
 from torch import Tensor, nn
 
 from modeling_m3ret import M3RetImageProcessor
-from modeling_m3ret.pretraining.checkpoints import save_checkpoint
+from modeling_m3ret.pretraining.checkpoints import write_checkpoint
 from modeling_m3ret.pretraining.objectives import build_objective
 from modeling_m3ret.pretraining.run_config import RunConfig
 from modeling_m3ret.pretraining.warm_start import WarmStartError
@@ -36,7 +36,7 @@ def publish(folder: Path, **settings: object) -> nn.Module:
     with torch.no_grad():
         for parameter in objective.parameters():
             parameter.normal_()
-    save_checkpoint(folder, objective, objective.state_dict(), M3RetImageProcessor(size=32), "", {})
+    write_checkpoint(folder, objective, objective.state_dict(), M3RetImageProcessor(size=32), "", {})
     return objective
 
 
