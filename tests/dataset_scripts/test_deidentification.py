@@ -18,16 +18,16 @@ from pathlib import Path
 from typing import Any
 
 import av
-import nibabel as nib
 import numpy as np
 import pydicom
 import pytest
+from file_parts import AFFINE, TEXT, add_palette, chunk, encode, exif, planted_dicom, planted_nifti, region, written
 from PIL import Image, PngImagePlugin
 from pydicom.data import get_testdata_file
 from pydicom.dataset import Dataset
 from pydicom.encaps import encapsulate
 from pydicom.uid import JPEGBaseline8Bit
-from scan_files import CINE, CT, PLANTED, dicom, dicom_bytes, series
+from scan_files import CINE, CT, PLANTED, series
 
 from dataset_scripts.deidentification import (
     DICOM_ELEMENTS_USED,
@@ -44,8 +44,6 @@ RNG = np.random.default_rng(29)
 SMOOTH = np.stack([np.add.outer(np.arange(40), np.arange(56)) * k for k in (1, 2, 3)], axis=2).astype(np.uint8)
 GREY = RNG.integers(0, 256, (31, 45), dtype=np.uint8)
 VOLUME = RNG.integers(0, 2500, (14, 12, 10)).astype(np.int16)
-AFFINE = np.diag([0.8, 0.9, 1.2, 1.0])
-TEXT = PLANTED.encode()
 
 
 def variants(text: str = PLANTED) -> list[bytes]:
@@ -102,27 +100,11 @@ def assert_clean(source: Any, text: str = PLANTED) -> EncodedScan:
     return row
 
 
-def encode(image: Image.Image, kind: str, **options: Any) -> bytes:
-    stream = io.BytesIO()
-    image.save(stream, kind, **options)
-    return stream.getvalue()
-
-
 # ----------------------------------------------------------------------------------------------------------------- JPEG
 
 
 def segment(marker: int, body: bytes) -> bytes:
     return b"\xff" + bytes([marker]) + struct.pack(">H", len(body) + 2) + body
-
-
-def exif(orientation: int | None = None) -> bytes:
-    """Return EXIF with a description, a UTF-16 comment, a maker note, and a JPEG thumbnail with a comment."""
-    tags = Image.Exif()
-    tags[0x010E], tags[0x9C9C], tags[0x013B] = PLANTED, PLANTED.encode("utf-16-le"), PLANTED
-    if orientation:
-        tags[0x0112] = orientation
-    tags.get_ifd(0x8769)[0x927C] = TEXT
-    return tags.tobytes() + encode(Image.new("L", (8, 8)), "JPEG", comment=TEXT)
 
 
 PLAIN_JPEG = encode(Image.fromarray(SMOOTH), "JPEG", quality=90)
@@ -189,17 +171,13 @@ def test_stripped_jpeg_retains_tables_and_compressed_pixels(mode: str) -> None:
 # ------------------------------------------------------------------------------------------------------------------ PNG
 
 
-def chunk(kind: bytes, body: bytes) -> bytes:
-    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-
-
 def chunks(data: bytes) -> list[tuple[bytes, bytes]]:
-    at, out = 8, []
-    while at < len(data):
-        length, kind = struct.unpack_from(">I4s", data, at)
-        out.append((kind, data[at + 8 : at + 8 + length]))
-        at += 12 + length
-    return out
+    position, found = 8, []
+    while position < len(data):
+        length, kind = struct.unpack_from(">I4s", data, position)
+        found.append((kind, data[position + 8 : position + 8 + length]))
+        position += 12 + length
+    return found
 
 
 PLAIN_PNG = encode(Image.fromarray(GREY), "PNG")
@@ -233,23 +211,21 @@ def test_only_pixels_of_a_png_are_stored(name: str) -> None:
         assert {kind for kind, _ in chunks(media(row))} == PIXEL_CHUNKS
 
 
-@pytest.mark.parametrize("tail", [TEXT, CHUNKS["tEXt"], PACKED, PLAIN_JPEG + TEXT])
-def test_data_after_a_png_is_removed(tail: bytes) -> None:
-    assert media(assert_clean(PLAIN_PNG + tail)) == media(encode_scan(PLAIN_PNG))
-
-
-def test_data_after_the_rows_of_a_png_is_removed() -> None:
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 8, 8, 8, 0, 0, 0, 0))
-    rows = zlib.compress(bytes(8 * 9) + TEXT)
-    assert_clean(PLAIN_PNG[:8] + header + chunk(b"IDAT", rows) + chunk(b"IEND", b""))
-
-
-@pytest.mark.parametrize("kind", [b"IHDR", b"IEND"])
-def test_data_after_the_fields_of_a_png_chunk_is_removed(kind: bytes) -> None:
+def png_with_longer_chunk(kind: bytes) -> bytes:
     position = PLAIN_PNG.index(kind) - 4
     (length,) = struct.unpack_from(">I", PLAIN_PNG, position)
     longer = chunk(kind, PLAIN_PNG[position + 8 : position + 8 + length] + TEXT)
-    assert_clean(PLAIN_PNG[:position] + longer + PLAIN_PNG[position + 12 + length :])
+    return PLAIN_PNG[:position] + longer + PLAIN_PNG[position + 12 + length :]
+
+
+def test_data_after_the_parts_of_a_png_is_removed() -> None:
+    for tail in (TEXT, CHUNKS["tEXt"], PACKED, PLAIN_JPEG + TEXT):
+        assert media(assert_clean(PLAIN_PNG + tail)) == media(encode_scan(PLAIN_PNG))
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 8, 8, 8, 0, 0, 0, 0))
+    rows = chunk(b"IDAT", zlib.compress(bytes(8 * 9) + TEXT))  # more than eight rows
+    assert_clean(PLAIN_PNG[:8] + header + rows + chunk(b"IEND", b""))
+    for kind in (b"IHDR", b"IEND"):
+        assert_clean(png_with_longer_chunk(kind))
 
 
 def test_png_of_every_mode_and_animation_is_clean() -> None:
@@ -317,7 +293,7 @@ def test_damaged_pictures_are_refused_or_encoded_as_they_are_read(name: str) -> 
 
 @functools.cache
 def clip(kind: str, codec: str, metadata: bool = False, frames: int = 12, **options: str) -> bytes:
-    """Encode a clip; with metadata, in every field that the container offers beside the frames."""
+    """Encode a clip; with metadata, in every field that the container offers."""
     stream = io.BytesIO()
     with av.open(stream, "w", format=kind) as container:
         video = container.add_stream(codec, rate=10, options={"threads": "1", **options})
@@ -378,16 +354,8 @@ MESSAGE = b"\x05" + bytes([16 + len(TEXT)]) + b"\x01" * 16 + TEXT + b"\x80"  # u
 @pytest.mark.parametrize(
     ("kind", "codec"),
     [
-        ("mp4", "libx264"),
-        ("mp4", "mpeg4"),
-        ("mov", "mjpeg"),
-        ("matroska", "libx264"),
-        ("matroska", "libvpx-vp9"),
-        ("webm", "libvpx"),
-        ("avi", "mpeg4"),
-        ("avi", "mjpeg"),
-        ("mpegts", "mpeg2video"),
-        ("asf", "wmv2"),
+        *(("mp4", "libx264"), ("mp4", "mpeg4"), ("mov", "mjpeg"), ("matroska", "libx264"), ("matroska", "libvpx-vp9")),
+        *(("webm", "libvpx"), ("avi", "mpeg4"), ("avi", "mjpeg"), ("mpegts", "mpeg2video"), ("asf", "wmv2")),
         ("flv", "flv1"),
     ],
 )
@@ -466,17 +434,6 @@ def test_codec_headers_of_vp8_and_vp9_are_removed() -> None:
         assert_clean(remuxed(clip("matroska", codec), "matroska", bytes, header=TEXT))
 
 
-@pytest.mark.parametrize(
-    ("kind", "codec"), [("mp4", "libx264"), ("avi", "mpeg4"), ("avi", "mjpeg"), ("webm", "libvpx")]
-)
-def test_copied_stream_decodes_to_the_same_frames(kind: str, codec: str) -> None:
-    frames = []
-    for data in (source := clip(kind, codec), strip_video_metadata(source)):
-        with av.open(io.BytesIO(data)) as container:
-            frames.append(np.stack([frame.to_ndarray() for frame in container.decode(video=0)]))
-    np.testing.assert_array_equal(*frames)
-
-
 def test_copied_stream_shows_a_last_frame_without_duration() -> None:
     source = remuxed(clip("matroska", "libvpx-vp9"), "matroska", bytes)
     with av.open(io.BytesIO(strip_video_metadata(source))) as container:
@@ -497,15 +454,6 @@ def test_lossless_video_has_the_same_frames_and_no_settings_of_the_encoder() -> 
 
 
 # ---------------------------------------------------------------------------------------- NIfTI, arrays, other pictures
-
-
-def planted_nifti() -> bytes:
-    image = nib.Nifti1Image(VOLUME, AFFINE)
-    image.header["descrip"], image.header["aux_file"] = TEXT, TEXT
-    image.header["db_name"], image.header["intent_name"], image.header["data_type"] = TEXT, TEXT[:16], TEXT[:10]
-    image.header.extensions.append(nib.nifti1.Nifti1Extension("comment", TEXT))
-    image.header.extensions.append(nib.nifti1.Nifti1Extension("dicom", dicom_bytes(dicom(GREY))[132:]))
-    return image.to_bytes() + TEXT
 
 
 def named_gzip(data: bytes) -> bytes:
@@ -534,8 +482,8 @@ def planted_tiff() -> bytes:
 
 
 OTHERS: dict[str, Callable[[], bytes]] = {
-    "nifti": planted_nifti,
-    "nifti gzipped": lambda: named_gzip(planted_nifti()),
+    "nifti": lambda: planted_nifti(VOLUME),
+    "nifti gzipped": lambda: named_gzip(planted_nifti(VOLUME)),
     "npz": planted_npz,
     "npy": lambda: (lambda s: (np.save(s, VOLUME), s.getvalue() + TEXT)[1])(io.BytesIO()),
     "tiff": planted_tiff,
@@ -562,55 +510,6 @@ def test_file_names_and_other_columns_of_rows_are_removed(tmp_path: Path) -> Non
 
 # ---------------------------------------------------------------------------------------------------------------- DICOM
 
-TEXTS = {
-    "AE": "StationAETitle",
-    "CS": "BodyPartExamined",
-    "DA": "StudyDate",
-    "LO": "PatientID",
-    "LT": "AdditionalPatientHistory",
-    "PN": "PatientName",
-    "SH": "AccessionNumber",
-    "ST": "InstitutionAddress",
-    "TM": "StudyTime",
-    "UC": "LongCodeValue",
-    "UI": "FrameOfReferenceUID",
-    "UR": "RetrieveURL",
-    "UT": "TextValue",
-}
-
-
-def planted_dicom(pixels: np.ndarray, **elements: Any) -> Dataset:
-    """Plant the text in elements of every kind, at every depth, and around the elements."""
-    ds = dicom(pixels, **elements)
-    item = Dataset()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # pydicom's, of texts that are no dates
-        for target in (ds, item):
-            for keyword in TEXTS.values():
-                setattr(target, keyword, PLANTED)
-            block = target.private_block(0x0099, PLANTED, create=True)
-            for offset, vr in enumerate(("LO", "UT", "PN", "ST", "LT", "SH", "CS", "UN", "OB")):
-                block.add_new(offset, vr, TEXT + b"  " if vr in ("UN", "OB") else PLANTED)
-            target.ICCProfile = TEXT + b"  "
-    inner = Dataset()
-    inner.RequestAttributesSequence = [item]
-    ds.RequestAttributesSequence, ds.ReferencedStudySequence = [item], [inner]
-    ds.IconImageSequence = [dicom(GREY[:8, :8], PatientName=PLANTED)]
-    ds.ImageComments, ds.WindowCenterWidthExplanation, ds.RescaleType = PLANTED, PLANTED, elements.get("RescaleType")
-    ds.add_new(0x60000010, "US", 18)  # an overlay: rows, columns, description, and bits that encode the text
-    ds.add_new(0x60000011, "US", 8)
-    ds.add_new(0x60000022, "LO", PLANTED)
-    ds.add_new(0x60003000, "OW", TEXT)
-    ds.DataSetTrailingPadding = TEXT + b"  "
-    ds.PixelData += TEXT + b"  "  # more than the pixels need
-    ds.file_meta.SourceApplicationEntityTitle = PLANTED[:16]
-    ds.file_meta.ImplementationVersionName = PLANTED[:16]
-    ds.file_meta.PrivateInformationCreatorUID, ds.file_meta.PrivateInformation = "1.2.826.0.1", TEXT + b"  "
-    ds.preamble = (TEXT * 8)[:128]
-    if elements.get("RescaleType") is None:
-        del ds.RescaleType
-    return ds
-
 
 def jpeg_dicom() -> Dataset:
     ds = planted_dicom(np.asarray(Image.open(io.BytesIO(PLAIN_JPEG)).convert("L")))
@@ -621,24 +520,13 @@ def jpeg_dicom() -> Dataset:
     return ds
 
 
-def palette_dicom(segmented: bool) -> Dataset:
-    """Colours from three lookup tables, plain or segmented (0, then 255 entries of a linear ramp)."""
-    ds = planted_dicom(GREY, PhotometricInterpretation="PALETTE COLOR")
-    for name, top in (("Red", 80), ("Green", 160), ("Blue", 240)):
-        table = np.array([0, 1, 0, 1, 255, top << 8] if segmented else np.linspace(0, top << 8, 256), "<u2")
-        setattr(ds, f"{name}PaletteColorLookupTableDescriptor", [256, 0, 16])
-        setattr(ds, f"{'Segmented' * segmented}{name}PaletteColorLookupTableData", table.tobytes())
-    return ds
-
-
 TABLE = Dataset()
 TABLE.LUTDescriptor, TABLE.LUTExplanation = [256, 0, 12], PLANTED
 TABLE.add_new(0x00283006, "OW", (np.arange(256) ** 2 // 16).astype("<u2").tobytes())  # LUTData
 TABLE_16 = copy.deepcopy(TABLE)
 TABLE_16.LUTDescriptor = [256, 0, 16]
-REGION = Dataset()
-REGION.RegionLocationMinX0, REGION.RegionLocationMinY0 = 2, 3
-REGION.RegionLocationMaxX1, REGION.RegionLocationMaxY1, REGION.RegionDataType = 30, 20, 1
+REGION = region(2, 3, 30, 20)
+REGION.RegionDataType = 1
 HOUNSFIELD: dict[str, Any] = {"sop": CT, "RescaleSlope": 1, "RescaleIntercept": -1024, "RescaleType": "HU"}
 PLANE = RNG.integers(0, 4096, (31, 45), dtype=np.uint16)
 DICOMS: dict[str, Callable[[], Dataset]] = {
@@ -654,18 +542,12 @@ DICOMS: dict[str, Callable[[], Dataset]] = {
         np.stack([GREY, GREY[::-1]]), sop=CINE, SequenceOfUltrasoundRegions=[REGION], CineRate=30
     ),
     "jpeg": jpeg_dicom,
-    "palette": lambda: palette_dicom(segmented=False),
-    "segmented palette": lambda: palette_dicom(segmented=True),
+    "palette": lambda: add_palette(planted_dicom(GREY), segmented=False),
+    "segmented palette": lambda: add_palette(planted_dicom(GREY), segmented=True),
     "slice": lambda: planted_dicom(
         PLANE, ImagePositionPatient=[1, 2, 3], ImageOrientationPatient=[1, 0, 0, 0, 1, 0], PixelSpacing=[1, 2]
     ),
 }
-
-
-def written(ds: Dataset) -> bytes:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # pydicom's, of texts that are no dates
-        return dicom_bytes(ds)
 
 
 def reduced(ds: Dataset) -> Dataset:
@@ -683,7 +565,7 @@ def reduced(ds: Dataset) -> Dataset:
 def keep_used_elements(data: bytes) -> bytes:
     stream = io.BytesIO()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # pydicom's, of texts that are no dates
+        warnings.simplefilter("ignore")  # pydicom warns of texts that are not dates
         ds = pydicom.dcmread(io.BytesIO(data), force=True)
         small = reduced(ds)
         small.file_meta = pydicom.dataset.FileMetaDataset()
@@ -729,7 +611,7 @@ PACKAGED += ["liver_1frame.dcm", "examples_overlay.dcm", "SC_ybr_full_422_uncomp
 @pytest.mark.parametrize("name", PACKAGED)
 def test_only_declared_elements_of_vendor_files_influence_their_rows(name: str) -> None:
     path = get_testdata_file(name, download=False)
-    assert isinstance(path, str), "doesn't ship with this pydicom"
+    assert isinstance(path, str), "not included in this version of pydicom"
     data = Path(path).read_bytes()
     try:
         full = encode_scan(data)
@@ -746,13 +628,8 @@ def test_only_declared_elements_of_vendor_files_influence_their_rows(name: str) 
 
 
 def with_regions(*edges: tuple[Any, Any, Any, Any]) -> Dataset:
-    ds, items = Dataset(), []
-    for left, top, right, bottom in edges:
-        item = Dataset()
-        item.RegionLocationMinX0, item.RegionLocationMinY0 = left, top
-        item.RegionLocationMaxX1, item.RegionLocationMaxY1 = right, bottom
-        items.append(item)
-    ds.SequenceOfUltrasoundRegions = items
+    ds = Dataset()
+    ds.SequenceOfUltrasoundRegions = [region(*one) for one in edges]
     return ds
 
 
