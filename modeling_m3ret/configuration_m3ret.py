@@ -15,101 +15,56 @@ from transformers import PreTrainedConfig
 class M3RetConfig(PreTrainedConfig):
     """Configuration of [`M3RetModel`] and [`M3RetForPreTraining`].
 
-    The defaults give ViT-B; `vitt()`, `vits()` and `vitl()` give the other sizes.
-
-    Args:
-        hidden_size (`int`, defaults to 768):
-            Width of the tokens. ViT-B (Dosovitskiy et al., arXiv 2010.11929, table 1).
-        num_hidden_layers (`int`, defaults to 12):
-            Number of transformer blocks. ViT-B.
-        num_attention_heads (`int`, defaults to 12):
-            Attention heads of each block. ViT-B.
-        intermediate_size (`int`, defaults to 3072):
-            Width of the MLP. ViT-B.
-        patch_size (`int`, defaults to 16):
-            Edge of a patch within a slice, in pixels. ViT-B/16.
-        patch_depth (`int`, defaults to 4):
-            Slices or frames in a patch. M3Ret (arXiv 2509.01360) uses patches of 4 x 16 x 16.
-        num_channels (`int`, defaults to 3):
-            Channels of a patch. Grey scans are repeated to RGB, so that colour video and CT share one patch embedding.
-        num_register_tokens (`int`, defaults to 4):
-            Extra tokens that remove artefacts from the patch features. Darcet et al. (arXiv 2309.16588) use four.
-        hidden_act (`str`, defaults to `"gelu"`):
-            Activation of the MLP. GELU as in ViT.
-        layer_norm_eps (`float`, defaults to 1e-6):
-            Epsilon of the layer norms. As in ViT and DINOv2.
-        qkv_bias (`bool`, defaults to `True`):
-            Whether queries, keys and values have a bias. As in ViT.
-        attention_dropout (`float`, defaults to 0):
-            Dropout of the attention weights. MAE trains without it (arXiv 2111.06377, table 8).
-        drop_path_rate (`float`, defaults to 0):
-            Stochastic depth rate of the last layer; rates grow linearly from 0. MAE trains without it; SimDINO runs set
-            0.1.
-        layer_scale_init (`float`, defaults to 0.1):
-            Initial gain of the residual branches. CaiT (arXiv 2103.17239, section 2): 0.1 up to 18 layers, 1e-5 up to
-            24.
-        rope_theta (`float`, defaults to 100):
-            Ratio of the longest to the shortest period of the rotary position embedding. DINOv3 (arXiv 2508.10104).
-        pooling (`"mean"`, `"cls"` or `"statistics"`, defaults to `"mean"`):
-            What `pooler_output` holds: the mean of a scan's patch tokens, its CLS token, or the mean and standard
-            deviation of its patch tokens, concatenated (statistics pooling, Snyder et al., Interspeech 2017). The
-            standard deviation captures texture, which the mean averages away. Masked autoencoding has no loss on the
-            CLS token, so its checkpoints pool patches (`global_pool` in MAE); SimDINO as published trains the CLS
-            token. See docs/results.md for a comparison.
-        initializer_range (`float`, defaults to 0.02):
-            Standard deviation of the truncated normal that initialises the weights. As in ViT.
-        mask_ratio (`float`, defaults to 0.75):
-            Fraction of each scan's patches that pretraining hides from the encoder. MAE for images; SPECTRE uses the
-            same for 3D CT.
-        decoder_hidden_size (`int`, defaults to 512):
-            Width of the decoder. MAE-ST (arXiv 2205.09113), which pretrains on video.
-        decoder_num_hidden_layers (`int`, defaults to 4):
-            Blocks of the decoder. MAE-ST and VideoMAE (arXiv 2203.12602).
-        decoder_num_attention_heads (`int`, defaults to 8):
-            Attention heads of the decoder. Half of MAE's 16, so that a head has 64 channels to rotate in three axes.
-        norm_pixel_eps (`float`, defaults to 1e-6):
-            Added to the variance of a patch before its pixels are normalised. MAE reference code.
-        loss_weighting (`"scan"` or `"patch"`, defaults to `"scan"`):
-            What counts equally in the loss of masked autoencoding. With `"patch"`, a CT has at least eight times the
-            weight of an X-ray and would dominate the loss.
+    The defaults give ViT-B; `vitt()`, `vits()` and `vitl()` give the other sizes. The comments of the fields give their
+    meaning and the source of the default.
     """
 
     model_type = "m3ret"
 
-    hidden_size: int = 768
+    # ViT-B/16 (Dosovitskiy et al., arXiv 2010.11929, table 1)
+    hidden_size: int = 768  # width of the tokens
     num_hidden_layers: int = 12
     num_attention_heads: int = 12
-    intermediate_size: int = 3072
-    patch_size: int = 16
-    patch_depth: int = 4
-    num_channels: int = 3
-    num_register_tokens: int = 4
-    hidden_act: str = "gelu"
-    layer_norm_eps: float = 1e-6
-    qkv_bias: bool = True
-    attention_dropout: float | int = 0.0
+    intermediate_size: int = 3072  # width of the MLP
+    patch_size: int = 16  # edge of a patch within a slice, in pixels
+    patch_depth: int = 4  # slices or frames of a patch; M3Ret (arXiv 2509.01360) uses patches of 4 x 16 x 16
+    num_channels: int = 3  # grey scans are repeated to RGB, so that colour video and CT share one patch embedding
+    num_register_tokens: int = 4  # they remove artefacts from the patch features (Darcet et al., arXiv 2309.16588)
+    hidden_act: str = "gelu"  # activation of the MLP, as in ViT
+    layer_norm_eps: float = 1e-6  # as in ViT and DINOv2
+    qkv_bias: bool = True  # whether queries, keys and values have a bias, as in ViT
+    attention_dropout: float | int = 0.0  # MAE trains without it (arXiv 2111.06377, table 8)
+    # stochastic depth rate of the last layer; rates grow linearly from 0. MAE trains without it; SimDINO runs set 0.1
     drop_path_rate: float | int = 0.0
+    # initial gain of the residual branches. CaiT (arXiv 2103.17239, section 2): 0.1 up to 18 layers, 1e-5 up to 24
     layer_scale_init: float | int = 0.1
+    # ratio of the longest to the shortest period of the rotary position embedding. DINOv3 (arXiv 2508.10104)
     rope_theta: float | int = 100.0
+    # What `pooler_output` holds: the "mean" of a scan's patch tokens, its "cls" token, or "statistics": the mean and
+    # standard deviation of its patch tokens, concatenated (statistics pooling, Snyder et al., Interspeech 2017). The
+    # standard deviation captures texture, which the mean averages away. Masked autoencoding has no loss on the CLS
+    # token, so its checkpoints pool patches (`global_pool` in MAE); SimDINO as published trains the CLS token. See
+    # docs/results.md for a comparison.
     pooling: str = "mean"
-    initializer_range: float = 0.02
-    mask_ratio: float = 0.75
-    decoder_hidden_size: int = 512
-    decoder_num_hidden_layers: int = 4
-    decoder_num_attention_heads: int = 8
-    norm_pixel_eps: float = 1e-6
+    initializer_range: float = 0.02  # standard deviation of the truncated normal that initialises weights, as in ViT
+
+    # masked autoencoding
+    mask_ratio: float = 0.75  # fraction of each scan's patches hidden from the encoder; MAE, and SPECTRE for 3D CT
+    decoder_hidden_size: int = 512  # MAE-ST (arXiv 2205.09113), which pretrains on video
+    decoder_num_hidden_layers: int = 4  # MAE-ST and VideoMAE (arXiv 2203.12602)
+    decoder_num_attention_heads: int = 8  # half of MAE's 16, so that a head has 64 channels to rotate in three axes
+    norm_pixel_eps: float = 1e-6  # added to the variance of a patch before its pixels are normalised; MAE's code
+    # What counts equally in the loss, "scan" or "patch". With "patch", a CT has at least eight times the weight of an
+    # X-ray and would dominate the loss.
     loss_weighting: str = "scan"
 
     def validate_architecture(self) -> None:
-        """Check the values of the fields. Called by `@strict` after it has checked their types.
+        """Check the values of the fields, after `@strict` has checked their types.
 
-        Raises:
-            StrictDataclassClassValidationError: by `@strict`, with the message of the `ValueError` raised here.
+        `@strict` raises the `ValueError` as a `StrictDataclassClassValidationError`.
         """
-        for width, heads in (
-            ("hidden_size", "num_attention_heads"),
-            ("decoder_hidden_size", "decoder_num_attention_heads"),
-        ):
+        for prefix in ("", "decoder_"):
+            width, heads = f"{prefix}hidden_size", f"{prefix}num_attention_heads"
             head_dim, rest = divmod(getattr(self, width), getattr(self, heads))
             if rest or head_dim % 2 or head_dim < 6:
                 raise ValueError(
@@ -141,31 +96,16 @@ class M3RetConfig(PreTrainedConfig):
     @classmethod
     def vitt(cls, **overrides: Any) -> Self:
         """Return ViT-Ti of DeiT (arXiv 2012.12877) with a small decoder: 5.4 M parameters in the encoder's layers."""
-        return cls(
-            **{
-                "hidden_size": 192,
-                "num_attention_heads": 3,
-                "intermediate_size": 768,
-                "decoder_hidden_size": 192,
-                "decoder_num_hidden_layers": 2,
-                "decoder_num_attention_heads": 3,
-            }
-            | overrides
-        )
+        encoder = {"hidden_size": 192, "num_attention_heads": 3, "intermediate_size": 768}
+        decoder = {"decoder_hidden_size": 192, "decoder_num_hidden_layers": 2, "decoder_num_attention_heads": 3}
+        return cls(**encoder | decoder | overrides)
 
     @classmethod
     def vits(cls, **overrides: Any) -> Self:
         """Return ViT-S of DeiT (arXiv 2012.12877), 21 M parameters. Its decoder is two thirds as wide."""
-        return cls(
-            **{
-                "hidden_size": 384,
-                "num_attention_heads": 6,
-                "intermediate_size": 1536,
-                "decoder_hidden_size": 256,
-                "decoder_num_attention_heads": 4,
-            }
-            | overrides
-        )
+        encoder = {"hidden_size": 384, "num_attention_heads": 6, "intermediate_size": 1536}
+        decoder = {"decoder_hidden_size": 256, "decoder_num_attention_heads": 4}
+        return cls(**encoder | decoder | overrides)
 
     @classmethod
     def vitb(cls, **overrides: Any) -> Self:
@@ -175,16 +115,8 @@ class M3RetConfig(PreTrainedConfig):
     @classmethod
     def vitl(cls, **overrides: Any) -> Self:
         """Return ViT-L (arXiv 2010.11929), 304 M parameters, with the layer scale of CaiT for 24 layers."""
-        return cls(
-            **{
-                "hidden_size": 1024,
-                "num_hidden_layers": 24,
-                "num_attention_heads": 16,
-                "intermediate_size": 4096,
-                "layer_scale_init": 1e-5,
-            }
-            | overrides
-        )
+        sizes = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
+        return cls(**sizes | {"layer_scale_init": 1e-5} | overrides)
 
 
 __all__ = ["M3RetConfig"]

@@ -52,7 +52,7 @@ class M3RetDecoder(M3RetPreTrainedModel):
         coordinates: Tensor,
         patch_counts: Sequence[int],
     ) -> Tensor:
-        """Predict the pixels of the masked patches.
+        """Predict the pixels of the masked patches: `(M, C*t*p*p)`.
 
         Args:
             prefix: encoded CLS and registers `(B, prefix, d)`.
@@ -61,9 +61,6 @@ class M3RetDecoder(M3RetPreTrainedModel):
             masked: rows of the masked patches in the pack, int64 `(M,)`.
             coordinates: `(P, 3)`, from `patch_coordinates`.
             patch_counts: visible and masked patches of each scan together.
-
-        Returns:
-            `(M, C*t*p*p)`.
         """
         prefix, visible_patches = self.input_proj(prefix), self.input_proj(visible_patches)
         rows = self.mask_token.to(visible_patches.dtype).repeat(coordinates.shape[0], 1)
@@ -84,19 +81,12 @@ class M3RetDecoder(M3RetPreTrainedModel):
 
 @dataclass
 class M3RetForPreTrainingOutput(ModelOutput):
-    """Output of [`M3RetForPreTraining`].
+    """Output of [`M3RetForPreTraining`]."""
 
-    Attributes:
-        loss: scalar, mean squared error over the normalised pixels of masked patches, weighted by `loss_weighting`.
-        logits: predicted pixels of the masked patches, `(M, C*t*p*p)`.
-        masked: rows of the masked patches in the pack, int64 `(M,)`.
-        weight: number of scans, or of patches, that the loss averages over; see `loss_weight`.
-    """
-
-    loss: Tensor | None = None
-    logits: Tensor | None = None
-    masked: Tensor | None = None
-    weight: int | None = None
+    loss: Tensor | None = None  # scalar, see `masked_patch_loss`
+    logits: Tensor | None = None  # predicted pixels of the masked patches, `(M, C*t*p*p)`
+    masked: Tensor | None = None  # rows of the masked patches in the pack, int64 `(M,)`
+    weight: int | None = None  # number of scans, or of patches, that the loss averages over
 
 
 class M3RetForPreTraining(M3RetPreTrainedModel):
@@ -117,39 +107,36 @@ class M3RetForPreTraining(M3RetPreTrainedModel):
     ) -> M3RetForPreTrainingOutput:
         """Mask patches, predict them and compute the loss.
 
-        Args:
-            pixel_values: as for [`M3RetModel`].
-            grid_thw: as for [`M3RetModel`].
-            noise: float `(P,)` in [0, 1). In each scan the patches of lowest noise stay visible. Sampled if None; pass
-                it to make the mask reproducible.
+        `pixel_values` and `grid_thw` are those of [`M3RetModel`]. The `noise` of `choose_visible` is sampled if None;
+        pass it to make the mask reproducible.
         """
         rows, grids = self.m3ret.prepare_rows(pixel_values, grid_thw)
         counts = [math.prod(grid) for grid in grids]
         coordinates = patch_coordinates(grids, rows.device)
         noise = torch.rand(rows.shape[0], device=rows.device) if noise is None else noise
-        visible, masked, visible_counts = choose_visible(noise, counts, [self.config.mask_ratio] * len(counts))
+        config = self.config
+        visible, masked, visible_counts = choose_visible(noise, counts, [config.mask_ratio] * len(counts))
 
-        layout, encoded = self.m3ret.encode(rows[visible], coordinates[visible], visible_counts, **kwargs)
-        prefix, patches = layout.split(self.m3ret.norm(encoded.last_hidden_state))
+        layout = PackLayout.from_patch_counts(visible_counts, config.num_prefix_tokens)
+        tokens, _ = self.m3ret.encode(rows[visible], coordinates[visible], layout, **kwargs)
+        prefix, patches = layout.split(tokens)
         predicted = self.decoder(prefix, patches, visible, masked, coordinates, counts)  # (M, C*t*p*p)
 
         target = self.m3ret.embeddings.repeat_slices(rows[masked])
         masked_counts = [count - num_visible for count, num_visible in zip(counts, visible_counts, strict=True)]
-        config = self.config
-        loss = masked_patch_loss(predicted, target, masked_counts, config.norm_pixel_eps, config.loss_weighting)
-        weight = loss_weight(masked_counts, config.loss_weighting)
+        loss, weight = masked_patch_loss(predicted, target, masked_counts, config.norm_pixel_eps, config.loss_weighting)
         return M3RetForPreTrainingOutput(loss=loss, logits=predicted, masked=masked, weight=weight)
 
 
 def choose_visible(
     noise: Tensor, patch_counts: Sequence[int], mask_ratios: Sequence[float]
 ) -> tuple[Tensor, Tensor, list[int]]:
-    """Select the visible patches of each scan at random.
+    """Select the visible patches of each scan: those of lowest noise.
 
     Of n patches of a scan, round(n * mask ratio) are masked, but at least one stays visible.
 
     Args:
-        noise: float `(P,)` in [0, 1). In each scan the patches of lowest noise stay visible.
+        noise: float `(P,)` in [0, 1).
         patch_counts: patches of each scan.
         mask_ratios: mask ratio of each scan.
 
@@ -170,15 +157,8 @@ def choose_visible(
 def normalise_patches(rows: Tensor, eps: float) -> Tensor:
     """Normalise each patch to mean 0 and unbiased variance 1: (x - mean) / sqrt(var + eps), as in MAE, section 3.
 
-    Computed as a layer norm, in one pass over memory. Layer norm uses the biased variance, which is (n - 1) / n of the
-    unbiased one.
-
-    Args:
-        rows: `(M, n)` of any float dtype.
-        eps: added to the variance.
-
-    Returns:
-        `(M, n)` float32.
+    Computed in float32 as a layer norm, in one pass over memory. Layer norm uses the biased variance, which is
+    (n - 1) / n of the unbiased one.
     """
     n = rows.shape[-1]
     biased = (n - 1) / n
@@ -187,33 +167,34 @@ def normalise_patches(rows: Tensor, eps: float) -> Tensor:
 
 
 def masked_patch_loss(
-    predicted: Tensor, target: Tensor, masked_counts: Sequence[int], eps: float, weighting: str = "scan"
-) -> Tensor:
-    """Return the mean squared error of the predictions against normalised pixels, as a float32 scalar.
+    predicted: Tensor, target: Tensor, masked_counts: Sequence[int], eps: float, weighting: str
+) -> tuple[Tensor, int]:
+    """Return the mean squared error of the predictions against normalised pixels, and its weight.
+
+    The weight is the number of scans, or of patches, that the error averages over. Weighted by it, the mean loss of
+    several packs equals the loss of one large pack.
 
     Args:
         predicted: `(M, C*t*p*p)`, scan after scan.
         target: pixels of the same patches, not yet normalised.
         masked_counts: masked patches of each scan.
-        eps: see `normalise_patches`.
+        eps: added to the variance of a patch, see `normalise_patches`.
         weighting: `"scan"` averages over the masked patches of each scan, then over the scans that have any. `"patch"`
-            averages over all masked patches; a CT then counts as much as eight X-rays and would dominate the loss.
+            averages over all masked patches.
+
+    Returns:
+        A float32 scalar and the weight.
     """
-    target = normalise_patches(target, eps)
-    errors = nn.functional.mse_loss(predicted.float(), target, reduction="none").mean(-1)  # (M,)
-    if not len(errors):  # every scan is a single patch: a zero gradient, which other ranks can add to theirs
-        return predicted.sum() * 0
+    by_scan = [count for count in masked_counts if count]
+    weight = sum(by_scan) if weighting == "patch" else len(by_scan)
+    errors = nn.functional.mse_loss(predicted.float(), normalise_patches(target, eps), reduction="none").mean(
+        -1
+    )  # (M,)
+    if not by_scan:  # every scan is a single patch: a zero gradient, which other ranks can add to theirs
+        return predicted.sum() * 0, weight
     if weighting == "patch":
-        return errors.mean()
-    return torch.stack([scan.mean() for scan in errors.split(list(masked_counts)) if len(scan)]).mean()
-
-
-def loss_weight(masked_counts: Sequence[int], weighting: str = "scan") -> int:
-    """Return the number of scans, or of patches, that `masked_patch_loss` averages over.
-
-    It weights the losses of several packs, so that their mean equals the loss of one large pack.
-    """
-    return sum(masked_counts) if weighting == "patch" else sum(count > 0 for count in masked_counts)
+        return errors.mean(), weight
+    return torch.stack([scan.mean() for scan in errors.split(by_scan)]).mean(), weight
 
 
 __all__ = ["M3RetForPreTraining"]

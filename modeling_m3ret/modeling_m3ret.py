@@ -10,7 +10,7 @@ checkpoint and imports nothing else of the project.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,11 +26,6 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_m3ret import M3RetConfig
 from .packing_m3ret import PackLayout, patch_coordinates, patchify
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Position: 3D rotary
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def rotary_tables(coordinates: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
@@ -62,26 +57,10 @@ def rotate(heads: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
     return torch.addcmul(heads * cosines, torch.cat([second, first], dim=-1), sines)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Layers: pre-norm transformer of ViT, with layer scale and stochastic depth
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 def eager_attention_forward(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
-    **kwargs: Any,
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scaling: float, dropout: float, **kwargs: Any
 ) -> tuple[Tensor, Tensor]:
-    """Compute softmax attention explicitly, for callers that need the attention weights.
-
-    Returns:
-        Output `(B, L, heads, head_dim)` and weights `(B, heads, L, L)`, given `(B, heads, L, head_dim)` inputs.
-    """
+    """Compute attention of `(B, heads, L, head_dim)` explicitly: `(B, L, heads, head_dim)` and its weights."""
     weights = ((query * scaling) @ key.transpose(2, 3)).softmax(dim=-1)  # (B, heads, L, L)
     dropped = nn.functional.dropout(weights, p=dropout, training=module.training)
     return (dropped @ value).transpose(1, 2), weights
@@ -110,28 +89,21 @@ class M3RetAttention(nn.Module):
     def forward(
         self, tokens: Tensor, layout: PackLayout, rotary: tuple[Tensor, Tensor], **kwargs: Any
     ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
-        """Attend within each scan.
+        """Attend within each scan: `(N, d)` -> `(N, d)` by position, weights `(scans, heads, L, L)` of each group.
 
-        Args:
-            tokens: `(N, d)` by position.
-            layout: arrangement of the tokens.
-            rotary: `rotary_tables` of the tokens.
-
-        Returns:
-            `(N, d)`, and the weights `(scans, heads, L, L)` of each group; None if the implementation returns none.
+        The weights are None if the attention implementation returns none.
         """
         N, d = tokens.shape
         query, key, value = self.project_qkv(tokens, *rotary)
-        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
+        implementation = self.config._attn_implementation
+        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         kwargs |= {
             "attention_mask": None,
             "dropout": self.config.attention_dropout if self.training else 0.0,
             "scaling": self.scaling,
             "is_causal": False,
         }
-        if "flash" in self.config._attn_implementation and not layout.is_uniform:
+        if "flash" in implementation and not layout.is_uniform:
             # one variable-length kernel for all scans: (1, heads, N, head_dim) and the first token of each scan
             lengths = layout.lengths
             starts = torch.tensor([0, *lengths], dtype=torch.int32, device=tokens.device).cumsum(0, dtype=torch.int32)
@@ -143,20 +115,17 @@ class M3RetAttention(nn.Module):
         # PyTorch's fused CPU attention is slow in bfloat16: forward and backward took 5 times as long as the explicit
         # form for 64 crops of 41 tokens, 1.3 times for 1,600 tokens. Above 2,048 the weights need too much memory.
         is_slow = query.device.type == "cpu" and query.dtype == torch.bfloat16 and layout.groups[-1][1] <= 2048
-        without_weights = is_slow and self.config._attn_implementation == "sdpa"
-        if without_weights:
+        if without_weights := is_slow and implementation == "sdpa":
             attend = eager_attention_forward
 
         outputs: list[Tensor] = []
-        all_weights: list[Any] = []
-        for q, k, v in zip(
-            *(layout.split_groups(x) for x in (query, key, value)), strict=True
-        ):  # (scans, L, heads, head_dim)
-            mixed, weights = attend(self, q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), **kwargs)
+        all_weights: list[Tensor] = []
+        for group in zip(*(layout.split_groups(x) for x in (query, key, value)), strict=True):
+            mixed, weights = attend(self, *(x.transpose(1, 2) for x in group), **kwargs)
             outputs.append(mixed.reshape(-1, d))
-            all_weights.append(None if without_weights else weights)
+            all_weights.append(weights)
         attended = outputs[0] if layout.is_uniform else torch.cat(outputs)
-        return self.out_proj(attended), None if all_weights[0] is None else tuple(all_weights)
+        return self.out_proj(attended), None if without_weights or weights is None else tuple(all_weights)
 
 
 class M3RetLayerScale(nn.Module):
@@ -204,12 +173,7 @@ class M3RetLayer(GradientCheckpointingLayer):
         self.mlp_scale = M3RetLayerScale(config, hidden_size)
 
     def forward(
-        self,
-        tokens: Tensor,
-        layout: PackLayout,
-        rotary: tuple[Tensor, Tensor],
-        cls_only: bool = False,
-        **kwargs: Any,
+        self, tokens: Tensor, layout: PackLayout, rotary: tuple[Tensor, Tensor], cls_only: bool = False, **kwargs: Any
     ) -> Tensor:
         """Apply the block: `(N, d)` -> `(N, d)` by position, or with `cls_only` the CLS tokens only, `(B, d)`."""
         if cls_only:
@@ -292,11 +256,6 @@ class M3RetLayer(GradientCheckpointingLayer):
     def _add_branch(tokens: Tensor, indices: Tensor, branch: Tensor, scale: M3RetLayerScale, rescale: float) -> Tensor:
         """Add a branch to the tokens it ran on, rescaled so that its expectation over draws is unchanged."""
         return tokens.index_add(0, indices, branch.to(tokens.dtype) * (scale.gain * rescale))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The encoder
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 class M3RetPreTrainedModel(PreTrainedModel):
@@ -498,28 +457,23 @@ class M3RetModel(M3RetPreTrainedModel):
         """
         dense = grid_thw is None
         rows, grids = self.prepare_rows(pixel_values, grid_thw)
-        counts = [math.prod(grid) for grid in grids]
-        layout, encoded = self.encode(rows, patch_coordinates(grids, rows.device), counts, **kwargs)
-        tokens = self.norm(encoded.last_hidden_state)
+        layout = PackLayout.from_patch_counts([math.prod(grid) for grid in grids], self.config.num_prefix_tokens)
+        tokens, encoded = self.encode(rows, patch_coordinates(grids, rows.device), layout, **kwargs)
 
-        hidden_states: Any = encoded.hidden_states
+        def arrange(state: Tensor) -> Tensor:
+            return state.unflatten(0, (len(grids), -1)) if dense else layout.to_caller_order(state)
+
         attentions: Any = encoded.attentions  # for each layer one tensor per group
+        if attentions is not None and dense:
+            attentions = tuple(weights[0] for weights in attentions)
+        elif attentions is not None:
+            by_position = [[weights for group in layer for weights in group] for layer in attentions]
+            attentions = tuple(tuple(layer[position] for position in layout.positions) for layer in by_position)
+        hidden_states: Any = encoded.hidden_states  # None for each layer that the caller does not select
         if hidden_states is not None:
-            hidden_states = tuple(state if state is None else layout.to_caller_order(state) for state in hidden_states)
-        if dense:
-            form = (len(grids), -1, tokens.shape[-1])
-            last_hidden_state = tokens.view(form)
-            if hidden_states is not None:
-                hidden_states = tuple(state if state is None else state.view(form) for state in hidden_states)
-            if attentions is not None:
-                attentions = tuple(weights[0] for weights in attentions)
-        else:
-            last_hidden_state = layout.to_caller_order(tokens)
-            if attentions is not None:
-                by_position = [[weights for group in layer for weights in group] for layer in attentions]
-                attentions = tuple(tuple(layer[position] for position in layout.positions) for layer in by_position)
+            hidden_states = tuple(state if state is None else arrange(state) for state in hidden_states)
         return BaseModelOutputWithPooling(
-            last_hidden_state=last_hidden_state,
+            last_hidden_state=arrange(tokens),
             pooler_output=self.pool(tokens, layout),
             hidden_states=hidden_states,
             attentions=attentions,
@@ -537,7 +491,7 @@ class M3RetModel(M3RetPreTrainedModel):
     def embed_rows(self, rows: Tensor, coordinates: Tensor, layout: PackLayout) -> Tensor:
         """Embed patch rows `(P, C*t*p*p)` at `coordinates (P, 3)`, as `embed` does: `(B, pooled)`."""
         is_cls = self.config.pooling == "cls"
-        tokens = self.norm(self.encode_layout(rows, coordinates, layout, cls_only=is_cls).last_hidden_state)
+        tokens, _ = self.encode(rows, coordinates, layout, cls_only=is_cls)
         if not is_cls:
             return self.pool(tokens, layout)
         return tokens if layout.is_uniform else tokens[layout.positions]
@@ -563,23 +517,20 @@ class M3RetModel(M3RetPreTrainedModel):
     def prepare_rows(self, pixel_values: Tensor, grid_thw: Tensor | None) -> tuple[Tensor, list[tuple[int, int, int]]]:
         """Validate either form of input and return its patch rows and the grid of each scan.
 
-        Args and errors are those of `forward`.
-
-        Returns:
-            Rows `(P, C*t*p*p)`, or compact rows `(P, C*p*p)` for dense images `(B, C, H, W)` and `(B, C, 1, H, W)`; and
-            one `(T, H, W)` for each scan.
+        Rows are `(P, C*t*p*p)`, or compact `(P, C*p*p)` for dense images `(B, C, H, W)` and `(B, C, 1, H, W)`. Args and
+        errors are those of `forward`.
         """
         config = self.config
         if grid_thw is not None:
-            if grid_thw.ndim != 2 or grid_thw.shape[1] != 3 or grid_thw.is_floating_point() or not len(grid_thw):
+            is_grid = grid_thw.ndim == 2 and grid_thw.shape[1] == 3 and not grid_thw.is_floating_point()
+            grids = [(t, h, w) for t, h, w in grid_thw.tolist()] if is_grid else []
+            if min((min(grid) for grid in grids), default=0) < 1:
                 raise ValueError(
-                    "grid_thw has a wrong shape or type: expected integers of shape (B, 3) with B at least 1, got "
-                    f"{tuple(grid_thw.shape)} of {grid_thw.dtype}. Use the grid_thw that the processor returns"
+                    f"invalid grid_thw: expected integers of at least 1 of shape (B, 3), got {grid_thw.dtype} of shape "
+                    f"{tuple(grid_thw.shape)}, smallest {min(grid_thw.flatten().tolist(), default=None)}. Use the "
+                    "grid_thw of the processor"
                 )
-            grids = [(t, h, w) for t, h, w in grid_thw.tolist()]
             patches = sum(math.prod(grid) for grid in grids)
-            if (smallest := min(min(grid) for grid in grids)) < 1:
-                raise ValueError(f"grid_thw has an empty axis: expected at least 1 patch along each, got {smallest}")
             widths = [config.patch_values]
             if all(t == 1 for t, _, _ in grids):  # compact rows of images are valid too
                 widths.append(config.patch_values // config.patch_depth)
@@ -603,24 +554,19 @@ class M3RetModel(M3RetPreTrainedModel):
         return patchify(volumes, 1 if D == 1 else config.patch_depth, config.patch_size).flatten(0, 1), grids
 
     def encode(
-        self, rows: Tensor, coordinates: Tensor, patch_counts: Sequence[int], **kwargs: Any
-    ) -> tuple[PackLayout, BaseModelOutput]:
-        """Run the layers on all patch rows of each scan, or on the visible ones of a mask.
+        self, rows: Tensor, coordinates: Tensor, layout: PackLayout, **kwargs: Any
+    ) -> tuple[Tensor, BaseModelOutput]:
+        """Run the layers and the last norm on all patch rows of each scan, or on the visible ones of a mask.
 
         Args:
             rows: `(P, C*t*p*p)`, scan after scan, or compact rows of images `(P, C*p*p)`.
             coordinates: `(P, 3)`, from `patch_coordinates`.
-            patch_counts: rows of each scan.
+            layout: arrangement of the scans, from the number of rows of each.
             kwargs: passed to the attention implementation.
 
         Returns:
-            The layout, and the tokens `(N, d)` by position, before the last norm.
+            The normalised tokens `(N, d)` by position, and the output of the layers before the norm.
         """
-        layout = PackLayout.from_patch_counts(patch_counts, self.config.num_prefix_tokens)
-        return layout, self.encode_layout(rows, coordinates, layout, **kwargs)
-
-    def encode_layout(self, rows: Tensor, coordinates: Tensor, layout: PackLayout, **kwargs: Any) -> BaseModelOutput:
-        """Run the layers as `encode` does, for a given layout."""
         patches = self.embeddings(rows)  # (P, d)
         scans = sum(scans for scans, _ in layout.groups)
         tokens = layout.join(self.embeddings.prefix_tokens(scans).to(patches.dtype), patches)  # (N, d)
@@ -631,7 +577,8 @@ class M3RetModel(M3RetPreTrainedModel):
             config.hidden_size // config.num_attention_heads,
             float(config.rope_theta),
         )
-        return self.encoder(tokens, layout, rotary, **kwargs)
+        output = self.encoder(tokens, layout, rotary, **kwargs)
+        return self.norm(output.last_hidden_state), output
 
     def pool(self, tokens: Tensor, layout: PackLayout) -> Tensor:
         """Pool normalised tokens `(N, d)` by position to `(B, pooled)` in the caller's order."""

@@ -12,9 +12,8 @@ This file is copied into every checkpoint and imports nothing else of the projec
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import groupby
 from typing import NamedTuple
 
 import torch
@@ -27,15 +26,12 @@ def split_into_patches(volumes: Tensor, patch_depth: int, patch_size: int) -> Te
     A depth that does not fill its last patch is padded by repeating the last slice.
 
     Args:
-        volumes: `(B, C, D, H, W)` of any dtype.
+        volumes: `(B, C, D, H, W)` of any dtype; H and W are multiples of `patch_size`.
         patch_depth: slices of a patch, t.
         patch_size: edge of a patch in pixels, p.
 
     Returns:
         `(B, ceil(D/t), H/p, W/p, C, t, p, p)` of the same dtype.
-
-    Raises:
-        ValueError: if H or W is not a multiple of `patch_size`.
     """
     B, C, D, H, W = volumes.shape
     if H % patch_size or W % patch_size:
@@ -52,29 +48,18 @@ def split_into_patches(volumes: Tensor, patch_depth: int, patch_size: int) -> Te
 
 
 def patchify(volumes: Tensor, patch_depth: int, patch_size: int) -> Tensor:
-    """Flatten the patches of `split_into_patches` into rows.
+    """Flatten the patches of `split_into_patches` into rows `(B, patches of a scan, C*t*p*p)`.
 
     Rows are in raster order (depth, height, width). The values of a row are in the order channel, depth, height, width.
-
-    Args:
-        volumes: `(B, C, D, H, W)` of any dtype.
-        patch_depth: slices of a patch, t.
-        patch_size: edge of a patch in pixels, p.
-
-    Returns:
-        `(B, patches of a scan, C*t*p*p)` of the same dtype.
     """
-    patches = split_into_patches(volumes, patch_depth, patch_size)
-    return patches.reshape(volumes.shape[0], math.prod(patches.shape[1:4]), math.prod(patches.shape[4:]))
+    return split_into_patches(volumes, patch_depth, patch_size).flatten(4).flatten(1, 3)
 
 
 def grid_coordinates(grid: tuple[int, int, int], device: torch.device) -> Tensor:
-    """Return the patch centres of one scan in coordinates from -1 to 1 along every axis (DINOv3, arXiv 2508.10104).
+    """Return the patch centres of one scan in raster order: `(T*H*W, 3)` float32 from -1 to 1 along every axis.
 
-    Coordinates relative to the scan keep this range for every grid size and after resizing; indices would not.
-
-    Returns:
-        `(T*H*W, 3)` float32 in raster order.
+    Coordinates relative to the scan (DINOv3, arXiv 2508.10104) keep this range for every grid size and after resizing;
+    indices would not.
     """
     axes = [(2 * torch.arange(n, dtype=torch.float32, device=device) + 1) / n - 1 for n in grid]
     return torch.cartesian_prod(*axes)
@@ -83,8 +68,6 @@ def grid_coordinates(grid: tuple[int, int, int], device: torch.device) -> Tensor
 def patch_coordinates(grids: Sequence[tuple[int, int, int]], device: torch.device) -> Tensor:
     """Return the `grid_coordinates` of all scans of a pack, scan after scan: `(P, 3)` float32."""
     coordinates = {grid: grid_coordinates(grid, device) for grid in dict.fromkeys(grids)}  # once for each distinct grid
-    if len(coordinates) == 1:
-        return coordinates[grids[0]].repeat(len(grids), 1)
     return torch.cat([coordinates[grid] for grid in grids])
 
 
@@ -96,13 +79,11 @@ class PackLayout(NamedTuple):
 
     Attributes:
         order: index in the batch of the scan at each position, shortest scan first.
-        row_ranges: first and last + 1 patch row of each scan, in the caller's order.
         prefix: number of prefix tokens of each scan.
         groups: `(scans, L)` for each run of scans of equal length.
     """
 
     order: list[int]
-    row_ranges: list[tuple[int, int]]
     prefix: int
     groups: list[tuple[int, int]]
 
@@ -110,16 +91,8 @@ class PackLayout(NamedTuple):
     def from_patch_counts(cls, patch_counts: Sequence[int], prefix: int) -> PackLayout:
         """Lay out scans of these numbers of patches, each with `prefix` prefix tokens."""
         order = sorted(range(len(patch_counts)), key=lambda scan: patch_counts[scan])  # stable
-        stops = list(accumulate(patch_counts))
-        row_ranges = [(stop - count, stop) for stop, count in zip(stops, patch_counts, strict=True)]
-        groups: list[tuple[int, int]] = []
-        for scan in order:
-            length = prefix + patch_counts[scan]
-            if groups and groups[-1][1] == length:
-                groups[-1] = (groups[-1][0] + 1, length)
-            else:
-                groups.append((1, length))
-        return cls(order, row_ranges, prefix, groups)
+        groups = [(len(list(run)), prefix + count) for count, run in groupby(sorted(patch_counts))]
+        return cls(order, prefix, groups)
 
     @property
     def is_uniform(self) -> bool:
@@ -134,17 +107,15 @@ class PackLayout(NamedTuple):
     @property
     def positions(self) -> list[int]:
         """Position of each scan, in the caller's order: the inverse of `order`."""
-        positions = [0] * len(self.order)
-        for position, scan in enumerate(self.order):
-            positions[scan] = position
-        return positions
+        return sorted(range(len(self.order)), key=lambda position: self.order[position])
 
     def join(self, prefix: Tensor, rows: Tensor) -> Tensor:
         """Join prefix tokens `(B, prefix, d)` and patches `(P, d)` in the caller's order to `(N, d)` by position."""
         if self.is_uniform:
             return torch.cat([prefix, rows.view(prefix.shape[0], -1, rows.shape[-1])], dim=1).flatten(0, 1)
-        pieces = [piece for scan in self.order for piece in (prefix[scan], rows[slice(*self.row_ranges[scan])])]
-        return torch.cat(pieces)
+        lengths = self.lengths
+        scans = rows.split([lengths[position] - self.prefix for position in self.positions])
+        return torch.cat([piece for scan in self.order for piece in (prefix[scan], scans[scan])])
 
     def split(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Undo `join`: `(N, d)` by position to `(B, prefix, d)` and `(P, d)` in the caller's order."""
@@ -171,10 +142,8 @@ class PackLayout(NamedTuple):
 
     def token_indices(self, positions: Sequence[int], device: torch.device) -> Tensor:
         """Return the indices in `(N, ...)` of the tokens of the scans at these positions, as one int64 vector."""
-        lengths = self.lengths
-        starts = [stop - length for stop, length in zip(accumulate(lengths), lengths, strict=True)]
-        runs = [torch.arange(starts[position], starts[position] + lengths[position]) for position in positions]
-        return torch.cat(runs).to(device, non_blocking=True)
+        tokens = torch.arange(sum(self.lengths)).split(self.lengths)
+        return torch.cat([tokens[position] for position in positions]).to(device, non_blocking=True)
 
     def to_caller_order(self, tokens: Tensor) -> Tensor:
         """Reorder tokens: `(N, d)` by position -> `(N, d)` with the scans in the caller's order."""

@@ -62,7 +62,8 @@ def test_loss_equals_that_of_transformers_vitmae() -> None:
     # ViTMAE orders a patch's values height, width, channel; ours are channel, height, width
     predicted = output.logits[0, masked].view(-1, 256, 3).transpose(1, 2).flatten(1)
     target = patchify(image[:, :, None], 1, 16)[0][masked]
-    assert masked_patch_loss(predicted, target, [12], 1e-6).item() == pytest.approx(output.loss.item(), rel=1e-5)
+    loss, _ = masked_patch_loss(predicted, target, [12], 1e-6, "scan")
+    assert loss.item() == pytest.approx(output.loss.item(), rel=1e-5)
 
 
 def test_scan_weighting_gives_every_scan_the_same_weight() -> None:
@@ -80,8 +81,8 @@ def test_patch_weighting_gives_every_patch_the_same_weight() -> None:
     """Squared errors 1 and 1 in one scan and 4 in another average to 2 by patch and to (1 + 4) / 2 by scan."""
     target = torch.randn(3, 8)
     predicted = normalise_patches(target, 1e-6) + torch.tensor([1.0, 1.0, 2.0])[:, None]
-    assert masked_patch_loss(predicted, target, [2, 1], 1e-6, "patch").item() == pytest.approx(2)
-    assert masked_patch_loss(predicted, target, [2, 1], 1e-6, "scan").item() == pytest.approx(2.5)
+    assert masked_patch_loss(predicted, target, [2, 1], 1e-6, "patch") == (pytest.approx(2), 3)
+    assert masked_patch_loss(predicted, target, [2, 1], 1e-6, "scan") == (pytest.approx(2.5), 2)
 
 
 def test_dense_and_packed_images_give_the_same_loss() -> None:

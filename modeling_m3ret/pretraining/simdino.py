@@ -17,9 +17,9 @@ from itertools import accumulate
 import torch
 from torch import Tensor, nn
 
-from ..masked_autoencoder_m3ret import M3RetDecoder, choose_visible, loss_weight, masked_patch_loss
+from ..masked_autoencoder_m3ret import M3RetDecoder, choose_visible, masked_patch_loss
 from ..modeling_m3ret import M3RetModel
-from ..packing_m3ret import patch_coordinates
+from ..packing_m3ret import PackLayout, patch_coordinates
 from .distributed import count_over_ranks, rank_weight, sum_over_ranks
 
 
@@ -250,8 +250,8 @@ class SimDINO(nn.Module):
         ratios = [config.mask_ratio if of_global else 0.0 for of_global in is_global.tolist()]
         coordinates = patch_coordinates(grids, rows.device)
         visible, _, visible_counts = choose_visible(noise, counts, ratios)
-        layout, encoded = self.student.encode(rows[visible], coordinates[visible], visible_counts)
-        tokens = self.student.norm(encoded.last_hidden_state)
+        layout = PackLayout.from_patch_counts(visible_counts, config.num_prefix_tokens)
+        tokens, _ = self.student.encode(rows[visible], coordinates[visible], layout)
         prefix, patches = layout.split(tokens)
 
         # the decoder gets the global views alone, so rows of the pack become rows among the global views
@@ -275,8 +275,7 @@ class SimDINO(nn.Module):
         )
         masked_counts = [count - visible for count, visible in zip(global_counts, global_visible, strict=True)]
         target = self.student.embeddings.repeat_slices(rows[masked])
-        loss = masked_patch_loss(predicted, target, masked_counts, config.norm_pixel_eps, config.loss_weighting)
-        weight = loss_weight(masked_counts, config.loss_weighting)
+        loss, weight = masked_patch_loss(predicted, target, masked_counts, config.norm_pixel_eps, config.loss_weighting)
         return self.student.pool(tokens, layout), loss * rank_weight(weight, rows.device)
 
     @torch.no_grad()
@@ -290,8 +289,8 @@ class SimDINO(nn.Module):
 def _pooled_and_patches(encoder: M3RetModel, rows: Tensor, grid_thw: Tensor) -> tuple[Tensor, Tensor]:
     """Return pooled views `(B, d)` and their normalised patch tokens `(P, d)`."""
     grids = [(t, h, w) for t, h, w in grid_thw.tolist()]
-    layout, encoded = encoder.encode(rows, patch_coordinates(grids, rows.device), [math.prod(grid) for grid in grids])
-    tokens = encoder.norm(encoded.last_hidden_state)
+    layout = PackLayout.from_patch_counts([math.prod(grid) for grid in grids], encoder.config.num_prefix_tokens)
+    tokens, _ = encoder.encode(rows, patch_coordinates(grids, rows.device), layout)
     return encoder.pool(tokens, layout), layout.split(tokens)[1]
 
 

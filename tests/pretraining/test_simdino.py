@@ -15,7 +15,7 @@ from torch import Tensor
 
 from modeling_m3ret import M3RetForPreTraining, M3RetModel
 from modeling_m3ret.masked_autoencoder_m3ret import choose_visible
-from modeling_m3ret.packing_m3ret import patch_coordinates
+from modeling_m3ret.packing_m3ret import PackLayout, patch_coordinates
 from modeling_m3ret.pretraining.simdino import (
     SimDINO,
     SimDINOHead,
@@ -202,10 +202,11 @@ def test_both_objectives_from_one_pass_equal_each_alone() -> None:
     assert terms.reconstruction.item() == pytest.approx(alone.loss.item(), rel=1e-5)
 
     counts = [int(n) for n in grids.prod(-1)]
-    visible, _, seen = choose_visible(noise, counts, [0.75 if masks else 0.0 for masks in is_global.tolist()])
+    visible, _, visible_counts = choose_visible(noise, counts, [0.75 if masks else 0.0 for masks in is_global.tolist()])
     places = patch_coordinates([tuple(grid) for grid in grids.tolist()], rows.device)
-    layout, encoded = model.student.encode(rows[visible], places[visible], seen)
-    student = model.student_head(model.student.pool(model.student.norm(encoded.last_hidden_state), layout))
+    layout = PackLayout.from_patch_counts(visible_counts, model.student.config.num_prefix_tokens)
+    tokens, _ = model.student.encode(rows[visible], places[visible], layout)
+    student = model.student_head(model.student.pool(tokens, layout))
     teacher = model.teacher_head(model.teacher(rows[of_global], grids[is_global]).pooler_output)
     expected = SimDINOLoss()(student.view(3, 3, -1).transpose(0, 1), teacher.view(3, 2, -1).transpose(0, 1))
     assert terms.loss.item() == pytest.approx(expected.loss.item(), rel=1e-5)
