@@ -49,25 +49,17 @@ class M3RetImageProcessor(BaseImageProcessor):
     3. A scan that still exceeds `max_patches` is scaled down by one factor along every axis.
 
     Args:
-        size (`int`, defaults to 224):
-            Edge in pixels of the square with the area of a resized slice. ViT, DINO and MAE use 224.
-        num_frames (`int`, defaults to 32):
-            Maximum number of slices or frames. With patches of 4 x 16 x 16, 32 gives a CT a grid of 8 x 14 x 14, about
-            the work of eight X-rays.
-        max_patches (`int`, defaults to 2048):
-            Maximum number of patches of a scan. 2048 is the next power of two above the 1,568 patches of that CT. It
-            bounds the memory of attention and applies only to larger settings and elongated scans.
-        patch_size (`int`, defaults to 16):
-            Edge of a patch in pixels. Must equal the encoder's, see `M3RetConfig`.
-        patch_depth (`int`, defaults to 4):
-            Slices or frames of a patch. Must equal the encoder's.
-        num_channels (`int`, defaults to 3):
-            Channels of a patch. Must equal the encoder's.
-        image_mean (`float`, defaults to 0.5):
-            Subtracted from values in [0, 1]. One number for all channels, since ImageNet's colour means describe no
-            scan.
-        image_std (`float`, defaults to 0.5):
-            Divides the centred values. Together with `image_mean`, maps [0, 1] to [-1, 1].
+        size: edge in pixels of the square with the area of a resized slice. ViT, DINO and MAE use 224.
+        num_frames: maximum number of slices or frames. With patches of 4 x 16 x 16, 32 gives a CT a grid of
+            8 x 14 x 14, about the work of eight X-rays.
+        max_patches: maximum number of patches of a scan. 2048 is the next power of two above the 1,568 patches of that
+            CT. It bounds the memory of attention and applies only to larger settings and elongated scans.
+        patch_size: edge of a patch in pixels. Must equal the encoder's, as must the next two; see `M3RetConfig`.
+        patch_depth: slices or frames of a patch.
+        num_channels: channels of a patch.
+        image_mean: subtracted from values in [0, 1]. One number for all channels, since ImageNet's colour means
+            describe no scan.
+        image_std: divides the centred values. Together with `image_mean`, maps [0, 1] to [-1, 1].
 
     Raises:
         ValueError: if a size is less than 1.
@@ -89,11 +81,9 @@ class M3RetImageProcessor(BaseImageProcessor):
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
-        if min(size, num_frames, max_patches, patch_size, patch_depth) < 1:
-            raise ValueError(
-                "invalid image processor settings: expected size, num_frames, max_patches, patch_size and patch_depth "
-                f"of at least 1, got {size}, {num_frames}, {max_patches}, {patch_size} and {patch_depth}"
-            )
+        _require_positive(
+            size=size, num_frames=num_frames, max_patches=max_patches, patch_size=patch_size, patch_depth=patch_depth
+        )
         self.size = size
         self.num_frames = num_frames
         self.max_patches = max_patches
@@ -117,9 +107,7 @@ class M3RetImageProcessor(BaseImageProcessor):
 
         Args:
             images: one scan or a list of scans; see the class for the kinds.
-            size: overrides the processor's setting.
-            num_frames: overrides the processor's setting.
-            max_patches: overrides the processor's setting.
+            size: overrides the processor's setting, as do `num_frames` and `max_patches`.
             return_tensors: type of the returned arrays, as in every image processor.
 
         Returns:
@@ -131,10 +119,8 @@ class M3RetImageProcessor(BaseImageProcessor):
             TypeError: if an argument is unknown.
         """
         if unknown:
-            raise TypeError(
-                "unknown argument: expected size, num_frames, max_patches or return_tensors, got "
-                f"{', '.join(sorted(unknown))}"
-            )
+            names = ", ".join(sorted(unknown))
+            raise TypeError(f"unknown argument: expected size, num_frames, max_patches or return_tensors, got {names}")
         settings = {"size": size, "num_frames": num_frames, "max_patches": max_patches}
         scans = images if isinstance(images, (list, tuple)) else [images]
         if not scans:
@@ -143,11 +129,7 @@ class M3RetImageProcessor(BaseImageProcessor):
         return BatchFeature({"pixel_values": rows, "grid_thw": grids}, tensor_type=return_tensors)
 
     def read(self, source: Any, num_frames: int | None = None) -> Scan:
-        """Read one scan; of a clip only the frames that will be used.
-
-        Raises:
-            M3RetReadError: if the scan cannot be read.
-        """
+        """Read one scan, of a clip only the frames that will be used, or raise `M3RetReadError`."""
         return read_scan(source, num_frames=self.num_frames if num_frames is None else num_frames)
 
     def pack(self, volumes: Sequence[Tensor], compact_images: bool = False) -> tuple[Tensor, Tensor]:
@@ -177,14 +159,9 @@ class M3RetImageProcessor(BaseImageProcessor):
         return -(-D // self.patch_depth), H // self.patch_size, W // self.patch_size
 
     def resize(self, scan: Scan, **settings: int | None) -> Tensor:
-        """Resize a scan by the size policy and normalise it.
+        """Resize a scan by the size policy and normalise it: `(1 or 3, D, H, W)` float32.
 
-        Args:
-            scan: from `read`.
-            settings: `size`, `num_frames` and `max_patches`, as in `preprocess`.
-
-        Returns:
-            `(1 or 3, D, H, W)` float32.
+        The settings are `size`, `num_frames` and `max_patches`, as in `preprocess`.
         """
         # copied, since torch cannot wrap read-only arrays
         volume = torch.from_numpy(scan.array if scan.array.flags.writeable else scan.array.copy())
@@ -216,9 +193,7 @@ class M3RetImageProcessor(BaseImageProcessor):
             shape: `(D, H, W)` voxels.
             spacing: mm between voxel centres along D, H, W; None where unknown. Values that are not positive and finite
                 count as unknown.
-            size: overrides the processor's setting.
-            num_frames: overrides the processor's setting.
-            max_patches: overrides the processor's setting.
+            size: overrides the processor's setting, as do `num_frames` and `max_patches`.
 
         Raises:
             ValueError: if a setting is less than 1.
@@ -226,11 +201,7 @@ class M3RetImageProcessor(BaseImageProcessor):
         size = self.size if size is None else size
         num_frames = self.num_frames if num_frames is None else num_frames
         max_patches = self.max_patches if max_patches is None else max_patches
-        if min(size, num_frames, max_patches) < 1:
-            raise ValueError(
-                "invalid size policy: expected size, num_frames and max_patches of at least 1, got "
-                f"{size}, {num_frames} and {max_patches}"
-            )
+        _require_positive(size=size, num_frames=num_frames, max_patches=max_patches)
         D, H, W = shape
         slice_mm, row_mm, column_mm = (mm if mm is not None and 0 < mm < math.inf else None for mm in spacing)
         if row_mm is None or column_mm is None:
@@ -259,20 +230,20 @@ def _interpolate(frames: Tensor, height: int, width: int) -> Tensor:
     """Resize the planes of `(C, D, H, W)` to `(C, D, height, width)`, bilinear with antialiasing, in the same dtype."""
     if tuple(frames.shape[2:]) == (height, width):
         return frames
-    if frames.dtype == torch.uint8:
-        # channels_last, which is how decoders store colour, takes an eighth of the time
-        images = frames.transpose(0, 1).contiguous(memory_format=torch.channels_last)  # (D, C, H, W)
-        return _interpolate_2d(images, height, width).transpose(0, 1)
-    return _interpolate_2d(frames, height, width)
+    size, is_bytes = (height, width), frames.dtype == torch.uint8
+    # when nothing shrinks, antialiasing has no effect and doubles the time for floats
+    antialias = is_bytes or height < frames.shape[2] or width < frames.shape[3]
+    if is_bytes:  # channels_last, which is how decoders store colour, takes an eighth of the time
+        frames = frames.transpose(0, 1).contiguous(memory_format=torch.channels_last)  # (D, C, H, W)
+    resized = torch.nn.functional.interpolate(frames, size, mode="bilinear", antialias=antialias)
+    return resized.transpose(0, 1) if is_bytes else resized
 
 
-def _interpolate_2d(frames: Tensor, height: int, width: int) -> Tensor:
-    """Resize a batch of images `(N, C, H, W)`, with antialiasing only where it changes the result.
-
-    When nothing shrinks, antialiasing has no effect and doubles the time for floats.
-    """
-    shrinks = height < frames.shape[2] or width < frames.shape[3] or frames.dtype == torch.uint8
-    return torch.nn.functional.interpolate(frames, (height, width), mode="bilinear", antialias=shrinks)
+def _require_positive(**settings: int) -> None:
+    """Raise a ValueError that names the first setting below 1."""
+    for name, value in settings.items():
+        if value < 1:
+            raise ValueError(f"invalid {name}: expected at least 1, got {value}")
 
 
 __all__ = ["M3RetImageProcessor"]

@@ -25,11 +25,8 @@ def worker_context(preload: Sequence[str]) -> BaseContext:
     """Return a multiprocessing context whose workers are forked from a server process with preloaded modules.
 
     Forking this process instead would copy its threads in an undefined state. There is one server per process: its
-    first worker decides which modules are preloaded, and later workers import the rest themselves. Without forkserver
-    support (Windows) workers are spawned.
-
-    Args:
-        preload: names of the modules that the server imports. A module that cannot be imported is skipped.
+    first worker decides which modules are preloaded, and later workers import the rest themselves. A module that cannot
+    be imported is skipped. Without forkserver support (Windows) workers are spawned.
     """
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
