@@ -12,7 +12,6 @@ import csv
 import hashlib
 import io
 import re
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,40 +31,22 @@ HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One scan of a collection. `modality`, `anatomy` and `label` serve sampling and evaluation; no model sees them.
+    """One scan of a collection. `modality`, `anatomy` and `label` serve sampling and evaluation; no model sees them."""
 
-    Args:
-        id: identifier, unique in the collection.
-        location: file or folder of the scan, or its row in a Parquet data set.
-        modality: `xray`, `ultrasound`, `endoscopy`, `ct`, `mri`, or another name.
-        anatomy: body part, or empty.
-        label: labels, joined by `|`, or empty.
-        group: patient, or `id` if unknown.
-        split: `train`, `validation`, `test`, or empty if the collection has no splits.
-        source: name of the public collection that the scan comes from, or empty.
-        shape: slices, rows and columns in voxels, if the collection states them.
-        spacing: mm along each axis of `shape`, None where unknown.
-        is_clip: whether the slices are frames, from which the processor samples `num_frames`.
-    """
-
-    id: str
-    location: Path | ParquetRow
-    modality: str
-    anatomy: str
-    label: str
-    group: str
-    split: str = ""
-    source: str = ""
-    shape: tuple[int, int, int] | None = None
-    spacing: tuple[float | None, float | None, float | None] = (None, None, None)
-    is_clip: bool = False
+    id: str  # unique in the collection
+    location: Path | ParquetRow  # file or folder of the scan, or its row in a Parquet data set
+    modality: str  # `xray`, `ultrasound`, `endoscopy`, `ct`, `mri`, or another name
+    anatomy: str  # body part, or empty
+    label: str  # labels, joined by `|`, or empty
+    group: str  # patient, or `id` if unknown
+    split: str = ""  # `train`, `validation`, `test`, or empty if the collection has no splits
+    source: str = ""  # name of the public collection that the scan comes from, or empty
+    shape: tuple[int, int, int] | None = None  # slices, rows and columns in voxels, if the collection states them
+    spacing: tuple[float | None, float | None, float | None] = (None, None, None)  # mm along `shape`, None if unknown
+    is_clip: bool = False  # whether the slices are frames, from which the processor samples `num_frames`
 
     def open(self) -> Path | dict[str, Any]:
-        """Return what `read_scan` takes: a path, or the fetched row.
-
-        Raises:
-            M3RetReadError: if the row cannot be fetched.
-        """
+        """Return what `read_scan` takes: a path, or the fetched row. A failed fetch raises `M3RetReadError`."""
         return self.location.open() if isinstance(self.location, ParquetRow) else self.location
 
 
@@ -85,7 +66,7 @@ def open_collection(data: str | Path, *, stream: bool = False) -> list[Record]:
             return read_manifest(phantom_folder(str(data)))
         if HUB_NAME.fullmatch(str(data)):
             try:
-                return read_parquet(hub_shards(str(data), stream))
+                return _read_parquet(hub_shards(str(data), stream))
             except HfHubHTTPError as error:
                 status = getattr(error.response, "status_code", "no answer")
                 raise CollectionError(
@@ -93,7 +74,7 @@ def open_collection(data: str | Path, *, stream: bool = False) -> list[Record]:
                     f"Hub the status {status}. Check the name; if the data set is private, log in with `hf auth login`."
                 ) from error
     elif (Path(data) / "data").is_dir() and not (Path(data) / "manifest.csv").is_file():
-        return read_parquet(local_shards(Path(data)))
+        return _read_parquet(local_shards(Path(data)))
     if stream:
         raise CollectionError(
             f"cannot stream {data}: expected a Parquet data set (ORG/NAME on the Hub or a folder with data/*.parquet), "
@@ -102,12 +83,7 @@ def open_collection(data: str | Path, *, stream: bool = False) -> list[Record]:
     return read_manifest(Path(data))
 
 
-def read_parquet(shards: Shards) -> list[Record]:
-    """Return the records of a Parquet data set, in the order of its shards and rows.
-
-    Raises:
-        CollectionError: if the data set does not match the schema.
-    """
+def _read_parquet(shards: Shards) -> list[Record]:
     return [
         Record(
             id=row["id"],
@@ -132,11 +108,7 @@ def _triple(values: Sequence[Any] | None) -> Any:
 
 
 def phantom_folder(data: str) -> Path:
-    """Return the folder of `phantom[:SUBJECTS[:SEED]]`, and make the phantom if it does not exist yet.
-
-    Raises:
-        CollectionError: if SUBJECTS or SEED is not a whole number.
-    """
+    """Return the folder of `phantom[:SUBJECTS[:SEED]]`, and make the phantom if it does not exist yet."""
     from ..phantom.dataset import write_phantom  # loads SciPy and codecs, which no other collection needs
 
     numbers = data.split(":")[1:]
@@ -158,47 +130,43 @@ def read_manifest(folder: Path) -> list[Record]:
             names a file outside the folder.
     """
     manifest = folder / "manifest.csv"
+    columns = ", ".join(COLUMNS)
+
+    def error(problem: str, expected: str, got: str, advice: str) -> CollectionError:
+        return CollectionError(f"{manifest}{problem}: expected {expected}, got {got}. {advice}")
+
     if not manifest.is_file():
-        raise CollectionError(
-            f"{folder} is not a collection: expected a folder with manifest.csv or data/*.parquet, got neither. "
-            f"Check the path, or write a manifest with the columns {', '.join(COLUMNS)}."
+        expected = f"manifest.csv or data/*.parquet in {folder}"
+        raise error(
+            " is missing", expected, "neither", f"Check the path, or write a manifest with the columns {columns}."
         )
     try:
         text = manifest.read_text(encoding="utf-8-sig")  # spreadsheets write a byte order mark
-    except UnicodeDecodeError as error:
-        raise CollectionError(
-            f"{manifest} cannot be decoded: expected UTF-8, got byte {error.object[error.start]:#04x} at "
-            f"{error.start}. Save it as UTF-8."
-        ) from error
-    with io.StringIO(text, newline="") as lines:
-        reader = csv.DictReader(lines)
-        if missing := [column for column in COLUMNS if column not in (reader.fieldnames or ())]:
-            raise CollectionError(
-                f"{manifest} lacks columns: expected {', '.join(COLUMNS)}, got {', '.join(reader.fieldnames or ())}. "
-                f"Add {', '.join(missing)}."
+    except UnicodeDecodeError as wrong:
+        got = f"byte {wrong.object[wrong.start]:#04x} at {wrong.start}"
+        raise error(" cannot be decoded", "UTF-8", got, "Save it as UTF-8.") from wrong
+    reader = csv.DictReader(io.StringIO(text, newline=""))
+    present = reader.fieldnames or ()
+    if missing := [column for column in COLUMNS if column not in present]:
+        raise error(" lacks columns", columns, ", ".join(present), f"Add {', '.join(missing)}.")
+    records: dict[str, Record] = {}
+    for row in reader:
+        line = f", line {reader.line_num}"
+        if any(row[column] is None for column in COLUMNS) or not row["file"] or not row["modality"]:
+            expected = f"a cell in each of the columns {columns}, file and modality not empty"
+            raise error(f"{line} is incomplete", expected, "fewer", "Complete the row or remove it.")
+        if not stays_inside(row["file"]):
+            expected = f"a path inside {folder}"
+            raise error(
+                f"{line} names a file outside the folder", expected, row["file"], "Move the file into the folder."
             )
-        records = []
-        for row in reader:
-            if any(row[column] is None for column in COLUMNS) or not row["file"] or not row["modality"]:
-                raise CollectionError(
-                    f"{manifest}, line {reader.line_num} is incomplete: expected a cell in each of the columns "
-                    f"{', '.join(COLUMNS)}, file and modality not empty, got fewer. Complete the row or remove it."
-                )
-            path = folder / row["file"]
-            if not stays_inside(row["file"]):
-                raise CollectionError(
-                    f"{manifest}, line {reader.line_num} names a file outside the folder: expected a path inside "
-                    f"{folder}, got {row['file']}. Move the file into the folder."
-                )
-            columns = (row["modality"], row["anatomy"], row["label"], row["group"] or row["id"])
-            records.append(Record(row["id"], path, *columns, source=row.get("source") or ""))
+        if row["id"] in records:
+            raise error(f"{line} repeats an id", "a unique id", repr(row["id"]), "Rename it.")
+        labels = (row["modality"], row["anatomy"], row["label"], row["group"] or row["id"])
+        records[row["id"]] = Record(row["id"], folder / row["file"], *labels, source=row.get("source") or "")
     if not records:
-        raise CollectionError(f"{manifest} is empty: expected one row per scan, got none. Add rows.")
-    if repeated := [id for id, count in Counter(record.id for record in records).items() if count > 1]:
-        raise CollectionError(
-            f"{manifest} repeats ids: expected unique ids, got {repeated[0]!r} more than once. Rename all but one."
-        )
-    return records
+        raise error(" is empty", "one row per scan", "none", "Add rows.")
+    return list(records.values())
 
 
 def split_training_and_held_out(records: Sequence[Record], holdout: float) -> tuple[list[Record], list[Record]]:
@@ -206,13 +174,6 @@ def split_training_and_held_out(records: Sequence[Record], holdout: float) -> tu
 
     The collection's own training and validation splits are used if it has them. Otherwise a fraction of the patients of
     its training split, or of the whole collection if it has no splits, is held out. A test split is never used.
-
-    Args:
-        records: the whole collection.
-        holdout: fraction of the patients to hold out.
-
-    Returns:
-        The training records and the held-out records.
     """
     usable = [record for record in records if record.split in ("", "train")]
     validation = [record for record in records if record.split == "validation"]
@@ -222,11 +183,8 @@ def split_training_and_held_out(records: Sequence[Record], holdout: float) -> tu
 def split_by_group(records: Sequence[Record], holdout: float) -> tuple[list[Record], list[Record]]:
     """Split records into training and held-out ones, with all records of a group on the same side.
 
-    The side depends on a hash of the group's name alone, so a group keeps its side when data is added.
-
-    Args:
-        records: any records.
-        holdout: expected fraction of the groups that is held out.
+    The side depends on a hash of the group's name alone, so a group keeps its side when data is added. `holdout` is the
+    expected fraction of the groups that is held out.
     """
     training: list[Record] = []
     held_out: list[Record] = []
@@ -238,11 +196,7 @@ def split_by_group(records: Sequence[Record], holdout: float) -> tuple[list[Reco
 
 
 def check_modalities(names: Sequence[str], records: Iterable[Record]) -> None:
-    """Check that modalities exist, in the schema or in the records. Case is ignored.
-
-    Raises:
-        CollectionError: for an unknown modality.
-    """
+    """Raise a `CollectionError` for modalities that are neither in the schema nor in the records. Case is ignored."""
     known = {*MODALITIES, *(record.modality for record in records)}
     if unknown := sorted({name.casefold() for name in names} - {name.casefold() for name in known}):
         raise CollectionError(

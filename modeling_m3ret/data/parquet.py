@@ -14,7 +14,8 @@ import re
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -38,19 +39,12 @@ MAX_OPEN_SHARDS = 32
 
 @dataclass(frozen=True, slots=True)
 class ParquetRow:
-    """The location of a row.
+    """The location of a row."""
 
-    Args:
-        shard: path, or `hf://datasets/ORG/NAME@REVISION/data/...`.
-        group: index of the row group in the shard.
-        row: index of the row in the row group.
-        size: bytes of its media.
-    """
-
-    shard: str
-    group: int
-    row: int
-    size: int
+    shard: str  # path, or `hf://datasets/ORG/NAME@REVISION/data/...`
+    group: int  # index of the row group in the shard
+    row: int  # index of the row in the row group
+    size: int  # bytes of its media
 
     def open(self) -> dict[str, Any]:
         """Return the row as `read_scan` takes it: the bytes of its image, video or volume, its spacing and intensity.
@@ -61,22 +55,13 @@ class ParquetRow:
         return process_reader().row(self)
 
 
-# ---------------------------------------------------------------------------------------------------- locating the rows
-
-
 @dataclass(frozen=True)
 class Shards:
-    """The Parquet files of a data set, `data/SPLIT-00000-of-00000.parquet`.
+    """The Parquet files of a data set, `data/SPLIT-00000-of-00000.parquet`."""
 
-    Args:
-        name: name of the data set, for messages.
-        files: paths or `hf://` addresses, sorted.
-        index: local path of `index.parquet`, if there is one.
-    """
-
-    name: str
-    files: list[str]
-    index: Path | None
+    name: str  # of the data set, for messages
+    files: list[str]  # paths or `hf://` addresses, sorted
+    index: Path | None  # local path of `index.parquet`, if there is one
 
 
 def local_shards(folder: Path) -> Shards:
@@ -87,11 +72,9 @@ def local_shards(folder: Path) -> Shards:
 
 
 def hub_shards(name: str, stream: bool) -> Shards:
-    """Return the shards of a data set on the Hub, all from the commit that its revision refers to now.
+    """Return the shards of `ORG/NAME[@REVISION]` on the Hub, all from the commit that the revision refers to now.
 
-    Args:
-        name: `ORG/NAME` or `ORG/NAME@REVISION`.
-        stream: return addresses on the Hub instead of downloading the shards.
+    If streaming, these are addresses on the Hub; otherwise they are downloaded.
 
     Raises:
         HfHubHTTPError: if the data set does not exist or must not be read.
@@ -123,18 +106,14 @@ def read_locations(shards: Shards) -> Iterator[tuple[ParquetRow, str, dict[str, 
             f"{shards.name} has no shards: expected data/SPLIT-00000-of-00000.parquet with SPLIT one of "
             f"{', '.join(SPLITS)}, got no such file. Build the data set with dataset_scripts/build.py."
         )
-    table = _read_index(shards)
-    if table is None:
-        table = build_index(shards)
-    modalities = modality_names(table.schema)
+    table = _read_index(shards) or build_index(shards)
+    modalities = _modality_names(table.schema)
     files = {_file_name(file): file for file in shards.files}
     for row in table.to_pylist():
         location = ParquetRow(files[row["shard"]], row["group"], row["row"], row["size"])
         if isinstance(row["modality"], int):
             row["modality"] = modalities[row["modality"]]
-        split = SHARD_NAME.fullmatch(row["shard"])
-        assert split is not None
-        yield location, split["split"], row
+        yield location, row["shard"].split("-")[0], row
 
 
 def _file_name(file: str) -> str:
@@ -177,35 +156,27 @@ def build_index(shards: Shards) -> pa.Table:
 
 
 def add_location_columns(shard: str, parquet: pq.ParquetFile, table: pa.Table) -> pa.Table:
-    """Append the columns `shard`, `group`, `row` and `size` to a table of a shard's rows.
+    """Append the columns `shard`, `group`, `row` and `size` to a table of all rows of a shard.
 
-    Args:
-        shard: file name of the shard.
-        parquet: the open shard.
-        table: other columns of all its rows.
-
-    Returns:
-        The table with four more columns. `size` is the mean number of bytes per row of the row group, since the size of
-        a single row is known only after reading it.
+    `shard` is the file name. `size` is the mean number of bytes per row of the row group, since the size of a single
+    row is known only after reading it.
     """
-    groups: list[int] = []
-    rows: list[int] = []
-    sizes: list[int] = []
-    for group in range(parquet.metadata.num_row_groups):
-        metadata = parquet.metadata.row_group(group)
-        groups += [group] * metadata.num_rows
-        rows += range(metadata.num_rows)
-        size = sum(metadata.column(column).total_compressed_size for column in range(metadata.num_columns))
-        sizes += [size // metadata.num_rows] * metadata.num_rows
+    groups = [parquet.metadata.row_group(group) for group in range(parquet.metadata.num_row_groups)]
+    rows = [(group, row) for group, metadata in enumerate(groups) for row in range(metadata.num_rows)]
+    sizes = [
+        sum(metadata.column(column).total_compressed_size for column in range(metadata.num_columns))
+        // metadata.num_rows
+        for metadata in groups
+    ]
     return (
         table.append_column("shard", pa.array([shard] * len(rows), pa.string()))
-        .append_column("group", pa.array(groups, pa.int32()))
-        .append_column("row", pa.array(rows, pa.int32()))
-        .append_column("size", pa.array(sizes, pa.int64()))
+        .append_column("group", pa.array([group for group, _ in rows], pa.int32()))
+        .append_column("row", pa.array([row for _, row in rows], pa.int32()))
+        .append_column("size", pa.array([sizes[group] for group, _ in rows], pa.int64()))
     )
 
 
-def modality_names(schema: pa.Schema) -> Sequence[str]:
+def _modality_names(schema: pa.Schema) -> Sequence[str]:
     """Return the names of the modality column's class indices, from the metadata that `datasets` writes."""
     try:
         metadata = json.loads((schema.metadata or {})[b"huggingface"])
@@ -214,28 +185,16 @@ def modality_names(schema: pa.Schema) -> Sequence[str]:
         return MODALITIES
 
 
-# ---------------------------------------------------------------------------------------------------- fetching the rows
-
-
 @dataclass(frozen=True)
 class Blocks:
-    """Row groups that are fetched together.
+    """Row groups that are fetched together."""
 
-    Args:
-        block_of_row: `(n,)` int64 index of the block of each row.
-        ranges: shard, first row group and end row group of each block.
-    """
-
-    block_of_row: np.ndarray
-    ranges: list[tuple[str, int, int]]
+    block_of_row: np.ndarray  # (n,) int64 index of the block of each row
+    ranges: list[tuple[str, int, int]]  # shard, first row group and end row group of each block
 
 
 def group_into_blocks(rows: Sequence[ParquetRow]) -> Blocks:
-    """Group neighbouring row groups of a shard into blocks of about `BLOCK_BYTES`.
-
-    Args:
-        rows: locations in the order of shards, row groups and rows.
-    """
+    """Group neighbouring row groups into blocks of about `BLOCK_BYTES`, for rows in the order of shards and rows."""
     block_of_row: list[int] = []
     ranges: list[tuple[str, int, int]] = []
     size = 0
@@ -261,8 +220,8 @@ class RowReader:
     def __init__(self, cache_bytes: int = 2**29):
         self.cache_bytes = cache_bytes
         self._groups: OrderedDict[tuple[str, int], pa.Table] = OrderedDict()
-        self._files: OrderedDict[str, pq.ParquetFile] = OrderedDict()
         self._bytes = 0
+        self._open = lru_cache(MAX_OPEN_SHARDS)(open_parquet)
 
     def row(self, location: ParquetRow) -> dict[str, Any]:
         """Return a row as `read_scan` takes it, and fetch its row group if it is not cached.
@@ -274,12 +233,8 @@ class RowReader:
         if key not in self._groups:
             self.fetch(location.shard, location.group, location.group + 1)
         self._groups.move_to_end(key)
-        table = self._groups[key].slice(location.row, 1)
-        row = {name: table.column(name)[0].as_py() for name in FETCHED_COLUMNS if name in table.column_names}
-        for name in MEDIA:
-            media = table.column(name)[0] if name in table.column_names else None
-            row[name] = media["bytes"].as_py() if media is not None and media.is_valid else None
-        return row
+        row = self._groups[key].slice(location.row, 1).to_pylist()[0]
+        return row | {name: row[name]["bytes"] if row.get(name) else None for name in MEDIA}
 
     def fetch(self, shard: str, first: int, end: int) -> None:
         """Fetch the row groups `first` to `end` that are not cached, in one read.
@@ -292,7 +247,7 @@ class RowReader:
             return
         read = partial(self._read_row_groups, shard, missing)
         try:
-            table = hub_retries(f"reading {_file_name(shard)}")(read) if "://" in shard else read()
+            tables = hub_retries(f"reading {_file_name(shard)}")(read) if "://" in shard else read()
         except Exception as error:  # the HTTP libraries below raise exceptions of many types
             raise M3RetReadError(
                 _file_name(shard),
@@ -301,33 +256,22 @@ class RowReader:
                 got=type(error).__name__,
                 advice="Check the connection, or download the data set again.",
             ) from error
-        start = 0
-        for group in missing:
-            rows = self._open(shard).metadata.row_group(group).num_rows
-            piece = table.slice(start, rows)
-            start += rows
-            self._groups[shard, group] = piece
-            self._bytes += piece.nbytes
+        self._groups.update(zip(((shard, group) for group in missing), tables, strict=True))
+        self._bytes += sum(table.nbytes for table in tables)
         while self._bytes > self.cache_bytes and len(self._groups) > len(missing):
             _, oldest = self._groups.popitem(last=False)
             self._bytes -= oldest.nbytes
 
-    def _read_row_groups(self, shard: str, groups: list[int]) -> pa.Table:
+    def _read_row_groups(self, shard: str, groups: list[int]) -> list[pa.Table]:
         try:
             parquet = self._open(shard)
             names = [name for name in (*MEDIA, *FETCHED_COLUMNS) if name in parquet.schema_arrow.names]
-            return parquet.read_row_groups(groups, columns=names, use_threads=False)
+            table = parquet.read_row_groups(groups, columns=names, use_threads=False)
         except Exception:
-            self._files.pop(shard, None)  # the connection may be broken: reopen the shard at the next attempt
+            self._open.cache_clear()  # the connection may be broken: reopen the shards at the next attempt
             raise
-
-    def _open(self, shard: str) -> pq.ParquetFile:
-        if shard not in self._files:
-            self._files[shard] = open_parquet(shard)
-            if len(self._files) > MAX_OPEN_SHARDS:
-                self._files.popitem(last=False)
-        self._files.move_to_end(shard)
-        return self._files[shard]
+        ends = list(accumulate(parquet.metadata.row_group(group).num_rows for group in groups))
+        return [table.slice(start, end - start) for start, end in pairwise([0, *ends])]
 
 
 def open_parquet(shard: str) -> pq.ParquetFile:
@@ -340,13 +284,11 @@ def open_parquet(shard: str) -> pq.ParquetFile:
     return pq.ParquetFile(HfFileSystem().open(shard, "rb", cache_type="none"), pre_buffer=True)
 
 
-_readers: dict[int, RowReader] = {}
-
-
 def process_reader() -> RowReader:
     """Return the reader of this process. A forked worker gets its own: connections and files cannot be shared."""
-    process = os.getpid()
-    if process not in _readers:
-        _readers.clear()
-        _readers[process] = RowReader()
-    return _readers[process]
+    return _reader_of_process(os.getpid())
+
+
+@lru_cache(maxsize=1)
+def _reader_of_process(process: int) -> RowReader:
+    return RowReader()
