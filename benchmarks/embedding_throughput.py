@@ -10,24 +10,13 @@ speeds, round by round, are printed with the smallest and the largest ratio.
 from __future__ import annotations
 
 import argparse
-import statistics
-from collections.abc import Callable
+from functools import partial
 
 import torch
-from timing import interleaved_seconds, pad_to_longest, speed_ratio
+from timing import compare, pad_to_longest
 from transformers import DINOv3ViTConfig, DINOv3ViTModel
 
-from modeling_m3ret import M3RetConfig, M3RetModel
-from modeling_m3ret.packing_m3ret import patchify
-
-
-def compare(name: str, ours: Callable[[], object], other: Callable[[], object], rounds: int) -> None:
-    """Print the median times of two calls and the ratio of their speeds (ours over the other)."""
-    with torch.inference_mode():
-        times = interleaved_seconds({"ours": ours, "other": other}, rounds)
-    our_time, other_time = (1e3 * statistics.median(times[side]) for side in ("ours", "other"))
-    ratio = speed_ratio(times["ours"], times["other"])
-    print(f"{name:42s} ours {our_time:8.1f} ms   other {other_time:8.1f} ms   speed ratio {ratio}", flush=True)
+from modeling_m3ret import M3RetConfig, M3RetImageProcessor, M3RetModel
 
 
 def main() -> None:
@@ -39,36 +28,22 @@ def main() -> None:
 
     torch.manual_seed(0)
     config = getattr(M3RetConfig, arguments.preset)()
-    dinov3_config = DINOv3ViTConfig(
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        num_hidden_layers=config.num_hidden_layers,
-        num_attention_heads=config.num_attention_heads,
-        num_register_tokens=config.num_register_tokens,
-    )
+    sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_register_tokens")
+    dinov3_config = DINOv3ViTConfig(**{name: getattr(config, name) for name in sizes})
     images = torch.randn(arguments.batch, 3, 224, 224)
     # at the processor's default sizes: X-rays of 224 x 224, clips of 16 frames, a CT of 32 slices
     mixed = [torch.randn(3, depth, 224, 224) for depth in (1, 1, 1, 1, 16, 16, 32)]
+    rows, grids = M3RetImageProcessor().pack(mixed)
+    padded = pad_to_longest(mixed)
     for dtype in (torch.float32, torch.bfloat16):
         model = M3RetModel(config).eval().to(dtype)
         dinov3 = DINOv3ViTModel(dinov3_config).eval().to(dtype)
-        precision = str(dtype).removeprefix("torch.")
-        dense = images.to(dtype)
-        compare(
-            f"{arguments.preset} {arguments.batch} x 224x224 vs DINOv3, {precision}",
-            lambda model=model, dense=dense: model(dense),
-            lambda model=dinov3, dense=dense: model(dense),
-            arguments.rounds,
-        )
-        rows = torch.cat([patchify(scan[None], config.patch_depth, config.patch_size)[0] for scan in mixed]).to(dtype)
-        grids = torch.tensor([(-(-scan.shape[1] // config.patch_depth), 14, 14) for scan in mixed])
-        padded = pad_to_longest(mixed).to(dtype)
-        compare(
-            f"{arguments.preset} 4 X-rays + 2 clips + 1 CT vs padded, {precision}",
-            lambda model=model, rows=rows, grids=grids: model(rows, grids),
-            lambda model=model, padded=padded: model(padded),
-            max(3, arguments.rounds // 3),
-        )
+        print(f"{arguments.preset}, {dtype}: {arguments.batch} images of 224 x 224; 4 X-rays, 2 clips and 1 CT")
+        dense = {"dense": partial(model, images.to(dtype)), "DINOv3": partial(dinov3, images.to(dtype))}
+        packed = {"packed": partial(model, rows.to(dtype), grids), "padded": partial(model, padded.to(dtype))}
+        with torch.inference_mode():
+            compare(dense, [("dense", "DINOv3")], arguments.rounds)
+            compare(packed, [("packed", "padded")], max(3, arguments.rounds // 3))
 
 
 if __name__ == "__main__":

@@ -16,10 +16,12 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import faiss
+import numpy as np
 import pyarrow as pa
 import torch
 from timing import seconds
@@ -36,57 +38,41 @@ FACTS = ModelFacts("synthetic", "0", "0")
 
 
 def sample_embeddings(rows: int, dimension: int, centres: Tensor | None, seed: int) -> Tensor:
-    """Return `(rows, dimension)` float16 of norm 1: around random centres, or uniform on the sphere."""
+    """Return `(rows, dimension)` float32 of norm 1: around random centres, or uniform on the sphere."""
     generator = torch.Generator().manual_seed(seed)
-    vectors = torch.empty(rows, dimension, dtype=torch.float16)
+    vectors = torch.empty(rows, dimension)
     for start in range(0, rows, 65536):
         count = min(65536, rows - start)
         block = torch.randn(count, dimension, generator=generator)
         if centres is not None:
             block = centres[torch.randint(len(centres), (count,), generator=generator)] + 0.7 * block
-        vectors[start : start + count] = torch.nn.functional.normalize(block, dim=1).half()
+        vectors[start : start + count] = torch.nn.functional.normalize(block, dim=1)
     return vectors
-
-
-def milliseconds(call: Callable[[], Any]) -> float:
-    return 1e3 * seconds(call)
 
 
 def print_latencies(name: str, search: Callable[[Tensor], Any], queries: Tensor) -> None:
     """Print the latency of single queries, of 100 queries and of 1,000 queries."""
     search(queries[:1]), search(queries[:100])
-    single = sorted(milliseconds(lambda q=query: search(q[None])) for query in queries[:100])
-    hundred = statistics.median(milliseconds(lambda: search(queries[:100])) for _ in range(3))
-    thousand = milliseconds(lambda: search(queries))
-    print(
-        f"{name:34} one query p50 {single[50]:8.2f} ms, p95 {single[95]:8.2f} ms   100: {hundred:8.0f} ms   "
-        f"1,000: {thousand:8.0f} ms",
-        flush=True,
-    )
+    print_single(name, [seconds(partial(search, query[None])) for query in queries[:100]])
+    hundred = statistics.median(seconds(partial(search, queries[:100])) for _ in range(3))
+    thousand = seconds(partial(search, queries))
+    print(f"{name:34} 100 queries {1e3 * hundred:8.0f} ms, 1,000 queries {1e3 * thousand:8.0f} ms", flush=True)
 
 
-def build_exact(rows: int, gallery: Tensor) -> RetrievalIndex:
-    metadata = pa.table(
-        {
-            "id": pa.array(map(str, range(rows))),
-            "patient": pa.array(str(row // 3) for row in range(rows)),
-            "anatomy": pa.array(str(row % 100) for row in range(rows)),
-        }
-    )
-    start = time.perf_counter()
-    index = RetrievalIndex.build(gallery, metadata, FACTS, "exact")
-    print(f"exact: built in {time.perf_counter() - start:.1f} s, {index.embeddings.nbytes / 2**20:,.0f} MiB")
-    return index
+def print_single(name: str, times: list[float]) -> None:
+    """Print the median and the 95th percentile of the seconds of single queries."""
+    p50, p95 = 1e3 * np.percentile(times, [50, 95])
+    print(f"{name:34} one query p50 {p50:8.2f} ms, p95 {p95:8.2f} ms", flush=True)
 
 
 def measure_filters(index: RetrievalIndex, queries: Tensor) -> None:
     """Print the latency of single queries with a filter to 1 % of the gallery."""
     index.search(queries[:1], 10, where=MetadataFilter(anatomy=["99"]))  # reads the columns
-    times = sorted(
-        milliseconds(lambda q=query, n=number: index.search(q[None], 10, where=MetadataFilter(anatomy=[str(n)])))
-        for number, query in enumerate(queries[:50])
-    )
-    print(f"{'exact, filter to 1 %':34} one query p50 {times[25]:8.2f} ms, p95 {times[47]:8.2f} ms")
+    times = []
+    for number, query in enumerate(queries[:50]):
+        where = MetadataFilter(anatomy=[str(number)])
+        times.append(seconds(partial(index.search, query[None], 10, where=where)))
+    print_single("exact, filter to 1 %", times)
 
 
 def measure_files(index: RetrievalIndex) -> None:
@@ -95,13 +81,6 @@ def measure_files(index: RetrievalIndex) -> None:
         for verify in (True, False):
             taken = seconds(lambda verify=verify: RetrievalIndex.load(Path(folder), verify=verify))
             print(f"loaded in {taken:.2f} s, {'with SHA-256 check' if verify else 'memory-mapped'}")
-
-
-def measure_faiss_flat(index: RetrievalIndex, queries: Tensor) -> None:
-    flat = faiss.IndexFlatIP(queries.shape[1])
-    for block in index.embeddings.split(65536):
-        flat.add(block.float().numpy())
-    print_latencies("faiss flat, float32", lambda q: flat.search(q.numpy(), 10), queries)
 
 
 def measure_approximate(index: RetrievalIndex, method: str, queries: Tensor, truth: Tensor) -> None:
@@ -122,22 +101,30 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=867_653, help="scans in the gallery")
     parser.add_argument("--dimension", type=int, default=768, help="dimension of the embeddings")
-    parser.add_argument(
-        "--methods", nargs="*", default=["ivf", "rabitq"], help="approximate indices; hnsw takes minutes to build"
-    )
+    help_methods = "approximate indices; hnsw takes minutes to build"
+    parser.add_argument("--methods", nargs="*", default=["ivf", "rabitq"], help=help_methods)
     parser.add_argument("--hard", action="store_true", help="uniform directions instead of clusters")
     parser.add_argument("--peer", action="store_true", help="also measure faiss' flat index in float32")
     arguments = parser.parse_args()
     prepare_cpu(1)
     rows, dimension = arguments.rows, arguments.dimension
     centres = None if arguments.hard else torch.randn(5000, dimension, generator=torch.Generator().manual_seed(1))
-    queries = sample_embeddings(1000, dimension, centres, 3).float()
-    index = build_exact(rows, sample_embeddings(rows, dimension, centres, 2).float())
+    queries = sample_embeddings(1000, dimension, centres, 3)
+    gallery = sample_embeddings(rows, dimension, centres, 2)
+    numbers = np.arange(rows)
+    columns = {"id": numbers, "patient": numbers // 3, "anatomy": numbers % 100}
+    metadata = pa.table({name: values.astype(str) for name, values in columns.items()})
+    start = time.perf_counter()
+    index = RetrievalIndex.build(gallery, metadata, FACTS, "exact")
+    print(f"exact: built in {time.perf_counter() - start:.1f} s, {index.embeddings.nbytes / 2**20:,.0f} MiB")
     print_latencies("exact", lambda q: index.search(q, 10), queries)
     measure_filters(index, queries)
     measure_files(index)
     if arguments.peer:
-        measure_faiss_flat(index, queries)
+        flat = faiss.IndexFlatIP(dimension)
+        for block in index.embeddings.split(65536):
+            flat.add(block.float().numpy())
+        print_latencies("faiss flat, float32", lambda q: flat.search(q.numpy(), 10), queries)
     truth = index.search(queries, 10).rows
     for method in arguments.methods:
         measure_approximate(index, method, queries, truth)

@@ -19,13 +19,16 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+import nibabel
 import numpy as np
+import pydicom
 import torch
+from PIL import Image
 from timing import interleaved_seconds, speed_ratio
 
 from dataset_scripts.builder import Pseudonyms, ScanBuilder
 from dataset_scripts.entries import Entry
-from dataset_scripts.shards import build_shards, plan_shards, write_index
+from dataset_scripts.shards import build_shards, plan_shards
 from dataset_scripts.sources.folder import Folder
 from modeling_m3ret import M3RetImageProcessor
 from modeling_m3ret.cpu import keep_freed_memory
@@ -38,29 +41,20 @@ SALT = b"benchmark"
 
 def kind_of(path: Path) -> str:
     """Return the name of a file format, for the table."""
-    if path.is_dir():
-        return "DICOM series"
-    return {".gz": "NIfTI, gzipped", ".nii": "NIfTI", ".dcm": "DICOM", ".mp4": "video"}.get(
-        path.suffix, path.suffix[1:].upper()
-    )
+    names = {".gz": "NIfTI, gzipped", ".nii": "NIfTI", ".dcm": "DICOM", ".mp4": "video"}
+    return "DICOM series" if path.is_dir() else names.get(path.suffix, path.suffix[1:].upper())
 
 
 def decode(path: Path) -> Any:
     """Decode a source file to an array, with the most common library for its format."""
     if path.is_dir():
-        import pydicom
-
-        return [pydicom.dcmread(slice_).pixel_array for slice_ in sorted(path.iterdir())]
+        return [decode(file) for file in sorted(path.iterdir())]
     if path.suffix == ".dcm":
-        import pydicom
-
         return pydicom.dcmread(path).pixel_array
     if path.suffix in (".nii", ".gz"):
-        import nibabel
-
         return nibabel.load(path).get_fdata(dtype=np.float32)  # dataobj may be a memory map that is not read yet
     if path.suffix == ".mp4":
-        import decord
+        import decord  # not on every platform
 
         video = decord.VideoReader(str(path), ctx=decord.cpu(0), num_threads=1)
         frames = min(len(video), 32)  # the frames that our reader samples
@@ -68,8 +62,6 @@ def decode(path: Path) -> Any:
     if path.suffix == ".npz":
         with np.load(path) as archive:
             return archive[archive.files[0]]
-    from PIL import Image
-
     return np.asarray(Image.open(io.BytesIO(path.read_bytes())))
 
 
@@ -91,9 +83,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "built"
         builder = ScanBuilder(Folder(), root, salt=SALT, cache_dir=folder)
-        shards = plan_shards({"train": [entry for entries in kinds.values() for entry in entries]})
-        build_shards(builder, output, shards)
-        write_index(output, shards)
+        build_shards(
+            builder, output, plan_shards({"train": [entry for entries in kinds.values() for entry in entries]})
+        )
         records = {record.id: record for record in open_collection(output)}
         pseudonyms = Pseudonyms(Folder.name, SALT)
         print(f"| {'scans/s':16} | scans |     read |   packed |  decoder | read / decoder    | packed / decoder  |")

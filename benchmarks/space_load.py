@@ -15,14 +15,13 @@ import json
 import os
 import random
 import socket
-import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -39,14 +38,7 @@ from modeling_m3ret.phantom.dataset import write_phantom
 PROJECT = Path(__file__).parents[1]
 TIMEOUT_SECONDS = 900.0
 REPORT_SECONDS = 10.0
-GALLERY = "phantom:8:1"
-
-
-def save_small_checkpoint(folder: Path) -> None:
-    """Save a checkpoint of two layers as wide as a ViT-T's: latencies are then those of reading and the page."""
-    config = M3RetConfig(hidden_size=192, intermediate_size=768, num_attention_heads=3, num_hidden_layers=2)
-    M3RetModel(config).save_pretrained(folder)
-    M3RetImageProcessor().save_pretrained(folder)
+Times = dict[str, list[float]]  # seconds of each request, by name
 
 
 @contextmanager
@@ -62,122 +54,102 @@ def serve_app(model: str, gallery: str, home: Path, log: Path) -> Iterator[tuple
     with log.open("wb") as lines:
         process = subprocess.Popen(command, env=environment, stdout=lines, stderr=lines)
     try:
-        while True:
+        while not _serves_page(address):
             if process.poll() is not None or time.perf_counter() - started > TIMEOUT_SECONDS:
-                raise SystemExit(
-                    f"app.py did not start. The end of its log:\n{log.read_text(errors='replace')[-2000:]}"
-                )
-            try:
-                if httpx.get(address, timeout=5).status_code == 200:
-                    break
-            except httpx.TransportError:
-                time.sleep(0.05)
+                raise SystemExit(f"app.py did not start. The end of its log:\n{log.read_text()[-2000:]}")
+            time.sleep(0.05)
         yield address, psutil.Process(process.pid), time.perf_counter() - started
     finally:
         process.terminate()
         process.wait(30)
 
 
-class Visitor:
-    """A simulated user with a set of files."""
-
-    def __init__(self, address: str, uploads: list[Path], seed: int):
-        self.address, self.uploads, self.random = address, uploads, random.Random(seed)
-
-    def visit(self, times: dict[str, list[float]], endpoint: str) -> None:
-        """Load the page, upload a scan and embed it, or search for it and for the scans similar to the first hit.
-
-        Args:
-            times: seconds of each request, appended by name.
-            endpoint: "embed" or "search".
-
-        Raises:
-            httpx.HTTPError: if a request fails.
-            RuntimeError: if the server reports an error.
-        """
-        with httpx.Client(base_url=self.address, timeout=TIMEOUT_SECONDS) as client:
-            with _timed(times, "page"):
-                client.get("/").raise_for_status()
-            with _timed(times, "upload"):
-                sent = client.post("/gradio_api/upload", files={"files": self.file()})
-                sent.raise_for_status()
-            scan = [{"path": path, "meta": {"_type": "gradio.FileData"}} for path in sent.json()]
-            if endpoint == "embed":
-                with _timed(times, "/embed"):
-                    _call(client, "embed", [scan])
-                return
-            with _timed(times, "/search"):
-                (answer,) = _call(client, "search", [scan, 8, [], [], False])
-            with _timed(times, "/similar"):
-                _call(client, "similar", [answer["hits"][0]["item"], 8, [], [], False])
-
-    def file(self) -> tuple[str, bytes]:
-        """Return name and content of a file: one of the scans, or, half of the time, an X-ray never uploaded before."""
-        path = self.random.choice(self.uploads)
-        if self.random.random() < 0.5:
-            return path.name, path.read_bytes()
-        pixels = np.full((512, 512), 90, np.uint8)
-        pixels[100:400, 150:350] = 200
-        pixels[self.random.randrange(512), self.random.randrange(512)] = self.random.randrange(256)
-        stream = io.BytesIO()
-        Image.fromarray(pixels).save(stream, "PNG")
-        return "xray.png", stream.getvalue()
+def _serves_page(address: str) -> bool:
+    try:
+        return httpx.get(address, timeout=5).is_success
+    except httpx.TransportError:
+        return False
 
 
-def _call(client: httpx.Client, endpoint: str, data: list[object]) -> list[dict]:
-    posted = client.post(f"/gradio_api/call/{endpoint}", json={"data": data})
-    posted.raise_for_status()
-    events = client.get(f"/gradio_api/call/{endpoint}/{posted.json()['event_id']}").text
-    for event in events.split("\n\n"):
+def visit(address: str, uploads: list[Path], generator: random.Random, times: Times, endpoint: str) -> None:
+    """Load the page, upload a scan and embed it, or search for it and for the scans similar to the first hit.
+
+    Raises:
+        httpx.HTTPError: if a request fails.
+        RuntimeError: if the server reports an error.
+    """
+    with httpx.Client(base_url=address, timeout=TIMEOUT_SECONDS) as client:
+        page = client.get("/").raise_for_status()
+        times["page"].append(page.elapsed.total_seconds())
+        file = _choose_file(uploads, generator)
+        sent = client.post("/gradio_api/upload", files={"files": file}).raise_for_status()
+        times["upload"].append(sent.elapsed.total_seconds())
+        scan = [{"path": path, "meta": {"_type": "gradio.FileData"}} for path in sent.json()]
+        if endpoint == "embed":
+            _call(client, times, "/embed", [scan])
+        else:
+            (answer,) = _call(client, times, "/search", [scan, 8, [], [], False])
+            _call(client, times, "/similar", [answer["hits"][0]["item"], 8, [], [], False])
+
+
+def _choose_file(uploads: list[Path], generator: random.Random) -> tuple[str, bytes]:
+    """Return name and content of one of the scans or, half of the time, of an X-ray never uploaded before."""
+    if generator.random() < 0.5:
+        path = generator.choice(uploads)
+        return path.name, path.read_bytes()
+    image = Image.new("L", (512, 512), 90)
+    image.paste(200, (150, 100, 350, 400))
+    image.putpixel((generator.randrange(512), generator.randrange(512)), generator.randrange(256))
+    stream = io.BytesIO()
+    image.save(stream, "PNG")
+    return "xray.png", stream.getvalue()
+
+
+def _call(client: httpx.Client, times: Times, endpoint: str, data: list[object]) -> list[dict]:
+    url = f"/gradio_api/call{endpoint}"
+    posted = client.post(url, json={"data": data}).raise_for_status()
+    answer = client.get(f"{url}/{posted.json()['event_id']}")
+    for event in answer.text.split("\n\n"):
         name, _, content = event.partition("\ndata: ")
         if name == "event: complete":
+            times[endpoint].append((posted.elapsed + answer.elapsed).total_seconds())
             return json.loads(content)
-    raise RuntimeError(f"/{endpoint}: {events[-200:]!r}")
-
-
-@contextmanager
-def _timed(times: dict[str, list[float]], request: str) -> Iterator[None]:
-    started = time.perf_counter()
-    yield
-    times[request].append(time.perf_counter() - started)
-
-
-def megabytes(process: psutil.Process) -> float:
-    return process.memory_info().rss / 2**20
+    raise RuntimeError(f"{endpoint}: {answer.text[-200:]!r}")
 
 
 def measure_load(address: str, process: psutil.Process, uploads: list[Path], users: int, seconds: float) -> None:
     """Let users visit the app for some seconds; print memory, throughput, errors and latencies."""
-    times: dict[str, list[float]] = defaultdict(list)
+    times: Times = defaultdict(list)
     errors: list[str] = []
-    Visitor(address, uploads, -1).visit(defaultdict(list), "search")  # warm-up: memory of the first use is not growth
-    print(f"memory at the start {megabytes(process):6.0f} MB", flush=True)
-    started = time.perf_counter()
+
+    def print_memory(moment: str) -> None:
+        print(f"memory {moment:12} {process.memory_info().rss / 2**20:6.0f} MB", flush=True)
 
     def keep_visiting(seed: int) -> None:
-        visitor = Visitor(address, uploads, seed)
+        generator = random.Random(seed)
         while time.perf_counter() - started < seconds:
             try:
-                visitor.visit(times, "embed" if visitor.random.random() < 0.2 else "search")
+                visit(address, uploads, generator, times, "embed" if generator.random() < 0.2 else "search")
             except (httpx.HTTPError, RuntimeError, ValueError) as error:
                 errors.append(f"{type(error).__name__}: {error}")
 
-    threads = [threading.Thread(target=keep_visiting, args=(seed,)) for seed in range(users)]
-    for thread in threads:
-        thread.start()
-    for tick in range(1, int(seconds // REPORT_SECONDS) + 1):
-        time.sleep(max(0.0, started + tick * REPORT_SECONDS - time.perf_counter()))
-        print(f"memory after {tick * REPORT_SECONDS:4.0f} s {megabytes(process):6.0f} MB", flush=True)
-    for thread in threads:
-        thread.join()
+    visit(address, uploads, random.Random(-1), defaultdict(list), "search")  # memory of the first use is not growth
+    print_memory("at the start")
+    started = time.perf_counter()
+    with ThreadPoolExecutor(users) as pool:
+        finished = pool.map(keep_visiting, range(users))
+        for tick in range(1, int(seconds // REPORT_SECONDS) + 1):
+            time.sleep(max(0.0, started + tick * REPORT_SECONDS - time.perf_counter()))
+            print_memory(f"after {tick * REPORT_SECONDS:4.0f} s")
+        list(finished)  # raises an error of a thread
     taken = time.perf_counter() - started
-    print(f"memory at the end   {megabytes(process):6.0f} MB")
+    print_memory("at the end")
     print(f"{users} users, {taken:.0f} s, {len(times['page']) / taken:.2f} visits a second, {len(errors)} errors")
-    for error in sorted(set(errors))[:5]:
-        print(f"  {errors.count(error)} x {error}")
+    for error, count in Counter(errors).most_common(5):
+        print(f"  {count} x {error}")
     for request, latencies in sorted(times.items()):
-        *_, p95 = statistics.quantiles(latencies, n=20) if len(latencies) > 1 else latencies
-        print(f"{request:9s} p50 {statistics.median(latencies):6.2f} s   p95 {p95:6.2f} s   {len(latencies)} requests")
+        p50, p95 = np.percentile(latencies, [50, 95])
+        print(f"{request:9s} p50 {p50:6.2f} s   p95 {p95:6.2f} s   {len(latencies)} requests")
 
 
 def main() -> None:
@@ -186,14 +158,16 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=120, help="duration of the measurement")
     parser.add_argument("--start", action="store_true", help="measure only the time to the first hits")
     parser.add_argument("--model", default=None, help="checkpoint folder or Hub id (default: small and untrained)")
-    parser.add_argument("--gallery", default=GALLERY, help=f"gallery, as for app.py (default: {GALLERY})")
+    parser.add_argument("--gallery", default="phantom:8:1", help="gallery, as for app.py (default: phantom:8:1)")
     arguments = parser.parse_args()
 
     with tempfile.TemporaryDirectory(prefix="m3ret-load-") as name:
         folder = Path(name)
         model = arguments.model or str(folder / "m3ret-small")
-        if arguments.model is None:
-            save_small_checkpoint(folder / "m3ret-small")
+        if arguments.model is None:  # two layers as wide as a ViT-T's: latencies are those of reading and the page
+            config = M3RetConfig(hidden_size=192, intermediate_size=768, num_attention_heads=3, num_hidden_layers=2)
+            M3RetModel(config).save_pretrained(model)
+            M3RetImageProcessor().save_pretrained(model)
         write_phantom(folder / "uploads", subjects=4, workers=0)
         uploads = [record.location for record in read_manifest(folder / "uploads") if Path(record.location).is_file()]
         for start in ("without cached embeddings", "with cached embeddings"):
@@ -202,7 +176,7 @@ def main() -> None:
                 if not arguments.start:
                     measure_load(address, process, uploads, arguments.users, arguments.seconds)
                     return
-                Visitor(address, uploads, 0).visit(defaultdict(list), "search")
+                visit(address, uploads, random.Random(0), defaultdict(list), "search")
                 until_hits = time.perf_counter() - started
                 print(f"{start}: page after {until_page:.1f} s, first hits after {until_hits:.1f} s", flush=True)
 

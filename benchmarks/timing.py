@@ -34,6 +34,15 @@ def speed_ratio(ours: Sequence[float], others: Sequence[float]) -> str:
     return f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
 
 
+def compare(calls: Mapping[str, Callable[[], object]], pairs: Sequence[tuple[str, str]], rounds: int) -> None:
+    """Time calls in interleaved rounds; print the median time of each, and the ratio of speeds of each pair."""
+    times = interleaved_seconds(calls, rounds)
+    for name, taken in times.items():
+        print(f"{name:28s} {statistics.median(taken) * 1e3:9.1f} ms")
+    for ours, other in pairs:
+        print(f"{ours} over {other}: speed ratio {speed_ratio(times[ours], times[other])}", flush=True)
+
+
 def pad_to_longest(scans: Sequence[Tensor]) -> Tensor:
     """Return one dense tensor of the largest depth, height and width, as a model without packing needs it."""
     shape = [max(scan.shape[axis] for scan in scans) for axis in range(1, 4)]

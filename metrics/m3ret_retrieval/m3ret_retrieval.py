@@ -9,12 +9,14 @@ It requires the installed package, and no network.
 
 from __future__ import annotations
 
-import math
+import itertools
 from typing import Any
 
 import datasets
 import evaluate
+import numpy as np
 import torch
+from torch import Tensor
 
 # `evaluate` parses the imports of a module line by line, so none may span several lines
 from modeling_m3ret.evaluation.metrics import DEFINITIONS, METRICS, macro_mean, score_queries
@@ -54,17 +56,12 @@ _CITATION = """\
 @book{manning2008introduction,
   title = {Introduction to Information Retrieval},
   author = {Manning, Christopher D. and Raghavan, Prabhakar and Schütze, Hinrich},
-  publisher = {Cambridge University Press},
-  year = {2008}
+  publisher = {Cambridge University Press}, year = {2008}
 }
 @article{jarvelin2002cumulated,
   title = {Cumulated gain-based evaluation of {IR} techniques},
   author = {Järvelin, Kalervo and Kekäläinen, Jaana},
-  journal = {ACM Transactions on Information Systems},
-  volume = {20},
-  number = {4},
-  pages = {422--446},
-  year = {2002}
+  journal = {ACM Transactions on Information Systems}, volume = {20}, number = {4}, pages = {422--446}, year = {2002}
 }
 """
 
@@ -74,15 +71,13 @@ class M3RetRetrieval(evaluate.Metric):
     """Means of `METRICS` over the queries."""
 
     def _info(self) -> evaluate.MetricInfo:
-        number, text = datasets.Value("float64"), datasets.Value("string")
+        number, text, boolean = (datasets.Value(name) for name in ("float64", "string", "bool"))
         return evaluate.MetricInfo(
             description=_DESCRIPTION,
             citation=_CITATION,
             inputs_description=_KWARGS_DESCRIPTION,
             features=[  # the first match is used, and text matches everything
-                datasets.Features(
-                    {"predictions": datasets.Sequence(number), "references": datasets.Sequence(datasets.Value("bool"))}
-                ),
+                datasets.Features({"predictions": datasets.Sequence(number), "references": datasets.Sequence(boolean)}),
                 datasets.Features({"predictions": datasets.Sequence(text), "references": text}),
             ],
         )
@@ -101,28 +96,24 @@ class M3RetRetrieval(evaluate.Metric):
         results = dict(zip(METRICS, scored.scores.mean(0).tolist(), strict=True))
         precisions, chance = (values[:, METRICS.index("mAP")] for values in (scored.scores, scored.chance))
         if are_labels:
-            answerable = scored.answerable.tolist()
-            labels = [split_labels(reference) for reference, has in zip(references, answerable, strict=True) if has]
+            labels = [split_labels(reference) for reference in itertools.compress(references, scored.answerable)]
             results["macro mAP"] = macro_mean(precisions, labels)
         return results | {"chance mAP": float(chance.mean()), "queries": queries}
 
 
-def _parse_labels(ranked: list[list[str]], references: list[str]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _parse_labels(ranked: list[list[str]], references: list[str]) -> tuple[Tensor, Tensor, Tensor]:
     """Return similarity, relevance and candidates `(Q, G)` of ranked lists, which may differ in length."""
     longest = max(1, *(len(labels) for labels in ranked))
     relevant, candidate = torch.zeros(2, len(ranked), longest, dtype=torch.bool)
     for query, (labels, reference) in enumerate(zip(ranked, references, strict=True)):
         candidate[query, : len(labels)] = True
         query_labels = set(split_labels(reference))
-        relevant[query, : len(labels)] = torch.tensor(
-            [not query_labels.isdisjoint(split_labels(label)) for label in labels], dtype=torch.bool
-        )
+        hits = [not query_labels.isdisjoint(split_labels(label)) for label in labels]
+        relevant[query, : len(labels)] = torch.tensor(hits, dtype=torch.bool)
     return torch.arange(longest, 0, -1.0).expand(len(ranked), -1), relevant, candidate
 
 
-def _parse_similarities(
-    rows: list[list[float]], references: list[list[bool]]
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _parse_similarities(rows: list[list[float]], references: list[list[bool]]) -> tuple[Tensor, Tensor, Tensor]:
     """Return similarity, relevance and candidates `(Q, G)`."""
     lengths = {len(row) for row in [*rows, *references]}
     if len(lengths) != 1:
@@ -130,7 +121,6 @@ def _parse_similarities(
             f"rows differ in length: expected the size of the gallery for all, got {sorted(lengths)}. "
             "Pad predictions with NaN and references with False."
         )
-    numbers = [[math.nan if number is None else number for number in row] for row in rows]
-    similarity = torch.tensor(numbers, dtype=torch.float64)
+    similarity = torch.from_numpy(np.array(rows, dtype=np.float64))  # None, from JSON, becomes NaN
     candidate = ~similarity.isnan()
     return similarity.masked_fill(~candidate, -torch.inf), torch.tensor(references, dtype=torch.bool), candidate

@@ -82,12 +82,12 @@ class Pack:
         return inputs if self.noise is None else inputs | {"noise": self.noise.to(device, non_blocking=True)}
 
 
+@dataclass(eq=False)
 class WholeScans(Dataset[Pack]):
     """Whole scans, resized by the processor, for embedding."""
 
-    def __init__(self, records: Sequence[Record], processor: M3RetImageProcessor):
-        self.records = records
-        self.processor = processor
+    records: Sequence[Record]
+    processor: M3RetImageProcessor
 
     def __len__(self) -> int:
         return len(self.records)
