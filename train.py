@@ -74,13 +74,9 @@ def main() -> None:
     check_modalities(config.exclude_modalities, records)
     training = exclude_modalities(training, config.exclude_modalities)
     unseen = sorted({record.modality for record in records} - {record.modality for record in training})
+    patches = {name: getattr(model_config, name) for name in ("patch_size", "patch_depth", "num_channels")}
     processor = M3RetImageProcessor(
-        size=config.size,
-        num_frames=config.num_frames,
-        max_patches=config.max_patches,
-        patch_size=model_config.patch_size,
-        patch_depth=model_config.patch_depth,
-        num_channels=model_config.num_channels,
+        size=config.size, num_frames=config.num_frames, max_patches=config.max_patches, **patches
     )
     quality = OnlineQuality(training, held_out, processor, accelerator, config.num_workers)
     evaluated = f"{len(quality.held_out.records)} of them evaluated"
@@ -129,7 +125,6 @@ def main() -> None:
     packs = iter(training_loader(views, batches, config.num_workers))
 
     # ---- training loop ----------------------------------------------------------------------------------------------
-    warmup = config.warmup_fraction * config.steps
     last_step = min(config.steps, config.stop_after or config.steps)
     stop = StopSignal(accelerator)
     is_main = accelerator.is_main_process
@@ -157,13 +152,8 @@ def main() -> None:
             metrics = {name: accelerator.reduce(mean, "mean").item() for name, mean in means.items()}
             rate = (progress.views - views_before) / (time.perf_counter() - started)
             bar.set_postfix(loss=f"{metrics['loss']:.4f}", views_per_s=f"{rate:.0f}")
-            metrics |= {
-                "gradient_norm": float(gradient_norm),
-                "learning_rate": learning_rate,
-                "views": progress.views,
-                "views_per_second": rate,
-                "seconds": progress.seconds,
-            }
+            metrics |= {"gradient_norm": float(gradient_norm), "learning_rate": learning_rate}
+            metrics |= {"views": progress.views, "views_per_second": rate, "seconds": progress.seconds}
         evaluates, saves = config.due(progress.step)
         if evaluates or saves or progress.step == last_step:
             encoder = gather_encoder(objective.encoder)
@@ -174,7 +164,7 @@ def main() -> None:
             del encoder  # under FSDP2 a copy of all its weights
         if metrics:
             log.log_metrics(progress.step, metrics)
-            if progress.step > warmup and (alarm := collapse_alarm(metrics)):
+            if progress.step > config.warmup_fraction * config.steps and (alarm := collapse_alarm(metrics)):
                 log.log_alarm(progress.step, alarm)
         if saves or saver.is_new_best:
             saver.save_step()
@@ -184,8 +174,7 @@ def main() -> None:
     finished = progress.step == config.steps
     saver.save_step()
     if finished:
-        unreadable = dict(gather_object(list(progress.unreadable.items())))
-        saver.save_result(output_dir, unreadable)
+        saver.save_result(output_dir, unreadable=dict(gather_object(list(progress.unreadable.items()))))
     else:
         accelerator.print(f"stopped after step {progress.step} of {config.steps}. Continue with --resume.")
     saver.close()

@@ -17,11 +17,7 @@ from .training_state import STATE_FOLDER
 
 
 class OutputFolderError(InputError):
-    """A folder that must not be overwritten, or that holds no checkpoint to resume from.
-
-    Attributes:
-        folder: the folder.
-    """
+    """A folder that must not be overwritten, or that holds no checkpoint to resume from."""
 
     def __init__(self, folder: Path, problem: str):
         super().__init__(f"{folder}: {problem}")

@@ -22,15 +22,11 @@ from ..modeling_m3ret import M3RetModel
 
 
 class LaunchError(InputError):
-    """A setting of `accelerate launch` that training does not support.
-
-    Attributes:
-        setting: its name in the Accelerate config file.
-    """
+    """A setting of `accelerate launch` that training does not support."""
 
     def __init__(self, setting: str, problem: str):
         super().__init__(f"{setting}: {problem}")
-        self.setting = setting
+        self.setting = setting  # its name in the Accelerate config file
 
 
 # FSDP settings of Accelerate that would change the result, and the reason
@@ -67,8 +63,11 @@ def prepare_training(
 
 def clip_gradient(accelerator: Accelerator, model: nn.Module, max_norm: float) -> Tensor:
     """Clip the gradient to `max_norm`. Return its norm before clipping, over all shards, on every rank."""
-    norm = accelerator.clip_grad_norm_(model.parameters(), max_norm)
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+    return _whole(accelerator.clip_grad_norm_(model.parameters(), max_norm))
+
+
+def _whole(value: Tensor) -> Tensor:
+    return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 @torch.no_grad()
@@ -78,10 +77,7 @@ def gather_encoder(encoder: M3RetModel) -> M3RetModel:
     Sharded weights are gathered. Tensors that are whole on each rank are shared, not copied: all weights without FSDP2,
     and always the whitening, so that fitting it on the returned encoder also fits it on `encoder`.
     """
-    state: dict[str, Tensor] = {
-        name: value.full_tensor() if isinstance(value, DTensor) else value
-        for name, value in encoder.state_dict().items()
-    }
+    state = {name: _whole(value) for name, value in encoder.state_dict().items()}
     with torch.device("meta"):
         whole = M3RetModel(cast(M3RetConfig, encoder.config))
     whole.load_state_dict(state, assign=True)

@@ -22,18 +22,14 @@ WEIGHTS = ["*.safetensors", "*.safetensors.index.json"]
 class HubUpload:
     """Upload checkpoints one after the other in the thread of `HfApi.run_as_future`.
 
-    `training_state/` is left out, because it names folders and files of this machine.
-
-    Args:
-        repo_id: ORG/NAME. Created as a private repository if it does not exist.
-        staging: folder for hard links to the files of pending uploads, on the same disk as the checkpoints. With the
-            links a checkpoint can be pruned before its upload ends. They are removed when its upload ends.
+    A repository that does not exist is created as a private one. `training_state/` is left out, because it names
+    folders and files of this machine. Until an upload ends, `staging`, a folder on the same disk as the checkpoints,
+    holds hard links to its files, so that the checkpoint can be pruned.
     """
 
     def __init__(self, repo_id: str, staging: Path):
-        self.repo_id = repo_id
-        self.staging = staging
-        self._unlinked = 0
+        self.repo_id, self.staging = repo_id, staging
+        self._unlinked = 0  # checkpoints that could not be linked
         self._api = HfApi()
         self._uploads: list[Future[None]] = []
         shutil.rmtree(staging, ignore_errors=True)

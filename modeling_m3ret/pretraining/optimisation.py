@@ -23,11 +23,8 @@ def accumulate_gradients(
     """Add up the gradients of a step's packs so that every view of every rank has the same weight.
 
     A pack is weighted by its fraction of the step's views over all ranks; within a pack, the objective weights the
-    ranks. All ranks must call it together, with the same number of packs.
-
-    Returns:
-        `loss` and the objective's terms, as weighted means over the packs of this rank; and the number of views of all
-        ranks.
+    ranks. All ranks must call it together, with the same number of packs. Return `loss` and the objective's terms, as
+    weighted means over the packs of this rank; and the number of views of all ranks.
     """
     views = [count_over_ranks(len(pack.scans), accelerator.device) for pack in packs]
     means: dict[str, Tensor] = {}
@@ -55,14 +52,11 @@ def build_optimiser(model: nn.Module, config: RunConfig) -> torch.optim.AdamW:
             is_matrix = parameter.ndim >= 2 and not name.endswith(("_token", "_tokens", "mask_patch"))
             scale = learning_rate_scale(name, depth, config.layer_decay)
             groups.setdefault((scale, is_matrix), []).append(parameter)
-    return torch.optim.AdamW(
-        [
-            {"params": parameters, "learning_rate_scale": scale, "decays": decays}
-            for (scale, decays), parameters in groups.items()
-        ],
-        betas=(0.9, config.adam_beta2),
-        fused=True,
-    )
+    settings = [
+        {"params": parameters, "learning_rate_scale": scale, "decays": decays}
+        for (scale, decays), parameters in groups.items()
+    ]
+    return torch.optim.AdamW(settings, betas=(0.9, config.adam_beta2), fused=True)
 
 
 def learning_rate_scale(name: str, depth: int, layer_decay: float) -> float:

@@ -64,12 +64,10 @@ class RepeatedEmbedding:
         records: Sequence[Record],
         processor: M3RetImageProcessor,
         accelerator: Accelerator,
-        *,
-        batch_size: int = 16,
         num_workers: int = 0,
+        batch_size: int = 16,
     ):
-        self.records = records
-        self.processor = processor
+        self.records, self.processor = records, processor
         self.indices = list(range(accelerator.process_index, len(records), accelerator.num_processes))
         dataset = WholeScans([records[index] for index in self.indices], processor)
         self.packs: DataLoader[Pack] | list[Pack] = embedding_loader(dataset, batch_size, num_workers)
@@ -99,13 +97,7 @@ class RepeatedEmbedding:
 
 
 class OnlineQuality:
-    """Evaluate an encoder in eval mode on held-out scans and fit its whitening. All ranks must call it together.
-
-    Attributes:
-        training: the `whitening_sample` of the training scans.
-        held_out: the `measured_sample` of the held-out scans.
-        held_out_scans: number of all held-out scans.
-    """
+    """Evaluate an encoder in eval mode on held-out scans and fit its whitening. All ranks must call it together."""
 
     def __init__(
         self,
@@ -115,14 +107,12 @@ class OnlineQuality:
         accelerator: Accelerator,
         num_workers: int = 0,
     ):
-        fitted, measured = whitening_sample(training), measured_sample(held_out)
-        self.training = RepeatedEmbedding(fitted, processor, accelerator, num_workers=num_workers)
-        self.held_out = RepeatedEmbedding(measured, processor, accelerator, num_workers=num_workers)
-        self.held_out_scans = len(held_out)
+        self.training = RepeatedEmbedding(whitening_sample(training), processor, accelerator, num_workers)
+        self.held_out = RepeatedEmbedding(measured_sample(held_out), processor, accelerator, num_workers)
+        self.held_out_scans = len(held_out)  # before sampling
 
     def fit_whitening(self, encoder: M3RetModel) -> bool:
-        """Fit the encoder's whitening to training scans. Return False, and change nothing, if no scan could be read or
-        the features are not finite."""
+        """Fit the encoder's whitening; return False if no training scan could be read or a feature is not finite."""
         pooled = self.training.embed(pooled_embedder(encoder)).embeddings
         fits = len(pooled) > 0 and bool(pooled.isfinite().all())
         if fits:
@@ -142,12 +132,9 @@ class OnlineQuality:
 def quality_of(embedded: Embedded, pooled: torch.Tensor) -> dict[str, float]:
     """Return metrics named `held_out/...`. If features are not finite, these are only rank and spread, as NaN.
 
-    Metrics are the retrieval mAP of each modality, their mean (`all`) and `across` modalities, the accuracy of 5
-    nearest neighbours, RankMe and the feature standard deviation.
-
-    Args:
-        embedded: embeddings, for retrieval.
-        pooled: features `(n, d)` before whitening, for rank and spread. Whitening would hide a collapse.
+    Retrieval metrics are the mAP of each modality, their mean (`all`) and `across` modalities, and the accuracy of 5
+    nearest neighbours. RankMe and the feature standard deviation are those of `pooled`, features `(n, d)` before
+    whitening, which would hide a collapse.
     """
     if not (embedded.embeddings.isfinite().all() and pooled.isfinite().all()):
         return {"held_out/feature_std": float("nan"), "held_out/rank_me": float("nan")}
@@ -191,6 +178,4 @@ def collapse_alarm(numbers: Mapping[str, float]) -> str | None:
         signs.append(f"feature_std is {spread:.4f}, and 1 for random directions")
     if (rank := numbers.get("held_out/rank_me")) is not None and not rank >= 1.01:
         signs.append(f"rank_me is {rank:.2f}")
-    if not signs:
-        return None
-    return f"features are collapsing: {'; '.join(signs)}. See docs/training.md, 'Collapse'."
+    return f"features are collapsing: {'; '.join(signs)}. See docs/training.md, 'Collapse'." if signs else None

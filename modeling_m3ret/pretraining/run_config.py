@@ -77,8 +77,7 @@ class DataOptions:
     num_workers: int = 4
     """Worker processes that decode scans, for each training process."""
     cache_gib: float = 0.0
-    """Memory in GiB, shared by the workers of a training process, to cache decoded scans. Any worker may receive any
-    scan, so with several workers it takes some epochs to fill."""
+    """Memory in GiB to cache decoded scans, shared by the workers of a process; several take some epochs to fill it."""
 
 
 @dataclass
@@ -178,41 +177,32 @@ class OptimisationOptions:
 
 
 class ConfigError(InputError):
-    """A configuration value that cannot be used.
-
-    Attributes:
-        key: name of the option.
-    """
+    """A configuration value that cannot be used."""
 
     def __init__(self, key: str, problem: str):
         super().__init__(f"{key}: {problem}")
-        self.key = key
+        self.key = key  # name of the option
 
 
-# limits of each number, and the numbers they apply to. Only gradient_clip may be infinite, which disables clipping
-LIMITS: dict[str, tuple[Callable[[float], bool], tuple[str, ...]]] = {
-    ">= 1": (
-        lambda value: 1 <= value < math.inf,
-        (
-            *("steps", "batch_size", "tokens_per_batch", "views_per_decode", "accumulate", "log_every", "save_every"),
-            *("keep_last", "size", "num_frames", "max_patches", "local_size", "stream_lanes"),
-        ),
-    ),
-    ">= 0": (
-        lambda value: 0 <= value < math.inf,
-        (
-            *("num_workers", "local_views", "cache_gib", "seed", "evaluate_every", "stop_after", "mixture_alpha"),
-            *("learning_rate", "final_learning_rate", "weight_decay", "final_weight_decay"),
-            *("mae_weight", "simdino_weight", "patch_weight", "compression_weight", "expansion_weight"),
-        ),
-    ),
-    "> 0": (lambda value: value > 0, ("gradient_clip",)),
-    ">= 0 and <= 1": (
-        lambda value: 0 <= value <= 1,
-        ("flip_probability", "single_slice_probability", "warmup_fraction", "teacher_momentum", "adam_beta2"),
-    ),
-    ">= 0 and < 1": (lambda value: 0 <= value < 1, ("holdout",)),
-    "> 0 and <= 1": (lambda value: 0 < value <= 1, ("layer_decay",)),
+# limits of each number. Only gradient_clip may be infinite, which disables clipping
+LIMITS: dict[str, str] = {
+    **dict.fromkeys(("steps", "batch_size", "tokens_per_batch", "views_per_decode", "accumulate", "log_every"), ">= 1"),
+    **dict.fromkeys(("save_every", "keep_last", "size", "num_frames", "max_patches", "local_size"), ">= 1"),
+    **dict.fromkeys(("num_workers", "local_views", "cache_gib", "seed", "evaluate_every", "stop_after"), ">= 0"),
+    **dict.fromkeys(("learning_rate", "final_learning_rate", "weight_decay", "final_weight_decay"), ">= 0"),
+    **dict.fromkeys(("mae_weight", "simdino_weight", "patch_weight", "compression_weight", "expansion_weight"), ">= 0"),
+    **dict.fromkeys(("flip_probability", "single_slice_probability", "warmup_fraction"), ">= 0 and <= 1"),
+    **dict.fromkeys(("teacher_momentum", "adam_beta2"), ">= 0 and <= 1"),
+    **{"stream_lanes": ">= 1", "mixture_alpha": ">= 0", "gradient_clip": "> 0"},
+    **{"holdout": ">= 0 and < 1", "layer_decay": "> 0 and <= 1"},
+}
+IS_WITHIN: dict[str, Callable[[float], bool]] = {
+    ">= 1": lambda value: 1 <= value < math.inf,
+    ">= 0": lambda value: 0 <= value < math.inf,
+    "> 0": lambda value: value > 0,
+    ">= 0 and <= 1": lambda value: 0 <= value <= 1,
+    ">= 0 and < 1": lambda value: 0 <= value < 1,
+    "> 0 and <= 1": lambda value: 0 < value <= 1,
 }
 SIMDINO = ("simdino", "mae+simdino")
 # options of some objectives alone; other objectives refuse them. The number and size of views may be set for any
@@ -258,11 +248,10 @@ class RunConfig(OutputOptions, ResumeOptions, DataOptions, ObjectiveOptions, Vie
             raise ConfigError("run_dir", problem)
 
     def _check_limits(self) -> None:
-        for limits, (is_within, names) in LIMITS.items():
-            for name in names:
-                value = getattr(self, name)
-                if value is not None and not is_within(value):
-                    raise ConfigError(name, f"expected a number {limits}, got {value}.")
+        for name, limits in LIMITS.items():
+            value = getattr(self, name)
+            if value is not None and not IS_WITHIN[limits](value):
+                raise ConfigError(name, f"expected a number {limits}, got {value}.")
 
     def _check_areas(self) -> None:
         for name in ("global_area", "local_area"):
@@ -320,10 +309,7 @@ class RunConfig(OutputOptions, ResumeOptions, DataOptions, ObjectiveOptions, Vie
         return evaluates, is_last or step % self.save_every == 0
 
     def differences(self, checkpoint: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-        """Return the options that affect the result and differ from a checkpoint's: name -> (checkpoint's, ours).
-
-        "absent" stands for an option that one side does not have.
-        """
+        """Return the options that affect the result and differ: name -> (checkpoint's, ours), each may be "absent"."""
         ours = {key: value for key, value in asdict(self).items() if key not in MAY_CHANGE_ON_RESUME}
         theirs = {RENAMED_KEYS.get(key, key): value for key, value in checkpoint.items()}
         theirs = {key: value for key, value in theirs.items() if key not in MAY_CHANGE_ON_RESUME}
@@ -371,15 +357,12 @@ def parse_run_config(arguments: Sequence[str], description: str | None = None) -
     option may stand alone: `--resume`.
 
     Raises:
-        SystemExit: with status 2, after one line on standard error, if an option is unknown or its value is wrong.
+        SystemExit: with status 2, after one line on standard error, if an option is unknown or its value of wrong type.
+        ConfigError: if a value is out of range, or two options contradict each other.
     """
-    parser = run_config_parser(description)
-    values = parser.parse_args(with_explicit_flags(arguments)).as_dict()
+    values = run_config_parser(description).parse_args(with_explicit_flags(arguments)).as_dict()
     del values["config"]
-    try:
-        return RunConfig(**values)
-    except ConfigError as error:
-        parser.error(str(error))
+    return RunConfig(**values)
 
 
 def with_explicit_flags(arguments: Sequence[str]) -> list[str]:

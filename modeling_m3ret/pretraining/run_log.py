@@ -20,17 +20,12 @@ logger = logging.getLogger(__name__)
 class RunLog:
     """Write the log of a run. Only the main process writes; calls of other processes do nothing.
 
-    Files are strict JSON: a number that is not finite is written as null.
-
-    Args:
-        run_dir: folder for `metrics.jsonl`, `summary.json` and `curves.png`.
-        accelerator: holds the experiment tracker.
-        step: first step of this start. Lines of later steps, written after the checkpoint it resumes from, are removed.
+    Files are strict JSON: a number that is not finite is written as null. Lines of steps after `step`, written after
+    the checkpoint that this start resumes from, are removed.
     """
 
     def __init__(self, run_dir: Path, accelerator: Accelerator, step: int = 0):
-        self.run_dir = run_dir
-        self.accelerator = accelerator
+        self.run_dir, self.accelerator = run_dir, accelerator
         self.metrics_file = run_dir / "metrics.jsonl"
         if accelerator.is_main_process:
             run_dir.mkdir(parents=True, exist_ok=True)
@@ -68,10 +63,8 @@ class RunLog:
         if not self.accelerator.is_main_process:
             return
         entries = self.entries()
-        last: dict[str, Any] = {}
-        for entry in entries:
-            last |= {name: value for name, value in entry.items() if name != "alarm"}
-        alarms = [{"step": entry["step"], "alarm": entry["alarm"]} for entry in entries if "alarm" in entry]
+        last = {name: value for entry in entries for name, value in entry.items() if name != "alarm"}
+        alarms = [entry for entry in entries if "alarm" in entry]
         text = json.dumps({"finished": finished, **facts, "last": finite(last), "alarms": alarms}, indent=2)
         atomic_write_text(self.run_dir / "summary.json", text + "\n")
         plot_curves(entries, self.run_dir / "curves.png")
@@ -79,8 +72,7 @@ class RunLog:
 
 def finite(entry: Mapping[str, Any]) -> dict[str, Any]:
     """Return the entry with None in place of numbers that are not finite, which JSON cannot represent."""
-    is_bad = {name for name, value in entry.items() if isinstance(value, float) and not math.isfinite(value)}
-    return {name: None if name in is_bad else value for name, value in entry.items()}
+    return {key: None if isinstance(item, float) and not math.isfinite(item) else item for key, item in entry.items()}
 
 
 def plot_curves(entries: list[dict[str, Any]], path: Path) -> None:

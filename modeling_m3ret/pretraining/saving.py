@@ -71,8 +71,7 @@ class RunSaver:
 
         Raises:
             ResumeError: if the checkpoint is incompatible with this run.
-            OutputFolderError: if there is no checkpoint to resume from, or a new run would delete those of an
-                unfinished one.
+            OutputFolderError: if there is none to resume from, or a new run would delete those of an unfinished one.
         """
         newest = self.checkpoints.newest()
         if self.config.resume:
@@ -82,11 +81,10 @@ class RunSaver:
             self._restore(newest)
             return self.progress
         if newest is not None and not self.config.restart and not self._is_finished():
-            raise OutputFolderError(
-                newest,
-                "expected no checkpoint of an unfinished run. Continue it with --resume, or delete its checkpoints and "
-                "start again with --restart.",
+            problem = (
+                "expected no checkpoint of an unfinished run. Continue it with --resume, or delete its checkpoints"
             )
+            raise OutputFolderError(newest, f"{problem} and start again with --restart.")
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             shutil.rmtree(self.checkpoints.folder, ignore_errors=True)
@@ -149,7 +147,7 @@ class RunSaver:
 
         Args:
             output: from `validate_output_folder`.
-            unreadable: index of each training scan that could not be read on any rank -> error message.
+            unreadable: like `Progress.unreadable`, of all ranks.
         """
         facts = self.facts() | {"unreadable_scans": len(unreadable)}
         if self.accelerator.is_main_process:  # before the evaluation, whose failure must not cost the weights

@@ -63,18 +63,15 @@ class SimDINOLoss(nn.Module):
         """Compute the loss of L2-normalised projections.
 
         Args:
-            student: `(V, B, p)`; the first G views are the global ones.
+            student: `(V, B, p)`; the first G views are the global ones, and V is at least 2.
             teacher: `(G, B, p)`.
-
-        Raises:
-            ValueError: if the shapes do not match, or there is only one view.
         """
         V, B, p = student.shape
         G = teacher.shape[0]
         if teacher.shape[1:] != (B, p) or not 1 <= G <= V or V < 2:
+            expected = "student (V, B, p) and teacher (G, B, p) with G <= V and V >= 2"
             raise ValueError(
-                "wrong shapes of projections: expected student (V, B, p) and teacher (G, B, p) with G <= V and V >= 2, "
-                f"got {tuple(student.shape)} and {tuple(teacher.shape)}."
+                f"projections: expected {expected}, got {tuple(student.shape)} and {tuple(teacher.shape)}."
             )
         with torch.autocast(student.device.type, enabled=False):
             student, teacher = student.float(), teacher.detach().float()
@@ -147,10 +144,7 @@ class SimDINO(nn.Module):
         loss: loss of the projections.
         views: V, the number of views of each scan. They are adjacent in the pack, the two global ones first.
         decoder: decoder of `M3RetForPreTraining`, or None.
-        patch_weight: weight of the patch term, 1 in SimDINOv2; 0 disables it.
-
-    Raises:
-        ValueError: if there are fewer views than global ones, or both a decoder and a patch weight.
+        patch_weight: weight of the patch term, 1 in SimDINOv2; 0 disables it. Excludes a decoder.
     """
 
     global_views = 2
@@ -168,13 +162,11 @@ class SimDINO(nn.Module):
             raise ValueError(f"views: expected at least the {self.global_views} global views, got {views}.")
         if decoder is not None and patch_weight > 0:
             raise ValueError("decoder and patch_weight: expected one of them, got both. Each masks the global views.")
-        self.views = views
-        self.patch_weight = patch_weight
+        self.loss, self.views, self.patch_weight = loss, views, patch_weight
         config = encoder.config
         if patch_weight > 0:  # replaces pixels, so the encoder needs no mask token
             self.mask_patch = nn.Parameter(torch.zeros(1, config.patch_values // config.patch_depth))
-        self.loss = loss
-        self.student, self.student_head = encoder, SimDINOHead(encoder.config.pooled_size)
+        self.student, self.student_head = encoder, SimDINOHead(config.pooled_size)
         self.teacher, self.teacher_head = copy.deepcopy(encoder), copy.deepcopy(self.student_head)
         for module in (self.teacher, self.teacher_head):
             module.requires_grad_(False).eval()
@@ -193,9 +185,6 @@ class SimDINO(nn.Module):
             pixel_values: float `(P, C*t*p*p)`, the V views of a scan one after the other.
             grid_thw: int64 `(B*V, 3)`.
             noise: float `(P,)` in [0, 1), for the masks; drawn here if None.
-
-        Raises:
-            ValueError: if the number of views is not a multiple of V.
         """
         scans, rest = divmod(len(grid_thw), self.views)
         if rest:
@@ -215,9 +204,8 @@ class SimDINO(nn.Module):
             mask_row = self.mask_patch.to(pixel_values.dtype)
             if pixel_values.shape[1] != mask_row.shape[1]:
                 mask_row = self.student.embeddings.repeat_slices(mask_row)
-            pooled, patches = _pooled_and_patches(
-                self.student, torch.where(hidden[:, None], mask_row, pixel_values), grid_thw
-            )
+            student_rows = torch.where(hidden[:, None], mask_row, pixel_values)
+            pooled, patches = _pooled_and_patches(self.student, student_rows, grid_thw)
         with torch.no_grad():
             if self.patch_weight == 0:
                 teacher = self.teacher.embed(*teacher_inputs)
@@ -265,13 +253,9 @@ class SimDINO(nn.Module):
             [count for count, of_global in zip(all_counts, is_global.tolist(), strict=True) if of_global]
             for all_counts in (counts, visible_counts)
         )
+        visible_row, masked_row = global_row[visible[seen]], global_row[masked]
         predicted = self.decoder(
-            prefix[is_global],
-            patches[seen],
-            global_row[visible[seen]],
-            global_row[masked],
-            coordinates[in_global],
-            global_counts,
+            prefix[is_global], patches[seen], visible_row, masked_row, coordinates[in_global], global_counts
         )
         masked_counts = [count - visible for count, visible in zip(global_counts, global_visible, strict=True)]
         target = self.student.embeddings.repeat_slices(rows[masked])
@@ -300,7 +284,7 @@ MASKED_PATCHES = (0.1, 0.5)
 
 
 def block_masks(noise: Tensor, grid_thw: Tensor) -> tuple[Tensor, list[int]]:
-    """Draw one block mask in about half of the views.
+    """Draw one block mask in about half of the views. Return the masked patches, bool `(P,)`, and counts per view.
 
     The noise of a view's first patch decides whether the view is masked and how much of it. The block is centred on the
     patch with the highest noise and has the shape of the view. A mask thus depends only on the view's own noise. A view
@@ -309,9 +293,6 @@ def block_masks(noise: Tensor, grid_thw: Tensor) -> tuple[Tensor, list[int]]:
     Args:
         noise: float `(P,)` in [0, 1).
         grid_thw: int64 `(B, 3)`.
-
-    Returns:
-        The masked patches, bool `(P,)`, and their number in each view.
     """
     grids = [(t, h, w) for t, h, w in grid_thw.tolist()]
     counts = [math.prod(grid) for grid in grids]

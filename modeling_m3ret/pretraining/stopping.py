@@ -63,16 +63,8 @@ def stop_if_not_finite(
 ) -> None:
     """Check loss and gradient before the optimiser step, so that the weights of the last good step stay intact.
 
-    All ranks must call it together.
-
-    Args:
-        loss: of this rank.
-        gradient_norm: of the whole gradient.
-        step: completed steps.
-        packs: of this step and rank.
-        records: the training scans.
-        run_dir: folder for `not_finite.json`, a report of the scans of this step on each rank, which names scans whose
-            own values are not finite.
+    All ranks must call it together, each with its own loss and packs. `step` counts completed steps. The report
+    `run_dir/not_finite.json` lists the scans of this step on each rank, and those whose own values are not finite.
 
     Raises:
         FloatingPointError: on every rank, if the loss of any rank or the gradient is not finite.

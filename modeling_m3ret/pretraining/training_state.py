@@ -39,19 +39,15 @@ ON_EVERY_RANK = StateDictOptions(full_state_dict=True)
 
 
 class ResumeError(InputError):
-    """A checkpoint that is incompatible with this run.
-
-    Attributes:
-        checkpoint: its folder.
-        differences: option -> (value in the checkpoint, value in this run).
-    """
+    """A checkpoint that is incompatible with this run."""
 
     def __init__(self, checkpoint: Path, differences: Mapping[str, tuple[Any, Any]]):
         super().__init__(
             f"{checkpoint}: checkpoint is incompatible with this run ({format_differences(differences)}). Resume with "
             "the options of the checkpoint, or train with another run_dir."
         )
-        self.checkpoint, self.differences = checkpoint, dict(differences)
+        self.checkpoint = checkpoint
+        self.differences = dict(differences)  # option -> (value in the checkpoint, value in this run)
 
 
 @dataclass
@@ -98,12 +94,8 @@ def write_state(
     folder.mkdir(parents=True)
     save_file(state.optimiser, folder / "optimiser.safetensors")
     save_file(state.random, folder / "random.safetensors")
-    run = {
-        "progress": asdict(progress),
-        "config": asdict(config),
-        "processes": processes,
-        "training_scans": training_order_hash(records, config),
-    }
+    run = {"progress": asdict(progress), "config": asdict(config), "processes": processes}
+    run["training_scans"] = training_order_hash(records, config)
     (folder / "state.json").write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
 
 

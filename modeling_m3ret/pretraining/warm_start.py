@@ -27,30 +27,21 @@ ENCODER_FIELDS = (
 
 
 class WarmStartError(InputError):
-    """A checkpoint that cannot initialise this run.
-
-    Attributes:
-        source: checkpoint folder or Hub id.
-        differences: field of `M3RetConfig` -> (value in the checkpoint, value in this run).
-    """
+    """A checkpoint that cannot initialise this run."""
 
     def __init__(self, source: str, problem: str, differences: dict[str, tuple[Any, Any]] | None = None):
         super().__init__(f"initial: {problem}")
-        self.source, self.differences = source, differences or {}
+        self.source = source
+        self.differences = differences or {}  # field of M3RetConfig -> (value in the checkpoint, value in this run)
 
 
 def load_initial(model: nn.Module, config: M3RetConfig, weights_file: str, source: str) -> None:
-    """Load all parts of a checkpoint that `model` also has, in the same shape.
+    """Load all parts of a checkpoint (folder or Hub id) that `model` also has, in the same shape.
 
-    If the checkpoint holds `weights_file` (it was trained with the same family of objectives), these parts are student,
-    teacher and heads, or encoder and decoder. Otherwise the published encoder initialises all encoders. The pooling may
-    differ. Parts that are missing or differ are initialised randomly, with a warning. The whitening is statistics, not
-    weights; it is loaded if its shape is the same.
-
-    Args:
-        model: the objective's model. Its children are the parts.
-        weights_file: file with the weights of `model`, relative to a checkpoint.
-        source: checkpoint folder or Hub id.
+    Parts are the children of `model`. If the checkpoint holds `weights_file` (it was trained with the same family of
+    objectives), they are student, teacher and heads, or encoder and decoder. Otherwise the published encoder
+    initialises all encoders. The pooling may differ. Parts that are missing or differ are initialised randomly, with a
+    warning. The whitening is statistics, not weights; it is loaded if its shape is the same.
 
     Raises:
         WarmStartError: if the source is no checkpoint, or its encoder differs.

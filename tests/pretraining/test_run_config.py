@@ -81,7 +81,6 @@ def test_accelerate_reads_its_configs(file: Path) -> None:
         ["--exclude_modalities", "ct"],
         ["--stepps", "3"],
         ["--config", "missing.yaml"],
-        ["--steps", "0"],
     ],
 )
 def test_wrong_option_is_named_in_one_line(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
