@@ -24,10 +24,10 @@ from typing import Any
 import numpy as np
 
 from .scan_m3ret import (
+    AnyScan,
+    Description,
     ReadRequest,
-    Scan,
     Spacing,
-    StoredScan,
     display_name,
     sniff,
     to_canonical_orientation,
@@ -36,6 +36,7 @@ from .scan_m3ret import (
 
 
 CT_STORAGE = tuple("1.2.840.10008.5.1.4.1.1.2" + tail for tail in ("", ".1", ".2"))  # CT, enhanced, legacy enhanced
+Step = np.ndarray | None  # (3,): from a plane to the next in LPS mm; None for planes that are no volume
 PIXEL_KEYS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
 DEFLATED, JPEG_BASELINE, JPEG_EXTENDED = ("1.2.840.10008.1.2.1.99", "1.2.840.10008.1.2.4.50", "1.2.840.10008.1.2.4.51")
 
@@ -43,12 +44,8 @@ DEFLATED, JPEG_BASELINE, JPEG_EXTENDED = ("1.2.840.10008.1.2.1.99", "1.2.840.100
 # --------------------------------------------------------------------------------------------------------------- series
 
 
-def read_folder(folder: Path, request: ReadRequest) -> Scan | StoredScan:
-    """Read a folder that contains one DICOM series. Other files are ignored and counted.
-
-    Raises:
-        M3RetReadError: if the folder has too many files, no DICOM file, or several series.
-    """
+def read_folder(folder: Path, request: ReadRequest) -> AnyScan:
+    """Read a folder that contains one DICOM series. Other files are ignored and counted."""
     files: list[Path] = []
     for root, _, names in os.walk(folder):
         files += [Path(root, name) for name in names]
@@ -60,16 +57,13 @@ def read_folder(folder: Path, request: ReadRequest) -> Scan | StoredScan:
     return read_series(dicom, request, {"files_ignored": len(files) - len(dicom)})
 
 
-def read_series(sources: list[Any], request: ReadRequest, description: dict[str, Any]) -> Scan | StoredScan:
+def read_series(sources: list[Any], request: ReadRequest, description: Description) -> AnyScan:
     """Read DICOM files or pydicom data sets of one series: an image, a cine or a volume.
 
     Args:
         sources: paths, bytes or data sets, in any order.
         request: the read request.
         description: becomes the description of the scan.
-
-    Raises:
-        M3RetReadError: if the series cannot be read.
     """
     planes = _collect_planes(sources, request, description)
     burned_in = str(planes[0].dataset.get("BurnedInAnnotation", "")).lower()
@@ -92,22 +86,20 @@ def read_series(sources: list[Any], request: ReadRequest, description: dict[str,
 
 
 def _check_file_count(count: int, request: ReadRequest) -> None:
-    limit = request.limits.max_files
-    if count > limit:
+    if count > (limit := request.limits.max_files):
         advice = "Pass a folder with one DICOM series, or raise `ReadLimits.max_files`."
         raise request.error("too_large", f"at most {limit:,} files", f"{count:,} or more", advice)
 
 
-def _collect_planes(sources: list[Any], request: ReadRequest, description: dict[str, Any]) -> list[_Plane]:
+def _collect_planes(sources: list[Any], request: ReadRequest, description: Description) -> list[_Plane]:
     """Return all frames of all sources, after checking that they are of one series."""
     if not sources:
         raise request.error("unsupported", "a DICOM series", "an empty list")
     _check_file_count(len(sources), request)
     planes: list[_Plane] = []
     for source in sources:
-        file_request = request
-        if len(sources) > 1:
-            file_request = replace(request, name=f"{request.name}/{display_name(source)}")
+        name = f"{request.name}/{display_name(source)}" if len(sources) > 1 else request.name
+        file_request = replace(request, name=name)
         with file_request.translate_errors():
             dataset = _parse_dataset(source, file_request)
             if any(key in dataset for key in PIXEL_KEYS):
@@ -229,9 +221,8 @@ def _read_numbers(dataset: Any, keyword: str, count: int) -> tuple[float, ...] |
 
 
 def _largest_parallel_group(planes: list[_Plane]) -> list[_Plane]:
-    """Return the largest group of parallel planes of one size; of equal groups the most axial one.
-
-    A localiser, for example, contains three groups.
+    """Return the largest group of parallel planes of one size, such as one of a localiser's three; on a tie the most
+    axial one.
     """
     keys = ("Rows", "Columns", "SamplesPerPixel", "PhotometricInterpretation")
 
@@ -260,12 +251,8 @@ def _share_one_position(planes: list[_Plane]) -> bool:
     return len({str(plane.position) for plane in planes}) == 1
 
 
-def _sort_by_position(planes: list[_Plane], description: dict[str, Any]) -> tuple[list[_Plane], np.ndarray | None]:
-    """Sort planes along their normal and keep one per position.
-
-    Returns:
-        The planes, and the `(3,)` step from one to the next in LPS mm; None for a single plane.
-    """
+def _sort_by_position(planes: list[_Plane], description: Description) -> tuple[list[_Plane], Step]:
+    """Return one plane per position, sorted along the normal, and the `(3,)` step in LPS mm, None for one plane."""
     normal = planes[0].normal
     heights = np.array([np.dot(plane.position, normal) for plane in planes])  # type: ignore[arg-type]
     order = sorted(range(len(planes)), key=lambda i: (round(float(heights[i]), 3), planes[i].number, planes[i].frame))
@@ -288,9 +275,7 @@ def _sort_by_position(planes: list[_Plane], description: dict[str, Any]) -> tupl
 # ------------------------------------------------------------------------------------------ values of a volume or image
 
 
-def _make_scan(
-    planes: list[_Plane], step: np.ndarray | None, request: ReadRequest, description: dict[str, Any]
-) -> Scan | StoredScan:
+def _make_scan(planes: list[_Plane], step: Step, request: ReadRequest, description: Description) -> AnyScan:
     """Decode sorted planes and scale them to [0, 1]. With a step they are a volume, which is oriented as well."""
     head = planes[0].dataset
     is_colour = _photometric(head) == "PALETTE COLOR" or int(head.get("SamplesPerPixel") or 1) > 1
@@ -298,16 +283,12 @@ def _make_scan(
     return make(planes, step, request, description)
 
 
-def _make_colour_scan(
-    planes: list[_Plane], step: np.ndarray | None, request: ReadRequest, description: dict[str, Any]
-) -> Scan | StoredScan:
+def _make_colour_scan(planes: list[_Plane], step: Step, request: ReadRequest, description: Description) -> AnyScan:
     head = planes[0].dataset
     has_palette = _photometric(head) == "PALETTE COLOR"
     bits = int(head.get("BitsStored") or head.get("BitsAllocated") or 32)
     dtype = np.dtype(np.uint8 if bits <= 8 or has_palette else np.float32)
-    shape = (3, len(planes), int(head.Rows), int(head.Columns))
-    request.check_size(shape, dtype.itemsize)
-    array = np.empty(shape, dtype)
+    array = _allocate(planes, 3, dtype, request)
     for index, plane, pixels in _decode_planes(planes, request):
         pixels = _palette_colours(plane.dataset, pixels.dtype)[pixels] if has_palette else pixels
         array[:, index] = pixels[..., :3].transpose(2, 0, 1)
@@ -317,33 +298,34 @@ def _make_colour_scan(
     return to_unit_range(view, spacing, request, description, rule="8-bit" if dtype == np.uint8 else "bit depth")
 
 
-def _make_grey_scan(
-    planes: list[_Plane], step: np.ndarray | None, request: ReadRequest, description: dict[str, Any]
-) -> Scan | StoredScan:
-    head = planes[0].dataset
+def _make_grey_scan(planes: list[_Plane], step: Step, request: ReadRequest, description: Description) -> AnyScan:
     rule = _grey_intensity_rule(planes, is_volume=step is not None)
-    dtype = np.dtype(np.uint8 if rule == "8-bit" else np.float32)
-    shape = (len(planes), int(head.Rows), int(head.Columns))
-    request.check_size(shape, dtype.itemsize)
-    array = np.empty(shape, dtype)
+    array = _allocate(planes, 1, np.dtype(np.uint8 if rule == "8-bit" else np.float32), request)
     padding: np.ndarray | None = None
     for index, plane, pixels in _decode_planes(planes, request):
         mask = _padding_mask(pixels, plane.dataset)
         if mask is not None:
-            padding = np.zeros(shape, bool) if padding is None else padding
-            padding[index] = mask
-        array[index] = pixels
+            padding = np.zeros(array.shape, bool) if padding is None else padding
+            padding[0, index] = mask
+        values = array[0, index]
+        values[...] = pixels
         if rule != "8-bit":
-            _apply_modality_lut(array[index], plane.values)
+            _apply_modality_lut(values, plane.values)
         if rule == "window":
-            _apply_window(array[index], plane.window)
+            _apply_window(values, plane.window)
     # MONOCHROME1 is a matter of display, which does not change the sign of a physical unit.
-    inverted = _photometric(head) == "MONOCHROME1" and rule != "hounsfield"
+    inverted = _photometric(planes[0].dataset) == "MONOCHROME1" and rule != "hounsfield"
     description["inverted"] = inverted
-    view, spacing = _orient(array[None], planes[0], step, description)
+    view, spacing = _orient(array, planes[0], step, description)
     if padding is not None:
-        padding = _orient(padding[None], planes[0], step, description)[0]
+        padding, _ = _orient(padding, planes[0], step, description)
     return to_unit_range(view, spacing, request, description, rule=rule, padding=padding, inverted=inverted)
+
+
+def _allocate(planes: list[_Plane], channels: int, dtype: np.dtype, request: ReadRequest) -> np.ndarray:
+    shape = (channels, len(planes), int(planes[0].dataset.Rows), int(planes[0].dataset.Columns))
+    request.check_size(shape, dtype.itemsize)
+    return np.empty(shape, dtype)
 
 
 def _grey_intensity_rule(planes: list[_Plane], is_volume: bool) -> str:
@@ -357,9 +339,7 @@ def _grey_intensity_rule(planes: list[_Plane], is_volume: bool) -> str:
     return "8-bit" if all(_is_plain_8_bit(plane) for plane in planes) else "percentiles"
 
 
-def _orient(
-    array: np.ndarray, plane: _Plane, step: np.ndarray | None, description: dict[str, Any]
-) -> tuple[np.ndarray, Spacing]:
+def _orient(array: np.ndarray, plane: _Plane, step: Step, description: Description) -> tuple[np.ndarray, Spacing]:
     """Bring a volume to the canonical orientation and return its spacing. Without a step, keep the orientation."""
     if step is None:
         return array, (None, *plane.spacing)
@@ -384,10 +364,7 @@ def _palette_colours(dataset: Any, dtype: np.dtype) -> np.ndarray:
 
 
 def _decode_planes(planes: list[_Plane], request: ReadRequest) -> Iterator[tuple[int, _Plane, np.ndarray]]:
-    """Yield (index in `planes`, plane, pixels), file by file.
-
-    Pixels are `(H, W)`, or `(H, W, 3)` RGB.
-    """
+    """Yield (index in `planes`, plane, pixels), file by file; pixels are `(H, W)`, or `(H, W, 3)` RGB."""
     size = (int(planes[0].dataset.Rows), int(planes[0].dataset.Columns))
     indices_of: dict[int, list[int]] = {}
     for index, plane in enumerate(planes):

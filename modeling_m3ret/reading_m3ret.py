@@ -27,6 +27,8 @@ from .scan_m3ret import (
     INTENSITIES,
     NIFTI_1,
     NIFTI_2,
+    AnyScan,
+    Description,
     M3RetReadError,
     ReadLimits,
     ReadRequest,
@@ -78,9 +80,6 @@ def read_scan(source: Any, *, num_frames: int | None = None, limits: ReadLimits 
             frames.
         limits: limits on the size of the source.
 
-    Returns:
-        The scan: `(C, D, H, W)` in [0, 1], its spacing in mm and its description.
-
     Raises:
         M3RetReadError: if the source cannot be read.
         ValueError: if `num_frames` is less than 1.
@@ -100,18 +99,9 @@ def read_scan(source: Any, *, num_frames: int | None = None, limits: ReadLimits 
 def read_stored(source: Any, *, limits: ReadLimits = ReadLimits()) -> StoredScan:
     """Read one scan as a data set stores it: all frames, with the values that the file declares, in 8 or 16 bits.
 
-    Integers of at most 16 bits are stored exactly. Hounsfield units are rounded to integers; other values are scaled to
-    [0, 1] and stored in steps of 1/65535.
-
-    Args:
-        source: as in `read_scan`, except a `Scan`.
-        limits: limits on the size of the source.
-
-    Returns:
-        The scan, oriented as by `read_scan`.
-
-    Raises:
-        M3RetReadError: if the source cannot be read.
+    Sources and errors are those of `read_scan`, except that a `Scan` cannot be stored. Integers of at most 16 bits are
+    stored exactly. Hounsfield units are rounded to integers; other values are scaled to [0, 1] and stored in steps of
+    1/65535.
     """
     request = ReadRequest(display_name(source), None, limits, return_stored=True)
     with silence_libraries, request.translate_errors():
@@ -123,7 +113,7 @@ def read_stored(source: Any, *, limits: ReadLimits = ReadLimits()) -> StoredScan
 # ------------------------------------------------------------------------------------------------------ kinds of source
 
 
-def _read(source: Any, request: ReadRequest) -> Scan | StoredScan:
+def _read(source: Any, request: ReadRequest) -> AnyScan:
     if isinstance(source, dict):
         return _read_row(source, request)
     if isinstance(source, (bytes, bytearray, memoryview)):
@@ -150,7 +140,7 @@ def _read(source: Any, request: ReadRequest) -> Scan | StoredScan:
     raise request.error("unsupported", expected, f"an object of type {type(source).__name__}")
 
 
-def _read_row(row: dict[str, Any], request: ReadRequest) -> Scan | StoredScan:
+def _read_row(row: dict[str, Any], request: ReadRequest) -> AnyScan:
     """Read a data set row, or the `{"bytes", "path"}` cell of one."""
     if "bytes" in row or "path" in row:
         for key in ("bytes", "path"):
@@ -177,7 +167,7 @@ def _declared_spacing(row: dict[str, Any], request: ReadRequest) -> Spacing | No
     return tuple(None if value is None else float(value) for value in mm)  # type: ignore[return-value]
 
 
-def _read_file(file: bytes | Path, request: ReadRequest) -> Scan | StoredScan:
+def _read_file(file: bytes | Path, request: ReadRequest) -> AnyScan:
     """Read a file from its path or its content."""
     kind = sniff(file)
     if kind == "video":
@@ -196,24 +186,16 @@ def _read_file(file: bytes | Path, request: ReadRequest) -> Scan | StoredScan:
             return _read_image(image, request)
     if not data:
         raise request.error("damaged", FORMATS, "an empty file")
-    got = "text" if _is_text(data[:512]) else "content of an unknown type"
+    is_text = all(byte in b"\t\n\r\f\x1b" or 32 <= byte < 127 or byte > 160 for byte in data[:512])
+    got = "text" if is_text else "content of an unknown type"
     raise request.error("unsupported", FORMATS, got, "Convert the file to one of these formats.")
-
-
-def _is_text(head: bytes) -> bool:
-    return all(byte in b"\t\n\r\f\x1b" or 32 <= byte < 127 or byte > 160 for byte in head)
 
 
 # ------------------------------------------------------------------------------------------------ arrays, images, video
 
 
-def _read_array(
-    array: np.ndarray, request: ReadRequest, description: dict[str, Any], hu: bool = False
-) -> Scan | StoredScan:
-    """Read `(H, W)`, `(H, W, C)`, `(D, H, W)` or `(D, H, W, C)`.
-
-    A last axis of 1, 3 or 4 is colour: no scan is that narrow.
-    """
+def _read_array(array: np.ndarray, request: ReadRequest, description: Description, hu: bool = False) -> AnyScan:
+    """Read `(H, W)`, `(H, W, C)`, `(D, H, W)` or `(D, H, W, C)`. A last axis of 1, 3 or 4 is colour, never a width."""
     if array.dtype.kind not in "biuf":
         raise request.error("unsupported", VOXEL_TYPES, f"an array of type {array.dtype}")
     if array.ndim not in (2, 3, 4) or (array.ndim == 4 and array.shape[-1] not in (1, 3, 4)):
@@ -240,11 +222,8 @@ def _bytes_per_voxel(dtype: np.dtype) -> int:
 
 
 def _blend_over_black(array: np.ndarray) -> np.ndarray:
-    """Return `(..., 3)` for `(..., 4)` with alpha: transparent pixels may hide arbitrary colours, so they turn black.
-
-    Alpha is dropped if it is not 8-bit, as its scale is unknown.
-    """
-    if array.dtype != np.uint8 or array[..., 3].min() == 255:
+    """Return `(..., 3)` for `(..., 4)`, with transparent pixels in black, as they may hide arbitrary colours."""
+    if array.dtype != np.uint8 or array[..., 3].min() == 255:  # the scale of an alpha that is not 8-bit is unknown
         return array[..., :3]
     return ((array[..., :3].astype(np.uint16) * array[..., 3:] + 127) // 255).astype(np.uint8)
 
@@ -266,7 +245,7 @@ def _load_npy(stream: Any, request: ReadRequest) -> np.ndarray:
     return np.frombuffer(data, dtype).reshape(shape, order="F" if fortran else "C")
 
 
-def _read_npz(data: bytes, request: ReadRequest) -> Scan | StoredScan:
+def _read_npz(data: bytes, request: ReadRequest) -> AnyScan:
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         members = {info.filename[:-4]: info for info in archive.infolist() if info.filename.endswith(".npy")}
         key = next((key for key in NPZ_KEYS if key in members), next(iter(members)) if len(members) == 1 else None)
@@ -280,9 +259,9 @@ def _read_npz(data: bytes, request: ReadRequest) -> Scan | StoredScan:
     return _read_array(array, request, {"format": "npz"}, hu=key == "hu")
 
 
-def _read_image(image: Any, request: ReadRequest) -> Scan | StoredScan:
+def _read_image(image: Any, request: ReadRequest) -> AnyScan:
     """Read a PIL image that is not loaded yet, but whose header is. Pages and animation frames become depth."""
-    description: dict[str, Any] = {"format": (image.format or "image").lower()}
+    description: Description = {"format": (image.format or "image").lower()}
     width, height = image.size
     request.check_pixels(height, width)
     # the further frames of a camera's MPO are previews
@@ -316,9 +295,9 @@ def _image_pixels(image: Any, request: ReadRequest) -> np.ndarray:
     return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))  # palette, CMYK, YCbCr, LAB, HSV
 
 
-def _read_video(file: bytes | Path, request: ReadRequest) -> Scan | StoredScan:
+def _read_video(file: bytes | Path, request: ReadRequest) -> AnyScan:
     """Read a video with decord, or with PyAV if decord is not installed or cannot decode it correctly."""
-    description: dict[str, Any] = {"format": "video"}
+    description: Description = {"format": "video"}
     try:
         array = _decode_with_decord(file, request, description)
     except M3RetReadError:
@@ -328,7 +307,7 @@ def _read_video(file: bytes | Path, request: ReadRequest) -> Scan | StoredScan:
     return to_unit_range(array.transpose(3, 0, 1, 2), (None, None, None), request, description)
 
 
-def _decode_with_decord(file: bytes | Path, request: ReadRequest, description: dict[str, Any]) -> np.ndarray:
+def _decode_with_decord(file: bytes | Path, request: ReadRequest, description: Description) -> np.ndarray:
     decord = importlib.import_module("decord")
     decord.logging.set_level(decord.logging.QUIET)  # it prints the names of files that it cannot open
     try:  # PyAV reads the size from the header; decord would have to decode a frame first
@@ -359,7 +338,7 @@ def _decord_misnumbers_frames(container: Any) -> bool:
     return kind in ("mpeg", "mpegts") or bool(context.has_b_frames and not ordered)
 
 
-def _decode_with_av(file: bytes | Path, request: ReadRequest, description: dict[str, Any]) -> np.ndarray:
+def _decode_with_av(file: bytes | Path, request: ReadRequest, description: Description) -> np.ndarray:
     av = request.import_decoder("av", "av")
     with av.open(_decoder_input(file)) as container:
         stream = container.streams.video[0]
@@ -390,7 +369,7 @@ def _decoder_input(file: bytes | Path) -> Any:
 # ---------------------------------------------------------------------------------------------------------------- NIfTI
 
 
-def _read_nifti(data: bytes, request: ReadRequest) -> Scan | StoredScan:
+def _read_nifti(data: bytes, request: ReadRequest) -> AnyScan:
     """Read NIfTI-1 or NIfTI-2 in one file, plain or gzipped. The header is checked before any voxel is inflated."""
     nibabel = request.import_decoder("nibabel", "nibabel")
     gzipped = data[:2] == b"\x1f\x8b"
@@ -420,7 +399,7 @@ def _read_nifti(data: bytes, request: ReadRequest) -> Scan | StoredScan:
     voxels = flat.reshape(z, y, x, channels)  # x varies fastest in the file
     voxels = (_blend_over_black(voxels) if channels == 4 else voxels).transpose(3, 2, 1, 0)
 
-    description: dict[str, Any] = {"format": "nifti", "volumes": math.prod(shape[3:])}
+    description: Description = {"format": "nifti", "volumes": math.prod(shape[3:])}
     description["affine"] = next((form for form in ("sform", "qform") if header[f"{form}_code"] > 0), "pixdim")
     steps = (header.get_base_affine() if description["affine"] == "pixdim" else header.get_best_affine())[:3, :3]
     mm = {"meter": 1000.0, "micron": 0.001}.get(header.get_xyzt_units()[0], 1.0)

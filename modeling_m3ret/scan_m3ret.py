@@ -10,13 +10,14 @@ Order below: scan · read request · format detection · orientation · intensit
 from __future__ import annotations
 
 import importlib
+import io
 import logging
 import math
 import os
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -34,7 +35,7 @@ THICK_SLICE_RATIO = 1.5  # slices were acquired along an axis whose spacing exce
 RATIO_FLOOR = 2**26  # 64 MiB: smaller outputs may have any inflate ratio (a blank slice compresses 1000 : 1)
 NIFTI_1, NIFTI_2 = (b"n+1\0", b"ni1\0"), (b"n+2\0", b"ni2\0")  # magic numbers: single file, header of a file pair
 Spacing = tuple[float | None, float | None, float | None]  # mm between voxel centres along D, H, W
-Description = dict[str, str | int | float | bool]
+Description = dict[str, Any]  # values are str, int, float or bool
 
 
 # ----------------------------------------------------------------------------------------------------------------- scan
@@ -68,9 +69,7 @@ class M3RetReadError(ValueError):
         advice: what the user can do.
     """
 
-    def __init__(
-        self, file: str, reason: Reason | None = None, expected: str = "", got: str = "", advice: str = ""
-    ) -> None:
+    def __init__(self, file: str, reason: Reason | None = None, expected: str = "", got: str = "", advice: str = ""):
         super().__init__(file, reason, expected, got, advice)
         self.file, self.reason, self.expected, self.got = file, reason, expected, got
         self.advice = advice or (PROBLEMS[reason][1] if reason else "")
@@ -92,22 +91,12 @@ class M3RetReadError(ValueError):
 
 @dataclass(frozen=True)
 class ReadLimits:
-    """Limits on what a file may request, checked before memory is allocated.
+    """Limits that are checked before memory is allocated. Peak memory is about twice `max_decoded_bytes`."""
 
-    Peak memory is about twice `max_decoded_bytes`.
-
-    Attributes:
-        max_decoded_bytes: size of the decoded array, and of the file. 4 GiB; 2,000 CT slices of 512 x 512 take 2.1 GB.
-        max_pixels_per_image: Pillow's own bound; a mammogram has 14 to 30 million.
-        max_inflate_ratio: decompressed over compressed bytes, for outputs above 64 MiB. Deflate can reach 1032, and
-            masked CT stays below 100.
-        max_files: files in one series; a whole-body CT has about 2,000.
-    """
-
-    max_decoded_bytes: int = 2**32
-    max_pixels_per_image: int = 89_478_485
-    max_inflate_ratio: float = 200.0
-    max_files: int = 4096
+    max_decoded_bytes: int = 2**32  # of the array, and of the file; 2,000 CT slices of 512 x 512 take 2.1 GB
+    max_pixels_per_image: int = 89_478_485  # Pillow's own bound; a mammogram has 14 to 30 million
+    max_inflate_ratio: float = 200.0  # for outputs above 64 MiB; deflate can reach 1032, masked CT stays below 100
+    max_files: int = 4096  # in one series; a whole-body CT has about 2,000
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,20 +118,15 @@ class Scan:
 
 @dataclass(frozen=True, eq=False)
 class StoredScan:
-    """One scan as a data set stores it: oriented like a `Scan`, in 8 or 16 bits.
+    """One scan as a data set stores it: oriented and described like a `Scan`, in 8 or 16 bits."""
 
-    Attributes:
-        array: `(C, D, H, W)`, uint8, int16 or uint16.
-        intensity: how values map to [0, 1], one of `INTENSITIES`.
-        spacing: as in `Scan`.
-        description: as in `Scan`.
-    """
-
-    array: np.ndarray
-    intensity: str
+    array: np.ndarray  # (C, D, H, W), uint8, int16 or uint16
+    intensity: str  # how values map to [0, 1], one of `INTENSITIES`
     spacing: Spacing
     description: Description
 
+
+AnyScan = Scan | StoredScan
 
 # Mapping of stored values to [0, 1]: divided by 255; HU clipped to `HU_RANGE`; clipped to `PERCENTILES` of the scan;
 # divided by the largest value of their type.
@@ -159,23 +143,14 @@ DESCRIBED_RULES = {
 
 @dataclass(frozen=True)
 class ReadRequest:
-    """Everything a reader needs besides the data.
+    """Everything a reader needs besides the data."""
 
-    Attributes:
-        name: name of the source in messages.
-        num_frames: maximum number of frames; None reads all.
-        limits: limits on sizes.
-        intensity: intensity that a data set row declares for a file that cannot, one of `INTENSITIES`.
-        spacing: spacing that a data set row declares.
-        return_stored: return a `StoredScan` instead of a `Scan`.
-    """
-
-    name: str
-    num_frames: int | None
+    name: str  # of the source, in messages
+    num_frames: int | None  # maximum; None reads all
     limits: ReadLimits
-    intensity: str | None = None
-    spacing: Spacing | None = None
-    return_stored: bool = False
+    intensity: str | None = None  # what a data set row declares for a file that cannot, one of `INTENSITIES`
+    spacing: Spacing | None = None  # what a data set row declares
+    return_stored: bool = False  # return a `StoredScan` instead of a `Scan`
 
     def error(self, reason: Reason, expected: str, got: str, advice: str = "") -> M3RetReadError:
         """Return an error that names this request's source."""
@@ -192,28 +167,15 @@ class ReadRequest:
             raise self.error("undecodable", "a complete scan in a supported format", type(error).__name__) from error
 
     def import_decoder(self, module: str, package: str) -> Any:
-        """Import a module of an optional package.
-
-        Raises:
-            M3RetReadError: if it is not installed.
-        """
+        """Import a module of an optional package."""
         try:
             return importlib.import_module(module)
         except ImportError as error:
-            raise self.error(
-                "no_decoder", f"the package {package}", "an import error", f"Run `pip install {package}`."
-            ) from error
+            advice = f"Run `pip install {package}`."
+            raise self.error("no_decoder", f"the package {package}", "an import error", advice) from error
 
     def check_size(self, shape: tuple[int, ...], itemsize: int) -> None:
-        """Check an array before it is allocated.
-
-        Args:
-            shape: its shape.
-            itemsize: bytes per element while it is read.
-
-        Raises:
-            M3RetReadError: if the array is empty or exceeds `max_decoded_bytes`.
-        """
+        """Refuse an array that is empty or exceeds `max_decoded_bytes`, at `itemsize` bytes per element."""
         if not shape or min(shape) < 1:
             raise self.error("unsupported", "at least one voxel along every axis", f"an array of shape {shape}")
         size, limit = math.prod(shape) * itemsize, self.limits.max_decoded_bytes
@@ -222,26 +184,15 @@ class ReadRequest:
             raise self.error("too_large", f"at most {limit:,} bytes once decoded", f"{size:,}", advice)
 
     def check_ratio(self, size: int, compressed_size: int) -> None:
-        """Check that `compressed_size` bytes can honestly inflate to `size` bytes.
-
-        Raises:
-            M3RetReadError: if the ratio exceeds `max_inflate_ratio` and the size exceeds `RATIO_FLOOR`.
-        """
+        """Refuse `compressed_size` bytes that inflate by more than `max_inflate_ratio`, to more than `RATIO_FLOOR`."""
         ratio = self.limits.max_inflate_ratio
         if size > max(RATIO_FLOOR, ratio * compressed_size):
-            raise self.error(
-                "too_large",
-                f"at most {ratio:g} bytes per compressed byte",
-                f"{size:,} bytes from {compressed_size:,}",
-                "If the source is trusted, raise `ReadLimits.max_inflate_ratio`.",
-            )
+            expected, got = f"at most {ratio:g} bytes per compressed byte", f"{size:,} bytes from {compressed_size:,}"
+            advice = "If the source is trusted, raise `ReadLimits.max_inflate_ratio`."
+            raise self.error("too_large", expected, got, advice)
 
     def check_pixels(self, height: int, width: int) -> None:
-        """Check the size of one image.
-
-        Raises:
-            M3RetReadError: if the image is empty or exceeds `max_pixels_per_image`.
-        """
+        """Refuse an image that is empty or exceeds `max_pixels_per_image`."""
         limit = self.limits.max_pixels_per_image
         if height < 1 or width < 1:
             raise self.error("unsupported", "at least one pixel along every axis", f"{height} x {width} pixels")
@@ -249,7 +200,7 @@ class ReadRequest:
             advice = "Raise `ReadLimits.max_pixels_per_image`."
             raise self.error("too_large", f"at most {limit:,} pixels per image", f"{height} x {width} pixels", advice)
 
-    def select_frames(self, total: int, description: dict[str, Any]) -> list[int]:
+    def select_frames(self, total: int, description: Description) -> list[int]:
         """Return the indices of the frames to read, at the centres of `num_frames` equal segments, and record them."""
         count = min(total, self.num_frames or total)
         description["frames_total"], description["frames_dropped"] = total, total - count
@@ -268,29 +219,22 @@ class _LibrarySilencer:
     """
 
     def __init__(self) -> None:
-        self.lock, self.depth = threading.Lock(), 0
-        self.catch: Any = None
-        self.loggers: list[tuple[logging.Logger, bool]] = []
+        self.lock, self.depth, self.original = threading.Lock(), 0, ExitStack()
 
     def __enter__(self) -> None:
         with self.lock:
             self.depth += 1
             if self.depth == 1:
-                self.catch = warnings.catch_warnings()
-                self.catch.__enter__()
-                warnings.simplefilter("ignore")
-                loggers = [logging.getLogger(name) for name in ("pydicom", "nibabel.global", "PIL")]
-                self.loggers = [(logger, logger.disabled) for logger in loggers]
-                for logger in loggers:
+                self.original.enter_context(warnings.catch_warnings(action="ignore"))
+                for logger in map(logging.getLogger, ("pydicom", "nibabel.global", "PIL")):
+                    self.original.callback(setattr, logger, "disabled", logger.disabled)
                     logger.disabled = True
 
     def __exit__(self, *error: object) -> None:
         with self.lock:
             self.depth -= 1
             if self.depth == 0:
-                self.catch.__exit__(None, None, None)
-                for logger, disabled in self.loggers:
-                    logger.disabled = disabled
+                self.original.close()
 
 
 silence_libraries = _LibrarySilencer()
@@ -319,19 +263,12 @@ def display_name(source: Any) -> str:
 
 
 def sniff(file: bytes | Path) -> str | None:
-    """Return the format of a file from its first bytes.
+    """Return "dicom", "nifti", "npy", "npz", "image" or "video" from the first bytes of a file, or None.
 
-    Args:
-        file: path or content of the file. The name only decides between formats that the content equally fits.
-
-    Returns:
-        "dicom", "nifti", "npy", "npz", "image", "video", or None for any other content.
+    The name only decides between formats that the content equally fits.
     """
-    if isinstance(file, Path):
-        with file.open("rb") as stream:
-            head = stream.read(600)
-    else:
-        head = file[:600]
+    with file.open("rb") if isinstance(file, Path) else io.BytesIO(file[:600]) as stream:
+        head = stream.read(600)
     tiff = head.startswith((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"))
     if head[128:132] == b"DICM":
         named_tiff = isinstance(file, Path) and file.suffix.lower() in (".tif", ".tiff")
@@ -361,16 +298,15 @@ def sniff(file: bytes | Path) -> str | None:
 
 
 def to_canonical_orientation(
-    volume: np.ndarray, steps: np.ndarray, description: dict[str, Any]
+    volume: np.ndarray, steps: np.ndarray, description: Description
 ) -> tuple[np.ndarray, Spacing]:
-    """Reorder and flip the axes of a volume as `read_scan` documents, without interpolation.
+    """Reorder and flip the axes of a volume as `read_scan` documents, and add the plane of its slices to `description`.
 
-    As in nibabel, each voxel axis is assigned to the closest anatomical axis.
+    As in nibabel, each voxel axis is assigned to the closest anatomical axis, without interpolation.
 
     Args:
         volume: `(C, a, b, c)`.
         steps: `(3, 3)`; column n is the step of one voxel along axis n, in RAS millimetres.
-        description: receives the plane of the slices.
 
     Returns:
         A view `(C, D, H, W)`, and its spacing.
@@ -404,23 +340,23 @@ def to_unit_range(
     values: np.ndarray,
     spacing: Spacing,
     request: ReadRequest,
-    description: dict[str, Any],
+    description: Description,
     *,
     hu: bool | None = None,
     scale: tuple[float, float] = (1.0, 0.0),
     rule: str | None = None,
     padding: np.ndarray | None = None,
     inverted: bool = False,
-) -> Scan | StoredScan:
+) -> AnyScan:
     """Scale intensities to [0, 1], or to the stored form if the request asks for it.
 
-    What a data set row declares takes precedence over `rule`, and `rule` over what the values look like.
+    What a data set row declares takes precedence over `rule` and `spacing`, and `rule` over what the values look like.
 
     Args:
         values: `(C, D, H, W)` of any real type. May be overwritten if `rule` is given.
-        spacing: spacing of the file, used unless a data set row declares one.
+        spacing: spacing of the file.
         request: the read request.
-        description: receives how intensities were scaled, and becomes the description of the scan.
+        description: description of the scan, to which the kind of scaling is added.
         hu: whether values are Hounsfield units; None decides by `looks_like_hounsfield`.
         scale: slope and intercept that turn `values` into measured values.
         rule: how to scale, if a DICOM header declares it: "8-bit", "hounsfield", "percentiles", or "window" and "bit
@@ -428,9 +364,6 @@ def to_unit_range(
             floats within [0, 1] unchanged, and clips everything else to `PERCENTILES`.
         padding: `(C, D, H, W)` bool mask of voxels that were never measured. They are ignored, and become 0.
         inverted: whether low values are bright.
-
-    Returns:
-        A `StoredScan` if the request asks for it, else a `Scan`.
 
     Raises:
         M3RetReadError: if voxels are not finite, or a row's intensity does not fit the type of its voxels.
@@ -441,7 +374,9 @@ def to_unit_range(
     declared = _declared_rule(values.dtype, request)
     rule = declared or rule
     if values.dtype == np.uint8 and scale == (1.0, 0.0) and not hu and rule in (None, "8-bit"):
-        array = _keep_8_bit(values, padding, inverted)
+        array = _merge_equal_channels(values)
+        array = 255 - array if inverted else array
+        array = array if padding is None else np.where(padding, np.uint8(0), array)
         description["intensity"] = "8-bit"
         if request.return_stored:
             return StoredScan(np.ascontiguousarray(array), "8-bit", spacing, description)
@@ -468,10 +403,7 @@ def to_unit_range(
         if stored is not None:
             return StoredScan(stored, rule, spacing, description)
     if rule in ("hounsfield", "percentiles") and not constant:
-        if rule == "hounsfield":
-            low, high = HU_RANGE
-        else:
-            low, high = _percentile_range(measured, array, padding)
+        low, high = HU_RANGE if rule == "hounsfield" else _percentile_range(measured, array, padding)
         array -= np.float32(low)
         array *= np.float32(1 / (high - low))
         np.clip(array, 0, 1, out=array)
@@ -505,13 +437,6 @@ def _percentile_range(sample: np.ndarray, array: np.ndarray, padding: np.ndarray
     return float(measured.min()), float(measured.max())
 
 
-def _keep_8_bit(array: np.ndarray, padding: np.ndarray | None, inverted: bool) -> np.ndarray:
-    array = _merge_equal_channels(array)
-    if inverted:
-        array = 255 - array
-    return array if padding is None else np.where(padding, np.uint8(0), array)
-
-
 def _keep_16_bit(array: np.ndarray, rule: str, padding: np.ndarray | None) -> np.ndarray | None:
     """Return grey values in 16 bits, or None if that would lose more than the fraction of a Hounsfield unit.
 
@@ -533,14 +458,12 @@ def _keep_16_bit(array: np.ndarray, rule: str, padding: np.ndarray | None) -> np
     return None
 
 
-def _make_scan(array: np.ndarray, spacing: Spacing, description: dict[str, Any], constant: bool) -> Scan:
+def _make_scan(array: np.ndarray, spacing: Spacing, description: Description, constant: bool) -> Scan:
     if constant:  # it shows nothing, at any level
         description["constant"], array = True, np.zeros_like(array)
     if array.shape[0] == 3 and array.dtype == np.uint8:
-        array = np.ascontiguousarray(array.transpose(1, 2, 3, 0)).transpose(3, 0, 1, 2)
-    else:
-        array = np.ascontiguousarray(array)
-    return Scan(array, spacing, description)
+        return Scan(np.ascontiguousarray(array.transpose(1, 2, 3, 0)).transpose(3, 0, 1, 2), spacing, description)
+    return Scan(np.ascontiguousarray(array), spacing, description)
 
 
 def _sample_voxels(array: np.ndarray, padding: np.ndarray | None = None) -> np.ndarray:
@@ -567,11 +490,6 @@ def _is_constant(array: np.ndarray) -> bool:
 
 def _merge_equal_channels(array: np.ndarray) -> np.ndarray:
     """Return `(1, D, H, W)` for RGB whose channels are equal: a grey image stored as RGB is grey."""
-    if (
-        array.shape[0] == 3
-        and np.array_equal(array[0, 0], array[1, 0])  # the first slice is nearly always enough to return early
-        and np.array_equal(array[0], array[1])
-        and np.array_equal(array[1], array[2])
-    ):
-        return array[:1]
+    if array.shape[0] == 3 and np.array_equal(array[0, 0], array[1, 0]):  # the first slice nearly always suffices
+        return array[:1] if np.array_equal(array[0], array[1]) and np.array_equal(array[1], array[2]) else array
     return array

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 Array = NDArray[np.float32]
 Mask = NDArray[np.bool_]
 Box = tuple[slice, slice, slice]
+Vector = tuple[float, float, float]  # (z, y, x)
 
 # Fine enough that a structure of 3-8 voxels spans 3-15 px in an image of 112 px, and small enough to generate a subject
 # in a fraction of a second.
@@ -30,43 +31,24 @@ SHAPE = (96, 128, 128)
 ANATOMY_STREAM = 0  # random stream of the anatomy; the renderings use the following ones
 
 
-class Tissue(IntEnum):
-    """The values of a label volume."""
-
-    AIR = 0
-    FAT = 1
-    MUSCLE = 2
-    FASCIA = 3
-    CORTICAL_BONE = 4
-    TRABECULAR_BONE = 5
-    MARROW = 6
-    LUNG = 7
-    BLOOD = 8
-    FLUID = 9
-    PARENCHYMA = 10
-    GREY_MATTER = 11
-    WHITE_MATTER = 12
-    CARTILAGE = 13
-    GLAND = 14
+# The values of a label volume, from 0.
+Tissue = IntEnum(
+    "Tissue",
+    "AIR FAT MUSCLE FASCIA CORTICAL_BONE TRABECULAR_BONE MARROW LUNG BLOOD FLUID PARENCHYMA GREY_MATTER WHITE_MATTER "
+    "CARTILAGE GLAND",
+    start=0,
+)
 
 
 @dataclass(frozen=True)
 class Anatomy:
-    """Ground truth of one synthetic subject.
+    """Ground truth of one synthetic subject."""
 
-    Attributes:
-        seed: seed of the collection.
-        subject: index of the subject.
-        name: class, one of `CLASSES`.
-        labels: (96, 128, 128) uint8 with `Tissue` values.
-        voxel_mm: edge of a voxel in mm along (z, y, x).
-    """
-
-    seed: int
+    seed: int  # of the collection
     subject: int
-    name: str
-    labels: NDArray[np.uint8]
-    voxel_mm: tuple[float, float, float]
+    name: str  # class, one of `CLASSES`
+    labels: NDArray[np.uint8]  # (96, 128, 128) with `Tissue` values
+    voxel_mm: Vector  # edges of a voxel
 
 
 def random_stream(seed: int, subject: int, stream: int) -> np.random.Generator:
@@ -120,7 +102,7 @@ class Canvas:
         """Return smooth noise over a box, by default the whole volume."""
         return smooth_noise(self.rng, SHAPE if box is None else self.labels[box].shape, cell)
 
-    def waves(self, length: float, plane: tuple[float, float, float] = (1, 1, 1)) -> Array:
+    def waves(self, length: float, plane: Vector = (1, 1, 1)) -> Array:
         """Return the sum of four plane waves of random directions.
 
         Unlike `noise`, they have a sharp scale and long-range order. As in real tissue, the order makes a masked patch
@@ -146,35 +128,26 @@ class Canvas:
         """Return the mask of a net of curved tubes, where two sheets cross (vessels, ducts)."""
         return self.noise(cell, box) ** 2 + self.noise(cell, box) ** 2 < width**2
 
-    def box(self, low: tuple[float, ...], high: tuple[float, ...]) -> Box:
+    def box(self, low: NDArray[np.float64], high: NDArray[np.float64]) -> Box:
         """Return the slices between two corners, clipped to the volume: small shapes are computed in small boxes."""
-        slices = []
-        for a, b, n in zip(low, high, SHAPE, strict=True):
-            start = int(np.clip(np.floor(a + n / 2), 0, n - 1))
-            slices.append(slice(start, int(np.clip(np.ceil(b + n / 2) + 1, start + 1, n))))
-        return slices[0], slices[1], slices[2]
+        size = np.array(SHAPE)
+        start = np.clip(np.floor(low + size / 2), 0, size - 1).astype(int)
+        stop = np.clip(np.ceil(high + size / 2) + 1, start + 1, size).astype(int)
+        z, y, x = map(slice, start, stop)
+        return z, y, x
 
-    def ellipsoid(
-        self, centre: tuple[float, float, float], radii: tuple[float, float, float], rough: float = 0.12
-    ) -> tuple[Box, Array]:
+    def ellipsoid(self, centre: Vector, radii: Vector, rough: float = 0.12) -> tuple[Box, Array]:
         """Return a box and the squared relative radius in it, which is below 1 inside the ellipsoid."""
-        reach = [r * 1.3 for r in radii]
-        box = self.box(
-            tuple(c - r for c, r in zip(centre, reach, strict=True)),
-            tuple(c + r for c, r in zip(centre, reach, strict=True)),
-        )
+        reach = np.array(radii) * 1.3
+        box = self.box(centre - reach, centre + reach)
         z, y, x = self.z[box[0]], self.y[:, box[1]], self.x[:, :, box[2]]
         (cz, cy, cx), (rz, ry, rx) = centre, radii
         relative = ((z - cz) / rz) ** 2 + ((y - cy) / ry) ** 2 + ((x - cx) / rx) ** 2
         return box, relative + np.float32(rough) * self.wobble[box]
 
-    def tube(
-        self, start: tuple[float, float, float], end: tuple[float, float, float], radius: float
-    ) -> tuple[Box, Array]:
+    def tube(self, start: Vector, end: Vector, radius: float) -> tuple[Box, Array]:
         """Return a box and the squared relative distance from a segment in it, which is below 1 inside the tube."""
-        low = tuple(min(a, b) - radius * 1.3 for a, b in zip(start, end, strict=True))
-        high = tuple(max(a, b) + radius * 1.3 for a, b in zip(start, end, strict=True))
-        box = self.box(low, high)
+        box = self.box(np.minimum(start, end) - radius * 1.3, np.maximum(start, end) + radius * 1.3)
         offset = [c - s for c, s in zip((self.z[box[0]], self.y[:, box[1]], self.x[:, :, box[2]]), start, strict=True)]
         along = [e - s for s, e in zip(start, end, strict=True)]
         length = max(sum(a * a for a in along), 1e-6)
@@ -203,9 +176,9 @@ class Canvas:
         self.labels[relative < 1 - fat] = Tissue.MUSCLE
         return relative
 
-    def paint_fibres(self, cell: tuple[float, float, float], width: float, septa: Tissue = Tissue.FASCIA) -> None:
+    def paint_fibres(self, cell: Vector, width: float) -> None:
         """Divide all muscle into bundles along the longest edge of `cell`."""
-        self.labels[(self.labels == Tissue.MUSCLE) & self.sheets(cell, width)] = septa
+        self.labels[(self.labels == Tissue.MUSCLE) & self.sheets(cell, width)] = Tissue.FASCIA
 
     def paint_spine(self, centre_y: float, radius: float, pitch: float) -> None:
         """Paint vertebral bodies and discs with the period `pitch`, the spinal canal and spinous processes."""
@@ -348,10 +321,8 @@ def _paint_knee(c: Canvas) -> None:
     box, joint = c.ellipsoid((gap, centre_y - 2, 0), (14, 36, 42))
     c.paint(box, joint < 1, Tissue.FLUID)
     c.paint(box, (joint < 1) & c.sheets(7, 0.5, box), Tissue.CARTILAGE)
-    for sign, lateral in ((1, 0.0), (-1, 0.0)):
-        box, shaft = c.tube(
-            (gap + sign * 30, centre_y, lateral), (sign * 70 + gap, centre_y + flexion, 0), radius * 0.9
-        )
+    for sign in (1, -1):
+        box, shaft = c.tube((gap + sign * 30, centre_y, 0), (sign * 70 + gap, centre_y + flexion, 0), radius * 0.9)
         c.paint_bone(box, shaft, 0.12)
         for side in (-1, 1):
             box, condyle = c.ellipsoid((gap + sign * 24, centre_y, side * 15), (22, radius, 22), 0.06)
@@ -375,12 +346,11 @@ def _paint_hand(c: Canvas) -> None:
         c.paint(box, flesh < 1, Tissue.FAT, within=Tissue.AIR)
         for number, (start, end) in enumerate(pairwise(points)):
             radius = 7.5 - number + c.jitter(0.5)
-            box, tendon = c.tube(
-                (start[0], start[1] - radius - 3, start[2]), (end[0], end[1] - radius - 3, end[2]), 2.5
-            )
+            top, bottom = ((z, y - radius - 3, x) for z, y, x in (start, end))
+            box, tendon = c.tube(top, bottom, 2.5)
             c.paint(box, tendon < 1, Tissue.FASCIA)
             for point in (start, end):
-                box, knuckle = c.ellipsoid((point[0], point[1], point[2]), (4.5, radius, radius), 0.0)
+                box, knuckle = c.ellipsoid(point, (4.5, radius, radius), 0.0)
                 c.paint(box, knuckle < 1, Tissue.CARTILAGE)
             box, shaft = c.tube((start[0] + radius, *start[1:]), (end[0] - radius, *end[1:]), radius)
             c.paint_bone(box, shaft, 0.38, 9)

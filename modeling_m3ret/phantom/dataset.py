@@ -12,15 +12,20 @@ import gzip
 import json
 import os
 from collections import Counter
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import av
+import nibabel
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from pydicom import uid
+from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
 
 from ..atomic_io import atomic_folder
 from ..errors import InputError
@@ -33,18 +38,19 @@ from .rendering import RENDERERS, Rendering
 VERSION = 1  # increase it if a byte of the output changes; a folder of another version is never reused
 COLUMNS = ("id", "file", "modality", "anatomy", "label", "group", "source", "licence", "extra")
 LICENCE, PATIENT_NAME = "Apache-2.0", "PHANTOM^SYNTHETIC"
+SOP_CLASSES = {
+    "CT": uid.CTImageStorage,
+    "DX": uid.DigitalXRayImageStorageForPresentation,
+    "US": uid.UltrasoundMultiFrameImageStorage,
+}
 COMMENT = "Synthetic phantom, no patient"
 SUBJECTS_PER_WORKER = 24  # with fewer, starting a process takes longer than its work
 
 
 class OccupiedFolderError(InputError, FileExistsError):
-    """The output folder contains something other than the requested phantom.
+    """The output folder, `folder`, contains something other than the requested phantom."""
 
-    Attributes:
-        folder: the folder.
-    """
-
-    def __init__(self, folder: Path, expected: str) -> None:
+    def __init__(self, folder: Path, expected: str):
         super().__init__(
             f"{folder} is occupied: expected an empty folder or the phantom of {expected}, got other content. "
             "Choose another folder or remove this one."
@@ -54,32 +60,20 @@ class OccupiedFolderError(InputError, FileExistsError):
 
 def _dicom_header(anatomy: Anatomy, modality: str, number: int = 0) -> Any:
     """Return a DICOM data set with patient, study and series modules. Its identifiers depend only on the subject."""
-    from pydicom.dataset import FileDataset, FileMetaDataset
-    from pydicom.uid import (
-        CTImageStorage,
-        DigitalXRayImageStorageForPresentation,
-        ExplicitVRLittleEndian,
-        UltrasoundMultiFrameImageStorage,
-        generate_uid,
-    )
 
-    def uid(*keys: object) -> str:
-        return generate_uid(entropy_srcs=["m3ret-phantom", *map(str, (VERSION, anatomy.seed, anatomy.subject, *keys))])
+    def generate_uid(*keys: object) -> str:
+        source = ("m3ret-phantom", VERSION, anatomy.seed, anatomy.subject, *keys)
+        return uid.generate_uid(entropy_srcs=list(map(str, source)))
 
-    storage = {
-        "CT": CTImageStorage,
-        "DX": DigitalXRayImageStorageForPresentation,
-        "US": UltrasoundMultiFrameImageStorage,
-    }
     meta = FileMetaDataset()
-    meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = storage[modality], uid(modality, number)
-    meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    meta.MediaStorageSOPClassUID, meta.TransferSyntaxUID = SOP_CLASSES[modality], uid.ExplicitVRLittleEndian
+    meta.MediaStorageSOPInstanceUID = generate_uid(modality, number)
     header = FileDataset(None, {}, file_meta=meta, preamble=b"\0" * 128)
     header.SOPClassUID, header.SOPInstanceUID = meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID
     header.PatientName, header.PatientID = PATIENT_NAME, f"PHANTOM-{anatomy.subject:04d}"
     header.ImageComments = header.SeriesDescription = COMMENT
-    header.StudyInstanceUID, header.SeriesInstanceUID = uid("study"), uid("series", modality)
-    header.FrameOfReferenceUID, header.Modality = uid("frame"), modality
+    header.StudyInstanceUID, header.SeriesInstanceUID = generate_uid("study"), generate_uid("series", modality)
+    header.FrameOfReferenceUID, header.Modality = generate_uid("frame"), modality
     header.SeriesNumber, header.InstanceNumber = 1, number + 1
     return header
 
@@ -112,8 +106,6 @@ def _write_series(folder: Path, anatomy: Anatomy, scan: Rendering, rng: np.rando
 
 def _write_nifti(path: Path, scan: Rendering, flip: bool) -> None:
     """Write int16 NIfTI-1 in (x, y, z) order with a RAS affine. `flip` stores the first axis in reverse."""
-    import nibabel
-
     # Columns of the affine are the array's axes from last to first; rows change from (z, y, x) in DICOM to RAS.
     axes = (scan.directions * np.array(scan.spacing_mm))[::-1, ::-1] * np.array([[-1], [-1], [1]])
     data, affine = scan.array.transpose(2, 1, 0), np.eye(4)
@@ -130,9 +122,6 @@ def _write_nifti(path: Path, scan: Rendering, flip: bool) -> None:
 
 
 def _write_png(path: Path, pixels: NDArray[Any]) -> None:
-    from PIL import Image
-    from PIL.PngImagePlugin import PngInfo
-
     text = PngInfo()
     text.add_text("Description", COMMENT)
     Image.fromarray(pixels).save(path, pnginfo=text, compress_level=1)
@@ -140,8 +129,6 @@ def _write_png(path: Path, pixels: NDArray[Any]) -> None:
 
 def _write_mp4(path: Path, frames: NDArray[np.uint8]) -> None:
     """Write H.264 in yuv420p from (D, H, W) or (D, H, W, 3)."""
-    import av
-
     if frames.ndim == 3:
         frames = np.repeat(frames[..., None], 3, axis=-1)
     frames = frames[:, : frames.shape[1] // 2 * 2, : frames.shape[2] // 2 * 2]  # yuv420p needs even sides
@@ -177,8 +164,6 @@ def _write_scan(folder: Path, anatomy: Anatomy, modality: str, scan: Rendering, 
         name = stem + ".png"
         _write_png(folder / name, scan.array * np.uint16(16))  # PNG samples use the full scale of 16 bits
     elif modality == "ultrasound" and index % 3 == 0:
-        from pydicom.dataset import Dataset
-
         name, header, region = stem + ".dcm", _dicom_header(anatomy, "US"), Dataset()
         header.PhotometricInterpretation, header.NumberOfFrames, header.FrameTime = "MONOCHROME2", len(scan.array), 100
         region.RegionSpatialFormat, region.RegionDataType, region.RegionFlags = 1, 1, 0
@@ -203,20 +188,10 @@ def _write_subject(subject: int, *, folder: Path, seed: int) -> list[dict[str, s
     for stream, (modality, render) in enumerate(RENDERERS.items(), start=1):
         rng = random_stream(seed, subject, stream)
         scan = render(anatomy, rng)
-        name = _write_scan(folder, anatomy, modality, scan, rng)
-        group = f"subject-{subject:04d}"
-        values = (
-            f"{modality}-{subject:04d}",
-            name,
-            modality,
-            anatomy.name,
-            anatomy.name,
-            group,
-            SYNTHETIC_SOURCE,
-            LICENCE,
-            scan.note,
-        )
-        rows.append(dict(zip(COLUMNS, values, strict=True)))
+        file = _write_scan(folder, anatomy, modality, scan, rng)
+        row = {"id": f"{modality}-{subject:04d}", "file": file, "modality": modality, "group": f"subject-{subject:04d}"}
+        row |= dict.fromkeys(("anatomy", "label"), anatomy.name)
+        rows.append(row | {"source": SYNTHETIC_SOURCE, "licence": LICENCE, "extra": scan.note})
     return rows
 
 
@@ -228,20 +203,13 @@ def write_phantom(folder: Path, *, subjects: int = 200, seed: int = 0, workers: 
     processes import it.
 
     Args:
-        folder: output folder.
-        subjects: number of subjects. The default, 25 per class, suffices for a ranking and takes about a minute on two
-            cores.
-        seed: seed of everything random.
+        subjects: the default, 25 per class, suffices for a ranking and takes about a minute on two cores.
         workers: number of processes; None starts one per core, or none for a few subjects.
-
-    Returns:
-        The folder.
 
     Raises:
         OccupiedFolderError: if the folder contains anything else. It is a `FileExistsError`.
         InputError: if `subjects` or `seed` is out of range.
     """
-    folder = Path(folder)
     if subjects < 1 or seed < 0:
         raise InputError(f"invalid phantom: expected subjects >= 1 and seed >= 0, got {subjects} and {seed}.")
     description: dict[str, Any] = {
@@ -254,9 +222,12 @@ def write_phantom(folder: Path, *, subjects: int = 200, seed: int = 0, workers: 
         return folder
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise OccupiedFolderError(folder, f"version {VERSION}, seed {seed}, {subjects} subjects")
+    if workers is None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        workers = min(cores, subjects // SUBJECTS_PER_WORKER)
     try:
         with atomic_folder(folder) as partial_folder:
-            _write_collection(partial_folder, description, _default_workers(subjects) if workers is None else workers)
+            _write_collection(partial_folder, description, workers)
     except OSError:
         if not _contains_phantom(folder, description):  # unless another process has written the same one meanwhile
             raise
@@ -271,25 +242,19 @@ def _contains_phantom(folder: Path, description: dict[str, Any]) -> bool:
         return False
 
 
-def _default_workers(subjects: int) -> int:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cores, subjects // SUBJECTS_PER_WORKER)
-
-
 def _write_collection(folder: Path, description: dict[str, Any], workers: int) -> None:
     for modality in RENDERERS:
         (folder / modality).mkdir()
-    write = partial(_write_subject, folder=folder, seed=description["seed"])
-    run = partial(_map_in_processes, workers=workers) if workers > 1 else map
-    rows = list(chain.from_iterable(run(write, range(description["subjects"]))))
+    write, subjects = partial(_write_subject, folder=folder, seed=description["seed"]), range(description["subjects"])
+    if workers > 1:
+        context = worker_context([__name__])
+        with ProcessPoolExecutor(workers, mp_context=context, initializer=initialise_worker) as pool:
+            rows = list(chain.from_iterable(pool.map(write, subjects, chunksize=4)))
+    else:
+        rows = list(chain.from_iterable(map(write, subjects)))
     with (folder / "manifest.csv").open("w", newline="") as file:
         table = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         table.writeheader()
         table.writerows(rows)
     counts = {key: dict(Counter(row[key] for row in rows)) for key in ("modality", "anatomy")}
     (folder / "phantom.json").write_text(json.dumps(description | {"counts": counts}, indent=2) + "\n")
-
-
-def _map_in_processes(function: Callable[[int], Any], items: range, workers: int) -> list[Any]:
-    with ProcessPoolExecutor(workers, mp_context=worker_context([__name__]), initializer=initialise_worker) as pool:
-        return list(pool.map(function, items, chunksize=4))

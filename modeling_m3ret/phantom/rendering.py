@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from .anatomy import Anatomy, Array, Tissue, format_index, random_stream, smooth_noise
+from .anatomy import Anatomy, Array, Tissue, Vector, format_index, random_stream, smooth_noise
 
 
 # Per tissue: HU, T1-weighted signal, T2-weighted signal, echogenicity, impedance, ultrasound attenuation per voxel.
@@ -45,29 +45,24 @@ HU, T1, T2, ECHO, IMPEDANCE, LOSS = TABLE.T
 AXIAL = np.eye(3)  # column n: patient direction (z, y, x) of array axis n (slice, row, column)
 SAGITTAL = np.array([[0, -1, 0], [0, 0, 1], [1, 0, 0]], float)  # slices to the left, rows downwards
 CORONAL = np.array([[0, -1, 0], [1, 0, 0], [0, 0, 1]], float)
+PLANES = ((AXIAL, "axial"), (SAGITTAL, "sagittal"), (CORONAL, "coronal"))
+Matrix = NDArray[np.float64]
+Pose = tuple[Matrix, Matrix]  # rotation matrix, and (3,) shift of the centre as a fraction of the label volume
+Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Rendering:
-    """One scan as an array, before it is written to a file.
-
-    Attributes:
-        array: CT (D, H, W) int16 in HU; MRI (D, H, W) int16; X-ray (H, W) uint16 with 12 bits and bright bone;
-            ultrasound (D, H, W) uint8 with D frames; endoscopy (D, H, W, 3) uint8 RGB with D frames.
-        spacing_mm: spacing along D, H, W in mm; 0 if there is none.
-        directions: (3, 3); column n is the patient direction (z, y, x) of array axis n.
-        to_anatomy: (4, 4); maps an index (d, h, w, 1) of a CT or MRI volume to voxels of the label volume.
-        note: the random choice that was made, such as the view.
-    """
+    """One scan as an array, before it is written to a file. The `render_` functions state its shape and type."""
 
     array: NDArray[Any]
-    spacing_mm: tuple[float, float, float]
-    directions: NDArray[np.float64]
-    to_anatomy: NDArray[np.float64]
-    note: str
+    spacing_mm: Vector  # along D, H, W; 0 if there is none
+    directions: Matrix  # (3, 3); column n is the patient direction (z, y, x) of array axis n
+    to_anatomy: Matrix  # (4, 4); maps an index (d, h, w, 1) of a CT or MRI volume to voxels of the label volume
+    note: str  # the random choice that was made, such as the view
 
 
-def _rotation(z: float, y: float, x: float) -> NDArray[np.float64]:
+def _rotation(z: float, y: float, x: float) -> Matrix:
     """Return the rotation matrix of (z, y, x) vectors from angles in degrees about the three axes."""
     result = np.eye(3)
     for angle, (first, second) in zip(np.deg2rad((z, y, x)), ((1, 2), (0, 2), (0, 1)), strict=True):
@@ -78,22 +73,12 @@ def _rotation(z: float, y: float, x: float) -> NDArray[np.float64]:
     return result
 
 
-def _pose(rng: np.random.Generator, tilt: float = 15, roll: float = 20, shift: float = 0.1) -> tuple[Any, Any]:
-    """Return a random pose: a rotation matrix, and a shift of the centre as a fraction of the label volume.
-
-    A tilt of 15 degrees is a badly positioned patient; a roll of 20 degrees about the body's axis defeats a comparison
-    of pixels.
-    """
+def _pose(rng: np.random.Generator, tilt: float = 15, roll: float = 20, shift: float = 0.1) -> Pose:
+    """Return a random pose: 15 degrees are a badly positioned patient, and a roll of 20 defeats comparing pixels."""
     return _rotation(rng.uniform(-roll, roll), *rng.uniform(-tilt, tilt, 2)), rng.uniform(-shift, shift, 3)
 
 
-def _to_anatomy(
-    anatomy: Anatomy,
-    pose: tuple[Any, Any],
-    shape: tuple[int, ...],
-    spacing_mm: tuple[float, ...],
-    directions: NDArray[np.float64],
-) -> NDArray[np.float64]:
+def _to_anatomy(anatomy: Anatomy, pose: Pose, shape: Shape, spacing_mm: Vector, directions: Matrix) -> Matrix:
     """Return the matrix that maps an index of the rendered array to an index of the label volume."""
     rotation, shift = pose
     size = np.array(anatomy.labels.shape)
@@ -104,7 +89,7 @@ def _to_anatomy(
     return matrix
 
 
-def _sample(volume: Array, matrix: NDArray[np.float64], shape: tuple[int, ...], outside: float) -> Array:
+def _sample(volume: Array, matrix: Matrix, shape: Shape, outside: float) -> Array:
     return ndimage.affine_transform(
         volume, matrix[:3, :3], matrix[:3, 3], output_shape=shape, output=np.float32, order=1, cval=outside
     )
@@ -151,9 +136,7 @@ def render_ct(anatomy: Anatomy, rng: np.random.Generator) -> Rendering:
 def render_mri(anatomy: Anatomy, rng: np.random.Generator) -> Rendering:
     """Render a magnitude MR volume (D, H, W) int16 with slices of 3-5 mm: T1 or T2, axial, sagittal or coronal."""
     pixels = 112
-    directions, plane = ((AXIAL, "axial"), (SAGITTAL, "sagittal"), (CORONAL, "coronal"))[
-        rng.choice(3, p=(0.7, 0.2, 0.1))
-    ]
+    directions, plane = PLANES[rng.choice(3, p=(0.7, 0.2, 0.1))]
     edge = _draw_pixel_edge(anatomy, rng, pixels)
     spacing = (round(float(rng.uniform(3, 5)), 3), edge, edge)
     shape = (int(rng.integers(20, 29)), pixels, pixels)
@@ -209,19 +192,15 @@ def render_xray(anatomy: Anatomy, rng: np.random.Generator) -> Rendering:
     return Rendering((image * 4095).astype(np.uint16), (0.0, *pixel), CORONAL, matrix, view)
 
 
-def render_ultrasound(anatomy: Anatomy, rng: np.random.Generator, frames: int = 10) -> Rendering:
+def render_ultrasound(anatomy: Anatomy, rng: np.random.Generator) -> Rendering:
     """Render a sweep (D, H, W) uint8 of sector images with speckle, attenuation, and shadow behind bone and gas."""
-    samples, lines, columns = 192, 160, int(rng.choice((192, 208, 224)))
+    frames, samples, lines, columns = 10, 192, 160, int(rng.choice((192, 208, 224)))
     rotation, _ = _pose(rng, tilt=20, roll=70)
     size = np.array(anatomy.labels.shape)
-    down, across, along = (
-        rotation @ np.array([0, 1.0, 0]),
-        rotation @ np.array([0, 0, 1.0]),
-        rotation @ np.array([1.0, 0, 0]),
-    )
+    along, down, across = rotation.T
     target = (size - 1) / 2 + rng.uniform(-0.15, 0.15, 3) * size * (1, 0.7, 0.7)
 
-    def labels_at(points: NDArray[np.float64]) -> NDArray[np.uint8]:
+    def labels_at(points: Matrix) -> NDArray[np.uint8]:
         index = np.rint(points).astype(int)
         inside = ((index >= 0) & (index < size)).all(-1)
         z, y, x = np.moveaxis(np.clip(index, 0, size - 1), -1, 0)
