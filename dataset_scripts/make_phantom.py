@@ -1,8 +1,6 @@
 """Write the synthetic phantom collection: five scans per subject, as DICOM, NIfTI, PNG and MP4 files.
 
-    m3ret phantom --output phantom --subjects 200
-
-In a clone of the repository: `python dataset_scripts/make_phantom.py`, with the same options.
+m3ret phantom --output phantom --subjects 200
 """
 
 import time

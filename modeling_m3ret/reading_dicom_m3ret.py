@@ -4,8 +4,6 @@ A single image, a cine or a whole series becomes one `Scan`: frames are sorted b
 to the values that their headers declare (DICOM PS3.3, sections C.7.6 and C.11). Nothing is decoded before the header
 has passed the limits. This file travels inside every checkpoint and imports only NumPy; pydicom is imported when a file
 needs it.
-
-Order below: series · planes and their order · values of a volume or image · decoding · what the header declares.
 """
 
 from __future__ import annotations
@@ -41,9 +39,6 @@ PIXEL_KEYS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
 DEFLATED, JPEG_BASELINE, JPEG_EXTENDED = ("1.2.840.10008.1.2.1.99", "1.2.840.10008.1.2.4.50", "1.2.840.10008.1.2.4.51")
 
 
-# --------------------------------------------------------------------------------------------------------------- series
-
-
 def read_folder(folder: Path, request: ReadRequest) -> AnyScan:
     """Read a folder that contains one DICOM series. Other files are ignored and counted."""
     files: list[Path] = []
@@ -73,7 +68,9 @@ def read_series(sources: list[Any], request: ReadRequest, description: Descripti
         description["format"] = "dicom multi-frame" if len(sources) == 1 else "dicom series"
         group = _largest_parallel_group(planes)
         description["slices_left_out"], planes = len(planes) - len(group), group
-    if _have_positions(planes) and not (len(sources) == 1 and _share_one_position(planes)):
+    have_positions = all(p.position is not None and p.orientation is not None and p.spacing[0] for p in planes)
+    # Frames of one file at one position follow each other in time, not in space.
+    if have_positions and (len(sources) > 1 or len({str(plane.position) for plane in planes}) > 1):
         planes, step = _sort_by_position(planes, description)
         return _make_scan(planes, step, request, description)
     if len(planes) > 1:
@@ -177,7 +174,8 @@ def _split_into_planes(dataset: Any, number_if_absent: int, request: ReadRequest
     request.check_size((min(frames, request.num_frames or frames), rows, columns, samples), 1)
     compressed_size = len(next(dataset[key].value for key in PIXEL_KEYS if key in dataset))
     request.check_ratio(frames * rows * columns * samples, compressed_size)
-    number = _read_numbers(dataset, "InstanceNumber", 1)
+    instance = _read_numbers(dataset, "InstanceNumber", 1)
+    number = int(instance[0]) if instance else number_if_absent
     per_frame, shared = (dataset.get(f"{kind}FunctionalGroupsSequence") or [] for kind in ("PerFrame", "Shared"))
 
     def item(frame: int, sequence: str) -> Any:
@@ -189,23 +187,14 @@ def _split_into_planes(dataset: Any, number_if_absent: int, request: ReadRequest
         geometry, measures = item(frame, "PlanePositionSequence"), item(frame, "PixelMeasuresSequence")
         # A classic multi-frame image has a single position, which does not locate its frames.
         has_position = geometry is not dataset or frames == 1
-        position = _read_numbers(geometry, "ImagePositionPatient", 3) if has_position else None
-        orientation = _read_numbers(item(frame, "PlaneOrientationSequence"), "ImageOrientationPatient", 6)
+        corner = _read_numbers(geometry, "ImagePositionPatient", 3) if has_position else None
+        position = np.array(corner) if corner else None
+        cosines = _read_numbers(item(frame, "PlaneOrientationSequence"), "ImageOrientationPatient", 6)
+        orientation = np.array(cosines).reshape(2, 3) if cosines and any(cosines) else None
         mm = (_read_numbers(measures, key, 2) for key in ("PixelSpacing", "ImagerPixelSpacing"))
-        spacing = next((pair for pair in mm if pair and min(pair) > 0), (None, None))
-        planes.append(
-            _Plane(
-                name=request.name,
-                dataset=dataset,
-                frame=frame,
-                number=int(number[0]) if number else number_if_absent,
-                position=np.array(position) if position else None,
-                orientation=np.array(orientation).reshape(2, 3) if orientation and any(orientation) else None,
-                spacing=(spacing[0], spacing[1]),
-                values=item(frame, "PixelValueTransformationSequence"),
-                window=item(frame, "FrameVOILUTSequence"),
-            )
-        )
+        spacing = next(((pair[0], pair[1]) for pair in mm if pair and min(pair) > 0), (None, None))
+        values, window = item(frame, "PixelValueTransformationSequence"), item(frame, "FrameVOILUTSequence")
+        planes.append(_Plane(request.name, dataset, frame, number, position, orientation, spacing, values, window))
     return planes
 
 
@@ -221,9 +210,7 @@ def _read_numbers(dataset: Any, keyword: str, count: int) -> tuple[float, ...] |
 
 
 def _largest_parallel_group(planes: list[_Plane]) -> list[_Plane]:
-    """Return the largest group of parallel planes of one size, such as one of a localiser's three; on a tie the most
-    axial one.
-    """
+    """Return the largest group of parallel planes of one size (a localiser has three), on a tie the most axial one."""
     keys = ("Rows", "Columns", "SamplesPerPixel", "PhotometricInterpretation")
 
     def are_parallel(a: _Plane, b: _Plane) -> bool:
@@ -240,15 +227,6 @@ def _largest_parallel_group(planes: list[_Plane]) -> list[_Plane]:
             groups.append(group := [])
         group.append(plane)
     return max(groups, key=lambda group: (len(group), *np.round(np.abs(group[0].normal[::-1]), 3)))
-
-
-def _have_positions(planes: list[_Plane]) -> bool:
-    return all(p.position is not None and p.orientation is not None and p.spacing[0] for p in planes)
-
-
-def _share_one_position(planes: list[_Plane]) -> bool:
-    """Return whether frames follow each other in time, not in space. True for a single image."""
-    return len({str(plane.position) for plane in planes}) == 1
 
 
 def _sort_by_position(planes: list[_Plane], description: Description) -> tuple[list[_Plane], Step]:
@@ -389,8 +367,12 @@ def _check_frame_size(size: tuple[int, ...], declared: tuple[int, int], request:
 def _decode_frames(dataset: Any, frames: list[int], request: ReadRequest) -> Iterable[np.ndarray]:
     """Decode frames of one data set, given in ascending order."""
     syntax, total = _transfer_syntax(dataset), int(dataset.get("NumberOfFrames") or 1)
-    if syntax.is_encapsulated:
-        _check_codestream_sizes(dataset, total, request)
+    if syntax.is_encapsulated:  # decoders allocate what the codestream requests, whatever the header declares
+        encaps = importlib.import_module("pydicom.encaps")
+        for codestream in encaps.generate_frames(dataset.PixelData, number_of_frames=total):
+            size = _codestream_size(codestream)
+            if size is not None:
+                _check_frame_size(size, (int(dataset.Rows), int(dataset.Columns)), request)
     if syntax == JPEG_EXTENDED and int(dataset.BitsStored) > 8:
         return (_decode_jpeg_12bit(dataset, frame, total, request) for frame in frames)
     decoder = importlib.import_module("pydicom.pixels").get_decoder(syntax)
@@ -412,15 +394,6 @@ def _transfer_syntax(dataset: Any) -> Any:
     if little is False:
         return uid.ExplicitVRBigEndian
     return uid.ImplicitVRLittleEndian if implicit else uid.ExplicitVRLittleEndian
-
-
-def _check_codestream_sizes(dataset: Any, total: int, request: ReadRequest) -> None:
-    """Check compressed frames against the size in the header: decoders allocate what the codestream requests."""
-    encaps = importlib.import_module("pydicom.encaps")
-    for frame in encaps.generate_frames(dataset.PixelData, number_of_frames=total):
-        size = _codestream_size(frame)
-        if size is not None:
-            _check_frame_size(size, (int(dataset.Rows), int(dataset.Columns)), request)
 
 
 def _codestream_size(frame: bytes) -> tuple[int, int] | None:
@@ -495,29 +468,26 @@ def _apply_modality_lut(values: np.ndarray, item: Any) -> None:
         values += np.float32(rescale[1])
 
 
-def _window_function(item: Any) -> str:
-    return str(item.get("VOILUTFunction") or "LINEAR").upper()
-
-
-def _voi_window(item: Any) -> tuple[float, float] | str | None:
-    """Return the first window (centre, width), "lut" if there is a VOI LUT instead, or None if there is neither."""
+def _voi_window(item: Any) -> tuple[float, float, str] | str | None:
+    """Return the first window (centre, width, function), "lut" if there is a VOI LUT instead, or None if neither is."""
     if item.get("VOILUTSequence"):
         return "lut"
     centre, width = _read_numbers(item, "WindowCenter", 1), _read_numbers(item, "WindowWidth", 1)
     if centre is None or width is None:
         return None
-    valid = width[0] >= 1 if _window_function(item) == "LINEAR" else width[0] > 0
-    return (centre[0], width[0]) if valid else None
+    function = str(item.get("VOILUTFunction") or "LINEAR").upper()
+    valid = width[0] >= 1 if function == "LINEAR" else width[0] > 0
+    return (centre[0], width[0], function) if valid else None
 
 
 def _apply_window(values: np.ndarray, item: Any) -> None:
     """Transform measured values to [0, 1] with the window or VOI LUT of the image (PS3.3 C.11.2), in place."""
-    window, function = _voi_window(item), _window_function(item)
+    window = _voi_window(item)
     if not isinstance(window, tuple):
         values[...] = importlib.import_module("pydicom.pixels").apply_voi(np.rint(values).astype(np.int32), item)
         values /= 2.0 ** int(item.VOILUTSequence[0].LUTDescriptor[2]) - 1
         return
-    centre, width = window
+    centre, width, function = window
     if function == "SIGMOID":
         np.exp((values - centre) * np.float32(-4 / width), out=values)
         np.divide(1.0, 1.0 + values, out=values)

@@ -4,8 +4,6 @@
 `reading_dicom_m3ret`; `scan_m3ret` brings all of them to one orientation and one intensity scale. Files are not
 trusted: sizes are checked before memory is allocated, nothing is unpickled, and every failure is an `M3RetReadError`.
 This file travels inside every checkpoint and imports only NumPy; decoders are imported when a format needs them.
-
-Order below: public functions · kinds of source · arrays, images, video · NIfTI.
 """
 
 from __future__ import annotations
@@ -51,9 +49,6 @@ FORMATS = "DICOM, NIfTI, PNG, JPEG, TIFF, BMP, WebP, GIF, video, .npy or .npz"
 NPZ_KEYS = ("hu", "image", "volume", "imgs")  # "hu" declares Hounsfield units; "imgs" is MedSAM's key
 VOXEL_TYPES = "bool, integer or floating-point voxels"
 EXIF_ORIENTATION = 0x0112
-
-
-# ----------------------------------------------------------------------------------------------------- public functions
 
 
 def read_scan(source: Any, *, num_frames: int | None = None, limits: ReadLimits = ReadLimits()) -> Scan:
@@ -315,12 +310,10 @@ def _decode_with_decord(file: bytes | Path, request: ReadRequest, description: D
             height, width = container.streams.video[0].height, container.streams.video[0].width
             if _decord_misnumbers_frames(container):
                 raise ValueError("decord would return other frames")
-        request.check_pixels(height, width)
-        reader = decord.VideoReader(_decoder_input(file), ctx=decord.cpu(0))
     except ImportError:
-        reader = decord.VideoReader(_decoder_input(file), ctx=decord.cpu(0))
-        height, width, _ = reader[0].shape
-        request.check_pixels(height, width)
+        height, width, _ = decord.VideoReader(_decoder_input(file), ctx=decord.cpu(0))[0].shape
+    request.check_pixels(height, width)
+    reader = decord.VideoReader(_decoder_input(file), ctx=decord.cpu(0))
     indices = request.select_frames(len(reader), description)
     request.check_size((len(indices), height, width, 3), 1)
     description["fps"] = float(reader.get_avg_fps())

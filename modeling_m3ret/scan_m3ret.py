@@ -3,8 +3,6 @@
 A `Scan` is one array in [0, 1] with its voxel spacing; each reader turns one kind of file into one. This file defines
 the read limits, format detection by the first bytes, the canonical orientation (NIfTI-1 affines, as in nibabel) and
 intensity scaling. It travels inside every checkpoint and imports only NumPy.
-
-Order below: scan · read request · format detection · orientation · intensity.
 """
 
 from __future__ import annotations
@@ -30,15 +28,12 @@ PERCENTILES = (0.5, 99.5)  # per scan, if no unit is declared (nnU-Net's clippin
 # Undeclared integers are read as HU if their 0.5 percentile is at most this: a CT field of view contains air, and MR
 # values are never this low.
 AIR_HU = -500.0
-PERCENTILE_SAMPLE = 1_000_000  # minimum number of voxels for percentiles; more voxels change them by less than 0.1 %
+PERCENTILE_SAMPLE = 1_000_000  # approximate number of voxels for percentiles; more change them by less than 0.1 %
 THICK_SLICE_RATIO = 1.5  # slices were acquired along an axis whose spacing exceeds both others by this factor
 RATIO_FLOOR = 2**26  # 64 MiB: smaller outputs may have any inflate ratio (a blank slice compresses 1000 : 1)
 NIFTI_1, NIFTI_2 = (b"n+1\0", b"ni1\0"), (b"n+2\0", b"ni2\0")  # magic numbers: single file, header of a file pair
 Spacing = tuple[float | None, float | None, float | None]  # mm between voxel centres along D, H, W
 Description = dict[str, Any]  # values are str, int, float or bool
-
-
-# ----------------------------------------------------------------------------------------------------------------- scan
 
 Reason = Literal["not_found", "unsupported", "damaged", "undecodable", "too_large", "no_decoder", "timeout"]
 
@@ -136,9 +131,6 @@ DESCRIBED_RULES = {
     "percentiles": f"percentiles {PERCENTILES[0]}-{PERCENTILES[1]}",
     "unit range": "already in [0, 1]",
 }
-
-
-# --------------------------------------------------------------------------------------------------------- read request
 
 
 @dataclass(frozen=True)
@@ -374,13 +366,15 @@ def to_unit_range(
     declared = _declared_rule(values.dtype, request)
     rule = declared or rule
     if values.dtype == np.uint8 and scale == (1.0, 0.0) and not hu and rule in (None, "8-bit"):
-        array = _merge_equal_channels(values)
+        # A grey image stored as RGB is grey. Its first slice nearly always suffices to find out that it is not.
+        is_grey = values.shape[0] == 3 and (values[:, 0] == values[0, 0]).all() and (values == values[:1]).all()
+        array = values[:1] if is_grey else values
         array = 255 - array if inverted else array
         array = array if padding is None else np.where(padding, np.uint8(0), array)
         description["intensity"] = "8-bit"
         if request.return_stored:
             return StoredScan(np.ascontiguousarray(array), "8-bit", spacing, description)
-        return _make_scan(array, spacing, description, _is_constant(array))
+        return _make_scan(array, spacing, description, constant=array.min() == array.max())
 
     array = np.array(values, dtype=np.float32, order="C", copy=None if rule and not declared else True)
     if request.intensity == "full range":
@@ -467,9 +461,8 @@ def _make_scan(array: np.ndarray, spacing: Spacing, description: Description, co
 
 
 def _sample_voxels(array: np.ndarray, padding: np.ndarray | None = None) -> np.ndarray:
-    """Return at least `PERCENTILE_SAMPLE` evenly spaced voxels without padding, or all if there are fewer than twice as
-    many. An odd step avoids sampling a single column."""
-    step = max(1, array.size // PERCENTILE_SAMPLE) | 1 if array.size >= 2 * PERCENTILE_SAMPLE else 1
+    """Return about `PERCENTILE_SAMPLE` evenly spaced voxels without padding, or all of a smaller array."""
+    step = array.size // PERCENTILE_SAMPLE | 1  # an odd step avoids sampling a single column
     sample = array.reshape(-1)[::step]
     return sample if padding is None else sample[~padding.reshape(-1)[::step]]
 
@@ -480,16 +473,3 @@ def looks_like_hounsfield(array: np.ndarray) -> bool:
         return False
     sample = _sample_voxels(array)
     return bool(np.percentile(sample, PERCENTILES[0]) <= AIR_HU and np.array_equal(sample, np.rint(sample)))
-
-
-def _is_constant(array: np.ndarray) -> bool:
-    first = array.flat[0]
-    corner = array[:, :1, ::97, ::97]  # nearly always enough to return False
-    return bool((corner == first).all() and (array == first).all())
-
-
-def _merge_equal_channels(array: np.ndarray) -> np.ndarray:
-    """Return `(1, D, H, W)` for RGB whose channels are equal: a grey image stored as RGB is grey."""
-    if array.shape[0] == 3 and np.array_equal(array[0, 0], array[1, 0]):  # the first slice nearly always suffices
-        return array[:1] if np.array_equal(array[0], array[1]) and np.array_equal(array[1], array[2]) else array
-    return array

@@ -298,12 +298,9 @@ def _paint_pelvis(c: Canvas) -> None:
         box, socket = c.ellipsoid(joint, (21, 21, 20), 0.05)
         c.paint_bone(box, socket, 0.15)
         c.paint(box, socket < 0.64, Tissue.CARTILAGE)
-        box, ball = c.ellipsoid(joint, (15, 15, 15), 0.03)
-        c.paint_bone(box, ball, 0.1)
-        box, shaft = c.tube(joint, (-60, joint[1], side * 50), 10)
-        c.paint_bone(box, shaft, 0.25)
-    box, sacrum = c.ellipsoid((22, 30, 0), (40, 11, 20), 0.1)
-    c.paint_bone(box, sacrum, 0.15)
+        c.paint_bone(*c.ellipsoid(joint, (15, 15, 15), 0.03), shell=0.1)  # ball
+        c.paint_bone(*c.tube(joint, (-60, joint[1], side * 50), 10), shell=0.25)  # shaft
+    c.paint_bone(*c.ellipsoid((22, 30, 0), (40, 11, 20), 0.1), shell=0.15)  # sacrum
     box, bladder = c.ellipsoid((-14 + c.jitter(5), -14 + c.jitter(3), c.jitter(4)), (19, 16, 20))
     c.paint(box, bladder < 1.15, Tissue.MUSCLE)
     c.paint(box, bladder < 0.9, Tissue.FLUID)
@@ -324,11 +321,9 @@ def _paint_knee(c: Canvas) -> None:
     for sign in (1, -1):
         box, shaft = c.tube((gap + sign * 30, centre_y, 0), (sign * 70 + gap, centre_y + flexion, 0), radius * 0.9)
         c.paint_bone(box, shaft, 0.12)
-        for side in (-1, 1):
-            box, condyle = c.ellipsoid((gap + sign * 24, centre_y, side * 15), (22, radius, 22), 0.06)
-            c.paint_bone(box, condyle, 0.07)
-    box, cap = c.ellipsoid((gap + 14, centre_y - 36, c.jitter(4)), (15, 8, 14), 0.05)
-    c.paint_bone(box, cap, 0.15)
+        for side in (-1, 1):  # condyles
+            c.paint_bone(*c.ellipsoid((gap + sign * 24, centre_y, side * 15), (22, radius, 22), 0.06), shell=0.07)
+    c.paint_bone(*c.ellipsoid((gap + 14, centre_y - 36, c.jitter(4)), (15, 8, 14), 0.05), shell=0.15)  # knee cap
 
 
 def _paint_hand(c: Canvas) -> None:
@@ -357,8 +352,7 @@ def _paint_hand(c: Canvas) -> None:
     for row in range(2):
         for column in range(4):
             centre = (-44 + row * 13 + c.jitter(1.5), c.jitter(4), (column - 1.5) * 21 + c.jitter(2))
-            box, small = c.ellipsoid(centre, (6.5, 9, 9), 0.1)
-            c.paint_bone(box, small, 0.3, 5)
+            c.paint_bone(*c.ellipsoid(centre, (6.5, 9, 9), 0.1), shell=0.3, cell=5)
 
 
 def _paint_breast(c: Canvas) -> None:
