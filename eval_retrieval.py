@@ -30,6 +30,7 @@ from modeling_m3ret.evaluation.protocols import ALL, DEFAULT
 from modeling_m3ret.evaluation.report.report import Report
 from modeling_m3ret.evaluation.table import evaluate
 from modeling_m3ret.evaluation.untrained_baseline import build_untrained_baseline
+from modeling_m3ret.hub import load_pretrained
 from modeling_m3ret.search.embedding import MAX_TOKENS, embed_records, pixel_embedder
 from modeling_m3ret.search.embedding_store import embed_collection
 
@@ -61,52 +62,45 @@ def main(arguments: argparse.Namespace) -> None:
     if accelerator.device.type == "cpu":
         prepare_cpu(accelerator.num_processes)
     device, dtype = accelerator.device, torch.bfloat16 if arguments.precision == "bf16" else torch.float32
-    batching = {"max_tokens": arguments.max_tokens, "num_workers": arguments.num_workers}
-
-    # ---- scans ------------------------------------------------------------------------------------------------------
+    max_tokens, num_workers = arguments.max_tokens, arguments.num_workers
+    batching = {"max_tokens": max_tokens, "num_workers": num_workers}
     with accelerator.local_main_process_first():  # one process downloads, or renders the phantom
         collection = open_collection(arguments.data)
     records = select_records(collection, arguments.split, arguments.holdout)
     if not records:
         raise InputError(f"--data {arguments.data}: no scan in this selection. Change --split or --holdout.")
-
-    # ---- embeddings of M3Ret encoders, by all processes -------------------------------------------------------------
+    # all processes embed the checkpoints and the untrained encoder
     embed = partial(embed_collection, records=records, accelerator=accelerator, dtype=dtype, **batching)
     titles = method_titles(arguments.model, arguments.baselines)
     main_title, names = titles[0], dict(zip(titles, arguments.model, strict=False))
     checkpoints, trained, notes = {}, {}, []
     for title, name in names.items():
-        model, checkpoint = load_checkpoint(name, device)
+        model, checkpoint = load_checkpoint(name)
         if warning := leakage_warning(title, collection, records, arguments.holdout, checkpoint.training):
             notes.append(warning)
-        checkpoints[title] = checkpoint
-        trained[title] = embed(model, checkpoint.processor, name=name)
+        checkpoints[title], trained[title] = checkpoint, embed(model.to(device), checkpoint.processor, name=name)
     config, processor = checkpoints[main_title].config, checkpoints[main_title].processor
     training = training_records(collection, records, arguments.holdout, checkpoints[main_title].training)
     untrained = build_untrained_baseline(config, processor, training, accelerator, seed=arguments.seed, **batching)
     notes.append(untrained.note)
     random_weights = embed(untrained.encoder, processor, name="untrained")
-    if not accelerator.is_main_process:
+    if not accelerator.is_main_process:  # it alone embeds the other methods
         return
 
-    # ---- other methods, by the main process -------------------------------------------------------------------------
-    workers = arguments.num_workers
     pixels = embed_records([pixel_embedder(processor)], processor, records, **batching)[0]
     methods = {"pixels": pixels, untrained.title: random_weights}
     for title, name in zip(titles[len(names) :], arguments.baselines, strict=True):
-        methods[title] = embed_with_baseline(name, records, device=device, dtype=dtype, num_workers=workers)
+        methods[title] = embed_with_baseline(name, records, device=device, dtype=dtype, num_workers=num_workers)
     methods |= trained
     if arguments.rerank is not None:  # the untrained encoder too: what comparing patches gains without training
-        settings = {"dtype": dtype, "max_tokens": arguments.max_tokens}
-        rerank = partial(rerank_embedded, depth=arguments.rerank, sample=untrained.whitening_records, **settings)
+        sample = untrained.whitening_records
+        rerank = partial(rerank_embedded, depth=arguments.rerank, sample=sample, dtype=dtype, max_tokens=max_tokens)
         reranked = {untrained.title: rerank(random_weights, untrained.encoder, processor)}
         for title, name in names.items():
-            reranked[title] = rerank(trained[title], load_checkpoint(name, device)[0], checkpoints[title].processor)
+            reranked[title] = rerank(trained[title], load_pretrained(name)[0].to(device), checkpoints[title].processor)
         methods |= {f"{title}, re-ranked {arguments.rerank}": embedded for title, embedded in reranked.items()}
-        if not untrained.whitening_records and any(c.config.pooling == "cls" for c in checkpoints.values()):
+        if not sample and any(c.config.pooling == "cls" for c in checkpoints.values()):
             notes.append(NO_TOKEN_WHITENING)
-
-    # ---- the table --------------------------------------------------------------------------------------------------
     rows = evaluate(methods, ALL if arguments.protocols == "all" else DEFAULT)
     selection = describe_selection(arguments.split, arguments.holdout)
     report = Report(methods, main_title, rows, checkpoints, notes, selection)

@@ -1,7 +1,7 @@
 """Embed scans with image encoders of transformers and open_clip, so that they stand in the same table.
 
 These encoders take 2D images. Our reader gives n evenly spaced slices or frames of a scan (one for an image), scaled to
-[0, 1]; the embedding is the mean or maximum of their features, L2-normalised. The whole slice is resized to the
+[0, 1]; the embedding is the mean of their features, L2-normalised. The whole slice is resized to the
 encoder's square, as DINOv3, SigLIP and ViT do. Encoders whose processor crops the centre (CLIP, DINOv2, ConvNeXt) get
 the whole slice too: a finding may lie at the border, and all encoders should see the same. Size, mean, standard
 deviation and filter (bilinear or bicubic, antialiased; bicubic in place of any other) are those of the checkpoint.
@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
@@ -53,11 +53,7 @@ Encoder = Callable[[Tensor], Tensor]
 
 
 class BaselineError(InputError):
-    """A baseline encoder cannot be used.
-
-    Attributes:
-        name: the encoder as it was given.
-    """
+    """A baseline encoder, `name` as it was given, cannot be used."""
 
     def __init__(self, name: str, problem: str, expected: str, got: str):
         super().__init__(f"{name}: {problem}: expected {expected}, got {got}.")
@@ -66,25 +62,15 @@ class BaselineError(InputError):
 
 @dataclass(frozen=True)
 class ImageTransform:
-    """Image preprocessing of an encoder.
+    """Image preprocessing of an encoder."""
 
-    Attributes:
-        size: height and width in pixels.
-        mean, std: of each channel.
-        filter: "bilinear" or "bicubic".
-    """
-
-    size: tuple[int, int]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    filter: str = "bicubic"
+    size: tuple[int, int]  # height and width in pixels
+    mean: tuple[float, ...]  # of each channel
+    std: tuple[float, ...]  # of each channel
+    filter: str  # "bilinear" or "bicubic"
 
     def resize(self, scan: Scan, slices: int) -> Tensor:
-        """Return the centres of up to `slices` equal depth segments of a scan, resized.
-
-        Returns:
-            float32 `(1 or 3, n, height, width)` in [0, 1].
-        """
+        """Return the centres of up to `slices` equal depth segments, float32 `(1 or 3, n, height, width)` in [0, 1]."""
         depth = scan.array.shape[1]
         count = min(slices, depth)
         centres = torch.from_numpy(scan.array[:, [(2 * i + 1) * depth // (2 * count) for i in range(count)]])
@@ -94,11 +80,7 @@ class ImageTransform:
         return torch.nn.functional.interpolate(values, self.size, mode=self.filter, antialias=True).clamp_(0, 1)
 
     def normalize(self, volumes: Sequence[Tensor]) -> Tensor:
-        """Concatenate and normalise the images of several scans `(1 or 3, n, height, width)`.
-
-        Returns:
-            float32 `(N, 3, height, width)`.
-        """
+        """Normalise the images of scans `(1 or 3, n, height, width)` and join them to `(N, 3, height, width)`."""
         images = torch.cat([volume.expand(3, -1, -1, -1).transpose(0, 1) for volume in volumes])
         mean, std = (images.new_tensor(values).view(-1, 1, 1) for values in (self.mean, self.std))
         return (images - mean) / std
@@ -124,7 +106,6 @@ def embed_with_baseline(
     records: Sequence[Record],
     *,
     slices: int = SLICES,
-    pooling: Literal["mean", "max"] = "mean",
     batch_size: int = 16,
     num_workers: int = 0,
     device: torch.device | str = "cpu",
@@ -134,27 +115,18 @@ def embed_with_baseline(
     """Embed every readable scan, in order, with a baseline encoder.
 
     Args:
-        name: as for `load_baseline`.
-        records: the scans.
+        name: as for `load_baseline`, which also raises its errors.
         slices: largest number of slices per scan.
-        pooling: over the features of the slices.
         batch_size: scans per forward pass, each of up to `slices` images.
         num_workers: processes that decode.
-        device: of the encoder.
         dtype: bfloat16 runs the encoder under autocast; weights and embeddings stay float32.
-        progress: show a progress bar.
-
-    Raises:
-        BaselineError: if the encoder cannot be used.
     """
-    pool = {"mean": lambda features: features.mean(0), "max": lambda features: features.amax(0)}[pooling]
     transform, encode = load_baseline(name, device)
     loader = embedding_loader(SliceDataset(records, transform, slices), batch_size, num_workers)
     batches: list[Tensor] = []
     readable: list[int] = []
     failures: list[str] = []
-    reduced = None if dtype == torch.float32 else dtype
-    autocast = torch.autocast(torch.device(device).type, dtype=reduced, enabled=reduced is not None)
+    autocast = torch.autocast(torch.device(device).type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
     bar = tqdm(total=len(records), desc=baseline_name(name), unit="scan", disable=not progress, leave=False)
     with bar, torch.inference_mode(), autocast:
         for pack in loader:
@@ -166,7 +138,7 @@ def embed_with_baseline(
             values = pack.values.to(device, non_blocking=True).split([math.prod(shape) for shape in pack.shapes])
             volumes = [voxels.view(shape) for voxels, shape in zip(values, pack.shapes, strict=True)]
             features = encode(transform.normalize(volumes)).float().split([shape[1] for shape in pack.shapes])
-            pooled = torch.stack([pool(scan_features) for scan_features in features])
+            pooled = torch.stack([scan_features.mean(0) for scan_features in features])
             batches.append(torch.nn.functional.normalize(pooled, dim=-1).cpu())
     embeddings = torch.cat(batches) if batches else torch.empty(0, 0)
     if not torch.isfinite(embeddings).all():
@@ -176,9 +148,7 @@ def embed_with_baseline(
 
 def baseline_name(name: str) -> str:
     """Return the last part of a Hub id or path, without the revision: a name for the table that reveals no folder."""
-    if Path(name).is_dir():
-        return Path(name).resolve().name
-    return name.removeprefix(OPEN_CLIP).split("@")[0].rstrip("/").split("/")[-1]
+    return Path(name).resolve().name if Path(name).is_dir() else Path(name.removeprefix(OPEN_CLIP).split("@")[0]).name
 
 
 def load_baseline(name: str, device: torch.device | str = "cpu") -> tuple[ImageTransform, Encoder]:
@@ -187,14 +157,12 @@ def load_baseline(name: str, device: torch.device | str = "cpu") -> tuple[ImageT
     Args:
         name: folder, or `ORG/NAME[@REVISION]` on the Hub. The prefix `hf-hub:`, or a folder with an
             open_clip_config.json and no config.json, selects open_clip instead of transformers.
-        device: of the encoder.
 
     Raises:
         BaselineError: if it does not exist, is not an image encoder, or its weights are not in safetensors.
     """
     location = name.removeprefix(OPEN_CLIP)
-    is_open_clip = location != name
-    folder = Path(location)
+    is_open_clip, folder = location != name, Path(location)
     if not folder.is_dir():
         repo_id, _, revision = location.partition("@")
         files = [*CONFIGS, *(OPEN_CLIP_WEIGHTS if is_open_clip else WEIGHTS)]
@@ -236,9 +204,6 @@ def _read_weights(name: str, folder: Path, patterns: Sequence[str]) -> dict[str,
     return {key: value for file in files for key, value in load_file(file).items()}
 
 
-# -------------------------------------------------------------------------------------------------------- transformers
-
-
 def _load_transformers(name: str, folder: Path, device: torch.device) -> tuple[ImageTransform, Encoder]:
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     if config.model_type.startswith("siglip2"):
@@ -249,12 +214,11 @@ def _load_transformers(name: str, folder: Path, device: torch.device) -> tuple[I
     model_class: Any = MODEL_MAPPING[type(config)]
     # given a state dict, transformers looks for no other file: no pickle, no adapter
     weights = _read_weights(name, folder, WEIGHTS)
-    model, loading = model_class.from_pretrained(
-        None, config=config, state_dict=weights, dtype=torch.float32, output_loading_info=True
-    )
-    missing = sorted(loading["missing_keys"])
-    has_pooler = not any(key.startswith("pooler.") for key in missing)  # otherwise it is randomly initialised
-    if missing := [key for key in missing if not key.startswith("pooler.")]:
+    settings = {"config": config, "state_dict": weights, "dtype": torch.float32}
+    model, loading = model_class.from_pretrained(None, **settings, output_loading_info=True)
+    missing = [key for key in sorted(loading["missing_keys"]) if not key.startswith("pooler.")]
+    has_pooler = len(missing) == len(loading["missing_keys"])  # otherwise it is randomly initialised
+    if missing:
         raise BaselineError(name, "missing weights", "all of the model", f"none for {', '.join(missing[:3])}")
     has_class_token = any(key.endswith(("cls_token", "class_embedding")) for key, _ in model.named_parameters())
     model = model.to(device).eval()
@@ -277,8 +241,8 @@ def _read_transform(name: str, folder: Path) -> ImageTransform:
     nested = _read_json(folder / "processor_config.json").get("image_processor")  # written by newer transformers
     settings = nested or _read_json(folder / "preprocessor_config.json")
     if absent := [key for key in ("size", "image_mean", "image_std") if settings.get(key) is None]:
-        keys = ", ".join(absent)
-        raise BaselineError(name, "incomplete preprocessor_config.json", "size, image_mean, image_std", f"no {keys}")
+        got = f"no {', '.join(absent)}"
+        raise BaselineError(name, "incomplete preprocessor_config.json", "size, image_mean, image_std", got)
     scale = 255 * settings.get("rescale_factor", 1 / 255) if settings.get("do_rescale", True) else 255.0
     if abs(scale - 1) > 1e-3 or settings.get("do_normalize") is False:
         got = f"images in [0, {scale:g}] (rescale_factor), or do_normalize: false"
@@ -295,14 +259,9 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 def _height_and_width(size: int | Sequence[int] | Mapping[str, int]) -> tuple[int, int]:
     """Convert a processor's size: n, [height, width], {height, width} or {shortest_edge}."""
-    if isinstance(size, int):
-        return size, size
-    if not isinstance(size, Mapping):
-        return size[0], size[1]
-    return (size["height"], size["width"]) if "height" in size else (size["shortest_edge"], size["shortest_edge"])
-
-
-# ----------------------------------------------------------------------------------------------------------- open_clip
+    if isinstance(size, Mapping):
+        size = [size["height"], size["width"]] if "height" in size else size["shortest_edge"]
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
 def _load_open_clip(name: str, folder: Path, device: torch.device) -> tuple[ImageTransform, Encoder]:
@@ -317,15 +276,14 @@ def _load_open_clip(name: str, folder: Path, device: torch.device) -> tuple[Imag
         raise BaselineError(name, "open_clip is not installed", expected, "none") from error
     weights = _read_weights(name, folder, OPEN_CLIP_WEIGHTS)
     settings = _read_json(folder / "open_clip_config.json")
-    model = settings["model_cfg"]
+    model, preprocessing = settings["model_cfg"], settings.get("preprocess_cfg", {})
     # do not fetch ImageNet weights (timm), return the embedding without tokens (CoCa)
     vision = model["vision_cfg"] | {"timm_model_pretrained": False, "output_tokens": False}
     minimal_text = {"context_length": 1, "vocab_size": 1, "width": 1, "heads": 1, "layers": 1}
     clip = open_clip.CLIP(model["embed_dim"], vision, minimal_text, quick_gelu=model.get("quick_gelu", False))
     tower = clip.visual
-    prefix = "visual."
-    tower.load_state_dict({key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)})
-    preprocessing = settings.get("preprocess_cfg", {})
+    visual = {key: value for key, value in weights.items() if key.startswith("visual.")}
+    tower.load_state_dict({key.removeprefix("visual."): value for key, value in visual.items()})
     transform = ImageTransform(
         _height_and_width(tower.image_size),
         (*preprocessing.get("mean", open_clip.OPENAI_DATASET_MEAN),),

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 from tqdm.auto import tqdm
-from transformers import AutoImageProcessor, AutoModel
 
 from ..configuration_m3ret import M3RetConfig
 from ..data.collection import Record
 from ..errors import InputError
+from ..hub import load_pretrained
 from ..image_processing_m3ret import M3RetImageProcessor
 from ..model_facts import ModelFacts, model_facts
 from ..modeling_m3ret import M3RetModel
@@ -32,53 +32,28 @@ NO_TOKEN_WHITENING = (
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint without its weights, many of which would not fit into memory.
-
-    Attributes:
-        config: configuration of the model.
-        processor: its image processor.
-        facts: identity of weights and processor.
-        training: content of its `training.json`, and the number of `parameters`.
-    """
+    """A checkpoint without its weights, many of which would not fit into memory."""
 
     config: M3RetConfig
     processor: M3RetImageProcessor
     facts: ModelFacts
-    training: dict[str, Any]
+    training: dict[str, Any]  # content of its training.json, and the number of `parameters`
 
 
-def load_checkpoint(name: str, device: torch.device) -> tuple[M3RetModel, Checkpoint]:
-    """Load a checkpoint from a folder or the Hub; the model is in evaluation mode on the device.
-
-    Raises:
-        InputError: if there is no M3Ret checkpoint.
-    """
+def load_checkpoint(name: str) -> tuple[M3RetModel, Checkpoint]:
+    """Load a checkpoint from a folder or the Hub, with the errors of `load_pretrained`."""
     if "/" not in name and not Path(name).is_dir():  # a misspelt folder, which the Hub need not be asked for
         raise InputError(f"{name}: no checkpoint: expected an existing folder, or ORG/NAME on the Hub.")
-    try:
-        processor = AutoImageProcessor.from_pretrained(name)
-        model = AutoModel.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"{name}: cannot be loaded: expected a checkpoint folder or ORG/NAME on the Hub, got "
-            f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"
-        ) from error
-    if not isinstance(model, M3RetModel):
-        raise InputError(
-            f"{name}: unsupported model: expected M3Ret, got {type(model).__name__}. "
-            "Use --baselines for other encoders."
-        )
+    model, processor = load_pretrained(name)
     training = read_training_facts(name) | {"parameters": model.num_parameters()}
-    facts, config = model_facts(model, processor, baseline_name(name)), model.config
-    assert isinstance(config, M3RetConfig)
-    return model.eval().to(device), Checkpoint(config, processor, facts, training)
+    assert isinstance(model.config, M3RetConfig)
+    return model, Checkpoint(model.config, processor, model_facts(model, processor, baseline_name(name)), training)
 
 
 def method_titles(models: Sequence[str], baselines: Sequence[str]) -> list[str]:
     """Return the names of checkpoints and baselines in the table.
 
-    A single checkpoint is called "trained"; others by the last part of their name, numbered if it occurs twice or is
-    the name of another row.
+    A single checkpoint is called "trained"; others by the last part of their name, numbered if another row has it.
     """
     names = ["trained"] if len(models) == 1 else [baseline_name(name) for name in models]
     names += [baseline_name(name) for name in baselines]
@@ -96,17 +71,10 @@ def rerank_embedded(
     dtype: torch.dtype = torch.float32,
     max_tokens: int = MAX_TOKENS,
 ) -> RerankedSearch:
-    """Re-rank the first candidates of each query by late interaction of patch tokens.
+    """Re-rank the first `depth` candidates of each query by late interaction of patch tokens.
 
-    Args:
-        embedded: embeddings of the first search.
-        model: in evaluation mode.
-        processor: its image processor.
-        depth: number of candidates that are re-ranked.
-        sample: training scans. If the model pools the CLS token, a whitening of patch tokens is fitted to them; without
-            any, the whitening of the embedding is used.
-        dtype: bfloat16 runs the encoder under autocast.
-        max_tokens: patches that are encoded together.
+    If the model pools the CLS token, a whitening of patch tokens is fitted to the training scans `sample`; without any,
+    the whitening of the embedding is used. With bfloat16, the encoder runs under autocast.
     """
     whitening = None
     with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):

@@ -18,11 +18,7 @@ from ..data.collection import Record, split_by_group, split_training_and_held_ou
 
 
 def read_training_facts(checkpoint: str) -> dict[str, Any]:
-    """Return the content of a checkpoint's `training.json`, empty if there is none.
-
-    Args:
-        checkpoint: folder or Hub id.
-    """
+    """Return the content of the `training.json` of a checkpoint (folder or Hub id), empty if there is none."""
     try:
         facts = json.loads(Path(cached_file(checkpoint, "training.json") or "").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -31,13 +27,7 @@ def read_training_facts(checkpoint: str) -> dict[str, Any]:
 
 
 def select_records(records: Sequence[Record], split: str | None, holdout: float | None) -> list[Record]:
-    """Return the records to evaluate.
-
-    Args:
-        records: the whole collection.
-        split: split to evaluate; None for all.
-        holdout: fraction of the patients that training held out, to evaluate only these; None for all.
-    """
+    """Return the records of a split, or all, and only the fraction of patients that training held out, if given."""
     in_split = [record for record in records if split is None or record.split == split]
     return in_split if holdout is None else split_by_group(in_split, holdout)[1]
 
@@ -49,13 +39,9 @@ def describe_selection(split: str | None, holdout: float | None) -> str:
 
 
 def checkpoint_records(records: Sequence[Record], facts: Mapping[str, Any]) -> list[Record] | None:
-    """Return the records that `train.py` trained a checkpoint on, in its order.
+    """Return the records of a collection that `train.py` trained a checkpoint on, in its order.
 
     Returns None if the checkpoint was trained on another collection, or its facts say too little.
-
-    Args:
-        records: the whole collection.
-        facts: of `read_training_facts`.
     """
     holdout, modalities = _holdout(facts), _modalities(facts)
     if holdout is None or not modalities:
@@ -69,21 +55,14 @@ def training_records(
 ) -> list[Record]:
     """Return the records to which the whitening of an untrained encoder may be fitted: none of an evaluated patient.
 
-    These are the records that the checkpoint was trained on, if this is its collection. Otherwise they are the train
-    split and the records without a split, without the patients held out, and only of the modalities that the
+    These are the records of the collection that the checkpoint was trained on, if this is known. Otherwise they are the
+    train split and the records without a split, without the patients held out, and only of the modalities that the
     checkpoint was trained on (if known), since its own whitening has seen no other.
-
-    Args:
-        records: the whole collection.
-        evaluated: of `select_records`.
-        holdout: as for `select_records`.
-        facts: of `read_training_facts`.
     """
     training = checkpoint_records(records, facts)
     if training is None:
         training, _ = split_by_group([record for record in records if record.split in ("", "train")], holdout or 0.0)
-        if modalities := _modalities(facts):
-            training = _of_modalities(training, modalities)
+        training = _of_modalities(training, _modalities(facts))
     patients = {record.group for record in evaluated}
     return [record for record in training if record.group not in patients]
 
@@ -91,12 +70,7 @@ def training_records(
 def leakage_warning(
     title: str, records: Sequence[Record], evaluated: Sequence[Record], holdout: float | None, facts: Mapping[str, Any]
 ) -> str | None:
-    """Return a warning if the checkpoint was, or may have been, trained on evaluated patients, otherwise None.
-
-    Args:
-        title: name of the checkpoint in the table.
-        records, evaluated, holdout, facts: as for `training_records`.
-    """
+    """Return a warning if the checkpoint `title` was, or may have been, trained on evaluated patients, else None."""
     training, trained_holdout = checkpoint_records(records, facts), _holdout(facts)
     if training is not None:
         patients = {record.group for record in training}
@@ -129,4 +103,4 @@ def _modalities(facts: Mapping[str, Any]) -> set[str]:
 
 
 def _of_modalities(records: Sequence[Record], names: set[str]) -> list[Record]:
-    return [record for record in records if record.modality.casefold() in names]
+    return [record for record in records if not names or record.modality.casefold() in names]

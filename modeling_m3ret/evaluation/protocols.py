@@ -16,63 +16,39 @@ from torch import Tensor
 from ..data.collection import Record
 
 
-Relevance = Literal["label", "label and modality", "anatomy", "subject"]
-Gallery = Literal["own modality", "other modalities", "all modalities"]
-LabelMatch = Literal["any", "jaccard"]
-
-
 @dataclass(frozen=True)
 class Protocol:
-    """A retrieval task on a labelled collection.
+    """A retrieval task on a labelled collection."""
 
-    Attributes:
-        name: name to cite.
-        title: name in the table.
-        relevant: what a relevant scan shares with the query; "subject" is the group.
-        gallery: which scans are searched.
-        labels: how several labels (joined by `|`) match: "any" shared label, or "jaccard", an index of shared over all
-            labels of at least 0.5.
-        modalities: modalities of the queries; empty for all.
-        per_modality: title of the row of each modality, in which "{}" is replaced by its name. The row `title` is then
-            the mean over modalities. Empty: one row, in which all queries weigh the same.
-        query_split, gallery_split: splits of the queries and of the gallery; empty for all scans (leave-one-out).
-    """
-
-    name: str
-    title: str
-    relevant: Relevance
-    gallery: Gallery
-    labels: LabelMatch = "any"
-    modalities: tuple[str, ...] = ()
-    per_modality: str = ""
-    query_split: str = ""
-    gallery_split: str = ""
+    name: str  # to cite
+    title: str  # in the table
+    # what a relevant scan shares with the query; "subject" is the group
+    relevant: Literal["label", "label and modality", "anatomy", "subject"]
+    gallery: Literal["own modality", "other modalities", "all modalities"]  # the scans that are searched
+    labels: Literal["any", "jaccard"] = "any"  # any shared label, or a Jaccard index of the labels of at least 0.5
+    modalities: tuple[str, ...] = ()  # of the queries; empty for all
+    # title of the row of each modality, whose name replaces "{}"; the row `title` is then the mean over modalities
+    per_modality: str = ""  # if empty, there is one row, in which all queries weigh the same
+    query_split: str = ""  # split of the queries; empty for all scans (leave-one-out)
+    gallery_split: str = ""  # the same for the gallery
 
     def parts(self, annotations: Annotations) -> list[tuple[str, Tensor]]:
         """Return the title and the record indices `(Q,)` of the queries of each separately measured part."""
         modalities = {name.casefold() for name in self.modalities}
-        queries = [
-            index
-            for index, record in enumerate(annotations.records)
-            if self.query_split in ("", record.split) and (not modalities or record.modality.casefold() in modalities)
-        ]
-        if not self.per_modality:
-            return [(self.title, torch.tensor(queries))] if queries else []
-        by_modality: dict[str, list[int]] = {}
-        for index in queries:
-            by_modality.setdefault(annotations.records[index].modality, []).append(index)
-        return [
-            (self.per_modality.format(name), torch.tensor(indices)) for name, indices in sorted(by_modality.items())
-        ]
+        parts: dict[str, list[int]] = {}
+        for index, record in enumerate(annotations.records):
+            if self.query_split in ("", record.split) and (not modalities or record.modality.casefold() in modalities):
+                title = self.per_modality.format(record.modality) if self.per_modality else self.title
+                parts.setdefault(title, []).append(index)
+        return [(title, torch.tensor(queries)) for title, queries in sorted(parts.items())]
 
     def masks(self, annotations: Annotations, queries: Tensor) -> tuple[Tensor, Tensor]:
         """Return which scans are relevant to the queries with these indices `(q,)`, and which are candidates.
 
         Both masks are bool `(q, n)`. A relevant scan need not be a candidate.
         """
-        same_modality, same_group = (
-            codes[queries, None] == codes for codes in (annotations.modality, annotations.group)
-        )
+        same_modality = annotations.modality[queries, None] == annotations.modality
+        same_group = annotations.group[queries, None] == annotations.group
         if self.relevant == "subject":
             relevant, candidate = same_group & (annotations.group >= 0), torch.ones_like(same_group)
             candidate[torch.arange(len(queries)), queries] = False
@@ -93,8 +69,7 @@ class Protocol:
         shared = annotations.labels[queries] @ annotations.labels.T
         if self.labels == "any":
             return shared > 0
-        counts = annotations.labels.sum(1)
-        # shared / (a + b - shared) >= 1/2, without a division
+        counts = annotations.labels.sum(1)  # shared / (a + b - shared) >= 1/2, without a division:
         return (shared > 0) & (3 * shared >= counts[queries, None] + counts)
 
     def classes(self, record: Record) -> list[str]:
@@ -110,10 +85,8 @@ class Protocol:
 class Annotations:
     """The annotations of n records as tensors.
 
-    Attributes:
-        records: the records.
-        modality, anatomy, group: int64 codes `(n,)`, equal for equal names and -1 for an empty name.
-        labels: multi-hot labels, float32 `(n, number of labels)`.
+    `modality`, `anatomy` and `group` are int64 codes `(n,)`, equal for equal names and -1 for an empty name. `labels`
+    is multi-hot, float32 `(n, number of labels)`.
     """
 
     def __init__(self, records: Sequence[Record]):
@@ -138,63 +111,20 @@ def _encode(names: Sequence[str]) -> Tensor:
     return torch.tensor([codes.setdefault(name, len(codes) - 1) for name in names], dtype=torch.int64)
 
 
-def unseen_modalities(*modalities: str) -> Protocol:
-    """Return the protocol within each of these modalities, which were not used in pretraining, by label."""
-    return Protocol(
-        name="unseen modality by label",
-        title="unseen modalities",
-        relevant="label",
-        gallery="own modality",
-        modalities=modalities,
-        per_modality="{} (unseen)",
-    )
-
-
-WITHIN_MODALITY = Protocol(
-    name="within modality by label",
-    title="all modalities",
-    relevant="label",
-    gallery="own modality",
-    per_modality="{}",
+WITHIN_MODALITY = Protocol("within modality by label", "all modalities", "label", "own modality", per_modality="{}")
+UNSEEN_MODALITY = Protocol(  # not used in pretraining: MRI, as in the paper, arXiv 2509.01360
+    "unseen modality by label",
+    "unseen modalities",
+    "label",
+    "own modality",
+    modalities=("mri",),
+    per_modality="{} (unseen)",
 )
-UNSEEN_MODALITY = unseen_modalities("mri")  # as in the paper, arXiv 2509.01360
-ACROSS_BY_ANATOMY = Protocol(
-    name="across modalities by anatomy",
-    title="across modalities",
-    relevant="anatomy",
-    gallery="other modalities",
-)
-ACROSS_BY_LABEL = Protocol(
-    name="across modalities by label",
-    title="across, by label",
-    relevant="label",
-    gallery="other modalities",
-)
-SAME_SUBJECT = Protocol(
-    name="same subject across modalities",
-    title="same subject",
-    relevant="subject",
-    gallery="other modalities",
-)
-MIXED_GALLERY = Protocol(
-    name="mixed gallery by label and modality",
-    title="mixed gallery",
-    relevant="label and modality",
-    gallery="all modalities",
-)
-INSTANCE = Protocol(  # for example frames of one video among those of all videos
-    name="instance within modality",
-    title="same instance",
-    relevant="subject",
-    gallery="own modality",
-)
+ACROSS_BY_ANATOMY = Protocol("across modalities by anatomy", "across modalities", "anatomy", "other modalities")
+ACROSS_BY_LABEL = Protocol("across modalities by label", "across, by label", "label", "other modalities")
+SAME_SUBJECT = Protocol("same subject across modalities", "same subject", "subject", "other modalities")
+MIXED_GALLERY = Protocol("mixed gallery by label and modality", "mixed gallery", "label and modality", "all modalities")
+# for example frames of one video among those of all videos
+INSTANCE = Protocol("instance within modality", "same instance", "subject", "own modality")
 DEFAULT = (WITHIN_MODALITY, ACROSS_BY_ANATOMY)
-ALL = (
-    WITHIN_MODALITY,
-    UNSEEN_MODALITY,
-    ACROSS_BY_ANATOMY,
-    ACROSS_BY_LABEL,
-    SAME_SUBJECT,
-    MIXED_GALLERY,
-    INSTANCE,
-)
+ALL = (WITHIN_MODALITY, UNSEEN_MODALITY, ACROSS_BY_ANATOMY, ACROSS_BY_LABEL, SAME_SUBJECT, MIXED_GALLERY, INSTANCE)

@@ -30,24 +30,18 @@ MAX_BLOCKS = 100  # patients are left out in at most so many blocks: memory and 
 class Row:
     """One row of the table.
 
-    Attributes:
-        protocol: title of the protocol, or of its part, such as a modality.
-        method: name of the method.
-        queries, gallery: number of answerable queries, and of scans that are a candidate of any query.
-        scores: mean over queries of each of `METRICS`; `MACRO_MAP`, the mean of mAP over classes; and, if the gallery
-            holds all modalities, `own modality@k`, the fraction of the first k hits from the query's modality.
-        interval: 95 % interval of mAP, see `jackknife_interval`; None if not computed.
-        definition: the full protocol.
-        leave_one_out: by metric, the mean score without each block of patients, float64 `(blocks,)`.
+    `scores` are means over queries of each of `METRICS`; `MACRO_MAP`, the mean of mAP over classes; and, if the gallery
+    holds all modalities, `own modality@k`, the fraction of the first k hits from the query's modality.
     """
 
-    protocol: str
+    protocol: str  # title of the protocol, or of its part, such as a modality
     method: str
-    queries: int
-    gallery: int
+    queries: int  # answerable ones
+    gallery: int  # scans that are a candidate of any query
     scores: Mapping[str, float]
-    interval: tuple[float, float] | None = None
+    interval: tuple[float, float] | None = None  # 95 % interval of mAP, see `jackknife_interval`
     definition: Protocol | None = None
+    # by metric, the mean score without each block of patients, float64 (blocks,)
     leave_one_out: Mapping[str, Tensor] = field(default_factory=dict, compare=False, repr=False)
 
 
@@ -61,16 +55,10 @@ class Difference(NamedTuple):
 def evaluate(
     methods: Mapping[str, Embedded], protocols: Sequence[Protocol] = DEFAULT, jackknife: Sequence[str] = ("mAP",)
 ) -> list[Row]:
-    """Evaluate several methods on the same scans.
+    """Evaluate several methods, by name, on the same scans, and return the rows of each protocol, chance first.
 
-    Args:
-        methods: embeddings by name of the method.
-        protocols: what to measure. One without any answerable query, such as the frames of a single video, gives no
-            row.
-        jackknife: metrics whose leave-one-out values are computed, for intervals and paired differences.
-
-    Returns:
-        The rows, protocol by protocol, those of chance first.
+    A protocol without any answerable query, such as the frames of a single video, gives no row. Leave-one-out values,
+    for intervals and paired differences, are computed for the metrics named in `jackknife`.
 
     Raises:
         ValueError: if the methods embedded different scans.
@@ -81,43 +69,37 @@ def evaluate(
     annotations = Annotations(records)
     rows: list[Row] = []
     for protocol in protocols:
-        parts = [
-            _evaluate_part(title, protocol, annotations, queries, methods, jackknife)
-            for title, queries in protocol.parts(annotations)
-        ]
-        answerable = [part for part in parts if part]
-        rows += [row for part in answerable for row in part]
-        if protocol.per_modality and answerable:
-            rows += [_mean_over_modalities(same_method) for same_method in zip(*answerable, strict=True)]
+        parts: list[list[Row]] = []  # those with any answerable query
+        for title, queries in protocol.parts(annotations):
+            part: list[Row] = []
+            for method, embedded in methods.items():
+                pair = _evaluate_method(title, method, protocol, annotations, queries, embedded, jackknife)
+                part += pair[1:] if part else pair
+            parts += [part] if part else []
+        rows += [row for part in parts for row in part]
+        if protocol.per_modality and parts:
+            rows += [_mean_over_modalities(protocol.title, same_method) for same_method in zip(*parts, strict=True)]
     return rows
 
 
 def paired_difference(first: Row, second: Row, metric: str = "mAP") -> Difference:
     """Return how much better the first method is than the second, with the jackknife interval of the difference itself.
 
-    What both methods find hard cancels out, so this resolves differences that two separate intervals cannot.
-
-    Args:
-        first, second: rows of one call of `evaluate` in the same protocol.
-        metric: one of the metrics that `evaluate` was given as `jackknife`.
+    What both methods find hard cancels out, so this resolves differences that two separate intervals cannot. The rows
+    must be of one call of `evaluate`, and the metric one of its `jackknife`.
 
     Raises:
         ValueError: if the rows are of different protocols or scans, or the metric has no leave-one-out values.
     """
     if (first.protocol, first.queries, first.gallery) != (second.protocol, second.queries, second.gallery):
-        raise ValueError(
-            "rows are not comparable: expected the same protocol and scans, got "
-            f"{first.protocol!r} with {first.queries} queries and {second.protocol!r} with {second.queries}"
-        )
+        got = " and ".join(f"{row.protocol!r} with {row.queries} queries" for row in (first, second))
+        raise ValueError(f"rows are not comparable: expected the same protocol and scans, got {got}.")
     if metric not in first.leave_one_out or metric not in second.leave_one_out:
-        raise ValueError(
-            f"no leave-one-out values of {metric!r}: expected one of {', '.join(first.leave_one_out) or 'none'}. "
-            "Name the metric in evaluate(..., jackknife=...)."
-        )
+        got = ", ".join(first.leave_one_out) or "none"
+        raise ValueError(f"no leave-one-out values: expected {metric!r} in evaluate(..., jackknife=...), got {got}.")
     value = first.scores[metric] - second.scores[metric]
-    return Difference(
-        value, jackknife_interval(value, first.leave_one_out[metric] - second.leave_one_out[metric], (-1.0, 1.0))
-    )
+    leave_one_out = first.leave_one_out[metric] - second.leave_one_out[metric]
+    return Difference(value, jackknife_interval(value, leave_one_out, (-1.0, 1.0)))
 
 
 def differences_from(main: str, rows: Sequence[Row]) -> dict[str, Difference]:
@@ -129,24 +111,6 @@ def differences_from(main: str, rows: Sequence[Row]) -> dict[str, Difference]:
     return {name: paired_difference(means[main], row) for name, row in means.items() if name != main}
 
 
-def _evaluate_part(
-    title: str,
-    protocol: Protocol,
-    annotations: Annotations,
-    queries: Tensor,
-    methods: Mapping[str, Embedded],
-    jackknife: Sequence[str],
-) -> list[Row]:
-    """Return the rows of chance and of all methods for these queries `(Q,)`, none if no query is answerable."""
-    rows: list[Row] = []
-    for method, embedded in methods.items():
-        pair = _evaluate_method(title, method, protocol, annotations, queries, embedded, jackknife)
-        if pair is None:
-            return []
-        rows += pair[1:] if rows else pair
-    return rows
-
-
 def _evaluate_method(
     title: str,
     method: str,
@@ -155,11 +119,8 @@ def _evaluate_method(
     queries: Tensor,
     embedded: Embedded,
     jackknife: Sequence[str],
-) -> tuple[Row, Row] | None:
-    """Return the rows of chance and of one method, or None if no query is answerable.
-
-    Similarities and masks are computed for a chunk of queries at a time, so that no n x n matrix is held.
-    """
+) -> list[Row]:
+    """Return the rows of chance and of one method for these queries `(Q,)`, none if no query is answerable."""
     blocks = min(MAX_BLOCKS, int(annotations.group.max()) + 1) if jackknife else 0
     block = annotations.group % max(1, blocks)
     sums, counts = torch.zeros(blocks, len(jackknife), dtype=torch.float64), torch.zeros(blocks, 1, dtype=torch.float64)
@@ -167,7 +128,7 @@ def _evaluate_method(
     is_mixed = protocol.gallery == "all modalities"
     names = [*METRICS, *(f"own modality@{k}" for k in KS if is_mixed)]
     scores, chance_scores, classes = [], [], []
-    for rows in chunks(len(queries), len(annotations.records)):
+    for rows in chunks(len(queries), len(annotations.records)):  # so that no n x n matrix is held
         chunk = queries[rows]
         relevant, candidate = protocol.masks(annotations, chunk)
         in_gallery |= candidate.any(0)
@@ -184,7 +145,7 @@ def _evaluate_method(
             chunk_sums, chunk_counts = ranking.leave_one_out_sums(block[chunk], block, blocks, jackknife)
             sums, counts = sums + chunk_sums, counts + chunk_counts
     if not classes:
-        return None
+        return []
 
     def row(name: str, table: Tensor) -> Row:
         means = dict(zip(names, table.mean(0).tolist(), strict=True))
@@ -192,26 +153,20 @@ def _evaluate_method(
         return Row(title, name, len(table), int(in_gallery.sum()), means, definition=protocol)
 
     leave_one_out = dict(zip(jackknife, (sums / counts).unbind(1), strict=True))
-    return row("chance", torch.cat(chance_scores)), _with_interval(row(method, torch.cat(scores)), leave_one_out)
+    return [row("chance", torch.cat(chance_scores)), _with_interval(row(method, torch.cat(scores)), leave_one_out)]
 
 
-def _mean_over_modalities(rows: Sequence[Row]) -> Row:
+def _mean_over_modalities(title: str, rows: Sequence[Row]) -> Row:
     """Average the rows of one method: each modality weighs the same, and a patient leaves all of them at once."""
-    definition = rows[0].definition
-    assert definition is not None
     scores = {name: sum(row.scores[name] for row in rows) / len(rows) for name in rows[0].scores}
     queries, gallery = sum(row.queries for row in rows), sum(row.gallery for row in rows)
-    mean = Row(definition.title, rows[0].method, queries, gallery, scores, definition=definition)
-    leave_one_out = {
-        metric: torch.stack([row.leave_one_out[metric] for row in rows]).mean(0) for metric in rows[0].leave_one_out
-    }
-    return _with_interval(mean, leave_one_out)
+    mean = replace(rows[0], protocol=title, queries=queries, gallery=gallery, scores=scores)
+    metrics = rows[0].leave_one_out
+    return _with_interval(mean, {m: torch.stack([row.leave_one_out[m] for row in rows]).mean(0) for m in metrics})
 
 
 def _with_interval(row: Row, leave_one_out: Mapping[str, Tensor]) -> Row:
-    interval = None
-    if "mAP" in leave_one_out:
-        interval = jackknife_interval(row.scores["mAP"], leave_one_out["mAP"])
+    interval = jackknife_interval(row.scores["mAP"], leave_one_out["mAP"]) if "mAP" in leave_one_out else None
     return replace(row, interval=interval, leave_one_out=leave_one_out)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 from accelerate import Accelerator
@@ -21,24 +23,16 @@ WHITENING_SCANS = 1024  # at least five training scans for each of the 192 dimen
 
 def whitening_sample(training: Sequence[Record], max_scans: int = WHITENING_SCANS) -> list[Record]:
     """Return at most `max_scans` of the records, evenly spaced, so that every modality is represented."""
-    step = max(1, -(-len(training) // max_scans))
-    return list(training[::step])
+    return list(training[:: max(1, math.ceil(len(training) / max_scans))])
 
 
 class UntrainedBaseline(NamedTuple):
-    """The untrained encoder.
-
-    Attributes:
-        encoder: in evaluation mode, on the accelerator's device.
-        title: name in the table.
-        note: sentence about its whitening, for the report.
-        whitening_records: readable scans to which the whitening was fitted.
-    """
+    """The untrained encoder, in evaluation mode, on the accelerator's device."""
 
     encoder: M3RetModel
-    title: str
-    note: str
-    whitening_records: list[Record]
+    title: str  # in the table
+    note: str  # sentence about its whitening, for the report
+    whitening_records: list[Record]  # readable scans to which the whitening was fitted
 
 
 def build_untrained_baseline(
@@ -53,29 +47,13 @@ def build_untrained_baseline(
 ) -> UntrainedBaseline:
     """Initialise an encoder randomly and fit its whitening to training scans.
 
-    All processes must call it together; they get the same encoder.
-
-    Args:
-        config: configuration of the encoder.
-        processor: its image processor.
-        training: of `training_records`; if none is readable, the whitening stays the identity.
-        accelerator: of the run.
-        seed: of the random weights; the default is that of `RunConfig`.
-        max_tokens: patches per batch.
-        num_workers: processes that decode.
+    All processes must call it together; they get the same encoder. If no scan of `training` is readable, the whitening
+    stays the identity. The default seed is that of `RunConfig`.
     """
     set_seed(seed)
     encoder = M3RetModel(config).eval().to(accelerator.device)
-    pooled = embed_collection(
-        encoder,
-        processor,
-        whitening_sample(training),
-        accelerator,
-        name="untrained",
-        max_tokens=max_tokens,
-        num_workers=num_workers,
-        pooled=True,
-    )
+    embed = partial(embed_collection, max_tokens=max_tokens, num_workers=num_workers, pooled=True)
+    pooled = embed(encoder, processor, whitening_sample(training), accelerator, name="untrained")
     if not pooled.records:
         note = (
             "The untrained encoder is not whitened: no training scans of patients outside the evaluation are known. "

@@ -168,13 +168,13 @@ def pixels_by_hand(name: str, array: np.ndarray, processor: dict[str, Any]) -> T
 
 
 def embedding_by_hand(
-    feature: Callable[[Tensor], Tensor], arrays: dict[str, np.ndarray], processor: dict[str, Any], pooling: str = "mean"
+    feature: Callable[[Tensor], Tensor], arrays: dict[str, np.ndarray], processor: dict[str, Any]
 ) -> Tensor:
     rows = []
     for name in READABLE:
         with torch.no_grad():
             features = feature(pixels_by_hand(name, arrays[name], processor))
-        row = features.mean(0) if pooling == "mean" else features.max(0).values
+        row = features.mean(0)
         rows.append(row / row.norm())
     return torch.stack(rows)
 
@@ -201,18 +201,6 @@ def test_embeddings_are_the_features_of_the_model(
     assert embedded.embeddings.dtype == torch.float32
     assert smallest_distance(expected) > 1e-3
     torch.testing.assert_close(embedded.embeddings, expected, atol=2e-5, rtol=0)
-
-
-def test_slices_can_be_pooled_by_their_maximum(
-    dinov3: Path, records: list[Record], arrays: dict[str, np.ndarray]
-) -> None:
-    model = transformers.DINOv3ViTModel.from_pretrained(dinov3).eval()
-    expected = embedding_by_hand(partial(first_token, model), arrays, SQUARE, "max")
-    embedded = embed_with_baseline(str(dinov3), records, pooling="max", progress=False)
-    torch.testing.assert_close(embedded.embeddings, expected, atol=2e-5, rtol=0)
-    mean = embed_with_baseline(str(dinov3), records, progress=False).embeddings
-    equal = (embedded.embeddings - mean).norm(dim=-1) < 1e-5
-    assert equal.tolist() == [False, True, True, False, True, False]  # of a single slice, mean and maximum are equal
 
 
 def test_embeddings_are_in_order_and_unreadable_files_are_reported(dinov3: Path, records: list[Record]) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
 
 from modeling_m3ret.errors import InputError
 from modeling_m3ret.evaluation.checkpoints import load_checkpoint, method_titles
@@ -19,7 +18,7 @@ def test_titles_are_unique_and_hold_no_folder() -> None:
 def test_a_missing_checkpoint_is_an_input_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match="missing-model"):
-        load_checkpoint("missing-model", torch.device("cpu"))
+        load_checkpoint("missing-model")
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="empty"):
-        load_checkpoint("empty", torch.device("cpu"))
+        load_checkpoint("empty")

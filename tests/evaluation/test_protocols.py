@@ -21,7 +21,6 @@ from modeling_m3ret.evaluation.protocols import (
     WITHIN_MODALITY,
     Annotations,
     Protocol,
-    unseen_modalities,
 )
 
 
@@ -124,8 +123,9 @@ def test_parts_are_the_modalities_of_the_queries() -> None:
         return [(title, queries.tolist()) for title, queries in protocol.parts(ANNOTATIONS)]
 
     assert titles(WITHIN_MODALITY) == [("ct", [0, 2, 3]), ("mri", [1, 4, 5])]
-    assert titles(unseen_modalities("MRI")) == [("mri (unseen)", [1, 4, 5])]
-    assert titles(unseen_modalities("pet")) == titles(replace(ACROSS_BY_LABEL, query_split="validation")) == []
+    assert titles(replace(UNSEEN_MODALITY, modalities=("MRI",))) == [("mri (unseen)", [1, 4, 5])]
+    assert titles(replace(UNSEEN_MODALITY, modalities=("pet",))) == []
+    assert titles(replace(ACROSS_BY_LABEL, query_split="validation")) == []
     assert titles(ACROSS_BY_LABEL) == [("across, by label", list(range(6)))]
 
 

@@ -1,1 +1,1 @@
-"""The evaluation report: its numbers (`numbers`), its figures (`plots`, `style`), and its files (`report`)."""
+"""The evaluation report: its numbers (`numbers`), its figures (`plots`), and its files (`report`)."""

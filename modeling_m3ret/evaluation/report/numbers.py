@@ -14,10 +14,11 @@ from torch import Tensor
 
 from ...data.collection import Record
 from ...search.embedding import Embedded
-from ..metrics import METRICS, Ranking, chunks, interpolated_precision, scores_from_ranks
+from ..metrics import METRICS, Ranking, chunks, interpolated_precision
 from ..protocols import MIXED_GALLERY, WITHIN_MODALITY, Annotations
 
 
+MAP = METRICS.index("mAP")
 CHANCE_RANKINGS = 1000  # per modality: the standard error of the mean precision is then below 0.01
 TOP_K = 10  # hits whose modality is counted, as in `own modality@10`
 MAX_CLASSES = 30  # shown per modality: the 15 best and the 15 worst
@@ -26,27 +27,18 @@ EXAMPLE_HITS = 5
 
 
 class QueryResults(NamedTuple):
-    """Results of the A answerable queries of a modality.
+    """Results of the A answerable queries of a modality."""
 
-    Attributes:
-        queries: record indices, int64 `(A,)`.
-        average_precision: float64 `(A,)`.
-        expected: average precision of a random ranking, float64 `(A,)`.
-        precision: interpolated at recall 0, 0.1, ..., 1, float64 `(A, 11)`.
-    """
-
-    queries: Tensor
-    average_precision: Tensor
-    expected: Tensor
-    precision: Tensor
+    queries: Tensor  # record indices, int64 (A,)
+    average_precision: Tensor  # float64 (A,)
+    expected: Tensor  # average precision of a random ranking, float64 (A,)
+    precision: Tensor  # interpolated at recall 0, 0.1, ..., 1, float64 (A, 11)
 
 
 def rank_within_modalities(methods: Mapping[str, Embedded]) -> dict[str, dict[str, QueryResults]]:
-    """Rank the queries of each modality within it, by label.
+    """Rank the queries of each modality within it, by label; return results by modality and method, chance first.
 
-    Returns:
-        Results by modality and method, those of chance first. The precision of chance is a mean over random rankings,
-        since interpolated precision has no closed form.
+    The precision of chance is a mean over random rankings, since interpolated precision has no closed form.
     """
     annotations = Annotations(next(iter(methods.values())).records)
     count = len(annotations.records)
@@ -70,14 +62,9 @@ def _rank(annotations: Annotations, queries: Tensor, similarities: Callable[[Ten
         chunk = queries[rows]
         relevant, candidate = WITHIN_MODALITY.masks(annotations, chunk)
         ranking = Ranking(similarities(chunk, candidate), relevant, candidate)
-        answerable = ranking.num_relevant > 0
-        ranks = ranking.relevant_ranks[answerable]
-        expected = ranking.scores().chance[:, METRICS.index("mAP")]
-        chunk_results.append(
-            QueryResults(
-                chunk[answerable], scores_from_ranks(ranks, ("mAP",))[:, 0], expected, interpolated_precision(ranks)
-            )
-        )
+        scores, chance, answerable = ranking.scores()
+        precision = interpolated_precision(ranking.relevant_ranks[answerable])
+        chunk_results.append(QueryResults(chunk[answerable], scores[:, MAP], chance[:, MAP], precision))
     return QueryResults(*(torch.cat(column) for column in zip(*chunk_results, strict=True)))
 
 
@@ -97,9 +84,8 @@ def class_means(records: Sequence[Record], results: QueryResults) -> dict[str, t
 def modality_fractions(embedded: Embedded) -> tuple[list[str], Tensor, Tensor]:
     """Count the modalities of the first `TOP_K` hits in the gallery of all modalities, without the query's group.
 
-    Returns:
-        The M sorted names of the modalities; by modality of the query, the fraction of hits of each modality, float64
-        `(M, M)`, whose rows add up to 1, or are NaN without any candidate; and the same of all candidates (chance).
+    Returns the M sorted names of the modalities; by modality of the query, the fraction of hits of each modality,
+    float64 `(M, M)`, whose rows add up to 1, or are NaN without any candidate; and the same of all candidates (chance).
     """
     records, annotations = embedded.records, Annotations(embedded.records)
     names = sorted({record.modality for record in records})
@@ -117,12 +103,9 @@ def modality_fractions(embedded: Embedded) -> tuple[list[str], Tensor, Tensor]:
 
 
 def principal_components(embeddings: Tensor) -> tuple[Tensor, Tensor]:
-    """Project embeddings `(n, d)` on their first two principal components.
+    """Project embeddings `(n, d)` on their first two principal components, whose largest weights are positive.
 
-    The sign of a component is chosen such that its largest weight is positive.
-
-    Returns:
-        Coordinates, float64 `(n, 2)`, and fractions of the variance, float64 `(2,)`.
+    Returns coordinates, float64 `(n, 2)`, and fractions of the variance, float64 `(2,)`.
     """
     centred = embeddings.double() - embeddings.double().mean(0)
     variances, directions = torch.linalg.eigh(centred.T @ centred)  # ascending
@@ -141,14 +124,10 @@ TRAINING_LENGTH = ("step", "views")  # two measures of the same quantity
 
 
 def scaling_series(checkpoints: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, list[str]]]:
-    """Find the checkpoints that differ in one quantity only, which a line may join.
+    """Find the checkpoints, given as for `draw_pictures`, that differ in one quantity only, which a line may join.
 
-    Args:
-        checkpoints: as for `draw_pictures`.
-
-    Returns:
-        By quantity that differs among checkpoints: series by name, each of the names of checkpoints in ascending order
-        of the quantity. The name of a series says in what it differs from the others.
+    Returns, by quantity that differs among checkpoints, series by name, each of the names of checkpoints in ascending
+    order of the quantity. The name of a series says in what it differs from the others.
     """
     quantities: dict[str, dict[str, list[str]]] = {}
     for quantity in QUANTITIES:

@@ -6,10 +6,12 @@ Scans are shown only on request, in `examples`.
 
 from __future__ import annotations
 
+import io
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,68 +23,43 @@ from ...search.embedding import Embedded
 from ...search.thumbnails import thumbnail
 from ..protocols import Annotations
 from ..table import ALL_MODALITIES, Row
-from .numbers import (
-    CHANCE_RANKINGS,
-    EXAMPLE_HITS,
-    MAX_CLASSES,
-    QUANTITIES,
-    TOP_K,
-    QueryResults,
-    best_and_worst,
-    class_means,
-    example_queries,
-    first_hits,
-    modality_fractions,
-    principal_components,
-    with_prefix,
-)
-from .style import (
-    BLACK,
-    COLOURS,
-    GREEN,
-    MARKERS,
-    SKY,
-    VERMILLION,
-    YELLOW,
-    legend_below,
-    method_styles,
-    new_figure,
-    new_panels,
-    plain_text,
-    png,
-)
+from . import numbers
 
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+Results = Mapping[str, Mapping[str, numbers.QueryResults]]  # of `rank_within_modalities`
+
+# Okabe and Ito, "Color Universal Design", 2008: the colour-blind can distinguish these colours. Markers, dashes and
+# borders carry the same information without colour.
+BLACK, BLUE, ORANGE, GREEN = "#000000", "#0072B2", "#E69F00", "#009E73"
+VERMILLION, PURPLE, SKY, YELLOW = "#D55E00", "#CC79A7", "#56B4E9", "#F0E442"
+COLOURS = (BLUE, ORANGE, GREEN, PURPLE, VERMILLION, SKY, BLACK)
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<")
+DASHES = ("-", "--", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)))
+DPI = 110
 MAX_CATEGORIES = 8  # modalities or anatomies in the map, one colour each; the rarest share the last one
 MAX_POINTS = 5000  # in the map; more would hide each other
+# sign, colour, width and line style of the border of a relevant hit, of any other hit, and of the query
+BORDERS = {True: ("✓ ", GREEN, 3.0, "-"), False: ("✗ ", VERMILLION, 2.0, "--"), None: ("", BLACK, 1.0, "-")}
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure of the report.
+    """A figure of the report."""
 
-    Attributes:
-        file: name in the folder of the report.
-        title: heading.
-        alt: alternative text, with the numbers shown.
-        note: how to read the figure.
-        png: the encoded image.
-    """
-
-    file: str
+    file: str  # name in the folder of the report
     title: str
-    alt: str
-    note: str
+    alt: str  # alternative text, with the numbers shown
+    note: str  # how to read the figure
     png: bytes
 
 
-def precision_recall(within: Mapping[str, Mapping[str, QueryResults]], main: str) -> Picture:
-    """Draw interpolated precision over recall, one panel per modality and one line per method.
-
-    Args:
-        within: of `rank_within_modalities`.
-        main: the method drawn in bold.
-    """
+def precision_recall(within: Results, main: str) -> Picture:
+    """Draw interpolated precision over recall, one panel per modality and one line per method, the main one bold."""
     columns = min(3, len(within))
     figure = new_figure(max(4.5, 3.2 * columns), 3.0 * -(-len(within) // columns) + 0.6)
     panels = new_panels(figure, list(within), columns, "recall", "interpolated precision")
@@ -94,8 +71,8 @@ def precision_recall(within: Mapping[str, Mapping[str, QueryResults]], main: str
             precision = by_method[name].precision.mean(0).tolist()
             axes.plot(recall, precision, label=plain_text(name), **style, zorder=3 if name == main else 2)
             alt.append(f"{modality}, {name}: {', '.join(f'{precision[at]:.2f}' for at in (0, 5, 10))}")
-        axes.set(title=f"{plain_text(modality, 18)} ({len(by_method[main].queries)} queries)")
-        axes.set(xlim=(-0.03, 1.03), ylim=(0, 1.03))
+        title = f"{plain_text(modality, 18)} ({len(by_method[main].queries)} queries)"
+        axes.set(title=title, xlim=(-0.03, 1.03), ylim=(0, 1.03))
         axes.grid(alpha=0.3)
     legend_below(figure, next(iter(panels.values())), 2 if columns == 1 else 4)
     return Picture(
@@ -103,63 +80,46 @@ def precision_recall(within: Mapping[str, Mapping[str, QueryResults]], main: str
         "Precision and recall within each modality",
         f"One panel per modality, one falling line per method. Precision at recall 0, 0.5 and 1: {'; '.join(alt)}.",
         "The highest precision at recall 0, 0.1, …, 1 or any above it, mean over queries (the eleven-point curve). "
-        f"Chance is the mean of at least {CHANCE_RANKINGS} random rankings.",
+        f"Chance is the mean of at least {numbers.CHANCE_RANKINGS} random rankings.",
         png(figure),
     )
 
 
-def classes(records: Sequence[Record], within: Mapping[str, Mapping[str, QueryResults]], main: str) -> Picture:
+def classes(records: Sequence[Record], within: Results, main: str) -> Picture:
     """Draw mAP by label: bars of the main method and markers of the others."""
     means = {
-        modality: {name: class_means(records, ranked) for name, ranked in by_method.items()}
+        modality: {name: numbers.class_means(records, ranked) for name, ranked in by_method.items()}
         for modality, by_method in within.items()
     }
-    shown = {modality: best_and_worst(list(by_method[main])) for modality, by_method in means.items()}
+    shown = {modality: numbers.best_and_worst(list(by_method[main])) for modality, by_method in means.items()}
     sizes = [len(labels) for labels in shown.values()]
     figure = new_figure(7.5, 0.24 * sum(sizes) + 0.55 * len(sizes) + 0.9)
     panels = figure.subplots(len(sizes), 1, squeeze=False, sharex=True, height_ratios=[n + 1 for n in sizes])[:, 0]
     styles = method_styles(list(next(iter(within.values()))), main)
     alt: list[str] = []
     for (modality, labels), axes in zip(shown.items(), panels, strict=True):
-        by_method = means[modality]
-        positions = range(len(labels))
-        axes.barh(
-            positions,
-            [by_method[main][label][1] for label in labels],
-            color=(SKY, 0.45),  # light, so that markers stand out in greyscale
-            edgecolor=BLACK,
-            linewidth=0.6,
-            label=plain_text(main),
-        )
+        by_method, positions = means[modality], range(len(labels))
+        scores = {name: [by_label[label][1] for label in labels] for name, by_label in by_method.items()}
+        light = (SKY, 0.45)  # so that markers stand out in greyscale
+        axes.barh(positions, scores[main], color=light, edgecolor=BLACK, linewidth=0.6, label=plain_text(main))
         for name in styles:
             if name != main:
-                marker = "|" if name == "chance" else styles[name]["marker"]
-                axes.plot(
-                    [by_method[name][label][1] for label in labels],
-                    positions,
-                    marker=marker,
-                    color=styles[name]["color"],
-                    linestyle="",
-                    markersize=9 if name == "chance" else 5,
-                    markeredgewidth=2 if name == "chance" else 0.5,
-                    markeredgecolor=BLACK,
-                    label=plain_text(name),
-                )
-        axes.set_yticks(
-            positions,
-            [f"{plain_text(label)} ({by_method[main][label][0]})" for label in labels],
-            fontsize="small",
-        )
-        omitted = len(by_method[main]) - len(labels)
-        if omitted:
-            axes.axhline(MAX_CLASSES / 2 - 0.5, color=BLACK, linestyle="--", linewidth=0.8)
-        more = f": {MAX_CLASSES // 2} best and {MAX_CLASSES // 2} worst, {omitted} between omitted" if omitted else ""
+                marker, size, edge = ("|", 9, 2) if name == "chance" else (styles[name]["marker"], 5, 0.5)
+                style = {"marker": marker, "markersize": size, "markeredgewidth": edge, "markeredgecolor": BLACK}
+                style |= {"color": styles[name]["color"], "linestyle": "", "label": plain_text(name)}
+                axes.plot(scores[name], positions, **style)
+        ticks = [f"{plain_text(label)} ({by_method[main][label][0]})" for label in labels]
+        axes.set_yticks(positions, ticks, fontsize="small")
+        if omitted := len(by_method[main]) - len(labels):
+            axes.axhline(numbers.MAX_CLASSES / 2 - 0.5, color=BLACK, linestyle="--", linewidth=0.8)
+        half = numbers.MAX_CLASSES // 2
+        more = f": {half} best and {half} worst, {omitted} between omitted" if omitted else ""
         axes.set(ylim=(len(labels) - 0.4, -0.6), xlim=(0, 1.02))
         axes.set_title(plain_text(modality) + more, fontsize="medium", loc="left")
         axes.grid(axis="x", alpha=0.3)
         for rank, label in (("best", labels[0]), ("worst", labels[-1])):
-            scores = ", ".join(f"{name} {by_label[label][1]:.2f}" for name, by_label in by_method.items())
-            alt.append(f"{modality}, {rank}: {label} ({scores})")
+            listed = ", ".join(f"{name} {by_label[label][1]:.2f}" for name, by_label in by_method.items())
+            alt.append(f"{modality}, {rank}: {label} ({listed})")
     panels[-1].set_xlabel("mAP (number of queries in brackets)")
     legend_below(figure, panels[0], 4)
     return Picture(
@@ -175,28 +135,21 @@ def modalities(methods: Mapping[str, Embedded]) -> Picture:
     """Draw one matrix per method: the modalities of the first hits by modality of the query."""
     matrices: dict[str, Tensor] = {}
     for name, embedded in methods.items():
-        names, matrices[name], candidates = modality_fractions(embedded)
+        names, matrices[name], candidates = numbers.modality_fractions(embedded)
     matrices = {"chance": candidates, **matrices}
     columns = 2 if len(matrices) == 4 else min(3, len(matrices))
     side = max(2.2, 0.55 * len(names))
     figure = new_figure(columns * (side + 0.4) + 1.0, -(-len(matrices) // columns) * (side + 0.4) + 1.0)
     labels = [plain_text(name, 14) for name in names]
-    axis_labels = (f"modality of the first {TOP_K} hits, %", "modality of the query")
+    axis_labels = (f"modality of the first {numbers.TOP_K} hits, %", "modality of the query")
     alt: list[str] = []
     for name, axes in new_panels(figure, list(matrices), columns, *axis_labels).items():
         axes.imshow(matrices[name].numpy(), cmap="Greys", vmin=0, vmax=1)
         for row, fractions in enumerate(matrices[name].tolist()):
             for column, fraction in enumerate(fractions):
                 number = "–" if fraction != fraction else f"{100 * fraction:.0f}"
-                axes.text(
-                    column,
-                    row,
-                    number,
-                    ha="center",
-                    va="center",
-                    color="white" if fraction > 0.5 else BLACK,
-                    fontsize="small",
-                )
+                colour = "white" if fraction > 0.5 else BLACK
+                axes.text(column, row, number, ha="center", va="center", color=colour, fontsize="small")
         axes.set_xticks(range(len(names)), labels, rotation=45, ha="right", fontsize="small")
         axes.set_yticks(range(len(names)), labels, fontsize="small")
         axes.set_title(plain_text(name, 24), fontsize="medium")
@@ -204,7 +157,7 @@ def modalities(methods: Mapping[str, Embedded]) -> Picture:
         alt.append(f"{name}: {', '.join(f'{modality} {100 * fraction:.0f}' for modality, fraction in diagonal)}")
     return Picture(
         "modalities.png",
-        f"Modality of the first {TOP_K} hits in the mixed gallery",
+        f"Modality of the first {numbers.TOP_K} hits in the mixed gallery",
         f"One matrix of percentages per method. Hits of the query's own modality: {'; '.join(alt)}.",
         "All scans are searched together. Each row holds the queries of one modality and adds up to 100. Chance is the "
         "composition of the gallery.",
@@ -214,7 +167,7 @@ def modalities(methods: Mapping[str, Embedded]) -> Picture:
 
 def embedding_map(records: Sequence[Record], embeddings: Tensor, main: str) -> Picture:
     """Draw the first two principal components of embeddings `(n, d)`, coloured by modality and by anatomy."""
-    points, variance = principal_components(embeddings)
+    points, variance = numbers.principal_components(embeddings)
     shown = torch.randperm(len(records), generator=torch.Generator().manual_seed(0))[:MAX_POINTS].tolist()
     keys = ["modality", "anatomy"] if any(record.anatomy for record in records) else ["modality"]
     figure = new_figure(4.4 * len(keys), 5.0)
@@ -228,17 +181,10 @@ def embedding_map(records: Sequence[Record], embeddings: Tensor, main: str) -> P
             categories = [*frequent, "others"]
             names = [name if name in frequent else "others" for name in names]
         for number, category in enumerate(categories):
-            coordinates = points[[index for index in shown if names[index] == category]].numpy()
-            colour = (*COLOURS, YELLOW)[number]
-            style = {"color": colour, "marker": MARKERS[number], "edgecolor": BLACK, "linewidth": 0.3, "alpha": 0.8}
-            axes.scatter(
-                coordinates[:, 0],
-                coordinates[:, 1],
-                s=22,
-                label=f"{plain_text(category, 20)} ({names.count(category)})",
-                **style,
-                zorder=1 if category == "others" else 2,
-            )
+            x, y = points[[index for index in shown if names[index] == category]].T.numpy()
+            label, zorder = f"{plain_text(category, 20)} ({names.count(category)})", 1 if category == "others" else 2
+            style = {"color": (*COLOURS, YELLOW)[number], "marker": MARKERS[number], "edgecolor": BLACK}
+            axes.scatter(x, y, s=22, label=label, linewidth=0.3, alpha=0.8, zorder=zorder, **style)
         alt.append(f"by {key}: {', '.join(categories)}")
         axes.set(title=f"by {key}", xlabel=f"first component, {100 * variance[0]:.0f} % of the variance")
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, fontsize="small", frameon=False)
@@ -272,25 +218,18 @@ def scaling(
             x = [float(checkpoints[member][quantity]) for member in members]
             y = [scored[member].scores["mAP"] for member in members]
             intervals = [scored[member].interval or (score, score) for member, score in zip(members, y, strict=True)]
-            lengths = [[v - low for v, (low, _) in zip(y, intervals, strict=True)]]
-            lengths += [[high - v for v, (_, high) in zip(y, intervals, strict=True)]]
+            pairs = [(score - low, high - score) for score, (low, high) in zip(y, intervals, strict=True)]
+            lengths = list(zip(*pairs, strict=True))  # below and above
             colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
             axes.errorbar(x, y, lengths, fmt=marker, color=colour, capsize=3, label=plain_text(title, 48))
             distinct = sorted(set(x))
             means = [float(np.mean([v for u, v in zip(x, y, strict=True) if u == value])) for value in distinct]
             axes.plot(distinct, means, color=colour, linewidth=1.5)
-            points = ", ".join(f"{with_prefix(value)} {score:.3f}" for value, score in zip(x, y, strict=True))
-            alt.append(f"{QUANTITIES[quantity]}, {title}: {points}")
+            points = ", ".join(f"{numbers.with_prefix(value)} {score:.3f}" for value, score in zip(x, y, strict=True))
+            alt.append(f"{numbers.QUANTITIES[quantity]}, {title}: {points}")
         for name in references:
-            dashes = lines[name]["linestyle"]
-            axes.axhline(
-                scored[name].scores["mAP"],
-                color="0.35",
-                linestyle=dashes,
-                linewidth=1.2,
-                label=plain_text(name),
-                zorder=1,
-            )
+            style = {"color": "0.35", "linestyle": lines[name]["linestyle"], "linewidth": 1.2, "zorder": 1}
+            axes.axhline(scored[name].scores["mAP"], label=plain_text(name), **style)
         all_x = [float(checkpoints[member][quantity]) for members in by_series.values() for member in members]
         if max(all_x) > 10 * min(all_x):
             axes.set_xscale("log")
@@ -298,8 +237,8 @@ def scaling(
             axes.xaxis.set_minor_formatter(FuncFormatter(lambda value, position: ""))
         else:
             axes.locator_params(axis="x", integer=True)
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, position: with_prefix(value)))
-        axes.set(xlabel=QUANTITIES[quantity], ylabel="mAP, mean over modalities")
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, position: numbers.with_prefix(value)))
+        axes.set(xlabel=numbers.QUANTITIES[quantity], ylabel="mAP, mean over modalities")
         axes.grid(alpha=0.3)
         axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize="small", frameon=False)
     others = ", ".join(f"{name} {scored[name].scores['mAP']:.3f}" for name in references)
@@ -313,36 +252,29 @@ def scaling(
     )
 
 
-def examples(
-    embedded: Embedded, within: Mapping[str, Mapping[str, QueryResults]], main: str, processor: M3RetImageProcessor
-) -> Picture:
+def examples(embedded: Embedded, within: Results, main: str, processor: M3RetImageProcessor) -> Picture:
     """Show queries at quantiles of average precision with their first hits. This figure contains patient data."""
     annotations = Annotations(embedded.records)
     selected = [
         (modality, quantile, by_method[main].queries[index].item(), by_method[main].average_precision[index].item())
         for modality, by_method in within.items()
-        for quantile, index in example_queries(by_method[main]).items()
+        for quantile, index in numbers.example_queries(by_method[main]).items()
     ]
-    figure = new_figure(1.35 * (1 + EXAMPLE_HITS), 1.75 * len(selected))
+    figure = new_figure(1.35 * (1 + numbers.EXAMPLE_HITS), 1.75 * len(selected))
     alt: list[str] = []
-    panels = figure.subplots(len(selected), 1 + EXAMPLE_HITS, squeeze=False)
+    panels = figure.subplots(len(selected), 1 + numbers.EXAMPLE_HITS, squeeze=False)
     for (modality, quantile, query, score), axes in zip(selected, panels, strict=True):
-        hits = first_hits(embedded, annotations, int(query))
+        hits = numbers.first_hits(embedded, annotations, int(query))
         for panel in axes[1 + len(hits) :]:
             panel.set_visible(False)
         shown = [(int(query), None), *hits]
         for panel, (index, relevant) in zip(axes, shown, strict=False):
             record = embedded.records[index]
             panel.imshow(thumbnail(processor, record.open()))
-            panel.set_xticks([])
-            panel.set_yticks([])
-            sign = {True: "✓ ", False: "✗ ", None: ""}[relevant]
+            panel.set(xticks=[], yticks=[])
+            sign, colour, width, line = BORDERS[relevant]
             panel.set_xlabel(sign + plain_text(record.label or "no label", 20), fontsize="x-small")
-            panel.spines[:].set(
-                color={True: GREEN, False: VERMILLION, None: BLACK}[relevant],
-                linewidth={True: 3.0, False: 2.0, None: 1.0}[relevant],
-                linestyle="--" if relevant is False else "-",
-            )
+            panel.spines[:].set(color=colour, linewidth=width, linestyle=line)
         axes[0].set_ylabel(f"{plain_text(modality, 14)}, {quantile}", fontsize="small")
         axes[0].set_title(f"query, AP {score:.2f}", fontsize="small")
         relevance = ", ".join("relevant" if relevant else "not" for _, relevant in hits)
@@ -350,9 +282,69 @@ def examples(
     return Picture(
         "examples.png",
         "Examples",
-        f"One row per query with its first {EXAMPLE_HITS} hits. {'; '.join(alt)}.",
+        f"One row per query with its first {numbers.EXAMPLE_HITS} hits. {'; '.join(alt)}.",
         "**This figure shows scans of patients**, possibly with burned-in text. Share it only as you would share the "
         f"scans. Hits of {main} in the query's modality: ✓ (solid border) shares a label with the query, ✗ (dashed "
         "border) does not. Queries are at the 90th, 50th and 10th percentile of average precision.",
         png(figure),
     )
+
+
+def method_styles(names: Sequence[str], main: str = "") -> dict[str, dict[str, Any]]:
+    """Return matplotlib properties by method, chance and the main method first.
+
+    The numbers of colours, markers and dashes have no common factor, so combinations repeat late.
+    """
+    styles: dict[str, dict[str, Any]] = {"chance": {"color": BLACK, "linestyle": ":", "marker": "", "linewidth": 1.2}}
+    for number, name in enumerate([main, *(name for name in names if name not in ("chance", main))]):
+        styles[name] = {
+            "color": COLOURS[number % len(COLOURS)],
+            "marker": MARKERS[number % len(MARKERS)],
+            "linestyle": DASHES[number % len(DASHES)],
+            "linewidth": 2.2 if name == main else 1.3,
+            "markersize": 5,
+        }
+    return styles
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """Return an empty figure; width and height are in inches."""
+    from matplotlib.figure import Figure  # takes a second to import, which `--help` does not need
+
+    return Figure(figsize=(width, height), dpi=DPI, layout="constrained")  # pyplot would keep a reference
+
+
+def png(figure: Figure) -> bytes:
+    """Encode a figure as PNG without software version, so that equal figures give equal bytes."""
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png", metadata={"Software": None}, pil_kwargs={"optimize": True})
+    return stream.getvalue()
+
+
+def new_panels(figure: Figure, titles: Sequence[str], columns: int, x_label: str, y_label: str) -> dict[str, Axes]:
+    """Return axes by title, labelled on the left and at the lowest panel of each column."""
+    rows = -(-len(titles) // columns)
+    axes = list(figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flat)
+    for index, panel in enumerate(axes):
+        panel.set_visible(index < len(titles))
+        at_bottom = index + columns >= len(titles)
+        panel.tick_params(labelbottom=at_bottom)
+        panel.set(xlabel=x_label if at_bottom else "", ylabel="" if index % columns else y_label)
+    return dict(zip(titles, axes, strict=False))
+
+
+def plain_text(name: str, max_length: int = 28) -> str:
+    """Escape a name for matplotlib, where `$` starts a formula and a leading `_` hides a legend entry.
+
+    A long name is shortened in the middle, since many names differ at the end.
+    """
+    name = " ".join(name.split())
+    if len(name) > max_length:
+        name = f"{name[: max_length - max_length // 2 - 1]}…{name[-(max_length // 2) :]}"
+    return re.sub(r"^_", " _", name).replace("$", r"\$")
+
+
+def legend_below(figure: Figure, axes: Axes, columns: int) -> None:
+    """Add one legend below all panels, with the entries of these axes."""
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize="small", frameon=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from ...search.embedding import Embedded
 from ...search.matching import RerankedSearch
 from ...version import __version__
 from ..checkpoints import Checkpoint
-from ..table import ALL_MODALITIES, Difference, Row, differences_from, format_differences, format_table, to_json
+from ..table import ALL_MODALITIES, Row, differences_from, format_differences, format_table, to_json
 from . import plots
 from .numbers import rank_within_modalities, scaling_series
 from .plots import Picture
@@ -27,28 +27,14 @@ FILES = ("precision_recall.png", "classes.png", "modalities.png", "map.png", "sc
 
 @dataclass
 class Report:
-    """The results of one evaluation.
+    """The results of one evaluation."""
 
-    Attributes:
-        methods: embeddings by name in the table.
-        main: name of the main checkpoint.
-        rows: of `evaluate`.
-        checkpoints: M3Ret checkpoints by name.
-        notes: warnings and remarks.
-        selection: of `describe_selection`.
-        differences: paired differences of mAP from the main checkpoint.
-    """
-
-    methods: Mapping[str, Embedded]
-    main: str
+    methods: Mapping[str, Embedded]  # by name in the table
+    main: str  # name of the main checkpoint
     rows: Sequence[Row]
-    checkpoints: Mapping[str, Checkpoint]
-    notes: Sequence[str]
-    selection: str
-    differences: Mapping[str, Difference] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.differences = differences_from(self.main, self.rows)
+    checkpoints: Mapping[str, Checkpoint]  # by name
+    notes: Sequence[str]  # warnings and remarks
+    selection: str  # of `describe_selection`
 
     def text(self) -> str:
         """Return the report for the terminal, which names unreadable files."""
@@ -60,13 +46,11 @@ class Report:
     def write(self, folder: Path, examples: bool, **settings: Any) -> None:
         """Write metrics.json, report.md and its figures, none of which names a file or a patient.
 
-        Args:
-            folder: is created if it does not exist.
-            examples: show scans, which is patient data.
-            settings: settings of the run to store in metrics.json.
+        The folder is created if it does not exist. With `examples`, the report shows scans, which is patient data.
+        `settings` of the run are stored in metrics.json.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        embedded = self.methods[self.main]
+        embedded, differences = self.methods[self.main], differences_from(self.main, self.rows)
         facts = {
             "m3ret": __version__,
             "torch": torch.__version__,
@@ -76,22 +60,19 @@ class Report:
             "notes": list(self.notes),
             "not_read": len(embedded.failures),
             "models": {title: vars(checkpoint.facts) for title, checkpoint in self.checkpoints.items()},
-            "differences_of_mean_map": {name: value._asdict() for name, value in self.differences.items()},
+            "differences_of_mean_map": {name: value._asdict() for name, value in differences.items()},
         }
         atomic_write_text(folder / "metrics.json", to_json(self.rows, **facts) + "\n")
-        pictures = draw_pictures(
-            self.methods,
-            self.main,
-            [row for row in self.rows if not isinstance(self.methods.get(row.method), RerankedSearch)],
-            {title: checkpoint.training for title, checkpoint in self.checkpoints.items()},
-            self.checkpoints[self.main].processor if examples else None,
-        )
+        rows = [row for row in self.rows if not isinstance(self.methods.get(row.method), RerankedSearch)]
+        training = {title: checkpoint.training for title, checkpoint in self.checkpoints.items()}
+        processor = self.checkpoints[self.main].processor if examples else None
+        pictures = draw_pictures(self.methods, self.main, rows, training, processor)
         sections = [*self._tables(), *self.notes, write_pictures(folder, pictures)]
         atomic_write_text(folder / "report.md", "\n\n".join(sections) + "\n")
 
     def _tables(self) -> list[str]:
-        differences = [format_differences(self.main, self.differences)] if self.differences else []
-        return [format_table(self.rows), *differences]
+        differences = differences_from(self.main, self.rows)
+        return [format_table(self.rows), *([format_differences(self.main, differences)] if differences else [])]
 
 
 def draw_pictures(
@@ -101,14 +82,10 @@ def draw_pictures(
     checkpoints: Mapping[str, Mapping[str, Any]],
     example_processor: M3RetImageProcessor | None = None,
 ) -> list[Picture]:
-    """Draw all pictures for which there is something to show.
+    """Draw all pictures for which there is something to show: classes, map and examples of the main method.
 
-    Args:
-        methods: embeddings by name of the method.
-        main: the method whose classes, map and examples are shown.
-        rows: of `evaluate`, for the scaling curves.
-        checkpoints: training facts of the methods that are checkpoints: `objective`, and any of `QUANTITIES`.
-        example_processor: reads and resizes the scans shown as examples; if None, no scan is shown.
+    `rows` are for the scaling curves. `checkpoints` holds the training facts of the methods that are checkpoints:
+    `objective`, and any of `QUANTITIES`. Without `example_processor`, no scan is shown.
     """
     within = rank_within_modalities(methods)
     records, embeddings = methods[main].records, methods[main].embeddings
