@@ -87,20 +87,13 @@ def trace(model: M3RetModel) -> torch.export.ExportedProgram:
             f"{'training' if model.training else 'evaluation'} mode, {model.dtype} and {model.device}."
         )
     axis, edge = torch.export.Dim, model.config.patch_size
-    shapes = {
-        "pixel_values": {
-            0: axis("batch", min=1),
-            2: axis("depth", min=1),
-            # torch.export specialises sizes of 1, so the minimum is two patches
-            3: edge * axis("rows", min=2),
-            4: edge * axis("columns", min=2),
-        }
-    }
+    # torch.export specialises sizes of 1, so the minimum of height and width is two patches
+    height, width = edge * axis("rows", min=2), edge * axis("columns", min=2)
+    shapes = {"pixel_values": {0: axis("batch", min=1), 2: axis("depth", min=1), 3: height, 4: width}}
     # without this flag tracing assumes that no axis has length 1, but an image is one patch deep
     with torch.no_grad(), torch.fx.experimental._config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
-        program = torch.export.export(
-            DenseEmbedder(model), (_random_scans(model, TRACED_SHAPE),), dynamic_shapes=shapes
-        )
+        example = (_random_scans(model, TRACED_SHAPE),)
+        program = torch.export.export(DenseEmbedder(model), example, dynamic_shapes=shapes)
     program.example_inputs = None  # would be pickled into the file
     for module in program.graph_module.modules():
         for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
@@ -110,14 +103,8 @@ def trace(model: M3RetModel) -> torch.export.ExportedProgram:
 
 def to_onnx(program: torch.export.ExportedProgram) -> onnx.ModelProto:
     """Convert a traced model to ONNX with named axes and without metadata."""
-    converted = torch.onnx.export(
-        program,
-        dynamo=True,
-        input_names=["pixel_values"],
-        output_names=["embeddings"],
-        opset_version=OPSET,
-        verbose=False,
-    )
+    names: Any = {"input_names": ["pixel_values"], "output_names": ["embeddings"]}
+    converted = torch.onnx.export(program, dynamo=True, opset_version=OPSET, verbose=False, **names)
     assert converted is not None
     proto = converted.model_proto
     _strip_metadata(proto)
@@ -179,20 +166,17 @@ def load_graph(path: Path) -> Callable[[Tensor], Tensor]:
 def export(
     model: M3RetModel, processor: M3RetImageProcessor, output: Path, *, name: str, format: Format = "onnx"
 ) -> dict[str, Any]:
-    """Write a folder with the graph and `manifest.json`.
+    """Write a folder with the graph and `manifest.json`, and return the manifest.
 
-    The graph is checked on an image, a clip and a volume of other sizes than it was traced with before the folder
-    appears.
+    Before the folder appears, the graph is checked on an image, a clip and a volume of other sizes than it was traced
+    with.
 
     Args:
         model: encoder in evaluation mode, float32, on the CPU.
         processor: its image processor, whose settings are written to the manifest.
         output: folder to create.
         name: name, path or Hub id of the checkpoint; the last part is written to the manifest.
-        format: "onnx", "onnx-int8" or "torch".
-
-    Returns:
-        The manifest.
+        format: file format of the graph.
 
     Raises:
         InputError: if `output` exists.
@@ -243,10 +227,7 @@ def make_manifest(model: M3RetModel, processor: M3RetImageProcessor, name: str, 
 
 
 def check_graph(model: M3RetModel, embed: Callable[[Tensor], Tensor], format: Format) -> dict[str, float]:
-    """Compare a graph with its model on random scans.
-
-    Returns:
-        The largest absolute difference of an embedding's value, by kind of scan.
+    """Return the largest absolute difference of a graph's embeddings from its model's, by kind of random scan.
 
     Raises:
         RuntimeError: if a difference is above `TOLERANCE` or not finite.

@@ -18,27 +18,15 @@ from .modeling_m3ret import M3RetModel
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """Identity of a model.
+    """Identity of a model."""
 
-    Attributes:
-        model: name of the checkpoint; the last part of a path or Hub id.
-        revision: SHA-256 of the weights, in hex.
-        processor: SHA-256 of the image processor's settings, in hex.
-    """
-
-    model: str
-    revision: str
-    processor: str
+    model: str  # name of the checkpoint; the last part of a path or Hub id
+    revision: str  # SHA-256 of the weights, in hex
+    processor: str  # SHA-256 of the image processor's settings, in hex
 
 
 def model_facts(model: M3RetModel, processor: M3RetImageProcessor, name: str) -> ModelFacts:
-    """Return the identity of a loaded model; it does not depend on where the checkpoint was loaded from.
-
-    Args:
-        model: the encoder.
-        processor: its image processor.
-        name: name, path or Hub id of the checkpoint; only the last part is stored.
-    """
+    """Return the identity of a loaded model; of its name, path or Hub id only the last part is stored."""
     digest = hashlib.sha256()
     for key, tensor in sorted(model.state_dict().items()):
         digest.update(f"{key} {tuple(tensor.shape)}".encode())

@@ -58,11 +58,8 @@ def embed_records(
 
     Args:
         embedders: such as `encoder_embedder(model)`.
-        processor: image processor of the encoder.
-        records: scans to embed.
         max_tokens: patches per forward pass. Embeddings do not depend on it.
         num_workers: processes that decode ahead.
-        progress: show a progress bar.
         bar: a tqdm bar to advance instead of showing one.
 
     Returns:

@@ -60,10 +60,6 @@ def embed_collection(
 
     Args:
         model: encoder in evaluation mode, on its device.
-        processor: its image processor.
-        records: scans to embed.
-        accelerator: of this process.
-        name: name of the checkpoint.
         folder: of the cache; by default `HF_HOME/m3ret/embeddings`.
         dtype: bfloat16 runs the encoder under autocast, which is faster on hardware that supports it.
         max_tokens, num_workers: as for `embed_records`.
@@ -151,15 +147,10 @@ def write_shards(
 
     Args:
         embedders: by name; they share each decode.
-        processor: image processor of the encoder.
-        records: scans to embed.
         folder: of the shards; created if needed.
-        shard_scans: scans per shard.
         rank: index of this process; it embeds every `world_size`-th shard.
-        world_size: number of processes.
         max_tokens, num_workers: as for `embed_records`.
         description: title of the progress bar.
-        progress: show a progress bar.
         log_failures: log why a scan cannot be read, with its path. Not for logs that others read.
 
     Returns:

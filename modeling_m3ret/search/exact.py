@@ -29,16 +29,10 @@ SUM_ERROR = 2.0**-12  # of a float32 sum of products; generous for any embedding
 
 @dataclass(frozen=True)
 class Hits:
-    """Result of a search.
+    """Result of a search. Rows of equal score are in ascending order."""
 
-    Attributes:
-        scores: `(q, k)` float32 cosine similarities, best first; -inf where fewer than k rows were allowed.
-        rows: `(q, k)` int64 rows of the gallery; -1 where fewer than k rows were allowed. Rows of equal score are in
-            ascending order.
-    """
-
-    scores: Tensor
-    rows: Tensor
+    scores: Tensor  # (q, k) float32 cosine similarities, best first; -inf where fewer than k rows were allowed
+    rows: Tensor  # (q, k) int64 rows of the gallery; -1 where fewer than k rows were allowed
 
     @classmethod
     def empty(cls, queries: int, k: int) -> Hits:

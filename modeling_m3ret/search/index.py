@@ -237,18 +237,18 @@ class RetrievalIndex:
         check_model(folder, facts, expected)
         for name, digest in files.items():
             if not (version / name).is_file():
-                raise _damaged(folder, f"{name} is missing.", name)
+                raise damaged(folder, f"{name} is missing.", name)
             if verify and sha256_of(version / name) != digest:
-                raise _damaged(folder, f"{name} is damaged: its SHA-256 differs from the manifest.", name)
+                raise damaged(folder, f"{name} is damaged: its SHA-256 differs from the manifest.", name)
         try:
             with safe_open(version / EMBEDDINGS, framework="pt") as tensors:
                 embeddings = tensors.get_tensor("embeddings")
             metadata = pq.read_table(version / METADATA)
         except Exception as error:  # the readers raise many types
-            raise _damaged(folder, f"cannot read the index ({type(error).__name__}).") from error
+            raise damaged(folder, f"cannot read the index ({type(error).__name__}).") from error
         shape = (manifest["scans"], manifest["dimension"])
         if embeddings.shape != shape or embeddings.dtype != torch.float16 or len(metadata) != shape[0]:
-            raise _damaged(
+            raise damaged(
                 folder,
                 f"files do not match the manifest: expected embeddings {shape} torch.float16 and {shape[0]} rows of "
                 f"metadata, got {tuple(embeddings.shape)} {embeddings.dtype} and {len(metadata)} rows.",
@@ -339,10 +339,11 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     except IndexFormatError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise _damaged(folder, f"{CURRENT} is not a valid index manifest.", CURRENT) from error
+        raise damaged(folder, f"{CURRENT} is not a valid index manifest.", CURRENT) from error
 
 
-def _damaged(folder: Path, details: str, file: str | None = None) -> IndexFormatError:
+def damaged(folder: Path, details: str, file: str | None = None) -> IndexFormatError:
+    """Return the error of a damaged index."""
     return IndexFormatError(folder, "damaged", f"{details} Build the index again.", file)
 
 

@@ -111,7 +111,6 @@ def scan_tokens(
 
     Args:
         model: encoder in evaluation mode.
-        processor: its image processor.
         sources: scans as the processor takes them, such as `record.open()`.
         whitening: result of `fit_token_whitening`, the same for all scans that will be compared; by default the
             whitening of the embedding.
@@ -142,9 +141,7 @@ def fit_token_whitening(
 
     Args:
         model: encoder in evaluation mode.
-        processor: its image processor.
         sources: training scans, or scans of the gallery; at most `PATCHES_PER_SCAN` patches of each are used.
-        max_tokens: patches per forward pass.
 
     Raises:
         M3RetReadError: if a scan cannot be read.
@@ -320,14 +317,12 @@ def locate(
     heat of a patch is the sum of its confidences. A large uniform region is hottest at its border.
 
     Args:
-        query: tokens of the query.
-        hit: tokens of the hit, of the same model.
         region: box in voxels of the query's array, `slice(None)` for a whole axis; None for the whole query. Patches
             count by the fraction inside; patches outside still compete for the hit's patches.
         pairs: maximum number of pairs to return.
 
     Raises:
-        ValueError: if the region is empty, or the tokens have different sizes.
+        ValueError: if the region is empty, or the tokens are of different models.
     """
     if query.tokens.shape[1] != hit.tokens.shape[1]:
         raise ValueError(

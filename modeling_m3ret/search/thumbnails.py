@@ -18,12 +18,8 @@ THUMBNAIL_SIZE = 128  # px
 def thumbnail(processor: M3RetImageProcessor, source: object) -> Image.Image:
     """Return the middle slice or frame of a scan in RGB, at the resolution of the encoder's input.
 
-    Args:
-        processor: image processor of the encoder.
-        source: anything the processor reads: a path, bytes, an array or a `Scan`.
-
     Raises:
-        M3RetReadError: if the scan cannot be read.
+        M3RetReadError: if the processor cannot read the source.
     """
     middle = _middle_slice(processor.resize(processor.read(source)), processor)
     return to_image(middle.mul(255).round().byte())
@@ -35,11 +31,9 @@ def to_image(pixels: Tensor) -> Image.Image:
 
 
 def thumbnail_embedder(processor: M3RetImageProcessor) -> Embedder:
-    """Return an embedder whose vectors are square thumbnails, so that one decode gives embedding and picture.
+    """Return an embedder whose vectors are thumbnails, so that one decode gives embedding and picture.
 
-    Returns:
-        A function from the model's inputs to uint8 `(B, 3 * THUMBNAIL_SIZE**2)`: the middle slice or frame, scaled to
-        fit a black square.
+    A vector is uint8 `(3 * THUMBNAIL_SIZE**2,)`: the middle slice or frame, scaled to fit a black square.
     """
 
     def embed(inputs: Mapping[str, Tensor]) -> Tensor:

@@ -34,7 +34,7 @@ from ..search.embedding import encoder_embedder
 from ..search.embedding_store import cache_key, fingerprint, read_shards, write_shards
 from ..search.exact import Hits
 from ..search.filters import MetadataFilter
-from ..search.index import CURRENT, IndexFormatError, RetrievalIndex, check_model
+from ..search.index import CURRENT, RetrievalIndex, check_model, damaged
 from ..search.thumbnails import THUMBNAIL_SIZE, thumbnail_embedder, to_image
 
 
@@ -42,6 +42,7 @@ DEMO = "phantom:48:1"  # six subjects per class, with another seed than the phan
 PUBLISHED = "gallery"  # folder in a Space
 ABOUT = "gallery.json"
 THUMBNAILS = "thumbnails.parquet"
+SHARDS = "shards"  # folder in a gallery that is not complete
 SHARD_SCANS = 32  # scans that are embedded again after an interruption: half a minute of CTs on two cores
 # real scans of the package pydicom-data without names in their pixels; modality and anatomy as seen by eye
 SAMPLES = {
@@ -67,19 +68,12 @@ class Facts(TypedDict):
 
 @dataclass
 class Gallery:
-    """Scans to search in.
-
-    Attributes:
-        index: embeddings and metadata.
-        records: one per row of the index; None if the scans cannot be opened.
-        thumbnails: WebP picture of each row, or None.
-        collection: name by which the records can be opened on another machine, or None.
-    """
+    """Scans to search in."""
 
     index: RetrievalIndex
-    records: Sequence[Record] | None = None
-    thumbnails: pa.ChunkedArray | None = None
-    collection: str | None = None
+    records: Sequence[Record] | None = None  # one per row of the index; None if the scans cannot be opened
+    thumbnails: pa.ChunkedArray | None = None  # WebP picture of each row
+    collection: str | None = None  # name by which the records can be opened on another machine
 
     def __len__(self) -> int:
         return len(self.index)
@@ -118,10 +112,9 @@ class Gallery:
 
         Args:
             embedding: `(d,)`.
-            k: number of hits.
             where: only scans that match this filter are found.
             query_row: row of the query, if it is a scan of this gallery. It is not a hit of itself.
-            exclude_same_patient: leave out other scans of the query's patient, which only `query_row` tells.
+            exclude_same_patient: leave out other scans of the query's patient, if there is a `query_row`.
         """
         patients = None
         if exclude_same_patient and query_row is not None:
@@ -145,14 +138,11 @@ class Gallery:
 
 
 def open_gallery(source: str | None, model: M3RetModel, processor: M3RetImageProcessor, name: str) -> Gallery:
-    """Open a gallery, and embed it if needed.
+    """Open a gallery, and embed it if needed, with a model of this name.
 
     Args:
         source: folder of an index, or a collection as `open_collection` takes it. None opens the gallery published with
             this Space, or the demo if there is none.
-        model: encoder of the queries.
-        processor: its image processor.
-        name: name of the model.
 
     Raises:
         IndexFormatError: if the index is damaged or of another model.
@@ -181,11 +171,7 @@ def embed_gallery(
     """Return the gallery of some records, from the cache if possible. Scans that cannot be read are left out.
 
     Args:
-        records: scans of the gallery.
-        model: encoder.
-        processor: its image processor.
-        name: name of the model.
-        collection: name by which the records can be opened on another machine, or None.
+        collection: name by which the records can be opened on another machine.
         folder: of the cache; by default `HF_HOME/m3ret/galleries`.
 
     Raises:
@@ -204,8 +190,8 @@ def embed_gallery(
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_suffix(".lock")):  # another process waits, and then reads this one's result
             if not (folder / ABOUT).is_file():
-                return _embed(records, model, processor, facts, collection, folder)
-    shutil.rmtree(folder / "shards", ignore_errors=True)  # left if the process ended just after saving
+                _embed(records, model, processor, facts, collection, folder)
+    shutil.rmtree(folder / SHARDS, ignore_errors=True)
     gallery = _load(folder, facts, records)
     gallery.collection = collection
     return gallery
@@ -218,25 +204,18 @@ def _embed(
     facts: ModelFacts,
     collection: str | None,
     folder: Path,
-) -> Gallery:
+) -> None:
     """Embed a gallery in shards and save it."""
     embedders = {"embeddings": encoder_embedder(model), "thumbnails": thumbnail_embedder(processor)}
-    shards = folder / "shards"
-    write_shards(
-        embedders, processor, records, shards, SHARD_SCANS, description="embedding the gallery", log_failures=False
-    )
+    shards, title = folder / SHARDS, "embedding the gallery"
+    write_shards(embedders, processor, records, shards, SHARD_SCANS, description=title, log_failures=False)
     embedded = read_shards(list(embedders), records, shards, SHARD_SCANS)
     readable = embedded["embeddings"].records
     if not readable:
         raise CollectionError(f"no scan of the gallery can be read: tried {len(records)}.")
-    position_of = {record.id: position for position, record in enumerate(records)}
-    metadata = _metadata(readable, [position_of[record.id] for record in readable])
-    index = RetrievalIndex.build(embedded["embeddings"].embeddings, metadata, facts)
+    index = RetrievalIndex.build(embedded["embeddings"].embeddings, _metadata(records, readable), facts)
     thumbnails = pa.chunked_array([[_webp(pixels) for pixels in embedded["thumbnails"].embeddings]])
-    gallery = Gallery(index, readable, thumbnails, collection)
-    gallery.save(folder)
-    shutil.rmtree(shards)
-    return gallery
+    Gallery(index, readable, thumbnails, collection).save(folder)
 
 
 def sample_records() -> list[Record]:
@@ -263,37 +242,28 @@ def _load(folder: Path, facts: ModelFacts, records: Sequence[Record] | None = No
     if (folder / THUMBNAILS).is_file():
         thumbnails = pq.read_table(folder / THUMBNAILS).column("webp")
         if len(thumbnails) != len(index):
-            raise IndexFormatError(
-                folder,
-                "damaged",
-                f"{THUMBNAILS} does not match the index: expected {len(index)} rows, got {len(thumbnails)}.",
-                THUMBNAILS,
-            )
+            details = f"{THUMBNAILS} does not match the index: expected {len(index)} rows, got {len(thumbnails)}."
+            raise damaged(folder, details, THUMBNAILS)
     if records is None and collection is not None:
         records = open_collection(collection)
     if records is not None:
         positions = [int(position) for position in index.metadata.column("id").to_pylist()]
         if max(positions) >= len(records):
-            raise IndexFormatError(
-                folder,
-                "damaged",
-                f"the collection {collection} does not match the index: "
-                f"expected at least {max(positions) + 1} scans, got {len(records)}.",
-            )
+            expected = f"expected at least {max(positions) + 1} scans, got {len(records)}."
+            raise damaged(folder, f"the collection {collection} does not match the index: {expected}")
         records = [records[position] for position in positions]
     return Gallery(index, records, thumbnails, collection)
 
 
-def _metadata(readable: Sequence[Record], positions: Sequence[int]) -> pa.Table:
-    """Return the index's metadata; positions in the collection replace ids and patients."""
-    first_position: dict[str, int] = {}
-    for record, position in zip(readable, positions, strict=True):
-        first_position.setdefault(record.group, position)
+def _metadata(records: Sequence[Record], readable: Sequence[Record]) -> pa.Table:
+    """Return the index's metadata of the readable records; positions in the collection replace ids and patients."""
+    position_of = {record.id: str(position) for position, record in enumerate(records)}
+    patient_of = {record.group: position_of[record.id] for record in reversed(readable)} | {"": ""}
     labels = [[label for label in record.label.split("|") if label] for record in readable]
     return pa.table(
         {
-            "id": [str(position) for position in positions],
-            "patient": [str(first_position[record.group]) if record.group else "" for record in readable],
+            "id": [position_of[record.id] for record in readable],
+            "patient": [patient_of[record.group] for record in readable],
             "modality": [record.modality for record in readable],
             "anatomy": [record.anatomy for record in readable],
             "labels": pa.array(labels, pa.list_(pa.string())),
