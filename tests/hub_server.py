@@ -1,18 +1,11 @@
 """A Hugging Face Hub for tests: in memory, over real HTTP on the loopback interface.
 
-It implements what huggingface_hub 2.4 and datasets 5.2 request to create, fill, read and delete repositories of models,
-datasets and Spaces. `HubHandler.ROUTES` lists all of it:
-
-- `/api/whoami-v2`, `/api/validate-yaml`, `/api/repos/create`, `/api/repos/delete`
-- below `/api/models/ORG/NAME` (or datasets, spaces): info, `revision`, `refs`, `branch`, `tag`, `commits`, `tree`,
-  `paths-info`, `preupload` (which files use LFS) and `commit` (NDJSON: header, file, lfsFile, deletedFile,
-  deletedFolder)
-- Git LFS: `.git/info/lfs/objects/batch`, and the upload and verify URLs that it returns
-- `/ORG/NAME/resolve/REVISION/PATH` with HEAD and Range
-
-The requests were traced from the two clients. They follow the Hub API (https://huggingface.co/docs/hub/api) and the
-batch API of Git LFS (https://github.com/git-lfs/git-lfs/blob/main/docs/api/batch.md). Xet, pagination and pull requests
-are missing; clients set `HF_HUB_DISABLE_XET=1`. Private repositories and all writing need the server's token.
+It implements what huggingface_hub 2.4 and datasets 5.2 request to create, fill and read repositories of models,
+datasets and Spaces; `HubHandler.ROUTES` lists all of it. The requests were traced from the two clients. They follow the
+Hub API (https://huggingface.co/docs/hub/api) and the batch API of Git LFS
+(https://github.com/git-lfs/git-lfs/blob/main/docs/api/batch.md). A repository has one branch and no tags. Xet,
+pagination and pull requests are missing; clients set `HF_HUB_DISABLE_XET=1`. Private repositories and all writing need
+the server's token.
 """
 
 from __future__ import annotations
@@ -20,11 +13,11 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import math
 import re
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from fnmatch import fnmatch
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, ClassVar
@@ -73,33 +66,23 @@ class Reply:
 class Request:
     """A received request and the status of its response."""
 
-    method: str
     path: str  # without the query
-    size: int
-    range: str | None
     status: int | None = None
 
 
 @dataclass
 class Failure:
-    """Make requests fail whose path contains a match of the regular expression `path`.
-
-    `left` counts the requests still to fail; None means all.
-    """
+    """Make the next `left` requests fail whose path contains a match of the regular expression `path`."""
 
     path: str
     status: int
-    left: int | None
+    left: float
 
     def applies_to(self, path: str) -> bool:
-        if self.left == 0 or not re.search(self.path, path):
+        if self.left <= 0 or not re.search(self.path, path):
             return False
-        if self.left is not None:
-            self.left -= 1
+        self.left -= 1
         return True
-
-
-# ---- repositories ---------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -132,55 +115,30 @@ class StoredFile:
         return {"type": "file", "path": path, "size": size, "oid": self.blob_id} | (lfs if self.is_lfs else {})
 
 
-@dataclass(frozen=True)
-class Commit:
-    """All files of a revision, and its parent."""
-
-    parent: str | None
-    title: str
-    date: str
-    files: Mapping[str, StoredFile]
-
-    @property
-    def id(self) -> str:
-        listed = sorted((path, file.blob_id) for path, file in self.files.items())
-        return hashlib.sha1(json.dumps([self.parent, self.title, self.date, listed]).encode()).hexdigest()
-
-
 class Repository:
-    """Commits, branches and tags. As on the Hub, the first commit contains `.gitattributes`."""
+    """Files of each commit of the main branch, oldest first. As on the Hub, the first contains `.gitattributes`."""
 
     def __init__(self, repo_id: str, repo_type: str, private: bool, sdk: str | None = None):
         self.repo_id, self.repo_type, self.private, self.sdk = repo_id, repo_type, private, sdk
-        self.commits: dict[str, Commit] = {}
-        self.branches: dict[str, str] = {}
-        self.tags: dict[str, str] = {}
-        self.commit("main", "initial commit", {".gitattributes": StoredFile(GIT_ATTRIBUTES, is_lfs=False)})
+        self.commits: dict[str, Mapping[str, StoredFile]] = {}
+        self.commit({".gitattributes": StoredFile(GIT_ATTRIBUTES, is_lfs=False)})
 
     def sha(self, revision: str = "main") -> str:
-        """Return the commit id of a branch, tag or commit id."""
-        sha = self.branches.get(revision) or self.tags.get(revision) or revision
+        """Return the commit id of "main" or a commit id."""
+        sha = next(reversed(self.commits)) if revision == "main" else revision
         if sha not in self.commits:
             raise HubError(404, "RevisionNotFound", f"Invalid rev id: {revision}")
         return sha
 
     def files(self, revision: str = "main") -> Mapping[str, StoredFile]:
-        return self.commits[self.sha(revision)].files
+        return self.commits[self.sha(revision)]
 
-    def history(self, revision: str = "main") -> Iterator[tuple[str, Commit]]:
-        """Yield the commits of a revision, newest first."""
-        sha: str | None = self.sha(revision)
-        while sha:
-            yield sha, self.commits[sha]
-            sha = self.commits[sha].parent
-
-    def commit(self, branch: str, title: str, files: Mapping[str, StoredFile]) -> str:
-        """Commit these files as the whole content of a branch and return the commit id."""
-        date = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
-        commit = Commit(self.branches.get(branch), title, date, dict(files))
-        self.commits[commit.id] = commit
-        self.branches[branch] = commit.id
-        return commit.id
+    def commit(self, files: Mapping[str, StoredFile]) -> str:
+        """Commit these files as the whole content of the repository and return the commit id."""
+        listed = sorted((path, file.blob_id) for path, file in files.items())
+        sha = hashlib.sha1(json.dumps([self.repo_id, len(self.commits), listed]).encode()).hexdigest()
+        self.commits[sha] = dict(files)
+        return sha
 
     def folder(self, revision: str, folder: str, recursive: bool) -> list[dict[str, Any]]:
         """List a folder ("" is the root) in the Hub's format, folders first."""
@@ -212,13 +170,10 @@ class Repository:
     def describe(self, revision: str) -> dict[str, Any]:
         """Return the repository's info at a revision."""
         sha = self.sha(revision)
-        *_, (_, first) = self.history(sha)
         described = {
             "id": self.repo_id,
             "author": self.repo_id.split("/")[0],
             "sha": sha,
-            "createdAt": first.date,
-            "lastModified": self.commits[sha].date,
             "private": self.private,
             "disabled": False,
             "gated": False,
@@ -234,18 +189,15 @@ def describe_folder(path: str) -> dict[str, Any]:
     return {"type": "directory", "path": path, "size": 0, "oid": hashlib.sha1(path.encode()).hexdigest()}
 
 
-# ---- the server -----------------------------------------------------------------------------------------------------
-
-
 class HubServer(ThreadingHTTPServer):
     """Hub on a free port, running inside a `with` block. `requests` lists all requests so far."""
 
     daemon_threads = True
     block_on_close = False  # clients keep connections open, and closing would wait for them
 
-    def __init__(self, user: str = "tester", token: str = "hf_loopback"):
+    def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), HubHandler)
-        self.user, self.token = user, token
+        self.token = "hf_loopback"
         self.endpoint = f"http://127.0.0.1:{self.server_port}"
         self.lock = threading.RLock()
         self.repositories: dict[tuple[str, str], Repository] = {}
@@ -262,14 +214,8 @@ class HubServer(ThreadingHTTPServer):
         self.server_close()
 
     def fail_next(self, count: int | None, path: str = "", status: int = 503) -> None:
-        """Make requests fail whose path contains a match of a regular expression.
-
-        Args:
-            count: number of requests that fail; None for all.
-            path: regular expression.
-            status: status of the response.
-        """
-        self.failures.append(Failure(path, status, count))
+        """Make the next `count` requests (None: all) fail whose path contains a match of a regular expression."""
+        self.failures.append(Failure(path, status, math.inf if count is None else count))
 
     def repository(self, repo_id: str, repo_type: str = "model") -> Repository:
         """Return a repository, or raise `HubError` 404."""
@@ -306,7 +252,7 @@ class HubHandler(BaseHTTPRequestHandler):
     def handle_request(self) -> None:
         url = urlsplit(self.path)
         self.body, self.query = self.read_body(), parse_qs(url.query)
-        logged = Request(self.command, unquote(url.path), len(self.body), self.headers["Range"])
+        logged = Request(unquote(url.path))
         with self.server.lock:
             self.server.requests.append(logged)
             try:
@@ -316,7 +262,7 @@ class HubHandler(BaseHTTPRequestHandler):
             logged.status = reply.status
         self.send(reply)
 
-    do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = handle_request  # noqa: N815, the names are http.server's
+    do_GET = do_HEAD = do_POST = do_PUT = handle_request  # noqa: N815, the names are http.server's
 
     def log_message(self, *_: object) -> None:
         """Print nothing; `HubServer.requests` records the requests."""
@@ -369,18 +315,12 @@ class HubHandler(BaseHTTPRequestHandler):
     def url(self, repository: Repository) -> str:
         return f"{self.server.endpoint}/{URL_PREFIXES[repository.repo_type]}{repository.repo_id}"
 
-    # ---- users and repositories ----
-
-    def whoami(self) -> Reply:
-        access = {"type": "access_token", "accessToken": {"displayName": "test", "role": "write"}}
-        return Reply.from_json({"type": "user", "name": self.server.user, "orgs": [], "auth": access})
-
     def validate_yaml(self) -> Reply:
         return Reply.from_json({"errors": [], "warnings": []})
 
     def create(self) -> Reply:
         request = self.json_body()
-        repo_id, repo_type = self.requested_repository(request)
+        repo_id, repo_type = f"{request['organization']}/{request['name']}", request.get("type") or "model"
         private = request.get("visibility") == "private" or bool(request.get("private"))  # huggingface_hub 2 and 1
         repository = Repository(repo_id, repo_type, private, request.get("sdk"))
         existing = self.server.repositories.setdefault((repo_type, repo_id), repository)
@@ -388,17 +328,6 @@ class HubHandler(BaseHTTPRequestHandler):
         if existing is not repository:
             return Reply.from_json(answer | {"error": f"You already created this {repo_type} repo"}, 409)
         return Reply.from_json(answer)
-
-    def delete(self) -> Reply:
-        repo_id, repo_type = self.requested_repository(self.json_body())
-        self.open_repository(repo_id, repo_type)
-        del self.server.repositories[repo_type, repo_id]
-        return Reply.from_json({})
-
-    def requested_repository(self, request: dict[str, Any]) -> tuple[str, str]:
-        return f"{request.get('organization') or self.server.user}/{request['name']}", request.get("type") or "model"
-
-    # ---- reading a repository ----
 
     def info(self, repository: Repository, revision: str = "") -> Reply:
         return Reply.from_json(repository.describe(revision or "main"))
@@ -411,15 +340,6 @@ class HubHandler(BaseHTTPRequestHandler):
         is_json = "json" in self.headers.get("Content-Type", "")
         paths = self.json_body()["paths"] if is_json else parse_qs(self.body.decode()).get("paths", [])
         return Reply.from_json(repository.paths(revision, paths))
-
-    def commits(self, repository: Repository, revision: str) -> Reply:
-        authors = [{"user": self.server.user}]
-        return Reply.from_json(
-            [
-                {"id": sha, "title": commit.title, "message": "", "date": commit.date, "authors": authors}
-                for sha, commit in repository.history(revision)
-            ]
-        )
 
     def resolve(self, repository: Repository, revision: str, path: str) -> Reply:
         sha = repository.sha(revision)
@@ -446,43 +366,6 @@ class HubHandler(BaseHTTPRequestHandler):
         last = min(last, len(content) - 1)
         headers = {**headers, "Content-Range": f"bytes {first}-{last}/{len(content)}"}
         return Reply(206, content[first : last + 1], headers)
-
-    # ---- branches and tags ----
-
-    def refs(self, repository: Repository) -> Reply:
-        def describe(kind: str, names: dict[str, str]) -> list[dict[str, str]]:
-            return [{"name": name, "ref": f"refs/{kind}/{name}", "targetCommit": sha} for name, sha in names.items()]
-
-        branches, tags = describe("heads", repository.branches), describe("tags", repository.tags)
-        return Reply.from_json({"branches": branches, "tags": tags, "converts": [], "pullRequests": []})
-
-    def create_branch(self, repository: Repository, revision: str) -> Reply:
-        start = self.json_body().get("startingPoint", "main")
-        return self.name_commit(repository.branches, revision, repository.sha(start))
-
-    def create_tag(self, repository: Repository, revision: str) -> Reply:
-        return self.name_commit(repository.tags, self.json_body()["tag"], repository.sha(revision))
-
-    @staticmethod
-    def name_commit(names: dict[str, str], name: str, sha: str) -> Reply:
-        if name in names:
-            raise HubError(409, "Conflict", f"Reference already exists: {name}")
-        names[name] = sha
-        return Reply.from_json({})
-
-    def delete_branch(self, repository: Repository, revision: str) -> Reply:
-        return self.forget_name(repository.branches, revision)
-
-    def delete_tag(self, repository: Repository, revision: str) -> Reply:
-        return self.forget_name(repository.tags, revision)
-
-    @staticmethod
-    def forget_name(names: dict[str, str], name: str) -> Reply:
-        if names.pop(name, None) is None:
-            raise HubError(404, "RevisionNotFound", f"Invalid rev id: {name}")
-        return Reply.from_json({})
-
-    # ---- writing a repository ----
 
     def preupload(self, repository: Repository, revision: str) -> Reply:
         """Tell which files use LFS, and the ids of the files that exist under these names."""
@@ -526,19 +409,12 @@ class HubHandler(BaseHTTPRequestHandler):
         return self.server.lfs_objects[sha256]
 
     def commit(self, repository: Repository, revision: str) -> Reply:
-        if revision not in repository.branches:
-            raise HubError(404, "RevisionNotFound", f"Invalid rev id: {revision}")
-        files, title = dict(repository.files(revision)), ""
+        files = dict(repository.files(revision))
         for line in self.body.splitlines():
             entry = json.loads(line)
-            if entry["key"] == "header":
-                title = entry["value"]["summary"]
-                head = repository.sha(revision)
-                if entry["value"].get("parentCommit", head) != head:
-                    raise HubError(412, "PreconditionFailed", "A commit has happened since")
-            else:
+            if entry["key"] != "header":  # the message
                 self.apply(entry["key"], entry["value"], files)
-        sha = repository.commit(revision, title, files)
+        sha = repository.commit(files)
         url = f"{self.url(repository)}/commit/{sha}"
         return Reply.from_json({"success": True, "commitOid": sha, "commitUrl": url, "hookOutput": ""})
 
@@ -551,28 +427,17 @@ class HubHandler(BaseHTTPRequestHandler):
             files[path] = StoredFile(self.lfs_object(value["oid"]), is_lfs=True)
         elif operation == "deletedFile":
             files.pop(path, None)
-        elif operation == "deletedFolder":
-            for inside in [other for other in files if other.startswith(f"{path.rstrip('/')}/")]:
-                del files[inside]
         else:
             raise HubError(400, "BadRequest", f"Unknown operation: {operation}")
 
     ROUTES: ClassVar[list[Route]] = [
-        Route("GET", "/api/whoami-v2", whoami, needs_token=True),
         Route("POST", "/api/validate-yaml", validate_yaml),
         Route("POST", "/api/repos/create", create, needs_token=True),
-        Route("DELETE", "/api/repos/delete", delete, needs_token=True),
         Route("GET", API, info),
         Route("GET", f"{API}/revision/{REVISION}", info),
-        Route("GET", f"{API}/refs", refs),
-        Route("GET", f"{API}/commits/{REVISION}", commits),
         Route("GET", f"{API}/tree/{REVISION}(?:/(?P<path>.+))?", tree),
         Route("POST", f"{API}/paths-info/{REVISION}", paths_info),
         Route("GET HEAD", f"{WEB}/resolve/{REVISION}/(?P<path>.+)", resolve),
-        Route("POST", f"{API}/branch/{REVISION}", create_branch, needs_token=True),
-        Route("DELETE", f"{API}/branch/{REVISION}", delete_branch, needs_token=True),
-        Route("POST", f"{API}/tag/{REVISION}", create_tag, needs_token=True),
-        Route("DELETE", f"{API}/tag/{REVISION}", delete_tag, needs_token=True),
         Route("POST", f"{API}/preupload/{REVISION}", preupload, needs_token=True),
         Route("POST", rf"{WEB}\.git/info/lfs/objects/batch", lfs_batch, needs_token=True),
         Route("PUT", f"/lfs/{SHA256}", lfs_upload),  # only clients with the token learn this URL
