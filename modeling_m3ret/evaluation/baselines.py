@@ -1,10 +1,10 @@
 """Embed scans with image encoders of transformers and open_clip, so that they stand in the same table.
 
 These encoders take 2D images. Our reader gives n evenly spaced slices or frames of a scan (one for an image), scaled to
-[0, 1]; the embedding is the mean of their features, L2-normalised. The whole slice is resized to the
-encoder's square, as DINOv3, SigLIP and ViT do. Encoders whose processor crops the centre (CLIP, DINOv2, ConvNeXt) get
-the whole slice too: a finding may lie at the border, and all encoders should see the same. Size, mean, standard
-deviation and filter (bilinear or bicubic, antialiased; bicubic in place of any other) are those of the checkpoint.
+[0, 1]; the embedding is the mean of their features, L2-normalised. The whole slice is resized to the encoder's square,
+as DINOv3, SigLIP and ViT do. Encoders whose processor crops the centre (CLIP, DINOv2, ConvNeXt) get the whole slice
+too: a finding may lie at the border, and all encoders should see the same. Size, mean, standard deviation and filter
+(bilinear or bicubic, antialiased; bicubic instead of any other) are those of the checkpoint.
 
 The feature depends on the model:
 
@@ -53,7 +53,7 @@ Encoder = Callable[[Tensor], Tensor]
 
 
 class BaselineError(InputError):
-    """A baseline encoder, `name` as it was given, cannot be used."""
+    """A baseline encoder cannot be used. `name` is the encoder as the user wrote it."""
 
     def __init__(self, name: str, problem: str, expected: str, got: str):
         super().__init__(f"{name}: {problem}: expected {expected}, got {got}.")

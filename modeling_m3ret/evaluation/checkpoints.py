@@ -32,7 +32,7 @@ NO_TOKEN_WHITENING = (
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint without its weights, many of which would not fit into memory."""
+    """A checkpoint without its weights: those of many checkpoints would not fit into memory."""
 
     config: M3RetConfig
     processor: M3RetImageProcessor

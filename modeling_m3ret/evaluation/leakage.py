@@ -33,7 +33,7 @@ def select_records(records: Sequence[Record], split: str | None, holdout: float 
 
 
 def describe_selection(split: str | None, holdout: float | None) -> str:
-    """Return the selection of `select_records` in words, for the report."""
+    """Describe the selection of `select_records` for the report."""
     patients = "all patients" if holdout is None else f"held-out fraction {holdout} of the patients"
     return patients if split is None else f"{patients} of the {split} split"
 

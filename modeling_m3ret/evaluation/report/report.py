@@ -44,7 +44,7 @@ class Report:
         return "\n".join([*self._tables(), *failures, count, *self.notes])
 
     def write(self, folder: Path, examples: bool, **settings: Any) -> None:
-        """Write metrics.json, report.md and its figures, none of which names a file or a patient.
+        """Write metrics.json, report.md and its figures, without the name of any file or patient.
 
         The folder is created if it does not exist. With `examples`, the report shows scans, which is patient data.
         `settings` of the run are stored in metrics.json.
