@@ -73,7 +73,6 @@ def read_scan(source: Any, *, num_frames: int | None = None, limits: ReadLimits 
         num_frames: maximum number of frames, taken from the centres of equal segments, of sources whose depth has no
             spacing in mm (video, cine, GIF, arrays that are not in HU). Volumes are always read whole. None reads all
             frames.
-        limits: limits on the size of the source.
 
     Raises:
         M3RetReadError: if the source cannot be read.
@@ -103,9 +102,6 @@ def read_stored(source: Any, *, limits: ReadLimits = ReadLimits()) -> StoredScan
         stored = _read(source, request)
         assert isinstance(stored, StoredScan)
         return stored
-
-
-# ------------------------------------------------------------------------------------------------------ kinds of source
 
 
 def _read(source: Any, request: ReadRequest) -> AnyScan:
@@ -184,9 +180,6 @@ def _read_file(file: bytes | Path, request: ReadRequest) -> AnyScan:
     is_text = all(byte in b"\t\n\r\f\x1b" or 32 <= byte < 127 or byte > 160 for byte in data[:512])
     got = "text" if is_text else "content of an unknown type"
     raise request.error("unsupported", FORMATS, got, "Convert the file to one of these formats.")
-
-
-# ------------------------------------------------------------------------------------------------ arrays, images, video
 
 
 def _read_array(array: np.ndarray, request: ReadRequest, description: Description, hu: bool = False) -> AnyScan:
@@ -357,9 +350,6 @@ def _decode_with_av(file: bytes | Path, request: ReadRequest, description: Descr
 def _decoder_input(file: bytes | Path) -> Any:
     """Return what both decoders open. An absolute path cannot be taken for a protocol."""
     return str(file.resolve()) if isinstance(file, Path) else io.BytesIO(file)
-
-
-# ---------------------------------------------------------------------------------------------------------------- NIfTI
 
 
 def _read_nifti(data: bytes, request: ReadRequest) -> AnyScan:

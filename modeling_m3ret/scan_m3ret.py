@@ -232,9 +232,6 @@ class _LibrarySilencer:
 silence_libraries = _LibrarySilencer()
 
 
-# ----------------------------------------------------------------------------------------------------- format detection
-
-
 def display_name(source: Any) -> str:
     """Return the name of a source in messages: the name of its file, or its type in angle brackets."""
     if isinstance(source, (str, os.PathLike)):
@@ -286,9 +283,6 @@ def sniff(file: bytes | Path) -> str | None:
     return None
 
 
-# ---------------------------------------------------------------------------------------------------------- orientation
-
-
 def to_canonical_orientation(
     volume: np.ndarray, steps: np.ndarray, description: Description
 ) -> tuple[np.ndarray, Spacing]:
@@ -323,9 +317,6 @@ def to_canonical_orientation(
     flips = tuple(slice(None, None, int(sign_of[world] * towards[world])) for world in order)
     description["plane"] = ("sagittal", "coronal", "axial")[depth]
     return view[(slice(None), *flips)], (mm[order[0]], mm[order[1]], mm[order[2]])
-
-
-# ------------------------------------------------------------------------------------------------------------ intensity
 
 
 def to_unit_range(

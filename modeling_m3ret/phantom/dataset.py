@@ -43,6 +43,7 @@ SOP_CLASSES = {
     "DX": uid.DigitalXRayImageStorageForPresentation,
     "US": uid.UltrasoundMultiFrameImageStorage,
 }
+WHAT = "synthetic phantom collection: no patient data, not for clinical conclusions"
 COMMENT = "Synthetic phantom, no patient"
 SUBJECTS_PER_WORKER = 24  # with fewer, starting a process takes longer than its work
 
@@ -51,10 +52,8 @@ class OccupiedFolderError(InputError, FileExistsError):
     """The output folder, `folder`, contains something other than the requested phantom."""
 
     def __init__(self, folder: Path, expected: str):
-        super().__init__(
-            f"{folder} is occupied: expected an empty folder or the phantom of {expected}, got other content. "
-            "Choose another folder or remove this one."
-        )
+        problem = f"{folder} is occupied: expected an empty folder or the phantom of {expected}, got other content."
+        super().__init__(f"{problem} Choose another folder or remove this one.")
         self.folder = folder
 
 
@@ -212,12 +211,7 @@ def write_phantom(folder: Path, *, subjects: int = 200, seed: int = 0, workers: 
     """
     if subjects < 1 or seed < 0:
         raise InputError(f"invalid phantom: expected subjects >= 1 and seed >= 0, got {subjects} and {seed}.")
-    description: dict[str, Any] = {
-        "what": "synthetic phantom collection: no patient data, not for clinical conclusions",
-        "version": VERSION,
-        "seed": seed,
-        "subjects": subjects,
-    }
+    description: dict[str, Any] = {"what": WHAT, "version": VERSION, "seed": seed, "subjects": subjects}
     if _contains_phantom(folder, description):
         return folder
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
