@@ -140,8 +140,9 @@ class ScanBuilder(GeneratorBasedBuilder):
         super().__init__(cache_dir=cache_dir, dataset_name=source.name, hash=cache_hash)
 
     def _info(self) -> DatasetInfo:
-        title, homepage, licence = self.source.title, self.source.homepage, self.source.licence
-        return DatasetInfo(title, self.source.citation, homepage, licence, features())
+        source = self.source
+        origin = {"homepage": source.homepage, "license": source.licence, "citation": source.citation}
+        return DatasetInfo(description=source.title, features=features(), **origin)
 
     def _split_generators(self, dl_manager: Any) -> list[SplitGenerator]:
         splits = {Split(split): entries for split, entries in self.split_entries().items() if entries}

@@ -215,7 +215,8 @@ def _row_groups(rows: Iterator[dict[str, Any]]) -> Iterator[list[dict[str, Any]]
         size += len(row[media_column(row)]["bytes"])
         if size >= ROW_GROUP_BYTES:
             yield row_group
-            row_group, size = [], 0
+            row_group.clear()  # frees the memory before the next scan is read
+            size = 0
     if row_group:
         yield row_group
 

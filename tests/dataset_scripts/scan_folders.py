@@ -1,4 +1,4 @@
-"""Folders of small generated scans, and what a build made of them."""
+"""Write folders of small generated scans, and read the output of a build."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ COLUMNS = ("id", "file", "modality", "anatomy", "label", "group")
 
 
 def texture(seed: int, shape: tuple[int, int] = (96, 80)) -> np.ndarray:
-    """A smooth random picture with the spectrum of natural ones, uint8: no two seeds look the same."""
+    """Return a smooth random uint8 picture with the spectrum of natural images; no two seeds look the same."""
     frequencies = np.hypot(np.fft.fftfreq(shape[0])[:, None], np.fft.rfftfreq(shape[1]))
     frequencies[0, 0] = 1
     waves = np.fft.rfft2(np.random.default_rng(seed).normal(size=shape)) / frequencies**1.2
@@ -30,7 +30,7 @@ def texture(seed: int, shape: tuple[int, int] = (96, 80)) -> np.ndarray:
 
 
 def noise(seed: int, side: int) -> np.ndarray:
-    """A picture that no codec makes smaller."""
+    """Return a picture that no codec can compress."""
     return np.random.default_rng(seed).integers(0, 256, (side, side), dtype=np.uint8)
 
 
@@ -41,14 +41,14 @@ def picture_bytes(pixels: np.ndarray, kind: str = "PNG", **options: Any) -> byte
 
 
 def volume_bytes(seed: int, shape: tuple[int, int, int] = (12, 10, 6), *, zipped: bool = False) -> bytes:
-    """A NIfTI of whole numbers that are no HU."""
+    """Return a NIfTI file of int16 values that are not Hounsfield units."""
     voxels = np.random.default_rng(seed).integers(0, 900, shape).astype(np.int16)
     return nifti_bytes(voxels, np.diag([0.5, 0.5, 2, 1]), zipped=zipped)
 
 
 def video_bytes(seed: int, frames: int = 8, **metadata: str) -> bytes:
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "clip.mp4")  # its index first, so that a cut file still opens
+        path = Path(folder, "clip.mp4")  # the index comes first, so that a truncated file still opens
         _write_video(path, seed, frames, metadata)
         return path.read_bytes()
 
@@ -73,7 +73,7 @@ def put(root: Path, files: dict[str, bytes]) -> Path:
 
 
 def write_manifest(root: Path, rows: list[dict[str, str]]) -> Path:
-    """A manifest; cells that a row does not give are empty."""
+    """Write a manifest; missing cells are empty."""
     columns = list(dict.fromkeys([*COLUMNS, *(name for row in rows for name in row)]))
     root.mkdir(parents=True, exist_ok=True)
     with (root / "manifest.csv").open("w", newline="", encoding="utf-8") as stream:
@@ -84,17 +84,17 @@ def write_manifest(root: Path, rows: list[dict[str, str]]) -> Path:
 
 
 def noise_collection(root: Path, count: int, side: int) -> Path:
-    """So many X-rays of as many patients, each of some side**2 bytes."""
+    """Write `count` X-rays of as many patients, each of about side**2 bytes."""
     files = {f"xray/{number:03}.png": picture_bytes(noise(number, side)) for number in range(count)}
     return put(root, files)
 
 
 def rows_of(output: Path, split: str = "") -> list[dict[str, Any]]:
-    """All rows of a built data set, or those of one split, in its order."""
+    """Return the rows of a built data set or of one split, in order."""
     shards = sorted((output / "data").glob(f"{split}*.parquet"))
     return [row for shard in shards for row in pq.read_table(shard).to_pylist()]
 
 
 def bytes_of(output: Path) -> dict[str, bytes]:
-    """Every file of a folder by its name in it."""
+    """Return the content of every file, by its name relative to the folder."""
     return {path.relative_to(output).as_posix(): path.read_bytes() for path in output.rglob("*") if path.is_file()}

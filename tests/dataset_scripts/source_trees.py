@@ -1,4 +1,4 @@
-"""Folders as collections publish them, and what a source finds there."""
+"""Write folders in the layout of a collection, and list what its source finds there."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataset_scripts.sources import SOURCES
 
 
 def write(root: Path, *names: str, text: str = "") -> Path:
-    """Files that are not opened, or tables."""
+    """Write empty files, or tables with this text."""
     for name in names:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(text, encoding="utf-8")
@@ -16,7 +16,7 @@ def write(root: Path, *names: str, text: str = "") -> Path:
 
 
 def found(source: str, root: Path) -> list[tuple[str, str, tuple[str, ...], str, str | None]]:
-    """id, file, labels, patient and split of each entry, in order; the file as seen from `root`."""
+    """Return id, file relative to `root`, labels, patient and split of each entry, in order."""
     return [
         (entry.id, entry.files[0].relative_to(root).as_posix(), entry.labels, entry.patient, entry.split)
         for entry in SOURCES[source]().entries(root)
@@ -24,5 +24,5 @@ def found(source: str, root: Path) -> list[tuple[str, str, tuple[str, ...], str,
 
 
 def kinds(source: str, root: Path) -> set[tuple[str, str]]:
-    """The modalities and anatomies."""
+    """Return the pairs of modality and anatomy."""
     return {(entry.modality, entry.anatomy) for entry in SOURCES[source]().entries(root)}

@@ -49,17 +49,17 @@ from modeling_m3ret.data.schema import MODALITIES, features
 from modeling_m3ret.phantom import SYNTHETIC_SOURCE
 
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:pydicom")  # of values that no header should have
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:pydicom")  # about invalid values
 ROOT = Path(__file__).parents[2]
 RNG = np.random.default_rng(7)
 GREY = texture(1, (48, 40))
 VOLUME = RNG.integers(0, 900, (12, 10, 6)).astype(np.int16)
 
 
-def run(root: Path, output: Path, *words: str, source: str = "folder") -> None:
+def run(root: Path, output: Path, *options: str, source: str = "folder") -> None:
     salt = root.parent / "salt of the tests"
     salt.write_bytes(SALT)
-    main(["--source", source, "--root", str(root), "--output", str(output), "--salt_file", str(salt), *words])
+    main(["--source", source, "--root", str(root), "--output", str(output), "--salt_file", str(salt), *options])
 
 
 def report_of(output: Path) -> dict[str, Any]:
@@ -87,15 +87,15 @@ def jpeg2000(*, corrupt: bool) -> bytes:
 
 
 def bitmap(bits: int, compression: int) -> bytes:
-    """A BMP of 8 x 8 pixels with one row of them."""
+    """Return a BMP file that declares 8 x 8 pixels and holds one row."""
     header = struct.pack("<IiiHHIIiiII", 40, 8, 8, 1, bits, compression, 0, 0, 0, 0, 0)
     return b"BM" + struct.pack("<IHHI", 54 + 16, 0, 0, 54) + header + b"\x12\x34" * 8
 
 
 def other_codec() -> bytes:
-    """A video of an unknown codec."""
+    """Return a video with an unknown codec."""
     data = video_bytes(0)
-    assert data.count(b"mp4v") == data.count(b"esds") == 1  # each says what it is
+    assert data.count(b"mp4v") == data.count(b"esds") == 1  # both name the codec
     return data.replace(b"mp4v", b"zzzz").replace(b"esds", b"zzzz")
 
 
@@ -127,14 +127,14 @@ GOOD: dict[str, tuple[str, bytes]] = {
 }
 
 
-def mess(root: Path) -> set[str]:
-    """Good and broken files side by side; the names of the broken ones."""
+def write_good_and_broken(root: Path) -> set[str]:
+    """Write good and broken files into one folder, and return the names of the broken ones."""
     put(root, {name: data() if callable(data) else data for name, data in BROKEN.items()})
     put(root, {name: data for name, (_, data) in GOOD.items()})
     (root / "folder.png").mkdir(parents=True)
     (root / "dangling.png").symlink_to(root / "nothing")
     broken = {*BROKEN, *SPECIAL}
-    if os.geteuid() != 0:  # root may read everything
+    if os.geteuid() != 0:  # root can read every file
         put(root, {"forbidden.png": picture_bytes(GREY)})
         (root / "forbidden.png").chmod(0)
         broken.add("forbidden.png")
@@ -146,13 +146,13 @@ def test_broken_files_are_reported_and_all_others_are_built(
     tmp_path: Path, with_manifest: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
     root, output = tmp_path / "scans", tmp_path / "built"
-    broken = mess(root)
+    broken = write_good_and_broken(root)
     assert len(broken) >= 30
     if with_manifest:
         kinds = {name: kind for name, (kind, _) in GOOD.items()}
         rows = [{"id": name, "file": name, "modality": kinds.get(name, "ct")} for name in sorted({*broken, *GOOD})]
         write_manifest(root, rows)
-    else:  # what is no file is no scan then
+    else:  # only files are found
         broken -= {"folder.png", "gone.png"}
     run(root, output, "--modality", "ct")
     report = report_of(output)
@@ -230,7 +230,7 @@ def planted_files() -> dict[str, bytes]:
 
 
 def leaves(table: pa.Table) -> Iterator[bytes]:
-    """All strings and bytes in a table, at any depth."""
+    """Yield all strings and bytes in a table, at any depth."""
 
     def within(value: Any) -> Iterator[bytes]:
         if isinstance(value, str):
@@ -238,11 +238,11 @@ def leaves(table: pa.Table) -> Iterator[bytes]:
         elif isinstance(value, bytes):
             yield value
         elif isinstance(value, dict):
-            for part in value.values():
-                yield from within(part)
+            for item in value.values():
+                yield from within(item)
         elif isinstance(value, list):
-            for part in value:
-                yield from within(part)
+            for item in value:
+                yield from within(item)
 
     for row in table.to_pylist():
         yield from within(row)
@@ -266,7 +266,7 @@ def test_no_published_file_holds_an_identifier(tmp_path: Path, with_manifest: bo
     report = report_of(output)
     assert report["scans"] == {"built": 7, "failed": 1, "duplicates_dropped": 0}
     assert report["burned_in_annotation"]["yes"] == 1
-    assert PLANTED in report["failures"][0]["file"]  # what stays here says which file it was
+    assert PLANTED in report["failures"][0]["file"]  # the report is not published
     published = {name: data for name, data in bytes_of(output).items() if not name.startswith((".build", "report."))}
     assert {name.split("/")[0] for name in published} == {"README.md", "index.parquet", "data"}
     for name, data in published.items():
@@ -286,7 +286,7 @@ def test_no_published_file_holds_an_identifier(tmp_path: Path, with_manifest: bo
 
 
 def sorted_scans(root: Path) -> dict[tuple[str, str], int]:
-    """A folder of four modalities in three splits, and how many scans of each there are in each."""
+    """Write scans of four modalities in three splits, and return their number by modality and split."""
     counts = {
         **{("xray", "train"): 9, ("xray", "validation"): 2, ("xray", "test"): 3, ("mri", "train"): 4},
         **{("mri", "test"): 1, ("ultrasound", "train"): 2, ("ct", "validation"): 2},
@@ -341,7 +341,7 @@ def test_card_matches_the_rows_and_datasets_loads_them(tmp_path: Path) -> None:
     for split, rows in loaded.items():
         assert rows.features == features()
         assert Counter(MODALITIES[number] for number in rows["modality"]) == {
-            kind: count for (kind, own), count in counts.items() if own == split
+            kind: count for (kind, other), count in counts.items() if other == split
         }
         assert rows.to_list() == rows_of(output, split)
         streamed = load_dataset(str(output), split=split, streaming=True, cache_dir=str(tmp_path / "cache"))
@@ -354,7 +354,7 @@ def test_report_counts_match_the_rows(tmp_path: Path) -> None:
     run(root, output)
     report = report_of(output)
     assert report["counts"]["modality_and_split"] == {
-        kind: {split: count for (own, split), count in sorted(counts.items()) if own == kind}
+        kind: {split: count for (other, split), count in sorted(counts.items()) if other == kind}
         for kind in sorted({kind for kind, _ in counts})
     }
     assert report["patients"] == 12
@@ -379,9 +379,9 @@ def test_phantom_is_declared_as_synthetic(tmp_path: Path) -> None:
 
 
 def test_duplicates_are_reported_and_dropped_on_request(tmp_path: Path) -> None:
-    """One picture in three splits, another brightened in another split, a third twice in one, and a DICOM of it."""
+    """A picture is in three splits, another has a brighter copy, and a third is in one split as PNG and DICOM."""
     root = tmp_path / "scans"
-    same, near, twice = picture_bytes(texture(1)), texture(2), texture(3)
+    same, near, equal = picture_bytes(texture(1)), texture(2), texture(3)
     brighter = np.clip(near * 1.05 + 8, 0, 255).astype(np.uint8)
     content = {
         "same-train.png": same,
@@ -389,8 +389,8 @@ def test_duplicates_are_reported_and_dropped_on_request(tmp_path: Path) -> None:
         "same-test.png": same,
         "near-train.png": picture_bytes(brighter),
         "near-test.png": picture_bytes(near),
-        "twice-train-1.png": picture_bytes(twice),
-        "twice-train-2.dcm": dicom_bytes(dicom(twice, Modality="CR")),
+        "equal-train-1.png": picture_bytes(equal),
+        "equal-train-2.dcm": dicom_bytes(dicom(equal, Modality="CR")),
         "alone-train.png": picture_bytes(texture(4)),
         "alone-test.png": picture_bytes(texture(5)),
     }
@@ -413,8 +413,8 @@ def test_duplicates_are_reported_and_dropped_on_request(tmp_path: Path) -> None:
     names = Pseudonyms("folder", SALT)
     ids = {names.pseudonym("scan", name): name for name in content}
     left = {ids[row["id"]] for row in rows_of(dropped)}
-    assert len({name for name in left if name.startswith("twice")}) == 1
-    assert left - {"twice-train-1.png", "twice-train-2.dcm"} == {
+    assert len({name for name in left if name.startswith("equal")}) == 1
+    assert left - {"equal-train-1.png", "equal-train-2.dcm"} == {
         *("same-test.png", "near-test.png", "alone-train.png", "alone-test.png")
     }
     for folder, expected in ((retained, [4, 1]), (dropped, [4, 4, 1])):
@@ -427,7 +427,7 @@ def test_duplicates_are_reported_and_dropped_on_request(tmp_path: Path) -> None:
     before = bytes_of(dropped)
     run(root, dropped, "--drop_duplicates")
     assert bytes_of(dropped) == before
-    run(root, retained, "--drop_duplicates")  # of a build that is there
+    run(root, retained, "--drop_duplicates")  # of a finished build
     assert {name: data for name, data in bytes_of(retained).items() if name != "README.md"} == {
         name: data for name, data in before.items() if name != "README.md"
     }
@@ -446,7 +446,7 @@ def test_list_contains_every_source_with_its_origin(capsys: pytest.CaptureFixtur
 
 
 @pytest.mark.parametrize(
-    ("words", "named"),
+    ("argv", "named"),
     [
         (["--root", "missing"], "missing"),
         (["--root", "."], "folder"),
@@ -458,17 +458,17 @@ def test_list_contains_every_source_with_its_origin(capsys: pytest.CaptureFixtur
     ],
 )
 def test_user_errors_end_in_one_line_and_write_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: list[str], named: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], argv: list[str], named: str
 ) -> None:
     (tmp_path / "folder").mkdir()
     monkeypatch.chdir(tmp_path / "folder")
     put(tmp_path, {"salt": SALT, "folder/short.txt": b"short"})
     given = {"--source": "folder", "--output": str(tmp_path / "built"), "--salt_file": str(tmp_path / "salt")}
-    given |= dict(zip(words[::2], words[1::2], strict=True))
-    if words[-1] == "short.txt":
+    given |= dict(zip(argv[::2], argv[1::2], strict=True))
+    if argv[-1] == "short.txt":
         (tmp_path / "folder" / "a.png").write_bytes(picture_bytes(GREY))
     with pytest.raises(SystemExit) as caught:
-        main([word for pair in given.items() for word in pair])
+        main([argument for pair in given.items() for argument in pair])
     assert caught.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert named in line
@@ -499,11 +499,11 @@ def test_only_a_finished_build_is_pushed(tmp_path: Path, monkeypatch: pytest.Mon
 @pytest.mark.slow
 def test_script_runs_in_any_folder_and_creates_the_salt(tmp_path: Path) -> None:
     put(tmp_path / "scans", {"ct/a.png": picture_bytes(GREY), "ct/b.png": b""})
-    words = ["--source", "folder", "--root", "scans", "--output", "built"]
+    argv = ["--source", "folder", "--root", "scans", "--output", "built"]
     script = ROOT / "dataset_scripts" / "build.py"
     home = {"PYTHONPATH": str(ROOT), "HF_HOME": str(tmp_path / "home")}
     ran = subprocess.run(
-        [sys.executable, str(script), *words],
+        [sys.executable, str(script), *argv],
         **{"cwd": tmp_path, "env": os.environ | home, "capture_output": True, "text": True, "check": False},
     )
     assert ran.returncode == 0, ran.stderr

@@ -22,7 +22,7 @@ from modeling_m3ret.errors import InputError
 
 
 class Listed(Source):
-    """Entries that a test makes up; none of them is opened."""
+    """A source with given entries, which are not opened."""
 
     name, title, licence = "listed", "listed", "none"
     homepage = citation = ""
@@ -42,8 +42,8 @@ def scan(id: str, patient: str = "", split: str | None = None) -> Entry:
     return Entry(id, (Path("scan"),), "ct", patient=patient, split=split)
 
 
-def sides(source: Source, tmp_path: Path, options: BuildOptions = BuildOptions()) -> dict[str, str]:
-    """The split of each entry."""
+def splits_of(source: Source, tmp_path: Path, options: BuildOptions = BuildOptions()) -> dict[str, str]:
+    """Return the split of each entry."""
     splits = ScanBuilder(source, tmp_path, salt=SALT, options=options, cache_dir=str(tmp_path)).split_entries()
     return {entry.id: split for split, entries in splits.items() for entry in entries}
 
@@ -71,20 +71,17 @@ def test_scan_of_an_unknown_patient_is_its_own_patient() -> None:
     names = Pseudonyms("a", SALT)
     unknown = {names.patient(scan(name)) for name in ("x", "y", "z")}
     assert len(unknown) == 3
-    assert not unknown & {
-        names.scan(scan("x")),
-        names.patient(scan("other", "x")),
-    }  # no link to what else has this name
+    assert not unknown & {names.scan(scan("x")), names.patient(scan("other", "x"))}  # kinds are not linked by name
 
 
 def test_file_names_may_not_be_utf_8(tmp_path: Path) -> None:
-    """As old archives have them; the build ends, and its report names the file."""
+    """Old archives have such names; the report escapes them."""
     root = put(tmp_path / "scans", {"xray/a.png": picture_bytes(texture(0)), "xray/b.png": b"no picture"})
     try:
         for name, latin in (("a", b"M\xfcller"), ("b", b"Stra\xdfe")):
             (root / "xray" / f"{name}.png").rename(os.fsdecode(os.fsencode(root / "xray") + b"/" + latin + b".png"))
     except OSError:
-        pytest.skip("names of files are UTF-8 here")
+        pytest.skip("this file system accepts UTF-8 names only")
     report = build(Folder(), root, tmp_path / "built", salt=SALT)
     assert report["scans"] == {"built": 1, "failed": 1, "duplicates_dropped": 0}
     assert r"xray/Stra\udcdfe.png" in (tmp_path / "built" / "report.json").read_text()
@@ -96,47 +93,47 @@ def test_file_names_may_not_be_utf_8(tmp_path: Path) -> None:
 def test_patients_are_in_one_split_with_the_requested_fractions(tmp_path: Path) -> None:
     patients, scans = 4000, 10_000
     source = Listed([scan(f"s{i}", f"p{i % patients}") for i in range(scans)])
-    found = sides(source, tmp_path, BuildOptions(validation=0.1, test=0.25))
+    found = splits_of(source, tmp_path, BuildOptions(validation=0.1, test=0.25))
     of_patient = defaultdict(set)
     for i in range(scans):
         of_patient[i % patients].add(found[f"s{i}"])
     assert all(len(splits) == 1 for splits in of_patient.values())
     counts = Counter(split for (split,) in of_patient.values())
-    for split, part in (("validation", 0.1), ("test", 0.25), ("train", 0.65)):
-        deviation = (patients * part * (1 - part)) ** 0.5
-        assert abs(counts[split] - patients * part) < 4 * deviation
+    for split, fraction in (("validation", 0.1), ("test", 0.25), ("train", 0.65)):
+        deviation = (patients * fraction * (1 - fraction)) ** 0.5
+        assert abs(counts[split] - patients * fraction) < 4 * deviation
 
 
 def test_patients_keep_their_split_when_data_is_added(tmp_path: Path) -> None:
     old = [scan(f"s{i}", f"p{i}") for i in range(500)] + [scan(f"alone{i}") for i in range(100)]
     new = [scan(f"n{i}", f"q{i}") for i in range(1000)] + [scan(f"t{i}", f"p{i}") for i in range(500)]
-    before, after = sides(Listed(old), tmp_path), sides(Listed(new + old), tmp_path)
+    before, after = splits_of(Listed(old), tmp_path), splits_of(Listed(new + old), tmp_path)
     assert {name: after[name] for name in before} == before
     assert all(after[f"t{i}"] == before[f"s{i}"] for i in range(500))
 
 
 def test_larger_test_split_contains_the_smaller_one(tmp_path: Path) -> None:
     source = Listed([scan(f"s{i}") for i in range(1000)])
-    small, large = (sides(source, tmp_path, BuildOptions(validation=0, test=part)) for part in (0.1, 0.3))
+    small, large = (splits_of(source, tmp_path, BuildOptions(validation=0, test=fraction)) for fraction in (0.1, 0.3))
     assert {name for name in small if small[name] == "test"} < {name for name in large if large[name] == "test"}
-    everything = sides(source, tmp_path, BuildOptions(validation=0, test=1))
+    everything = splits_of(source, tmp_path, BuildOptions(validation=0, test=1))
     assert set(everything.values()) == {"test"}
-    assert set(sides(source, tmp_path, BuildOptions(validation=0, test=0)).values()) == {"train"}
+    assert set(splits_of(source, tmp_path, BuildOptions(validation=0, test=0)).values()) == {"train"}
 
 
 def test_official_splits_are_used_and_other_scans_of_a_patient_follow(tmp_path: Path) -> None:
     official = [scan(f"o{i}", f"p{i}", ("train", "validation", "test")[i % 3]) for i in range(300)]
     rest = [scan(f"r{i}", f"p{i}") for i in range(300)]
-    found = sides(Listed(rest + official), tmp_path)
+    found = splits_of(Listed(rest + official), tmp_path)
     assert all(found[entry.id] == entry.split for entry in official)
     assert all(found[f"r{i}"] == found[f"o{i}"] for i in range(300))
-    both = [scan("a", "p", "train"), scan("b", "p", "test")]  # as some collections have it: theirs to decide
-    assert sides(Listed(both), tmp_path) == {"a": "train", "b": "test"}
+    both = [scan("a", "p", "train"), scan("b", "p", "test")]  # official splits are never changed
+    assert splits_of(Listed(both), tmp_path) == {"a": "train", "b": "test"}
 
 
 def test_source_for_evaluation_only_is_all_in_the_test_split(tmp_path: Path) -> None:
     entries = [scan(f"s{i}", f"p{i}", (None, "train", "validation")[i % 3]) for i in range(90)]
-    assert set(sides(Evaluated(entries), tmp_path).values()) == {"test"}
+    assert set(splits_of(Evaluated(entries), tmp_path).values()) == {"test"}
 
 
 def test_split_is_ordered_by_pseudonym(tmp_path: Path) -> None:
@@ -184,13 +181,8 @@ def test_existing_salt_is_used_and_a_short_one_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        {"validation": -0.1},
-        {"test": -0.1},
-        {"validation": 0.6, "test": 0.5},
-        {"test": 1.1},
-        {"test": float("nan")},
-        {"max_size": 15},
-        {"max_size": 0},
+        *({"validation": -0.1}, {"test": -0.1}, {"validation": 0.6, "test": 0.5}, {"test": 1.1}),
+        *({"test": float("nan")}, {"max_size": 15}),
     ],
 )
 def test_invalid_options_are_refused(options: dict[str, float]) -> None:
@@ -202,7 +194,7 @@ def test_invalid_options_are_refused(options: dict[str, float]) -> None:
 
 
 def collection(root: Path, first: int = 0) -> Path:
-    """Of every format some, in every split, and one that is broken."""
+    """Write scans of several formats in every split, one of them broken."""
     files, rows = {}, []
     for number in range(12):
         kind, data = (
@@ -230,7 +222,7 @@ def test_datasets_builder_gives_the_same_rows_as_build(tmp_path: Path) -> None:
     root = collection(tmp_path / "scans")
     build(Folder(), root, tmp_path / "built", salt=SALT)
     rows = prepared(root, tmp_path / "cache")
-    assert {split: len(of_split) for split, of_split in rows.items()} == {"train": 4, "validation": 3, "test": 4}
+    assert {split: len(scans) for split, scans in rows.items()} == {"train": 4, "validation": 3, "test": 4}
     for split in rows:
         assert rows[split] == rows_of(tmp_path / "built", split)
 

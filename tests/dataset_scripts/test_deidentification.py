@@ -66,16 +66,16 @@ def inflated(data: bytes) -> Iterator[bytes]:
 
 
 def holds(data: bytes, text: str = PLANTED) -> bool:
-    return any(word in part for part in (data, *inflated(data)) for word in variants(text))
+    return any(variant in content for content in (data, *inflated(data)) for variant in variants(text))
 
 
 def all_bytes(value: Any) -> Iterator[bytes]:
     if isinstance(value, dict):
-        for part in (*value.keys(), *value.values()):
-            yield from all_bytes(part)
+        for item in (*value.keys(), *value.values()):
+            yield from all_bytes(item)
     elif isinstance(value, (list, tuple)):
-        for part in value:
-            yield from all_bytes(part)
+        for item in value:
+            yield from all_bytes(item)
     elif isinstance(value, bytes):
         yield value
     else:

@@ -96,10 +96,10 @@ def test_real_radiographs_are_found_again_and_not_confused(devset: Path) -> None
         listed = [row for row in csv.DictReader(stream) if row["modality"] == "xray"]
     pictures = [(row["group"], encode_scan(devset / row["file"]).picture) for row in listed]
     hashes = [(group, perceptual_hash(picture)) for group, picture in pictures]
-    for (_, picture), (_, own) in zip(pictures[::6][:30], hashes[::6][:30], strict=True):
+    for (_, picture), (_, original) in zip(pictures[::6][:30], hashes[::6][:30], strict=True):
         pixels = (picture * (255 / picture.max())).astype(np.uint8)
         for change in ("half", "JPEG", "noisy", "half and JPEG"):
-            assert distance(own, perceptual_hash(CHANGED[change](pixels))) <= MAX_DISTANCE
+            assert distance(original, perceptual_hash(CHANGED[change](pixels))) <= MAX_DISTANCE
     others = [distance(one[1], other[1]) for one, other in combinations(hashes, 2) if one[0] != other[0]]
     assert len(others) > 10_000
     assert sum(bits <= MAX_DISTANCE for bits in others) < 0.001 * len(others)
@@ -129,7 +129,7 @@ def test_equal_voxels_in_different_formats_are_duplicates(tmp_path: Path) -> Non
     assert groups == [["grey.png", "grey.dcm", "colour.png"], ["volume.nii", "volume.nii.gz"]]
 
 
-# ------------------------------------------------------------------------------------------------ pairs that look alike
+# ------------------------------------------------------------------------------------------------------ near duplicates
 
 
 def random_prints(count: int, seed: int, *, planted: int = 0, likeness: float = 0.5) -> list[Fingerprint]:
@@ -141,10 +141,10 @@ def random_prints(count: int, seed: int, *, planted: int = 0, likeness: float = 
         bits[count - 1 - number] = bits[number]
         bits[count - 1 - number, rng.choice(256, number % 17, replace=False)] ^= 1
     hashes = [np.packbits(row).tobytes().hex() for row in bits]
-    sides = rng.choice(SPLITS, count, p=(0.7, 0.15, 0.15))
+    splits = rng.choice(SPLITS, count, p=(0.7, 0.15, 0.15))
     patients = rng.integers(0, count // 2, count)
     return [
-        Fingerprint(f"s{i}", str(sides[i]), f"p{patients[i]}", f"digest {rng.integers(3 * count)}", hashes[i])
+        Fingerprint(f"s{i}", str(splits[i]), f"p{patients[i]}", f"digest {rng.integers(3 * count)}", hashes[i])
         for i in range(count)
     ]
 
@@ -215,7 +215,7 @@ def test_no_duplicate_remains_and_evaluation_splits_keep_their_scans(seed: int) 
     for one, other, _ in brute_force(prints, MAX_DISTANCE):
         first, second = sorted((one, other), key=lambda id: rank[by_id[id].split])
         equal[second].add(first)
-    assert all(equal[id] for id in dropped)  # each for one of no lower rank that is or looks the same
+    assert all(equal[id] for id in dropped)  # each duplicates a scan whose split has the same or a higher priority
 
 
 def test_duplicates_are_dropped_from_train_first_then_validation() -> None:

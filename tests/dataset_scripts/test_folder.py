@@ -19,7 +19,7 @@ from dataset_scripts.sources.folder import Folder
 from modeling_m3ret.reading_m3ret import read_scan
 
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:pydicom")  # of values that no header should have
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:pydicom")  # about invalid values
 RNG = np.random.default_rng(11)
 PLANE = RNG.integers(0, 200, (16, 20), dtype=np.uint8)
 
@@ -27,7 +27,7 @@ PLANE = RNG.integers(0, 200, (16, 20), dtype=np.uint8)
 def slices(
     uid: str, count: int = 6, *, modality: str = "CT", offset: float = 0, **elements: object
 ) -> tuple[np.ndarray, list[pydicom.Dataset]]:
-    """An axial series: the voxels as `read_scan` has them, `(D, H, W)`, and its slices from the feet upwards."""
+    """Return the voxels of an axial series as `read_scan` orders them, `(D, H, W)`, and its slices, feet first."""
     volume = RNG.integers(0, 900, (14, 12, count)).astype(np.int16)  # i to the left, j to the back
     affine = np.diag([-1.0, -1.0, 2.0, 1.0])
     affine[2, 3] = offset
@@ -65,7 +65,9 @@ def test_slices_spread_over_folders_are_grouped_by_series(tmp_path: Path) -> Non
         scan = read_scan(list(entry.files))
         order = np.argsort(scan.array[0], axis=None, kind="stable")
         assert scan.array.shape == (1, *volume.shape)
-        assert (np.diff(volume.ravel()[order].astype(int)) >= 0).all()  # grey levels in the same order: the same voxels
+        assert (
+            np.diff(volume.ravel()[order].astype(int)) >= 0
+        ).all()  # the same voxels have the same order of grey levels
         assert scan.spacing == (2.0, 1.0, 1.0)
 
 
@@ -87,7 +89,7 @@ def test_pictures_and_cines_are_separate_scans_even_in_one_series(tmp_path: Path
     assert kinds == {n: {"d": "xray", "u": "ultrasound"}.get(n[0], "ct") for n in alone} | {"cine.dcm": "ultrasound"}
 
 
-def test_localiser_is_a_separate_scan_or_left_out_of_its_volume(tmp_path: Path) -> None:
+def test_localiser_is_not_part_of_a_volume(tmp_path: Path) -> None:
     root = tmp_path / "scans"
     _, axial = slices("1.4.1", 2)
     ways = ([1, 0, 0, 0, 1, 0], [0, 1, 0, 0, 0, -1], [1, 0, 0, 0, 0, -1])
@@ -140,14 +142,8 @@ def test_patients_are_read_from_dicom_headers(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("body_part", "anatomy"),
     [
-        ("CHEST", "chest"),
-        (" Abdomen", "abdomen"),
-        ("CSPINE", "spine"),
-        (PLANTED, ""),
-        (f"CHEST {PLANTED}", ""),
-        ("CHEST\\DOE", ""),
-        ("", ""),
-        (None, ""),
+        *(("CHEST", "chest"), (" Abdomen", "abdomen"), ("CSPINE", "spine")),
+        *((PLANTED, ""), (f"CHEST {PLANTED}", ""), ("CHEST\\DOE", ""), ("", ""), (None, "")),
     ],
 )
 def test_only_known_body_parts_are_used(tmp_path: Path, body_part: str | None, anatomy: str) -> None:
@@ -194,11 +190,11 @@ WORDS = {
     "Ultrasound/clip.mp4": "ultrasound",
     "misc/patient_CXR_2.png": "xray",
     "x-ray/1.png": "xray",
-    "ct/sub-01_T1w.nii.gz": "mri",  # what is nearer says it
+    "ct/sub-01_T1w.nii.gz": "mri",  # the last word wins
     "ct/t2/us.png": "ultrasound",
     "head-ct-003.nii.gz": "ct",
     "colonoscopy.2/v.mp4": "endoscopy",
-    "direct/objects/usual/1.png": "",  # parts of words are none
+    "direct/objects/usual/1.png": "",  # only whole words count
 }
 
 
@@ -227,9 +223,9 @@ def test_scan_of_unknown_modality_is_skipped(tmp_path: Path) -> None:
 
 
 def test_other_and_hidden_files_are_ignored(tmp_path: Path) -> None:
-    beside = ("Thumbs.db", "desktop.ini", "ct/labels.csv", "ct/a.json", "notes.txt", "README.md", "report.pdf", "l.log")
+    others = ("Thumbs.db", "desktop.ini", "ct/labels.csv", "ct/a.json", "notes.txt", "README.md", "report.pdf", "l.log")
     hidden = (".DS_Store", "ct/._scan.nii.gz", ".cache/scan.nii.gz", "ct/.hidden.png")
-    put(tmp_path, dict.fromkeys((*beside, *hidden), picture_bytes(PLANE)[:4]))
+    put(tmp_path, dict.fromkeys((*others, *hidden), picture_bytes(PLANE)[:4]))
     put(tmp_path, {"ct/scan.nii.gz": volume_bytes(0, zipped=True), "ct/actually.txt": volume_bytes(1)})
     assert set(listed(tmp_path)) == {"ct/scan.nii.gz", "ct/actually.txt"}
 
@@ -241,7 +237,7 @@ def test_folder_without_scans_is_refused(tmp_path: Path) -> None:
     assert caught.value.location == str(tmp_path)
 
 
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes here")
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this platform has no named pipes")
 def test_named_pipe_is_skipped_without_blocking(tmp_path: Path) -> None:
     root = put(tmp_path / "scans", {"ct/a.nii": volume_bytes(0)})
     os.mkfifo(root / "ct" / "pipe.nii")

@@ -49,11 +49,11 @@ def jpeg(mode: str = "RGB", **options: Any) -> bytes:
     return encode(Image.fromarray(SMOOTH).convert(mode), "JPEG", quality=90, **options)
 
 
-def jpeg_with_bytes_astray() -> bytes:
+def jpeg_with_stray_bytes() -> bytes:
     """Insert bytes between two segments, which libjpeg skips with a warning."""
     data = jpeg()
-    at = data.index(b"\xff\xdb")
-    return data[:at] + b"\0\0\0" + data[at:]
+    position = data.index(b"\xff\xdb")
+    return data[:position] + b"\0\0\0" + data[position:]
 
 
 def rotated() -> Image.Exif:
@@ -67,12 +67,12 @@ def png(array: np.ndarray, **options: Any) -> bytes:
 
 
 def png_by_hand(pixels: np.ndarray, colour: int, interlaced: bool = False) -> bytes:
-    """What Pillow can't write: Adam7, and colour of 16 bits."""
+    """Encode what Pillow cannot write: Adam7 interlacing, and colour of 16 bits."""
     passes = [(0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2), (1, 0, 2, 1)]
     rows = b""
     for top, left, down, across in passes if interlaced else [(0, 0, 1, 1)]:
-        part = pixels[top::down, left::across]
-        rows += b"".join(b"\0" + row.astype(row.dtype.newbyteorder(">")).tobytes() for row in part if part.shape[1])
+        subset = pixels[top::down, left::across]
+        rows += b"".join(b"\0" + row.astype(row.dtype.newbyteorder(">")).tobytes() for row in subset if subset.shape[1])
     height, width = pixels.shape[:2]
     header = struct.pack(">IIBBBBB", width, height, 8 * pixels.itemsize, colour, 0, 0, int(interlaced))
     body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
@@ -128,14 +128,14 @@ def hounsfield_series(**elements: Any) -> list[Dataset]:
     return series(stored, AFFINE, sop=CT, **({"RescaleSlope": 1, "RescaleIntercept": -1024} | elements))
 
 
-def unplaced(slices: list[Dataset]) -> list[Dataset]:
+def without_positions(slices: list[Dataset]) -> list[Dataset]:
     for ds in slices:
         del ds.ImagePositionPatient
     return slices
 
 
-def patched(data: bytes, at: int, values: bytes) -> bytes:
-    return data[:at] + values + data[at + len(values) :]
+def patched(data: bytes, offset: int, values: bytes) -> bytes:
+    return data[:offset] + values + data[offset + len(values) :]
 
 
 def rgb_nifti() -> bytes:
@@ -160,7 +160,7 @@ def nifti_without_affine(volume: np.ndarray) -> bytes:
 TWELVE: dict[str, Any] = {"BitsStored": 12, "HighBit": 11}
 PLANE = RNG.integers(0, 4096, (31, 45), dtype=np.uint16)
 WINDOW = TWELVE | {"WindowCenter": 1200, "WindowWidth": 900}
-# what reads them -> (source, tolerance: 0 where the same to the bit)
+# name -> (function that returns the source, tolerance of values in [0, 1]; 0: equal bit for bit)
 KINDS: dict[str, tuple[Callable[[], Any], float]] = {
     "jpeg grey": (lambda: jpeg("L"), 0),
     "jpeg rgb": (jpeg, 0),
@@ -169,8 +169,8 @@ KINDS: dict[str, tuple[Callable[[], Any], float]] = {
     "jpeg optimised 4:4:4": (lambda: jpeg(optimize=True, subsampling=0), 0),
     "jpeg restarts": (lambda: jpeg(restart_marker_blocks=1), 0),
     "jpeg stored as rgb": (lambda: jpeg(keep_rgb=True), 0),
-    "jpeg turned by exif": (lambda: jpeg(exif=rotated()), 0),
-    "jpeg with bytes astray": (jpeg_with_bytes_astray, 0),
+    "jpeg rotated by exif": (lambda: jpeg(exif=rotated()), 0),
+    "jpeg with stray bytes": (jpeg_with_stray_bytes, 0),
     "mpo": (lambda: pages(np.stack([SMOOTH, SMOOTH[::-1]]), "MPO"), 0),
     "png grey": (lambda: png(GREY), 0),
     "png rgb": (lambda: png(RGB), 0),
@@ -182,7 +182,7 @@ KINDS: dict[str, tuple[Callable[[], Any], float]] = {
     "png rgba": (lambda: png(np.dstack([RGB, GREY])), 0),
     "png la": (lambda: encode(Image.fromarray(np.dstack([RGB, GREY])).convert("LA"), "PNG"), 0),
     "png 1-bit": (lambda: encode(Image.fromarray(GREY).convert("1"), "PNG"), 0),
-    "png turned by exif": (lambda: png(GREY, exif=rotated()), 0),
+    "png rotated by exif": (lambda: png(GREY, exif=rotated()), 0),
     "png interlaced": (lambda: png_by_hand(GREY, 0, interlaced=True), 0),
     "png without its end": (lambda: png(GREY)[:-12], 0),
     "png of one value": (lambda: png(np.full_like(GREY, 77)), 0),
@@ -252,8 +252,8 @@ KINDS: dict[str, tuple[Callable[[], Any], float]] = {
     "series hu": (hounsfield_series, 0),
     "series mr rescaled": (lambda: series(VOLUME, AFFINE, RescaleSlope=1.7183, RescaleIntercept=0.5), STEP),
     "series mr padded": (lambda: series(VOLUME, AFFINE, PixelPaddingValue=0, PixelPaddingRangeLimit=200), STEP),
-    "series without places": (lambda: unplaced(series(VOLUME, AFFINE)), 0),
-    "series hu without places": (lambda: unplaced(hounsfield_series()), 0),
+    "series without positions": (lambda: without_positions(series(VOLUME, AFFINE)), 0),
+    "series hu without positions": (lambda: without_positions(hounsfield_series()), 0),
     "nifti int16": (lambda: nifti_bytes(VOLUME, AFFINE), 0),
     "nifti hu, gzipped": (lambda: nifti_bytes(HU, AFFINE, zipped=True), 0),
     "nifti uint8": (lambda: nifti_bytes(VOLUME.astype(np.uint8), AFFINE), 0),
@@ -363,7 +363,7 @@ def test_folder_is_read_as_one_series(tmp_path: Path) -> None:
     assert encode_scan(tmp_path).columns == encode_scan(slices).columns
 
 
-# ------------------------------------------------------------------------------------------ what kind of row it becomes
+# --------------------------------------------------------------------------------------------------- columns and digest
 
 
 @pytest.mark.parametrize(
@@ -411,15 +411,15 @@ def test_digest_is_equal_for_equal_voxels_only() -> None:
 
 
 def test_burned_in_is_read_from_dicom() -> None:
-    for said, expected in (("YES", "yes"), ("NO", "no"), ("Dr. Who", "unknown"), (None, "unknown")):
+    for declared, expected in (("YES", "yes"), ("NO", "no"), ("Dr. Who", "unknown"), (None, "unknown")):
         ds = dicom(GREY)
-        if said:
-            ds.add(DataElement(0x00280301, "CS", said, validation_mode=IGNORE))
+        if declared:
+            ds.add(DataElement(0x00280301, "CS", declared, validation_mode=IGNORE))
         assert encode_scan(ds).burned_in == expected
     assert encode_scan(png(GREY)).burned_in is None
 
 
-# --------------------------------------------------------------------------------------------------- others can open it
+# ----------------------------------------------------------------------------------------- reading with other libraries
 
 
 @pytest.mark.parametrize(
@@ -439,15 +439,15 @@ def test_nibabel_reads_the_same_anatomy(affine: np.ndarray, codes: str, expected
     image = nib.Nifti1Image.from_bytes(media(row))
     assert "".join(nib.aff2axcodes(image.affine)) == expected
     assert image.get_data_dtype() == values.dtype
-    ours, theirs = nib.as_closest_canonical(image), nib.as_closest_canonical(source)
-    np.testing.assert_array_equal(np.asarray(ours.dataobj), np.asarray(theirs.dataobj))
-    np.testing.assert_allclose(ours.header.get_zooms(), theirs.header.get_zooms(), rtol=1e-6)
+    ours, reference = nib.as_closest_canonical(image), nib.as_closest_canonical(source)
+    np.testing.assert_array_equal(np.asarray(ours.dataobj), np.asarray(reference.dataobj))
+    np.testing.assert_allclose(ours.header.get_zooms(), reference.header.get_zooms(), rtol=1e-6)
     np.testing.assert_allclose(image.header.get_zooms()[::-1], row.columns["spacing"], rtol=1e-6)
     assert image.header.get_xyzt_units()[0] == "mm"
     texts = ("descrip", "aux_file", "intent_name", "db_name", "data_type")
     assert [image.header[key].item() for key in texts] == [b""] * 5
     assert not image.header.extensions
-    # the millimetres are those of the volume, which lies about the origin
+    # the volume is centred on the origin
     centre = image.affine @ [*(np.array(image.shape) - 1) / 2, 1]
     np.testing.assert_allclose(centre[:3], 0, atol=1e-4)
 
@@ -496,7 +496,7 @@ def test_requested_frames_are_the_centres_of_equal_segments(kind: str) -> None:
             np.testing.assert_allclose(levels, 10 * np.array(indices), atol=4)
 
 
-# --------------------------------------------------------------------------------------------------------- made smaller
+# ------------------------------------------------------------------------------------------------------------- max_size
 
 
 @pytest.mark.parametrize(("shape", "max_size"), [((100, 80), 16), ((31, 222), 40), ((400, 50), 70)])
@@ -509,7 +509,7 @@ def test_max_size_limits_the_area_and_preserves_the_aspect_ratio(shape: tuple[in
     assert abs(width - shape[1] * shrink) <= 0.5
     depth, down, across = row.columns["spacing"]
     assert depth is None
-    assert (down * height, across * width) == pytest.approx((0.5 * shape[0], 0.25 * shape[1]))  # as large in mm
+    assert (down * height, across * width) == pytest.approx((0.5 * shape[0], 0.25 * shape[1]))  # the same size in mm
     assert read_scan(row.columns).array.shape == (1, 1, height, width)
 
 
@@ -533,7 +533,7 @@ def test_max_size_does_not_change_smaller_scans(kind: str) -> None:
     assert encode_scan(source, max_size=10_000).columns == encode_scan(source).columns
 
 
-@pytest.mark.parametrize("kind", ["jpeg rgb", "jpeg turned by exif", "png palette", "mp4 h264 with b-frames", "gif"])
+@pytest.mark.parametrize("kind", ["jpeg rgb", "jpeg rotated by exif", "png palette", "mp4 h264 with b-frames", "gif"])
 def test_max_size_applies_to_compressed_files_too(kind: str) -> None:
     source = KINDS[kind][0]()
     small, whole = read_scan(encode_scan(source, max_size=8).columns), read_scan(source)
@@ -620,7 +620,7 @@ def test_truncated_file_is_refused_or_encoded_as_it_is_read(kind: str, fraction:
 def test_size_is_checked_before_pixels_are_decoded() -> None:
     with pytest.raises(M3RetReadError) as caught:
         encode_scan(png_claiming(10_000, 10_000))
-    assert "10000 x 10000 pixels" in caught.value.got  # decoding it would find it cut short
+    assert "10000 x 10000 pixels" in caught.value.got  # decoding would fail with another error
     for limits in (ReadLimits(max_pixels_per_image=1000), ReadLimits(max_decoded_bytes=1000)):
         for source in (png(GREY), jpeg(), dicom(GREY), clip("mp4", "mpeg4")):
             encode_scan(source)

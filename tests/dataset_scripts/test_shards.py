@@ -38,8 +38,8 @@ from modeling_m3ret.data.parquet import build_index, local_shards
 
 ROOT = Path(__file__).parents[2]
 MIB = 2**20
-SMALL = 6 * 2**16  # six small scans a shard
-# build(...), killed as by the kernel when a file is written and not yet renamed; by itself, or a parent by its process
+SMALL = 6 * 2**16  # bytes of a shard with six small scans
+# A build that is killed (SIGKILL) after a file is written and before it is renamed; a worker kills its parent.
 KILLED_WHILE_WRITING = """
 import multiprocessing, os, signal, sys, time
 from pathlib import Path
@@ -56,7 +56,7 @@ Path.replace = kill
 if __name__ == "__main__":
     build(Folder(), Path(root), Path(output), salt=salt.encode(), num_proc=int(processes), shard_bytes=int(size))
 """
-# The peak of memory after few volumes and after many, in KiB.
+# Print the peak of memory after few volumes and after many.
 MEASURED = """
 import resource, sys
 from pathlib import Path
@@ -72,21 +72,21 @@ print(before, peak())
 
 
 class Dying(Folder):
-    """A process that opens one of its scans dies, as long as there is a file that says so."""
+    """A source whose worker process dies when it opens one scan, while the file `trigger` exists."""
 
-    def __init__(self, while_there: Path):
+    def __init__(self, trigger: Path):
         super().__init__()
-        self.while_there = while_there
+        self.trigger = trigger
 
     def open(self, entry: Entry) -> Any:
-        if entry.id == "xray/7.png" and self.while_there.exists():
+        if entry.id == "xray/7.png" and self.trigger.exists():
             os._exit(3)
         return super().open(entry)
 
 
 @pytest.fixture(scope="module")
 def scans(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """40 scans of several formats, some broken and some duplicated."""
+    """Write 40 scans of several formats, some broken and some duplicated."""
     files = {}
     for number in range(40):
         kind = number % 5
@@ -101,7 +101,7 @@ def scans(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(scans: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What an uninterrupted build by one process makes of them."""
+    """Build them in one process without interruption."""
     output = tmp_path_factory.mktemp("whole") / "built"
     report = build(Folder(), scans, output, salt=SALT, shard_bytes=SMALL)
     assert report["scans"] == {"built": 39, "failed": 2, "duplicates_dropped": 0}
@@ -125,18 +125,18 @@ def shard_names(output: Path) -> list[str]:
 
 @pytest.mark.slow
 def test_resumed_build_equals_an_uninterrupted_one(tmp_path: Path, scans: Path, whole: Path) -> None:
-    """Killed in the second shard; then, built by two processes, between a shard and its report; then ended by one."""
+    """Kill it in the second shard; resume with two processes and kill it before a report; finish with one."""
     script, output = tmp_path / "killed.py", tmp_path / "built"
     script.write_text(KILLED_WHILE_WRITING)
     names = shard_names(whole)
     train = [name for name in names if name.startswith("train")]
 
     def kill(processes: int, written: str) -> None:
-        words = [sys.executable, script, scans, output, SALT, str(SMALL), str(processes), f".{written}"]
+        command = [sys.executable, script, scans, output, SALT, str(SMALL), str(processes), f".{written}"]
         pipe = subprocess.PIPE
-        with subprocess.Popen(words, env=environment(), cwd=tmp_path, stdout=pipe, stderr=pipe) as process:
-            try:  # ends when all who could write here have: those whom the parent leaves behind, too
-                _, errors = process.communicate(timeout=60)
+        with subprocess.Popen(command, env=environment(), cwd=tmp_path, stdout=pipe, stderr=pipe) as process:
+            try:  # returns when the orphaned workers have closed the pipe, too
+                _, errors = process.communicate(timeout=600)  # only so that an error does not hang
             finally:
                 process.kill()
         assert process.returncode == -signal.SIGKILL, errors.decode()
@@ -159,12 +159,12 @@ def test_resumed_build_equals_an_uninterrupted_one(tmp_path: Path, scans: Path, 
 @pytest.mark.slow
 def test_build_resumes_after_a_worker_died(tmp_path: Path, scans: Path, whole: Path) -> None:
     output, source = tmp_path / "built", Dying(tmp_path / "die")
-    source.while_there.touch()
+    source.trigger.touch()
     with pytest.raises(BuildError) as caught:
         build(source, scans, output, salt=SALT, shard_bytes=SMALL, num_proc=2)
     assert isinstance(caught.value.__cause__, BrokenExecutor)
     assert not (output / "report.json").exists()
-    source.while_there.unlink()
+    source.trigger.unlink()
     build(source, scans, output, salt=SALT, shard_bytes=SMALL, num_proc=2)
     assert bytes_of(output) == bytes_of(whole)
 
@@ -243,7 +243,7 @@ def test_other_shard_boundaries_are_another_build(tmp_path: Path) -> None:
     assert set(caught.value.differences) == {"entries"}
 
 
-def test_folder_with_other_files_is_refused_and_left_as_it_is(tmp_path: Path, scans: Path) -> None:
+def test_folder_with_other_files_is_refused_and_unchanged(tmp_path: Path, scans: Path) -> None:
     others = put(tmp_path / "others", {"thesis.txt": b"years of work", "data/a.parquet": b"other", "empty/.keep": b""})
     file = put(tmp_path, {"file": b"content"}) / "file"
     before = bytes_of(tmp_path), sorted(tmp_path.rglob("*"))
@@ -257,7 +257,7 @@ def test_folder_with_other_files_is_refused_and_left_as_it_is(tmp_path: Path, sc
     assert (bytes_of(tmp_path), sorted(tmp_path.rglob("*"))) == before
 
 
-def test_build_of_an_older_layout_is_refused_and_left_as_it_is(tmp_path: Path, scans: Path, whole: Path) -> None:
+def test_build_of_an_older_layout_is_refused_and_unchanged(tmp_path: Path, scans: Path, whole: Path) -> None:
     output = put(tmp_path / "older", bytes_of(whole))
     plan = output / ".build" / "plan.json"
     plan.write_text(json.dumps(json.loads(plan.read_text()) | {"layout": shards.LAYOUT - 1}))
@@ -285,9 +285,11 @@ def test_every_entry_is_in_one_shard_in_order(tmp_path: Path, scans: Path) -> No
     splits = splits_of(scans, tmp_path)
     planned = plan_shards(splits, SMALL)
     for split, entries in splits.items():
-        own = [shard for shard in planned if shard.split == split]
-        assert [entry for shard in own for entry in shard.entries] == entries
-        assert [shard.name for shard in own] == [f"{split}-{n:05}-of-{len(own):05}" for n in range(len(own))]
+        in_split = [shard for shard in planned if shard.split == split]
+        assert [entry for shard in in_split for entry in shard.entries] == entries
+        assert [shard.name for shard in in_split] == [
+            f"{split}-{n:05}-of-{len(in_split):05}" for n in range(len(in_split))
+        ]
 
 
 def test_shards_and_row_groups_have_the_requested_size(tmp_path: Path) -> None:
@@ -298,11 +300,11 @@ def test_shards_and_row_groups_have_the_requested_size(tmp_path: Path) -> None:
     assert len(sizes) == 3
     assert all(2.5 <= size < 2.7 for size in sizes[:-1])
     for path in (tmp_path / "built" / "data").iterdir():
-        facts = pq.ParquetFile(path).metadata
-        groups = [facts.row_group(number).total_byte_size / MIB for number in range(facts.num_row_groups)]
+        metadata = pq.ParquetFile(path).metadata
+        groups = [metadata.row_group(number).total_byte_size / MIB for number in range(metadata.num_row_groups)]
         assert all(1 <= size < 1.15 for size in groups[:-1])
         assert groups[-1] < 1.15
-        assert all(facts.row_group(number).num_rows == 11 for number in range(facts.num_row_groups - 1))
+        assert all(metadata.row_group(number).num_rows == 11 for number in range(metadata.num_row_groups - 1))
 
 
 def test_large_scan_has_its_own_row_group(tmp_path: Path) -> None:
@@ -311,17 +313,17 @@ def test_large_scan_has_its_own_row_group(tmp_path: Path) -> None:
     options = BuildOptions(validation=0, test=0)
     build(Folder(), put(tmp_path / "scans", files), tmp_path / "built", salt=SALT, options=options)
     (shard,) = (tmp_path / "built" / "data").iterdir()
-    facts = pq.ParquetFile(shard).metadata
-    assert [facts.row_group(number).num_rows for number in range(facts.num_row_groups)] == [1] * 5
+    metadata = pq.ParquetFile(shard).metadata
+    assert [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)] == [1] * 5
 
 
 def test_index_equals_the_columns_of_the_shards(whole: Path) -> None:
     index, found = pq.read_table(whole / "index.parquet"), build_index(local_shards(whole))
     assert index.equals(found)
     rows = rows_of(whole)
-    places = [(f"{name}.parquet", row) for name in shard_names(whole) for row in rows_of(whole, name)]
+    locations = [(f"{name}.parquet", row) for name in shard_names(whole) for row in rows_of(whole, name)]
     assert len(rows) == index.num_rows == 39
-    for entry, (shard, row) in zip(index.to_pylist(), places, strict=True):
+    for entry, (shard, row) in zip(index.to_pylist(), locations, strict=True):
         assert entry["shard"] == shard
         assert {key: entry[key] for key in row if key in entry} == {key: row[key] for key in row if key in entry}
         group = pq.ParquetFile(whole / "data" / shard).read_row_group(entry["group"])
@@ -340,12 +342,12 @@ def test_dropping_rows_changes_no_other_row(tmp_path: Path, scans: Path, whole: 
     changed = {f"data/{name}.parquet" for name in (names[0], names[2], names[-1])}
     after = bytes_of(output)
     assert {name for name in before if after.get(name) != before[name]} == changed
-    assert f"data/{names[-1]}.parquet" not in after  # a shard without rows is none
+    assert f"data/{names[-1]}.parquet" not in after  # a shard without rows is deleted
     assert drop_rows(output, planned, some | one_shard) == 0
 
 
 def test_split_without_readable_scan_has_no_shard(tmp_path: Path) -> None:
-    """An empty one would not be in the index, which readers would then not trust."""
+    """An empty shard would not be in the index, and readers would refuse the index."""
     root = noise_collection(tmp_path / "scans", 30, 16)
     for entry in splits_of(root, tmp_path)["validation"]:
         entry.files[0].write_bytes(b"no picture")
@@ -361,7 +363,7 @@ def test_split_without_readable_scan_has_no_shard(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_memory_is_bounded_by_a_row_group_and_a_scan(tmp_path: Path) -> None:
-    """300 MB of volumes, in one shard, take little more than three of them."""
+    """300 MB of volumes in one shard take little more memory than three volumes."""
     voxels = np.random.default_rng(0).integers(0, 900, (160, 128, 256)).astype(np.int16)
     scan = voxels.nbytes
     volumes = [nifti_bytes(voxels + np.int16(number), np.eye(4)) for number in range(3)]
@@ -369,9 +371,9 @@ def test_memory_is_bounded_by_a_row_group_and_a_scan(tmp_path: Path) -> None:
     put(few, {f"mri/{number}.nii": data for number, data in enumerate(volumes)})
     for number in range(29):
         put(many, {f"mri/{number}.nii": volumes[number % 3]})
-    words = [sys.executable, "-c", MEASURED, str(few), str(many), str(tmp_path)]
-    ran = subprocess.run(words, env=environment(), capture_output=True, text=True, check=False)
+    command = [sys.executable, "-c", MEASURED, str(few), str(many), str(tmp_path)]
+    ran = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr
-    before, after = (int(word) * (1 if sys.platform == "darwin" else 1024) for word in ran.stdout.split()[-2:])
+    before, after = (int(number) * (1 if sys.platform == "darwin" else 1024) for number in ran.stdout.split()[-2:])
     assert after - before < 3 * scan + shards.ROW_GROUP_BYTES
     assert sum(path.stat().st_size for path in many.rglob("*.nii")) > 300e6

@@ -38,6 +38,25 @@ def test_folder_without_the_collection_is_refused(source: type[entries.Source], 
 
 
 @pytest.mark.parametrize(
+    ("source", "file", "missing"),
+    [
+        ("nih_chestxray14", "images/00000003_000.png", ""),
+        ("chexpert", "train/patient00001/study1/view1_frontal.jpg", "train.csv"),
+        ("padchest", "0/1_a.png", "PADCHEST_chest_x_ray_images_labels_160K_01.02.19.csv"),
+        ("mimic_cxr_jpg", "files/p10/p10000032/s50414267/02aa804e.jpg", "mimic-cxr-2.0.0-chexpert.csv"),
+        ("pocus_lung", "pocus_images/convex/Cov_efsumb1.png", "dataset_metadata.csv"),
+        ("hyperkvasir_videos", "lower-gi-tract/pathological-findings/polyps/7e37-41.avi", "video-labels.csv"),
+        ("cholect50", "videos/VID01/000000.png", "labels/VID01.json"),
+        ("msd", "Task03_Liver/imagesTr/liver_0.nii.gz", "Task03_Liver/dataset.json"),
+    ],
+)
+def test_scans_without_their_table_are_refused(tmp_path: Path, source: str, file: str, missing: str) -> None:
+    with pytest.raises(SourceError) as caught:
+        list(SOURCES[source]().entries(write(tmp_path, file)))
+    assert caught.value.location == str(tmp_path / missing)
+
+
+@pytest.mark.parametrize(
     "name", ["../a.png", "a/../../b.png", "/etc/passwd", "", ".", "a\0.png", "..\\a.png", "C:\\a.png"]
 )
 def test_file_name_outside_the_folder_is_refused(name: str) -> None:

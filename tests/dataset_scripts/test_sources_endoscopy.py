@@ -12,7 +12,7 @@ from source_trees import found, kinds, write
 from dataset_scripts.entries import SourceError
 
 
-# --------------------------------------------------------------------------------------------------------- HyperKvasir
+# ---------------------------------------------------------------------------------------------------------- HyperKvasir
 
 
 def test_hyperkvasir_adds_the_findings_of_its_table_to_those_of_its_folders(tmp_path: Path) -> None:
@@ -33,14 +33,7 @@ def test_hyperkvasir_adds_the_findings_of_its_table_to_those_of_its_folders(tmp_
     assert kinds("hyperkvasir_videos", tmp_path / "labeled-videos") == expected
 
 
-def test_hyperkvasir_without_its_table_is_refused(tmp_path: Path) -> None:
-    write(tmp_path, "labeled-videos/lower-gi-tract/pathological-findings/polyps/7e37-41.avi")
-    with pytest.raises(SourceError) as caught:
-        found("hyperkvasir_videos", tmp_path)
-    assert caught.value.location == str(tmp_path / "labeled-videos" / "video-labels.csv")
-
-
-# -------------------------------------------------------------------------------------------------------- LDPolypVideo
+# --------------------------------------------------------------------------------------------------------- LDPolypVideo
 
 
 def test_ldpolypvideo_has_a_patient_for_each_video(tmp_path: Path) -> None:
@@ -54,13 +47,13 @@ def test_ldpolypvideo_has_a_patient_for_each_video(tmp_path: Path) -> None:
     assert found("ldpolypvideo", tmp_path) == [
         (names[0], names[0], ("polyp",), "TrainValid/1", "train"),
         (names[1], names[1], ("no polyp",), "TrainValid/1", "train"),
-        (names[2], names[2], ("polyp",), "Test/101", "test"),  # its boxes are named after the frame alone
-        (names[3], names[3], (), "Test/102", "test"),  # its boxes are missing
+        (names[2], names[2], ("polyp",), "Test/101", "test"),  # the file of boxes is named by the frame number only
+        (names[3], names[3], (), "Test/102", "test"),  # without a file of boxes
     ]
     assert kinds("ldpolypvideo", tmp_path) == {("endoscopy", "colon")}
 
 
-# ----------------------------------------------------------------------------------------------------------- CholecT50
+# ------------------------------------------------------------------------------------------------------------ CholecT50
 
 
 def cholect50(root: Path, annotations: dict[str, Any]) -> None:
@@ -94,13 +87,6 @@ def test_cholect50_has_a_phase_for_each_frame(tmp_path: Path) -> None:
 def test_cholect50_with_other_labels_is_refused(tmp_path: Path, annotations: Any) -> None:
     write(tmp_path, "videos/VID01/000000.png")
     cholect50(tmp_path, annotations)
-    with pytest.raises(SourceError) as caught:
-        found("cholect50", tmp_path)
-    assert caught.value.location == str(tmp_path / "labels" / "VID01.json")
-
-
-def test_cholect50_without_its_labels_is_refused(tmp_path: Path) -> None:
-    write(tmp_path, "videos/VID01/000000.png")
     with pytest.raises(SourceError) as caught:
         found("cholect50", tmp_path)
     assert caught.value.location == str(tmp_path / "labels" / "VID01.json")

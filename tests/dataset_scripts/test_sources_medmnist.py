@@ -1,4 +1,4 @@
-"""MedMNIST+: many scans to a file."""
+"""MedMNIST+: many scans in one file."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def archive(path: Path, size: tuple[int, ...], labels: int = 1, **instead: Any) 
     return path
 
 
-def test_the_largest_size_of_each_subset_of_ours_is_taken(tmp_path: Path) -> None:
+def test_largest_size_of_each_supported_subset_is_used(tmp_path: Path) -> None:
     archive(tmp_path / "breastmnist.npz", (28, 28))
     archive(tmp_path / "breastmnist_224.npz", (8, 8))
     archive(tmp_path / "pathmnist_224.npz", (8, 8, 3))
@@ -44,7 +44,7 @@ def test_the_largest_size_of_each_subset_of_ours_is_taken(tmp_path: Path) -> Non
     assert kinds("medmnist", tmp_path) == {("ultrasound", "breast")}
 
 
-def test_a_subset_with_several_labels_has_those_that_hold(tmp_path: Path) -> None:
+def test_multi_label_subset_has_the_positive_labels(tmp_path: Path) -> None:
     labels = np.zeros((1, 14), dtype=np.uint8)
     labels[0, [0, 13]] = 1
     archive(tmp_path / "chestmnist.npz", (28, 28), 14, val_labels=labels, test_labels=np.zeros((2, 14), np.uint8))
@@ -56,7 +56,7 @@ def test_a_subset_with_several_labels_has_those_that_hold(tmp_path: Path) -> Non
     ("name", "size", "read"),
     [("pneumoniamnist_64", (9, 7), (1, 1, 9, 7)), ("organmnist3d_64", (6, 9, 7), (1, 6, 9, 7))],
 )
-def test_a_scan_is_opened_as_it_is_stored(
+def test_opened_scan_equals_the_stored_one(
     tmp_path: Path, name: str, size: tuple[int, ...], read: tuple[int, ...]
 ) -> None:
     path = archive(tmp_path / f"{name}.npz", size)
@@ -70,18 +70,18 @@ def test_a_scan_is_opened_as_it_is_stored(
         assert read_scan(opened).array.shape == read
 
 
-def test_an_array_is_unpacked_once_for_all_its_scans(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_array_is_loaded_once_for_all_its_scans(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     archive(tmp_path / "nodulemnist3d.npz", (4, 5, 6))
     archive(tmp_path / "breastmnist.npz", (28, 28))
     source = SOURCES["medmnist"]()
     entries = sorted(source.entries(tmp_path), key=lambda entry: (entry.split, entry.member))  # the subsets alternate
-    unpacked = []
+    loaded = []
     load = medmnist.load_array
-    monkeypatch.setattr(medmnist, "load_array", lambda path, key: unpacked.append(key) or load(path, key))
+    monkeypatch.setattr(medmnist, "load_array", lambda path, key: loaded.append(key) or load(path, key))
     for entry in entries:
-        source.open(entry)[...] = 0  # what is handed out is a copy
+        source.open(entry)[...] = 0  # `open` returns a copy
     assert source.open(entries[-1]).any()
-    assert unpacked == ["test_images"] * 2 + ["train_images"] * 2 + ["val_images"] * 2
+    assert loaded == ["test_images"] * 2 + ["train_images"] * 2 + ["val_images"] * 2
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_archive_of_other_arrays_is_refused(tmp_path: Path, instead: dict[str, A
     assert got in caught.value.got
 
 
-def test_a_damaged_archive_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_damaged_archive_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = archive(tmp_path / "breastmnist.npz", (28, 28))
     with monkeypatch.context() as small:
         small.setattr(medmnist, "MAX_ARRAY_BYTES", 100)

@@ -9,7 +9,6 @@ import pytest
 from source_trees import found, kinds, write
 
 from dataset_scripts.entries import SourceError
-from dataset_scripts.sources.padchest import TABLE
 
 
 NIH = """Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age
@@ -29,7 +28,7 @@ MIMIC = (
 )
 
 
-# ---------------------------------------------------------------------------------------------------- NIH ChestX-ray14
+# ----------------------------------------------------------------------------------------------------- NIH ChestX-ray14
 
 
 def nih(root: Path, *images: str) -> Path:
@@ -47,7 +46,7 @@ def test_nih_has_labels_patients_and_the_official_split(tmp_path: Path) -> None:
     )
     write(root, "train_val_list.txt", text="00000001_000.png\n00000003_000.png\n00000004_000.png")
     write(root, "test_list.txt", text="00000002_000.png\n")
-    assert found("nih_chestxray14", root) == [  # 00000003 is in an archive that is not there
+    assert found("nih_chestxray14", root) == [  # 00000003 is in an archive that was not downloaded
         ("00000001_000.png", "images_001/images/00000001_000.png", ("Cardiomegaly", "Emphysema"), "1", "train"),
         ("00000002_000.png", "images_001/images/00000002_000.png", ("No Finding",), "2", "test"),
         ("00000004_000.png", "images_002/images/00000004_000.png", (), "4", "train"),
@@ -64,37 +63,18 @@ def test_nih_in_one_folder_and_without_the_lists_has_no_split(tmp_path: Path) ->
     assert caught.value.location == str(root)
 
 
-def test_nih_without_its_table_is_refused(tmp_path: Path) -> None:
-    write(tmp_path, "images/00000003_000.png")
-    with pytest.raises(SourceError) as caught:
-        found("nih_chestxray14", tmp_path)
-    assert caught.value.location == str(tmp_path)
+# ------------------------------------------------------------------------------------------------------------- CheXpert
 
 
-# ------------------------------------------------------------------------------------------------------------ CheXpert
-
-
-def test_chexpert_counts_no_uncertain_label(tmp_path: Path) -> None:
+def test_chexpert_uses_positive_labels_only(tmp_path: Path) -> None:
     root = tmp_path / "anywhere"
-    train = "CheXpert-v1.0-small/train/patient00001/study1/view1_frontal.jpg,Female,68,Frontal,AP,"
-    valid = "CheXpert-v1.0-small/valid/patient64541/study1/view1_frontal.jpg,Male,73,Frontal,AP,"
+    names = [f"{name}/study1/view1_frontal.jpg" for name in ("train/patient00001", "valid/patient64541")]
+    train, valid = (f"CheXpert-v1.0-small/{name},Female,68,Frontal,AP," for name in names)
     write(root, "train.csv", text=CHEXPERT + train + "0.0,,1.0,-1.0,,,,,,,-1.0,,,1.0\n")
     write(root, "valid.csv", text=CHEXPERT + valid + "1.0,0.0,0.0,0.0,0.0,0.0,0.0,0.0,0.0,0.0,0.0,0.0,0.0,0.0\n")
-    assert found("chexpert", root) == [  # neither image is there, and the builder will say so
-        (
-            "train/patient00001/study1/view1_frontal.jpg",
-            "train/patient00001/study1/view1_frontal.jpg",
-            ("Cardiomegaly", "Support Devices"),
-            "patient00001",
-            "train",
-        ),
-        (
-            "valid/patient64541/study1/view1_frontal.jpg",
-            "valid/patient64541/study1/view1_frontal.jpg",
-            ("No Finding",),
-            "patient64541",
-            "validation",
-        ),
+    assert found("chexpert", root) == [  # images are not opened
+        (names[0], names[0], ("Cardiomegaly", "Support Devices"), "patient00001", "train"),
+        (names[1], names[1], ("No Finding",), "patient64541", "validation"),
     ]
     assert kinds("chexpert", root) == {("xray", "chest")}
 
@@ -107,14 +87,7 @@ def test_chexpert_with_an_invalid_path_is_refused(tmp_path: Path, path: str, got
     assert caught.value.got == repr(got)
 
 
-def test_chexpert_without_its_table_is_refused(tmp_path: Path) -> None:
-    write(tmp_path, "train.csv", text=CHEXPERT)
-    with pytest.raises(SourceError) as caught:
-        found("chexpert", tmp_path)
-    assert caught.value.location == str(tmp_path / "valid.csv")
-
-
-# ------------------------------------------------------------------------------------------------------------ PadChest
+# ------------------------------------------------------------------------------------------------------------- PadChest
 
 
 def test_padchest_reads_its_lists_without_running_them(tmp_path: Path) -> None:
@@ -139,14 +112,7 @@ def test_padchest_reads_its_lists_without_running_them(tmp_path: Path) -> None:
     assert kinds("padchest", tmp_path) == {("xray", "chest")}
 
 
-def test_padchest_without_its_table_is_refused(tmp_path: Path) -> None:
-    write(tmp_path, "0/1_a.png")
-    with pytest.raises(SourceError) as caught:
-        found("padchest", tmp_path)
-    assert caught.value.location == str(tmp_path / TABLE)
-
-
-# ------------------------------------------------------------------------------------------------------- MIMIC-CXR-JPG
+# -------------------------------------------------------------------------------------------------------- MIMIC-CXR-JPG
 
 
 def mimic(root: Path, splits: str) -> Path:
@@ -157,7 +123,7 @@ def mimic(root: Path, splits: str) -> Path:
     return write(root, "files/p10/index.html")
 
 
-def test_mimic_joins_its_packed_tables(tmp_path: Path) -> None:
+def test_mimic_joins_its_compressed_tables(tmp_path: Path) -> None:
     root = mimic(
         tmp_path,
         "02aa804e-bde0afdd,50414267,10000032,train\n174413ec-4ec4c1f7,50414267,10000032,train\n"
@@ -165,16 +131,10 @@ def test_mimic_joins_its_packed_tables(tmp_path: Path) -> None:
     )
     labels = ("Cardiomegaly", "Support Devices")
     folder = "files/p10/p10000032/s50414267"
-    assert found("mimic_cxr_jpg", root) == [  # no report of the third was labelled; group p19 was not downloaded
+    assert found("mimic_cxr_jpg", root) == [  # the third has no labels; p19 was not downloaded
         ("02aa804e-bde0afdd", f"{folder}/02aa804e-bde0afdd.jpg", labels, "10000032", "train"),
         ("174413ec-4ec4c1f7", f"{folder}/174413ec-4ec4c1f7.jpg", labels, "10000032", "train"),
-        (
-            "2a2277a9-b0ded155",
-            "files/p10/p10000764/s53189527/2a2277a9-b0ded155.jpg",
-            (),
-            "10000764",
-            "validation",
-        ),
+        ("2a2277a9-b0ded155", "files/p10/p10000764/s53189527/2a2277a9-b0ded155.jpg", (), "10000764", "validation"),
     ]
     assert kinds("mimic_cxr_jpg", root) == {("xray", "chest")}
 
@@ -187,10 +147,3 @@ def test_mimic_with_an_invalid_row_is_refused(tmp_path: Path, row: str, got: str
     with pytest.raises(SourceError) as caught:
         found("mimic_cxr_jpg", mimic(tmp_path, row))
     assert caught.value.got == got
-
-
-def test_mimic_without_its_tables_is_refused(tmp_path: Path) -> None:
-    write(tmp_path, "files/p10/p10000032/s50414267/02aa804e.jpg")
-    with pytest.raises(SourceError) as caught:
-        found("mimic_cxr_jpg", tmp_path)
-    assert caught.value.location == str(tmp_path / "mimic-cxr-2.0.0-chexpert.csv")
