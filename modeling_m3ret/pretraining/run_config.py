@@ -36,7 +36,7 @@ class OutputOptions:
     save_every: int = 1000
     """Steps between checkpoints in `run_dir/checkpoints`."""
     keep_last: int = 2
-    """Number of most recent checkpoints to keep. The one with the best held-out mAP is kept in addition."""
+    """Number of most recent checkpoints to keep, in addition to the one with the best held-out mAP."""
     push_to_hub: str | None = None
     """Hub repository, ORG/NAME, to which each checkpoint is uploaded in the background. A new repository is private."""
 

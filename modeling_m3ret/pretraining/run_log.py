@@ -71,7 +71,7 @@ class RunLog:
 
 
 def finite(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the entry with None in place of numbers that are not finite, which JSON cannot represent."""
+    """Return the entry with None for numbers that are not finite, which JSON cannot represent."""
     return {key: None if isinstance(item, float) and not math.isfinite(item) else item for key, item in entry.items()}
 
 
