@@ -55,6 +55,9 @@ def load_pretrained(name: str) -> tuple[M3RetModel, M3RetImageProcessor]:
     Raises:
         InputError: if there is no such checkpoint, or it holds another kind of model.
     """
+    problem = f"cannot load a model: expected a folder or Hub id of an M3Ret checkpoint, got {name!r}."
+    if not Path(name).is_dir() and name.count("/") != 1:  # not ORG/NAME: a missing folder, no need to ask the Hub
+        raise InputError(f"{problem} The folder does not exist.")
     try:
         model_type = AutoConfig.from_pretrained(name).model_type
         if model_type == M3RetConfig.model_type:
@@ -62,4 +65,4 @@ def load_pretrained(name: str) -> tuple[M3RetModel, M3RetImageProcessor]:
         reason = f"Its model type is {model_type!r}."
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-    raise InputError(f"cannot load a model: expected a folder or Hub id of an M3Ret checkpoint, got {name!r}. {reason}")
+    raise InputError(f"{problem} {reason}")

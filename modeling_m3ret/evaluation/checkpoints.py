@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +11,6 @@ from tqdm.auto import tqdm
 
 from ..configuration_m3ret import M3RetConfig
 from ..data.collection import Record
-from ..errors import InputError
 from ..hub import load_pretrained
 from ..image_processing_m3ret import M3RetImageProcessor
 from ..model_facts import ModelFacts, model_facts
@@ -42,8 +40,6 @@ class Checkpoint:
 
 def load_checkpoint(name: str) -> tuple[M3RetModel, Checkpoint]:
     """Load a checkpoint from a folder or the Hub, with the errors of `load_pretrained`."""
-    if "/" not in name and not Path(name).is_dir():  # a misspelt folder, which the Hub need not be asked for
-        raise InputError(f"{name}: no checkpoint: expected an existing folder, or ORG/NAME on the Hub.")
     model, processor = load_pretrained(name)
     training = read_training_facts(name) | {"parameters": model.num_parameters()}
     assert isinstance(model.config, M3RetConfig)
