@@ -130,11 +130,11 @@ def main() -> None:
         return
 
     readers = IsolatedReaders()  # they start while Gradio is imported, which takes seconds
-    from modeling_m3ret.space.pages import ServerOptions, build, serve
+    from modeling_m3ret.space.pages import build, serve
     from modeling_m3ret.space.service import SearchService
 
     service = SearchService(model, processor, gallery, readers)
-    serve(build(service, name), service, ServerOptions(arguments.port, arguments.share, arguments.auth))
+    serve(build(service, name), service, port=arguments.port, share=arguments.share, auth=arguments.auth)
 
 
 if __name__ == "__main__":

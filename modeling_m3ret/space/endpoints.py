@@ -9,23 +9,20 @@ import functools
 import html
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypedDict
+from dataclasses import asdict
+from typing import Any
 
 import gradio as gr
 
-from ..reading_m3ret import M3RetReadError, Scan
+from ..reading_m3ret import M3RetReadError
 from ..search.filters import MetadataFilter
-from .service import DEFAULT_HITS, MAX_HITS, HitFacts, Query, ScanExpiredError, SearchService
+from .service import DEFAULT_HITS, MAX_HITS, Query, ScanExpiredError, SearchService
 
 
 # keyword arguments of events
 HEAVY: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 2}  # the number of cores of a small server
-LIGHT: dict[str, Any] = {
-    "concurrency_id": "viewer",
-    "concurrency_limit": 8,
-    "show_progress": "hidden",
-    "trigger_mode": "always_last",
-}
+QUIET: dict[str, Any] = {"show_progress": "hidden", "trigger_mode": "always_last"}
+LIGHT: dict[str, Any] = {"concurrency_id": "viewer", "concurrency_limit": 8, **QUIET}
 PRIVATE: dict[str, Any] = {"api_visibility": "private"}
 
 
@@ -45,76 +42,45 @@ def show_errors(function: Callable[..., Any]) -> Callable[..., Any]:
     return handler
 
 
-class ScanFacts(TypedDict):
-    """Size of a scan as it was read.
-
-    Attributes:
-        shape: D, H, W in voxels.
-        spacing: mm along D, H, W; null if the file does not contain it.
-    """
-
-    shape: list[int]
-    spacing: list[float | None]
-
-
-class SearchAnswer(TypedDict):
-    query: ScanFacts
-    hits: list[HitFacts]
-
-
-class SimilarAnswer(TypedDict):
-    hits: list[HitFacts]
-
-
-class EmbedAnswer(TypedDict):
-    """An embedding of norm 1, and the model that computed it (see `ModelFacts`)."""
-
-    embedding: list[float]
-    query: ScanFacts
-    model: str
-    revision: str
-    processor: str
-
-
 def add_endpoints(service: SearchService) -> None:
-    """Add the endpoints to the current `gr.Blocks`.
+    """Add the endpoints to the current `gr.Blocks`. Their docstrings are their documentation; see also docs/space.md.
 
     Each needs components as inputs; they are hidden. Files arrive through a file component, which accepts uploads only:
     `RequestGate` refuses URLs.
     """
 
     @contextmanager
-    def uploaded(files: list[str] | None) -> Iterator[tuple[Query, ScanFacts]]:
+    def uploaded(files: list[str] | None) -> Iterator[tuple[Query, dict[str, Any]]]:
         query = service.query_of_files(files or [])
         try:
-            yield query, _scan_facts(service.scan(query.key))
+            scan = service.scan(query.key)
+            yield query, {"shape": [int(size) for size in scan.array.shape[1:]], "spacing": [*scan.spacing]}
         finally:
             service.close(query)
 
     def search(
         files: list[str] | None, k: float, modalities: list[str] | None, anatomies: list[str] | None, rerank: bool
-    ) -> SearchAnswer:
+    ) -> dict[str, Any]:
+        """Find the scans of the gallery most similar to an uploaded scan: one file, or the slices of a series."""
         where = MetadataFilter(modality=modalities or None, anatomy=anatomies or None)
         with uploaded(files) as (query, scan):
-            return SearchAnswer(query=scan, hits=service.search(query, int(k), where, rerank=bool(rerank)))
+            return {"query": scan, "hits": service.search(query, int(k), where, rerank=bool(rerank))}
 
-    def embed(files: list[str] | None) -> EmbedAnswer:
-        facts = service.gallery.index.facts
+    def embed(files: list[str] | None) -> dict[str, Any]:
+        """Compute the embedding of an uploaded scan."""
         with uploaded(files) as (query, scan):
-            return EmbedAnswer(
-                embedding=query.embedding.tolist(),
-                query=scan,
-                model=facts.model,
-                revision=facts.revision,
-                processor=facts.processor,
-            )
+            return {"embedding": query.embedding.tolist(), "query": scan, **asdict(service.gallery.index.facts)}
 
     def similar(
         item: float, k: float, modalities: list[str] | None, anatomies: list[str] | None, other_subjects: bool
-    ) -> SimilarAnswer:
+    ) -> dict[str, Any]:
+        """Find the scans most similar to a scan of the gallery, given by its `item` number.
+
+        With `other_subjects`, scans of the same patient are excluded.
+        """
         where = MetadataFilter(modality=modalities or None, anatomy=anatomies or None)
         query = service.query_of_row(int(item))
-        return SimilarAnswer(hits=service.search(query, int(k), where, exclude_same_patient=bool(other_subjects)))
+        return {"hits": service.search(query, int(k), where, exclude_same_patient=bool(other_subjects))}
 
     gallery = service.gallery
     with gr.Column(visible=False):
@@ -127,23 +93,7 @@ def add_endpoints(service: SearchService) -> None:
         other_subjects = gr.Checkbox(False, label="other_subjects")
         answer = gr.JSON(label="answer")
         button = gr.Button()
-        for endpoint, inputs, description in (
-            (
-                search,
-                [files, k, modalities, anatomies, rerank],
-                "Find the scans of the gallery most similar to an uploaded scan: one file, or the slices of a series.",
-            ),
-            (embed, [files], "Compute the embedding of an uploaded scan."),
-            (
-                similar,
-                [item, k, modalities, anatomies, other_subjects],
-                "Find the scans most similar to a scan of the gallery, given by its `item` number. With "
-                "`other_subjects`, scans of the same patient are excluded.",
-            ),
-        ):
-            names: dict[str, Any] = {"api_name": endpoint.__name__, "api_description": description}
-            button.click(show_errors(endpoint), inputs, answer, **names, **HEAVY)
-
-
-def _scan_facts(scan: Scan) -> ScanFacts:
-    return ScanFacts(shape=[int(size) for size in scan.array.shape[1:]], spacing=[*scan.spacing])
+        options = [k, modalities, anatomies]
+        button.click(show_errors(search), [files, *options, rerank], answer, api_name="search", **HEAVY)
+        button.click(show_errors(embed), [files], answer, api_name="embed", **HEAVY)
+        button.click(show_errors(similar), [item, *options, other_subjects], answer, api_name="similar", **HEAVY)

@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import TimeoutError
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from pebble import ProcessExpired
 from pebble.concurrent import process
@@ -29,12 +29,7 @@ Result = TypeVar("Result")
 
 
 class IsolatedReaders:
-    """Run read functions in separate processes.
-
-    Args:
-        max_readers: Number of processes at a time.
-        seconds: Time limit of one read, including the time until a process is free.
-    """
+    """Run read functions in separate processes. `seconds` limits a read, including the time until a process is free."""
 
     def __init__(self, max_readers: int = MAX_READERS, seconds: float = READ_SECONDS):
         self.seconds = seconds
@@ -44,7 +39,7 @@ class IsolatedReaders:
         context: Any = worker_context([__name__, *PRELOADED])
         self._start = process(context=context)(_read)  # type: ignore[call-overload]  # its stubs call it `mp_context`
         # the imports take seconds: start the server process now, not when the first visitor arrives
-        threading.Thread(target=self.read, args=("", _nothing), name="m3ret-reader", daemon=True).start()
+        threading.Thread(target=self.read, args=("", bool), name="m3ret-reader", daemon=True).start()
 
     def read(self, name: str, function: Callable[..., Result], *arguments: object) -> Result:
         """Return `function(*arguments)`, computed in a separate process.
@@ -54,8 +49,7 @@ class IsolatedReaders:
             function: Module-level function. Its arguments and its result are pickled.
 
         Raises:
-            M3RetReadError: If the function raises it, its process dies, or it exceeds the time limit. In the last case
-                the process is killed.
+            M3RetReadError: If the function raises it, its process dies, or is killed because of the time limit.
         """
         deadline = time.monotonic() + self.seconds
         if not self._free.acquire(timeout=self.seconds):
@@ -63,17 +57,15 @@ class IsolatedReaders:
         try:
             reading = self._start(function, *arguments)
             try:
-                result: Result = reading.result(max(0.0, deadline - time.monotonic()))
+                return cast(Result, reading.result(max(0.0, deadline - time.monotonic())))
             except TimeoutError as error:
                 reading.cancel()  # kills the process
                 raise self._timeout(name) from error
             except ProcessExpired as error:
-                raise M3RetReadError(
-                    name, "undecodable", "a complete scan in a supported format", "a crash of its decoder"
-                ) from error
+                expected = "a complete scan in a supported format"
+                raise M3RetReadError(name, "undecodable", expected, "a crash of its decoder") from error
         finally:
             self._free.release()
-        return result
 
     def _timeout(self, name: str) -> M3RetReadError:
         return M3RetReadError(name, "timeout", f"at most {self.seconds:g} s", "a scan that takes longer to read")
@@ -82,7 +74,3 @@ class IsolatedReaders:
 def _read(function: Callable[..., Result], *arguments: object) -> Result:
     exit_with_parent()
     return function(*arguments)
-
-
-def _nothing() -> None:
-    pass

@@ -12,7 +12,6 @@ import shutil
 import signal
 import sys
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -59,29 +58,8 @@ leaves this server. Still, do not upload a patient's scan to a server that is no
 """
 
 
-@dataclass(frozen=True)
-class ServerOptions:
-    """How the server is reached. It listens on 127.0.0.1 unless GRADIO_SERVER_NAME is set, as on a Space.
-
-    Attributes:
-        port: None for the first free port from 7860.
-        share: Whether to create a public Gradio address too.
-        auth: User and password.
-        upload_bytes: Maximum size of one upload, all of its files together.
-    """
-
-    port: int | None = None
-    share: bool = False
-    auth: tuple[str, str] | None = None
-    upload_bytes: int = UPLOAD_BYTES
-
-
 def build(service: SearchService, model_name: str) -> gr.Blocks:
-    """Build the page.
-
-    Args:
-        model_name: Checkpoint folder or Hub id, whose model card is shown.
-    """
+    """Build the page. `model_name` is the checkpoint folder or Hub id whose model card is shown."""
     # Gradio's upload folder: a new one, so that no other file can be served from it
     os.environ["GRADIO_TEMP_DIR"] = tempfile.mkdtemp(prefix="m3ret-space-")
     # Gradio summarises the events that it remembers after each event: 23 ms for the default of 10,000
@@ -100,29 +78,43 @@ def build(service: SearchService, model_name: str) -> gr.Blocks:
 
 
 def serve(
-    page: gr.Blocks, service: SearchService, options: ServerOptions = ServerOptions(), *, wait: bool = True
+    page: gr.Blocks,
+    service: SearchService,
+    *,
+    port: int | None = None,
+    share: bool = False,
+    auth: tuple[str, str] | None = None,
+    upload_bytes: int = UPLOAD_BYTES,
+    wait: bool = True,
 ) -> str:
-    """Serve the page that `build` made.
+    """Serve the page that `build` made, on 127.0.0.1 unless GRADIO_SERVER_NAME is set, as on a Space.
 
     Args:
+        port: None for the first free port from 7860.
+        share: Whether to create a public Gradio address too.
+        auth: User and password.
+        upload_bytes: Maximum size of one upload, all of its files together.
         wait: Whether to block until the server is stopped.
 
     Returns:
         The local address.
     """
-    settings: dict[str, Any] = {"theme": theme(), "css": STYLE, "footer_links": ["api"], "ssr_mode": False}
+    # system fonts, and a blue that is legible on white and on black
+    font, font_mono = ["system-ui", "sans-serif"], ["ui-monospace", "monospace"]
+    theme = gr.themes.Default(primary_hue="blue", neutral_hue="slate", font=font, font_mono=font_mono)
+    settings: dict[str, Any] = {"theme": theme, "css": STYLE, "footer_links": ["api"], "ssr_mode": False}
     settings |= {"enable_monitoring": False, "run_history": False}  # visits are recorded neither here nor in browsers
     page.queue(max_size=MAX_QUEUE, default_concurrency_limit=8)
     if wait:
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # stop like Ctrl-C when a container is stopped
-    gate = Middleware(RequestGate, folder=Path(page.GRADIO_CACHE), upload_bytes=options.upload_bytes)
+    gate = Middleware(RequestGate, folder=Path(page.GRADIO_CACHE), upload_bytes=upload_bytes)
     stop_sweeper = start_sweeper(Path(page.GRADIO_CACHE), page.temp_file_sets, service.close_idle)
     try:
         _, address, public_address = page.launch(
-            server_port=options.port,
-            share=options.share,
-            auth=options.auth,
-            max_file_size=options.upload_bytes,
+            server_port=port,
+            share=share,
+            auth=auth,
+            max_file_size=upload_bytes,
             allowed_paths=[],
             # openapi_url: FastAPI's list of routes, which requires no login
             app_kwargs={"openapi_url": None, "middleware": [gate]},
@@ -131,8 +123,8 @@ def serve(
             quiet=not wait,
             **settings,
         )
-        if options.share:
-            print(_share_message(public_address, address, options.auth is not None), file=sys.stderr, flush=True)
+        if share:
+            print(_share_message(public_address, address, auth is not None), file=sys.stderr, flush=True)
         if wait:
             page.block_thread()
         return str(address)
@@ -158,20 +150,9 @@ def about(model_name: str) -> str:
 
 def model_card(model_name: str) -> str:
     """Return the README.md of a checkpoint folder or Hub repository with its header, or an empty string."""
-    if Path(model_name).is_dir():
-        file = Path(model_name) / "README.md"
-        return file.read_text(encoding="utf-8") if file.is_file() else ""
     try:
-        return Path(hf_hub_download(model_name, "README.md")).read_text(encoding="utf-8")
-    except EntryNotFoundError:
+        is_local = Path(model_name).is_dir()
+        file = Path(model_name, "README.md") if is_local else Path(hf_hub_download(model_name, "README.md"))
+        return file.read_text(encoding="utf-8")
+    except (FileNotFoundError, EntryNotFoundError):
         return ""
-
-
-def theme() -> gr.themes.Base:
-    """Return Gradio's default theme with system fonts, and a blue that is legible on white and on black."""
-    return gr.themes.Default(
-        primary_hue="blue",
-        neutral_hue="slate",
-        font=["system-ui", "sans-serif"],
-        font_mono=["ui-monospace", "monospace"],
-    )

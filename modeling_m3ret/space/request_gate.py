@@ -6,6 +6,7 @@ also downloads any file that a request names by URL, however large.
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import shutil
@@ -35,31 +36,28 @@ class RequestGate:
         self._bytes_in_progress = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._handler(scope)(scope, receive, send)
+
+    def _handler(self, scope: Scope) -> ASGIApp:
+        """Return what answers the request: the app, with or without a check of the body, or a refusal."""
         if scope["type"] != "http" or scope["method"] in ("GET", "HEAD", "OPTIONS"):
-            await self.app(scope, receive, send)
-        elif scope["method"] != "POST" or not (route := ALLOWED_ROUTES.fullmatch(scope["path"])):
-            await PlainTextResponse("This route accepts no requests.", 404)(scope, receive, send)
-        else:
-            headers = Headers(scope=scope)
-            length = headers.get("content-length", "0" if route[1] in ("cancel", "reset") else "")
-            if "transfer-encoding" in headers or not length.isdecimal():
-                refusal = PlainTextResponse("The request's size is unknown: expected a Content-Length header.", 411)
-                await refusal(scope, receive, send)
-            elif route[1] == "upload":
-                await self._upload(int(length), scope, receive, send)
-            else:
-                await self._message(int(length), scope, receive, send)
+            return self.app
+        if scope["method"] != "POST" or not (route := ALLOWED_ROUTES.fullmatch(scope["path"])):
+            return PlainTextResponse("This route accepts no requests.", 404)
+        headers = Headers(scope=scope)
+        declared = headers.get("content-length", "0" if route[1] in ("cancel", "reset") else "")
+        if "transfer-encoding" in headers or not declared.isdecimal():
+            return PlainTextResponse("The request's size is unknown: expected a Content-Length header.", 411)
+        length, is_upload = int(declared), route[1] == "upload"
+        max_bytes = self.upload_bytes if is_upload else MAX_BODY_BYTES
+        if length > max_bytes:
+            sizes = f"expected at most {max_bytes:,} bytes in total, got {length:,}"
+            return PlainTextResponse(f"The {'upload' if is_upload else 'request'} is too large: {sizes}.", 413)
+        if is_upload and self._bytes_in_progress + length > shutil.disk_usage(self.folder).free // 2:
+            return PlainTextResponse("This server has not enough disk space now. Please try again later.", 507)
+        return functools.partial(self._upload if is_upload else self._message, length)
 
     async def _upload(self, length: int, scope: Scope, receive: Receive, send: Send) -> None:
-        refusal = None
-        if length > self.upload_bytes:
-            limit = f"expected at most {self.upload_bytes:,} bytes in total, got {length:,}"
-            refusal = PlainTextResponse(f"The upload is too large: {limit}.", 413)
-        elif self._bytes_in_progress + length > shutil.disk_usage(self.folder).free // 2:
-            refusal = PlainTextResponse("This server has not enough disk space now. Please try again later.", 507)
-        if refusal is not None:
-            await refusal(scope, receive, send)
-            return
         self._bytes_in_progress += length
         try:
             await self.app(scope, receive, send)
@@ -67,10 +65,6 @@ class RequestGate:
             self._bytes_in_progress -= length
 
     async def _message(self, length: int, scope: Scope, receive: Receive, send: Send) -> None:
-        if length > MAX_BODY_BYTES:
-            limit = f"expected at most {MAX_BODY_BYTES:,} bytes, got {length:,}"
-            await PlainTextResponse(f"The request is too large: {limit}.", 413)(scope, receive, send)
-            return
         body = b""
         while len(body) < length:
             message = await receive()
@@ -83,14 +77,10 @@ class RequestGate:
             refusal = PlainTextResponse("URLs are not downloaded: expected uploaded files, got a URL.", 400)
             await refusal(scope, receive, send)
             return
-        replayed = False
+        messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
         async def replay() -> Message:
-            nonlocal replayed
-            if replayed:
-                return await receive()
-            replayed = True
-            return {"type": "http.request", "body": body, "more_body": False}
+            return messages.pop() if messages else await receive()
 
         await self.app(scope, replay, send)
 

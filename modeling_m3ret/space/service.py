@@ -13,9 +13,10 @@ import tempfile
 import threading
 import uuid
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import numpy as np
 import torch
@@ -41,6 +42,7 @@ HEAT_CACHE_BYTES = 2**28
 TOKEN_CACHE_BYTES = 2**28  # about 100 CTs with a ViT-B
 DEFAULT_HITS = 8  # two rows of the grid
 MAX_HITS = 48
+ROW_KEY = "row-"  # how the cache keys of the gallery's scans start
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -52,34 +54,22 @@ class ScanExpiredError(LookupError):
 
 @dataclass(frozen=True, eq=False)
 class Query:
-    """A search query.
+    """A search query."""
 
-    Attributes:
-        key: Cache key of its scan.
-        row: Row in the gallery, or None for an upload.
-        embedding: `(d,)` float32.
-    """
-
-    key: str
-    row: int | None
-    embedding: Tensor
+    key: str  # cache key of its scan
+    row: int | None  # in the gallery, or None for an upload
+    embedding: Tensor  # `(d,)` float32
 
 
 @dataclass(frozen=True, eq=False)
 class Heat:
-    """Heatmaps of where a query and a hit match.
-
-    Attributes:
-        query, hit: `(D, H, W)` uint8 on the array of each scan, 255 at the most confident voxel.
-        query_slice, hit_slice: Indices of the slices that match best.
-        confidence: Confidence of the best pair of patches, in [0, 1].
-    """
+    """Heatmaps of where a query and a hit match: `(D, H, W)` on the array of each, 255 at the most confident voxel."""
 
     query: NDArray[np.uint8]
     hit: NDArray[np.uint8]
-    query_slice: int
+    query_slice: int  # the slices that match best, from 0
     hit_slice: int
-    confidence: float
+    confidence: float  # of the best pair of patches, in [0, 1]
 
 
 class HitFacts(Facts):
@@ -94,7 +84,6 @@ class SearchService:
 
     Args:
         model: In evaluation mode, on the device where it runs.
-        readers: Decode uploads and scans of the gallery.
         scan_cache_bytes: Memory for decoded scans.
     """
 
@@ -112,33 +101,22 @@ class SearchService:
         self._heats: TTLCache[str, Heat] = _cache(HEAT_CACHE_BYTES, lambda heat: heat.query.nbytes + heat.hit.nbytes)
         self._tokens: TTLCache[str, ScanTokens] = _cache(TOKEN_CACHE_BYTES, lambda tokens: tokens.tokens.nbytes)
         self._encode = on_gpu(model, self._encode_here)
-        self._tokenise = on_gpu(model, self._tokenise_here)
-
-    # ------------------------------------------------------------------------------------------------------- queries
+        self._tokenise = on_gpu(model, lambda scan: scan_tokens(model, processor, [scan])[0])
 
     def query_of_files(self, files: Sequence[str | Path]) -> Query:
-        """Read and embed uploaded files.
-
-        Raises:
-            M3RetReadError: If they cannot be read, or not in time.
-        """
+        """Read and embed uploaded files. Raises `M3RetReadError` if they cannot be read, or not in time."""
         paths = [Path(file) for file in files]
         name = paths[0].name if len(paths) == 1 else f"<{len(paths)} files>"
-        # Created here because the reading process may be killed, and next to the upload so that the sweeper finds
-        # whatever is left.
+        # created here because the reading process may be killed, and next to the upload, where the sweeper finds it
         folder = paths[0].parent if paths else None
         with tempfile.TemporaryDirectory(prefix="unpacked-", dir=folder, ignore_cleanup_errors=True) as scratch:
             scan = self.readers.read(name, read_upload, paths, self.processor.num_frames, Path(scratch))
         query = Query(f"upload-{uuid.uuid4().hex}", None, self._encode(scan))
-        self._store(self._scans, query.key, scan)
+        self._cached(self._scans, query.key, lambda: scan)
         return query
 
     def query_of_row(self, row: int) -> Query:
-        """Return a scan of the gallery as a query.
-
-        Raises:
-            ValueError: If the gallery has no such row.
-        """
+        """Return a scan of the gallery as a query. Raises `ValueError` if the gallery has no such row."""
         if not 0 <= row < len(self.gallery):
             raise ValueError(f"item does not exist: expected a number from 0 to {len(self.gallery) - 1}, got {row}.")
         return Query(key_of_row(row), row, self.gallery.index.embeddings[row].float())
@@ -177,34 +155,24 @@ class SearchService:
         Raises:
             M3RetReadError, ScanExpiredError: With `rerank`, if the query's scan is no longer available.
         """
+        k = min(max(1, k), MAX_HITS)
         hits = self.gallery.search(
-            query.embedding,
-            min(max(1, k), MAX_HITS),
-            where,
-            query_row=query.row,
-            exclude_same_patient=exclude_same_patient,
+            query.embedding, k, where, query_row=query.row, exclude_same_patient=exclude_same_patient
         )
         if rerank and self.has_scans():
             hits = self._reranked(query, hits)
         pairs = zip(hits.scores[0].tolist(), hits.rows[0].tolist(), strict=True)
-        return [
-            HitFacts(item=row, similarity=round(score, 4), **self.gallery.facts(row))
-            for score, row in pairs
-            if row >= 0
-        ]
+        found = [(round(score, 4), row) for score, row in pairs if row >= 0]
+        return [HitFacts(item=row, similarity=score, **self.gallery.facts(row)) for score, row in found]
 
     def _reranked(self, query: Query, hits: Hits) -> Hits:
         tokens: dict[int, ScanTokens] = {}
         for row in hits.rows[0].tolist():
-            try:
+            with suppress(M3RetReadError):
                 tokens[row] = self._tokens_of(key_of_row(row))
-            except M3RetReadError:
-                continue
         is_readable = torch.tensor([row in tokens for row in hits.rows[0].tolist()], dtype=torch.bool)
         readable = Hits(hits.scores[:, is_readable], hits.rows[:, is_readable])
         return rerank_hits([self._tokens_of(query.key)], readable, tokens)
-
-    # --------------------------------------------------------------------------------------------------------- scans
 
     def has_scans(self) -> bool:
         """Return whether the gallery's scans can be opened. An index alone holds embeddings only."""
@@ -217,84 +185,65 @@ class SearchService:
             ScanExpiredError: If an upload has expired.
             M3RetReadError: If a scan of the gallery cannot be read.
         """
-        scan = self._cached(self._scans, key)
-        if scan is None:
-            row = _row_of(key)
-            if row is None or self.gallery.records is None:
-                raise ScanExpiredError("This scan is no longer in memory. Please upload it again.")
-            record = self.gallery.records[row]
-            try:
-                scan = self.readers.read(f"item {row}", read_record, record, self.processor.num_frames)
-            except M3RetReadError as error:  # without the name of the file, which visitors must not see
-                raise error.with_file(f"item {row} of the gallery") from error
-            self._store(self._scans, key, scan)
-        return scan
+        return self._cached(self._scans, key, lambda: self._read_again(key))
+
+    def _read_again(self, key: str) -> Scan:
+        if not key.startswith(ROW_KEY) or self.gallery.records is None:
+            raise ScanExpiredError("This scan is no longer in memory. Please upload it again.")
+        row = int(key.removeprefix(ROW_KEY))
+        try:
+            return self.readers.read(f"item {row}", read_record, self.gallery.records[row], self.processor.num_frames)
+        except M3RetReadError as error:  # without the name of the file, which visitors must not see
+            raise error.with_file(f"item {row} of the gallery") from error
 
     def heat(self, query: Query, row: int, region: Region | None = None) -> Heat:
-        """Compute where the query, or a region of it, matches a scan of the gallery.
+        """Compute where the query, or a region of it, matches the scan of the gallery in this row.
 
         Args:
-            row: Row of the hit.
             region: Box of voxels in the query. The query's heatmap is zero outside of it.
 
         Raises:
             ScanExpiredError, M3RetReadError: See `scan`.
             ValueError: If the region holds no voxel of the query.
         """
-        key = f"{query.key} {row} {region}"
-        heat = self._cached(self._heats, key)
-        if heat is None:
-            match = locate(self._tokens_of(query.key), self._tokens_of(key_of_row(row)), region, pairs=1)
-            best = match.pairs[0]
-            query_heat, query_slice = match.query_heat, round(best.query[0])
-            if region is not None:  # patches cross its edges, and heat is interpolated between patches
-                query_heat = torch.zeros_like(query_heat)
-                query_heat[region] = match.query_heat[region]
-                query_slice = min(max(query_slice, region[0].start), region[0].stop - 1)
-            heat = Heat(_to_uint8(query_heat), _to_uint8(match.hit_heat), query_slice, match.hit_slice, best.confidence)
-            self._store(self._heats, key, heat)
-        return heat
+        return self._cached(self._heats, f"{query.key} {row} {region}", lambda: self._compare(query, row, region))
+
+    def _compare(self, query: Query, row: int, region: Region | None) -> Heat:
+        match = locate(self._tokens_of(query.key), self._tokens_of(key_of_row(row)), region, pairs=1)
+        best = match.pairs[0]
+        query_heat, query_slice = match.query_heat, round(best.query[0])
+        if region is not None:  # patches cross its edges, and heat is interpolated between patches
+            query_heat = torch.zeros_like(query_heat)
+            query_heat[region] = match.query_heat[region]
+            query_slice = min(max(query_slice, region[0].start), region[0].stop - 1)
+        return Heat(_to_uint8(query_heat), _to_uint8(match.hit_heat), query_slice, match.hit_slice, best.confidence)
 
     def slices_in_patch(self, query: Query, slice_index: int) -> slice:
-        """Return the slices of the query whose centres lie in the same patch as this slice's centre.
-
-        Raises:
-            ScanExpiredError, M3RetReadError: See `scan`.
-        """
+        """Return the slices of the query whose centres lie in the same patch as this slice's. Raises as `scan`."""
         edges = self._tokens_of(query.key).edges[0]
         patch = int(torch.searchsorted(edges, slice_index + 0.5, right=True)) - 1
         start, stop = (math.ceil(float(edge) - 0.5) for edge in edges[patch : patch + 2])
         return slice(start, stop)
 
     def _tokens_of(self, key: str) -> ScanTokens:
-        tokens = self._cached(self._tokens, key)
-        if tokens is None:
-            tokens = self._tokenise(self.scan(key))
-            self._store(self._tokens, key, tokens)
-        return tokens
+        return self._cached(self._tokens, key, lambda: self._tokenise(self.scan(key)))
 
-    def _cached(self, cache: TTLCache[str, Item], key: str) -> Item | None:
-        """Return a cached item and restart its time to live, or None."""
+    def _cached(self, cache: TTLCache[str, Item], key: str, compute: Callable[[], Item]) -> Item:
+        """Return an item and restart its time to live. If it is not cached, compute it without holding the lock."""
         with self._lock:
-            item = cache.get(key)
-            if item is not None:
+            if (item := cache.get(key)) is not None:
                 cache[key] = item
-            return item
-
-    def _store(self, cache: TTLCache[str, Item], key: str, item: Item) -> None:
+                return item
+        item = compute()
         with self._lock:
             cache[key] = item
-
-    # --------------------------------------------------------------------------------------------------------- model
+        return item
 
     def _encode_here(self, scan: Scan) -> Tensor:
         with torch.inference_mode():
             inputs = self.processor.preprocess(scan).to(self.model.device)
             embedding: Tensor = self.model.get_image_features(**inputs)
         return embedding[0].float().cpu().clone()
-
-    def _tokenise_here(self, scan: Scan) -> ScanTokens:
-        return scan_tokens(self.model, self.processor, [scan])[0]
 
 
 def _cache(max_bytes: int, bytes_of: Callable[[Item], int]) -> TTLCache[str, Item]:
@@ -304,11 +253,7 @@ def _cache(max_bytes: int, bytes_of: Callable[[Item], int]) -> TTLCache[str, Ite
 
 def key_of_row(row: int) -> str:
     """Return the cache key of a scan of the gallery."""
-    return f"row-{row}"
-
-
-def _row_of(key: str) -> int | None:
-    return int(key.removeprefix("row-")) if key.startswith("row-") else None
+    return f"{ROW_KEY}{row}"
 
 
 def _to_uint8(heat: Tensor) -> NDArray[np.uint8]:
@@ -327,5 +272,4 @@ def on_gpu(model: torch.nn.Module, function: Callable[[Scan], Result]) -> Callab
             model.to("cuda")  # ZeroGPU calls this in a separate process; only that one has a GPU
         return function(scan)
 
-    wrapped: Callable[[Scan], Result] = importlib.import_module("spaces").GPU(call_on_gpu)
-    return wrapped
+    return cast(Callable[[Scan], Result], importlib.import_module("spaces").GPU(call_on_gpu))

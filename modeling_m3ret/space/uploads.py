@@ -10,13 +10,13 @@ refused for its size, and an empty file for each one that a page accepted. `star
 from __future__ import annotations
 
 import stat
-import threading
 import time
 import zipfile
 import zlib
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
+from threading import Event, Thread
 
 from ..data.collection import Record
 from ..reading_m3ret import M3RetReadError, ReadLimits, Scan, read_scan
@@ -45,14 +45,11 @@ def read_upload(files: Sequence[Path], num_frames: int, scratch: Path, limits: R
         M3RetReadError: If the files hold no scan, or exceed the limits.
     """
     if not files:
-        raise M3RetReadError(
-            "upload", "not_found", "DICOM, NIfTI, video, image, .npy, .npz, or a zip of DICOM slices", "no file"
-        )
-    if len(files) > 1:
-        return read_scan([*files], num_frames=num_frames, limits=limits)
-    (file,) = files
-    if not _is_zip_of_files(file):
-        return read_scan(file, num_frames=num_frames, limits=limits)
+        expected = "DICOM, NIfTI, video, image, .npy, .npz, or a zip of DICOM slices"
+        raise M3RetReadError("upload", "not_found", expected, "no file")
+    file = files[0]
+    if len(files) > 1 or not _is_zip_of_files(file):
+        return read_scan([*files] if len(files) > 1 else file, num_frames=num_frames, limits=limits)
     unpacked = _unpack(file, scratch, limits)
     try:
         return read_scan(unpacked[0] if len(unpacked) == 1 else scratch, num_frames=num_frames, limits=limits)
@@ -61,11 +58,7 @@ def read_upload(files: Sequence[Path], num_frames: int, scratch: Path, limits: R
 
 
 def read_record(record: Record, num_frames: int, limits: ReadLimits = LIMITS) -> Scan:
-    """Read a scan of the gallery within the limits of an upload.
-
-    Raises:
-        M3RetReadError: If it cannot be read.
-    """
+    """Read a scan of the gallery within the limits of an upload."""
     return read_scan(record.open(), num_frames=num_frames, limits=limits)
 
 
@@ -85,12 +78,7 @@ def _is_zip_of_files(file: Path) -> bool:
 
 
 def _unpack(file: Path, folder: Path, limits: ReadLimits) -> list[Path]:
-    """Extract the files of a zip into the folder, under numbers instead of names.
-
-    Raises:
-        M3RetReadError: If a name points outside the archive, a file is a link, encrypted or damaged, or the files
-            exceed the limits.
-    """
+    """Extract the files of a zip into the folder, under numbers instead of names. Raises `M3RetReadError`."""
 
     def refusal(reason: Reason, expected: str, got: str) -> M3RetReadError:
         return M3RetReadError(file.name, reason, expected, got)
@@ -148,19 +136,14 @@ def delete_old_files(folder: Path, seconds: float) -> None:
                 path.unlink()
 
 
-def start_sweeper(
-    folder: Path, registered: Sequence[set[str]], close_idle: Callable[[float], object]
-) -> threading.Event:
-    """Delete old uploads and close idle scans at regular intervals, in a daemon thread.
+def start_sweeper(folder: Path, registered: Sequence[set[str]], close_idle: Callable[[float], object]) -> Event:
+    """Delete old uploads and close idle scans at regular intervals, in a daemon thread, until the event is set.
 
     Args:
         registered: Gradio's sets of the files that it has written. Paths of deleted files are removed from them.
         close_idle: Called with the retention time in seconds, see `SearchService.close_idle`.
-
-    Returns:
-        An event that stops the thread when set.
     """
-    stop = threading.Event()
+    stop = Event()
 
     def sweep() -> None:
         while not stop.wait(SWEEP_INTERVAL_SECONDS):
@@ -170,5 +153,5 @@ def start_sweeper(
             for paths in registered:
                 paths.difference_update([path for path in paths.copy() if not Path(path).exists()])
 
-    threading.Thread(target=sweep, name="m3ret-sweeper", daemon=True).start()
+    Thread(target=sweep, name="m3ret-sweeper", daemon=True).start()
     return stop

@@ -95,14 +95,14 @@ def serving(
     folder: Path, upload_bytes: int = 2**25, auth: tuple[str, str] | None = None, subjects: int = SUBJECTS
 ) -> Iterator[SpaceServer]:
     pytest.importorskip("gradio", reason="the Space needs gradio: pip install m3ret[app]")
-    from modeling_m3ret.space.pages import ServerOptions, build, serve
+    from modeling_m3ret.space.pages import build, serve
 
     records = small_phantom(folder / "secret-ward", subjects)
     model, processor, gallery = small_gallery(folder / "galleries", records)
     service = SearchService(model, processor, gallery, IsolatedReaders(seconds=TIMEOUT))
     page = build(service, str(folder))
     try:
-        address = serve(page, service, ServerOptions(upload_bytes=upload_bytes, auth=auth), wait=False)
+        address = serve(page, service, upload_bytes=upload_bytes, auth=auth, wait=False)
         yield SpaceServer(address, page, folder, records, service, Path(os.environ["GRADIO_TEMP_DIR"]))
     finally:
         page.close()
