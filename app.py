@@ -2,7 +2,7 @@
 
     python app.py                                        # newest local checkpoint, demo gallery
     python app.py --quickstart                           # train a small checkpoint first if there is none
-    python app.py --model m3ret-vitb --gallery FOLDER    # a data set, or the folder of an index
+    python app.py --model m3ret-vitb --gallery FOLDER    # a dataset, or the folder of an index
     python app.py --push_to_hub ORG/SPACE                # publish as a private Hugging Face Space
 
 Needs `pip install "m3ret[app]"`. The server accepts connections from this machine only. It serves no local files and
@@ -47,7 +47,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--gallery",
         metavar="DATASET|INDEX",
-        help="folder with a manifest.csv, Parquet data set (folder or ORG/NAME), phantom[:SUBJECTS[:SEED]], or folder "
+        help="folder with a manifest.csv, Parquet dataset (folder or ORG/NAME), phantom[:SUBJECTS[:SEED]], or folder "
         "of an index, whose scans can be found but not displayed (default: synthetic scans, and those of pydicom-data)",
     )
     parser.add_argument("--port", type=int, help="port of the server (default: the first free one from 7860)")

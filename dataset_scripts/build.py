@@ -1,4 +1,4 @@
-"""Build a Parquet data set for training from a local collection, and optionally push it to the Hub.
+"""Build a Parquet dataset for training from a local collection, and optionally push it to the Hub.
 
     python dataset_scripts/build.py --source folder --root /scans --output built --num_proc 8
     python dataset_scripts/build.py --source phantom --root phantom:200 --output built --push_to_hub ORG/NAME
@@ -43,7 +43,7 @@ def build(
     shard_bytes: int | None = None,
     repository: str | None = None,
 ) -> dict[str, object]:
-    """Build a data set from the collection in `root`, or resume an interrupted build, and return its report.
+    """Build a dataset from the collection in `root`, or resume an interrupted build, and return its report.
 
     Args:
         output: a new or empty folder outside `root`, or an interrupted build.

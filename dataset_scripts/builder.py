@@ -34,7 +34,7 @@ MAX_MEDIA_BYTES = 2**31 - 2**22
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """Options that change the rows of a data set."""
+    """Options that change the rows of a dataset."""
 
     validation: float = 0.1  # fraction of patients in the validation split, if there is no official split
     test: float = 0.1  # the same for the test split

@@ -1,4 +1,4 @@
-"""Write the data set card from the report. The card is published, so it contains counts and no file name."""
+"""Write the dataset card from the report. The card is published, so it contains counts and no file name."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SIZE_CATEGORIES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"
 def make_card(builder: ScanBuilder, report: dict[str, Any], index: pa.Table, repository: str) -> str:
     """Return the card, with the YAML header from which the Hub's viewer and `load_dataset` read splits and features.
 
-    The example code on the card loads the data set from `repository`: a Hub repository or a local folder.
+    The example code on the card loads the dataset from `repository`: a Hub repository or a local folder.
     """
     counts: dict[str, int] = report["counts"]["split"]
     splits = [split for split in SPLITS if split in counts]

@@ -60,7 +60,7 @@ class Entry:
 class Source(ABC):
     """One collection. A subclass sets the attributes below and implements `find_entries`.
 
-    Title, homepage, licence and citation are as the authors of the collection state them, for the data set card.
+    Title, homepage, licence and citation are as the authors of the collection state them, for the dataset card.
     """
 
     name: ClassVar[str]  # value of `--source`

@@ -1,4 +1,4 @@
-"""Upload a built data set to the Hub: card, index and shards, and nothing else from its folder."""
+"""Upload a built dataset to the Hub: card, index and shards, and nothing else from its folder."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PUBLISHED = ("README.md", INDEX, "data/*.parquet")
 
 
 def push(folder: Path, repository: str) -> None:
-    """Upload a built data set in one commit; a new repository is private.
+    """Upload a built dataset in one commit; a new repository is private.
 
     Files that are on the Hub already are not sent again. Shards of an older build that the new one lacks are deleted in
     the same commit.

@@ -1,4 +1,4 @@
-"""Encode a scan of any format as a row of the data set, without anything that could identify a patient.
+"""Encode a scan of any format as a row of the dataset, without anything that could identify a patient.
 
 JPEG and video retain their compressed bytes, without metadata. Everything else is read once and stored as plain voxels:
 a picture as an uncompressed PNG, a volume or a stack of frames as NIfTI of 8 or 16 bits. Parquet compresses these

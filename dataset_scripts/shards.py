@@ -1,4 +1,4 @@
-"""Write the shards of a data set so that an interrupted build can be resumed.
+"""Write the shards of a dataset so that an interrupted build can be resumed.
 
 The entries of each shard are planned before the first scan is read, and the plan is stored. Each shard is written
 atomically. A build that is started again writes the missing shards only, and ends with the same bytes as one that was

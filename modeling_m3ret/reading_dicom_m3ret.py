@@ -53,10 +53,10 @@ def read_folder(folder: Path, request: ReadRequest) -> AnyScan:
 
 
 def read_series(sources: list[Any], request: ReadRequest, description: Description) -> AnyScan:
-    """Read DICOM files or pydicom data sets of one series: an image, a cine or a volume.
+    """Read DICOM files or pydicom datasets of one series: an image, a cine or a volume.
 
     Args:
-        sources: paths, bytes or data sets, in any order.
+        sources: paths, bytes or datasets, in any order.
         request: the read request.
         description: becomes the description of the scan.
     """
@@ -122,7 +122,7 @@ def _parse_dataset(source: Any, request: ReadRequest) -> Any:
     if hasattr(source, "group_dataset"):
         return source
     if not isinstance(source, (str, os.PathLike, bytes, bytearray, memoryview)):
-        raise request.error("unsupported", "a DICOM file or data set", f"an object of type {type(source).__name__}")
+        raise request.error("unsupported", "a DICOM file or dataset", f"an object of type {type(source).__name__}")
     file = Path(source) if isinstance(source, (str, os.PathLike)) else bytes(source)
     if isinstance(file, Path) and not file.is_file():
         raise request.error("not_found", "an existing DICOM file", "a path that does not exist")
@@ -149,7 +149,7 @@ def _parse_dataset(source: Any, request: ReadRequest) -> Any:
 
 @dataclass(frozen=True, eq=False)
 class _Plane:
-    """One frame of one data set, and its geometry (LPS, mm)."""
+    """One frame of one dataset, and its geometry (LPS, mm)."""
 
     name: str  # of the file, in messages
     dataset: Any
@@ -158,7 +158,7 @@ class _Plane:
     position: np.ndarray | None
     orientation: np.ndarray | None  # (2, 3): direction along a row, direction down a column
     spacing: tuple[float | None, float | None]  # between rows, between columns
-    values: Any  # item with the rescale: a functional group of the frame, or the data set itself
+    values: Any  # item with the rescale: a functional group of the frame, or the dataset itself
     window: Any  # item with the window or VOI LUT
 
     @property
@@ -167,7 +167,7 @@ class _Plane:
 
 
 def _split_into_planes(dataset: Any, number_if_absent: int, request: ReadRequest) -> list[_Plane]:
-    """Return the frames of a data set after checking its size. Enhanced objects declare the geometry of each frame."""
+    """Return the frames of a dataset after checking its size. Enhanced objects declare the geometry of each frame."""
     rows, columns, samples = int(dataset.Rows), int(dataset.Columns), int(dataset.get("SamplesPerPixel") or 1)
     frames = int(dataset.get("NumberOfFrames") or 1)
     request.check_pixels(rows, columns)
@@ -365,7 +365,7 @@ def _check_frame_size(size: tuple[int, ...], declared: tuple[int, int], request:
 
 
 def _decode_frames(dataset: Any, frames: list[int], request: ReadRequest) -> Iterable[np.ndarray]:
-    """Decode frames of one data set, given in ascending order."""
+    """Decode frames of one dataset, given in ascending order."""
     syntax, total = _transfer_syntax(dataset), int(dataset.get("NumberOfFrames") or 1)
     if syntax.is_encapsulated:  # decoders allocate what the codestream requests, whatever the header declares
         encaps = importlib.import_module("pydicom.encaps")
@@ -385,7 +385,7 @@ def _decode_frames(dataset: Any, frames: list[int], request: ReadRequest) -> Ite
 
 
 def _transfer_syntax(dataset: Any) -> Any:
-    """Return the declared transfer syntax, or without file meta information the encoding the data set was read with."""
+    """Return the declared transfer syntax, or without file meta information the encoding the dataset was read with."""
     uid = importlib.import_module("pydicom.uid")
     declared = getattr(dataset, "file_meta", {}).get("TransferSyntaxUID")
     if declared:

@@ -67,7 +67,7 @@ def read_scan(source: Any, *, num_frames: int | None = None, limits: ReadLimits 
             - a folder or a list of files that make up one DICOM series;
             - a PIL image;
             - a NumPy array or torch tensor `(H, W)`, `(H, W, C)`, `(D, H, W)` or `(D, H, W, C)` with C = 1, 3 or 4;
-            - a row of a `datasets` data set with exactly one of the columns image, video, volume. The columns
+            - a row of a `datasets` dataset with exactly one of the columns image, video, volume. The columns
               intensity and spacing, if present, override what its file declares (see `data/schema.py`);
             - a `Scan`, which is returned unchanged.
         num_frames: maximum number of frames, taken from the centres of equal segments, of sources whose depth has no
@@ -91,7 +91,7 @@ def read_scan(source: Any, *, num_frames: int | None = None, limits: ReadLimits 
 
 
 def read_stored(source: Any, *, limits: ReadLimits = ReadLimits()) -> StoredScan:
-    """Read one scan as a data set stores it: all frames, with the values that the file declares, in 8 or 16 bits.
+    """Read one scan as a dataset stores it: all frames, with the values that the file declares, in 8 or 16 bits.
 
     Sources and errors are those of `read_scan`, except that a `Scan` cannot be stored. Integers of at most 16 bits are
     stored exactly. Hounsfield units are rounded to integers; other values are scaled to [0, 1] and stored in steps of
@@ -127,12 +127,12 @@ def _read(source: Any, request: ReadRequest) -> AnyScan:
         source = source.float() if str(source.dtype) == "torch.bfloat16" else source
     if hasattr(source, "__array__"):
         return _read_array(np.asarray(source), request, {"format": "array"})
-    expected = "a path, bytes, image, array, DICOM series or data set row"
+    expected = "a path, bytes, image, array, DICOM series or dataset row"
     raise request.error("unsupported", expected, f"an object of type {type(source).__name__}")
 
 
 def _read_row(row: dict[str, Any], request: ReadRequest) -> AnyScan:
-    """Read a data set row, or the `{"bytes", "path"}` cell of one."""
+    """Read a dataset row, or the `{"bytes", "path"}` cell of one."""
     if "bytes" in row or "path" in row:
         for key in ("bytes", "path"):
             if row.get(key) is not None:

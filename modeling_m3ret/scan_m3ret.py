@@ -113,7 +113,7 @@ class Scan:
 
 @dataclass(frozen=True, eq=False)
 class StoredScan:
-    """One scan as a data set stores it: oriented and described like a `Scan`, in 8 or 16 bits."""
+    """One scan as a dataset stores it: oriented and described like a `Scan`, in 8 or 16 bits."""
 
     array: np.ndarray  # (C, D, H, W), uint8, int16 or uint16
     intensity: str  # how values map to [0, 1], one of `INTENSITIES`
@@ -140,8 +140,8 @@ class ReadRequest:
     name: str  # of the source, in messages
     num_frames: int | None  # maximum; None reads all
     limits: ReadLimits
-    intensity: str | None = None  # what a data set row declares for a file that cannot, one of `INTENSITIES`
-    spacing: Spacing | None = None  # what a data set row declares
+    intensity: str | None = None  # what a dataset row declares for a file that cannot, one of `INTENSITIES`
+    spacing: Spacing | None = None  # what a dataset row declares
     return_stored: bool = False  # return a `StoredScan` instead of a `Scan`
 
     def error(self, reason: Reason, expected: str, got: str, advice: str = "") -> M3RetReadError:
@@ -278,7 +278,7 @@ def sniff(file: bytes | Path) -> str | None:
     transport = head[:1] == head[188:189] == b"G"  # MPEG transport stream: packets of 188 bytes
     if head[4:8] in boxes or head.startswith(magics) or transport:
         return "video"
-    if head.startswith((b"\x08\0", b"\x02\0", b"\0\x08", b"\0\x02")):  # a DICOM data set without a preamble
+    if head.startswith((b"\x08\0", b"\x02\0", b"\0\x08", b"\0\x02")):  # a DICOM dataset without a preamble
         return "dicom"
     return None
 
@@ -333,7 +333,7 @@ def to_unit_range(
 ) -> AnyScan:
     """Scale intensities to [0, 1], or to the stored form if the request asks for it.
 
-    What a data set row declares takes precedence over `rule` and `spacing`, and `rule` over what the values look like.
+    What a dataset row declares takes precedence over `rule` and `spacing`, and `rule` over what the values look like.
 
     Args:
         values: `(C, D, H, W)` of any real type. May be overwritten if `rule` is given.
@@ -405,7 +405,7 @@ def to_unit_range(
 
 
 def _declared_rule(dtype: np.dtype, request: ReadRequest) -> str | None:
-    """Return the rule of a data set row's intensity, after checking that it fits the type of the voxels."""
+    """Return the rule of a dataset row's intensity, after checking that it fits the type of the voxels."""
     if request.intensity in ("8-bit", "full range") and (request.intensity == "8-bit") != (dtype == np.uint8):
         expected = "uint8 voxels" if request.intensity == "8-bit" else "voxels of more than 8 bits"
         advice = f'Correct the column intensity, which is "{request.intensity}".'

@@ -19,7 +19,7 @@ CT, MR, CINE = str(CTImageStorage), str(MRImageStorage), str(UltrasoundMultiFram
 
 
 def dicom(pixels: np.ndarray, *, sop: str = MR, series: str = "1.2.3", **elements: Any) -> pydicom.Dataset:
-    """Return a data set with the given pixels.
+    """Return a dataset with the given pixels.
 
     Args:
         pixels: `(H, W)`, `(F, H, W)`, or either of them with a last axis of RGB.

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow  # starts processes that build, train and evaluate
 
 ROOT = Path(__file__).parents[1]
 BATCH, EPOCHS = 4, 2
-# prints the packs that ranks load, as JSON; small blocks, so that a small data set has many
+# prints the packs that ranks load, as JSON; small blocks, so that a small dataset has many
 LOAD = """
 import hashlib, json, sys
 from itertools import islice
@@ -74,7 +74,7 @@ TINY = {
 
 @dataclass(frozen=True)
 class Pushed:
-    """A built data set: its folder, its name on the Hub, and the environment of processes that use this Hub."""
+    """A built dataset: its folder, its name on the Hub, and the environment of processes that use this Hub."""
 
     folder: Path
     name: str

@@ -87,7 +87,7 @@ def deflated_bomb() -> bytes:
 
 
 def jpeg2000_of_another_size() -> bytes:
-    """Return a data set of 32 x 24 pixels whose codestream declares 60,000 x 60,000."""
+    """Return a dataset of 32 x 24 pixels whose codestream declares 60,000 x 60,000."""
     image = io.BytesIO()
     Image.fromarray(GREY).save(image, "JPEG2000", no_jp2=True)
     stream = bytearray(image.getvalue())

@@ -1,8 +1,8 @@
-"""Collections of scans: a folder with a `manifest.csv`, a Parquet data set in a folder or on the Hub, or the phantom.
+"""Collections of scans: a folder with a `manifest.csv`, a Parquet dataset in a folder or on the Hub, or the phantom.
 
 A manifest has one row per scan with the columns `id, file, modality, anatomy, label, group` and optionally `source`;
 other columns are ignored. `file` is relative to the folder. `group` is the patient, or the video of a frame: scans of
-one group never count as matches of each other and are never on both sides of a split. A Parquet data set has the schema
+one group never count as matches of each other and are never on both sides of a split. A Parquet dataset has the schema
 of `schema.py`; its patient is the group, and its splits are retained.
 """
 
@@ -34,7 +34,7 @@ class Record:
     """One scan of a collection. `modality`, `anatomy` and `label` serve sampling and evaluation; no model sees them."""
 
     id: str  # unique in the collection
-    location: Path | ParquetRow  # file or folder of the scan, or its row in a Parquet data set
+    location: Path | ParquetRow  # file or folder of the scan, or its row in a Parquet dataset
     modality: str  # `xray`, `ultrasound`, `endoscopy`, `ct`, `mri`, or another name
     anatomy: str  # body part, or empty
     label: str  # labels, joined by `|`, or empty
@@ -56,7 +56,7 @@ def open_collection(data: str | Path, *, stream: bool = False) -> list[Record]:
     Args:
         data: a folder with a `manifest.csv` or with `data/*.parquet`; `ORG/NAME[@REVISION]` on the Hub; or
             `phantom[:SUBJECTS[:SEED]]`, which is made on first use and cached in `HF_HOME/m3ret`.
-        stream: fetch rows of a data set on the Hub when they are read, instead of downloading it first.
+        stream: fetch rows of a dataset on the Hub when they are read, instead of downloading it first.
 
     Raises:
         CollectionError: if there is no such collection, it does not match its format, or it cannot be streamed.
@@ -70,14 +70,14 @@ def open_collection(data: str | Path, *, stream: bool = False) -> list[Record]:
             except HfHubHTTPError as error:
                 status = getattr(error.response, "status_code", "no answer")
                 raise CollectionError(
-                    f"cannot open {data}: expected a folder or a data set on the Hub, got no such folder, and from the "
-                    f"Hub the status {status}. Check the name; if the data set is private, log in with `hf auth login`."
+                    f"cannot open {data}: expected a folder or a dataset on the Hub, got no such folder, and from the "
+                    f"Hub the status {status}. Check the name; if the dataset is private, log in with `hf auth login`."
                 ) from error
     elif (Path(data) / "data").is_dir() and not (Path(data) / "manifest.csv").is_file():
         return _read_parquet(local_shards(Path(data)))
     if stream:
         raise CollectionError(
-            f"cannot stream {data}: expected a Parquet data set (ORG/NAME on the Hub or a folder with data/*.parquet), "
+            f"cannot stream {data}: expected a Parquet dataset (ORG/NAME on the Hub or a folder with data/*.parquet), "
             "got none. Build one with dataset_scripts/build.py, or do not stream."
         )
     return read_manifest(Path(data))

@@ -179,7 +179,7 @@ def expected_tokens(
         if record.shape is None:
             raise CollectionError(
                 f"tokens_per_batch needs the shape of every scan: expected one for {record.id!r}, got none. Build a "
-                "Parquet data set from the collection with dataset_scripts/build.py, or set batch_size instead."
+                "Parquet dataset from the collection with dataset_scripts/build.py, or set batch_size instead."
             )
         D, H, W = record.shape
         D = min(D, processor.num_frames) if record.is_clip else D

@@ -1,4 +1,4 @@
-"""Rows of a Parquet data set, local or on the Hub: where they are, and how they are fetched.
+"""Rows of a Parquet dataset, local or on the Hub: where they are, and how they are fetched.
 
 The small columns of all rows are read once, from the `index.parquet` that the builder writes, or from the shards. Media
 are fetched when a row is read: one row group at a time, or a block of neighbouring row groups where a round trip costs
@@ -57,9 +57,9 @@ class ParquetRow:
 
 @dataclass(frozen=True)
 class Shards:
-    """The Parquet files of a data set, `data/SPLIT-00000-of-00000.parquet`."""
+    """The Parquet files of a dataset, `data/SPLIT-00000-of-00000.parquet`."""
 
-    name: str  # of the data set, for messages
+    name: str  # of the dataset, for messages
     files: list[str]  # paths or `hf://` addresses, sorted
     index: Path | None  # local path of `index.parquet`, if there is one
 
@@ -77,7 +77,7 @@ def hub_shards(name: str, stream: bool) -> Shards:
     If streaming, these are addresses on the Hub; otherwise they are downloaded.
 
     Raises:
-        HfHubHTTPError: if the data set does not exist or must not be read.
+        HfHubHTTPError: if the dataset does not exist or must not be read.
     """
     from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 
@@ -104,7 +104,7 @@ def read_locations(shards: Shards) -> Iterator[tuple[ParquetRow, str, dict[str, 
     if not shards.files:
         raise CollectionError(
             f"{shards.name} has no shards: expected data/SPLIT-00000-of-00000.parquet with SPLIT one of "
-            f"{', '.join(SPLITS)}, got no such file. Build the data set with dataset_scripts/build.py."
+            f"{', '.join(SPLITS)}, got no such file. Build the dataset with dataset_scripts/build.py."
         )
     table = _read_index(shards) or build_index(shards)
     modalities = _modality_names(table.schema)
@@ -128,7 +128,7 @@ def _read_index(shards: Shards) -> pa.Table | None:
     indexed = set(table.column("shard").unique().to_pylist())
     if indexed != {_file_name(file) for file in shards.files}:
         logger.warning(
-            "%s: %s is ignored: expected the %d shards of data/, got %d others. Build the data set again.",
+            "%s: %s is ignored: expected the %d shards of data/, got %d others. Build the dataset again.",
             *(shards.name, INDEX, len(shards.files), len(indexed)),
         )
         return None
@@ -148,7 +148,7 @@ def build_index(shards: Shards) -> pa.Table:
         if missing := {"id", "modality", "patient"} - set(columns):
             raise CollectionError(
                 f"{_file_name(file)} of {shards.name} lacks columns: expected id, modality and patient, got "
-                f"{', '.join(columns)}. Add {', '.join(sorted(missing))}, or build the data set with "
+                f"{', '.join(columns)}. Add {', '.join(sorted(missing))}, or build the dataset with "
                 "dataset_scripts/build.py."
             )
         tables.append(add_location_columns(_file_name(file), parquet, parquet.read(columns=columns)))
@@ -254,7 +254,7 @@ class RowReader:
                 "undecodable",
                 expected="an intact Parquet file that can be fetched",
                 got=type(error).__name__,
-                advice="Check the connection, or download the data set again.",
+                advice="Check the connection, or download the dataset again.",
             ) from error
         self._groups.update(zip(((shard, group) for group in missing), tables, strict=True))
         self._bytes += sum(table.nbytes for table in tables)

@@ -1,4 +1,4 @@
-"""Schema of a row of a Parquet data set. It is the same for every source, so that any mix of sources can be trained on.
+"""Schema of a row of a Parquet dataset. It is the same for every source, so that any mix of sources can be trained on.
 
 Exactly one of `image`, `video` and `volume` is set. It holds the bytes of a file that this project's reader decodes
 under its limits: PNG or JPEG; MP4 or Matroska; uncompressed NIfTI with int16, uint16 or uint8 voxels.

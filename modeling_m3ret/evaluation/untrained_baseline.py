@@ -57,7 +57,7 @@ def build_untrained_baseline(
     if not pooled.records:
         note = (
             "The untrained encoder is not whitened: no training scans of patients outside the evaluation are known. "
-            "Use --holdout, or --split with a data set that has a train split."
+            "Use --holdout, or --split with a dataset that has a train split."
         )
         return UntrainedBaseline(encoder, "untrained", note, [])
     encoder.whitening.fit(pooled.embeddings)

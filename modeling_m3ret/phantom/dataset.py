@@ -1,4 +1,4 @@
-"""Write the phantom collection: a synthetic data set in real file formats that takes about a minute on any machine.
+"""Write the phantom collection: a synthetic dataset in real file formats that takes about a minute on any machine.
 
 It lets every command run without a download. It has classes, subjects and cross-modal ground truth: the same subject in
 five modalities. Nothing in it comes from a patient, and results on it have no clinical meaning. `anatomy.py` generates
@@ -58,7 +58,7 @@ class OccupiedFolderError(InputError, FileExistsError):
 
 
 def _dicom_header(anatomy: Anatomy, modality: str, number: int = 0) -> Any:
-    """Return a DICOM data set with patient, study and series modules. Its identifiers depend only on the subject."""
+    """Return a DICOM dataset with patient, study and series modules. Its identifiers depend only on the subject."""
 
     def generate_uid(*keys: object) -> str:
         source = ("m3ret-phantom", VERSION, anatomy.seed, anatomy.subject, *keys)

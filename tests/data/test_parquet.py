@@ -1,4 +1,4 @@
-"""Parquet data sets: the records of their rows, how many rows are fetched at once, and damaged shards."""
+"""Parquet datasets: the records of their rows, how many rows are fetched at once, and damaged shards."""
 
 from __future__ import annotations
 

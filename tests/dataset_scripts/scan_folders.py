@@ -90,7 +90,7 @@ def noise_collection(root: Path, count: int, side: int) -> Path:
 
 
 def rows_of(output: Path, split: str = "") -> list[dict[str, Any]]:
-    """Return the rows of a built data set or of one split, in order."""
+    """Return the rows of a built dataset or of one split, in order."""
     shards = sorted((output / "data").glob(f"{split}*.parquet"))
     return [row for shard in shards for row in pq.read_table(shard).to_pylist()]
 

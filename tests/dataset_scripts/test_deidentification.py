@@ -551,7 +551,7 @@ DICOMS: dict[str, Callable[[], Dataset]] = {
 
 
 def reduced(ds: Dataset) -> Dataset:
-    """Return the data set with only those elements that are declared as used, at any depth."""
+    """Return the dataset with only those elements that are declared as used, at any depth."""
     used = Dataset()
     for element in ds:
         if element.keyword in DICOM_ELEMENTS_USED:
