@@ -11,7 +11,6 @@ use; keep it as long as data may be added.
 
 from __future__ import annotations
 
-import argparse
 import json
 import tempfile
 from collections.abc import Sequence
@@ -27,7 +26,7 @@ from dataset_scripts.shards import BuildError, build_shards, drop_rows, plan_sha
 from dataset_scripts.sources import SOURCES
 from dataset_scripts.sources.folder import Folder
 from modeling_m3ret.atomic_io import atomic_write_text
-from modeling_m3ret.command_line import user_errors
+from modeling_m3ret.command_line import CommandLine, user_errors
 from modeling_m3ret.data.schema import MODALITIES
 
 
@@ -75,15 +74,15 @@ def build(
     return report
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> CommandLine:
     """Return the parser of the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandLine(__doc__)
     parser.add_argument("--list", action="store_true", help="list all sources, with licence and homepage")
     parser.add_argument("--source", choices=sorted(SOURCES), help="the collection")
     parser.add_argument("--root", help="folder of the collection; for the phantom also phantom[:SUBJECTS[:SEED]]")
     parser.add_argument("--output", type=Path, help="new folder, or an interrupted build")
-    parser.add_argument("--num_proc", type=int, default=1, help="number of processes (default: %(default)s)")
-    fraction = "fraction of patients, if there is no official split (default: %(default)s)"
+    parser.add_argument("--num_proc", type=int, default=1, help="number of processes")
+    fraction = "fraction of patients, if there is no official split"
     parser.add_argument("--validation", type=float, default=0.1, help=fraction)
     parser.add_argument("--test", type=float, default=0.1, help=fraction)
     parser.add_argument("--max_size", type=int, default=None, help="reduce slices and frames to MAX_SIZE**2 pixels")
@@ -98,7 +97,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--title", default=None, help="title of a folder, for card and rows")
     parser.add_argument("--licence", default=None, help="licence of a folder, for card and rows")
-    parser.add_argument("--modality", choices=MODALITIES, default="", help="modality of files that do not specify one")
+    parser.add_argument("--modality", choices=MODALITIES, default=None, help="modality of files that do not say")
     parser.add_argument("--push_to_hub", default=None, metavar="ORG/NAME", help="upload; a new repository is private")
     return parser
 
@@ -122,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not (arguments.source and arguments.root and arguments.output):
         parser.error("the arguments --source, --root and --output are required")
     if arguments.source == "folder":
-        source: Source = Folder(arguments.title, arguments.licence, arguments.modality)
+        source: Source = Folder(arguments.title, arguments.licence, arguments.modality or "")
     else:
         source = SOURCES[arguments.source]()
     with user_errors(parser.prog):

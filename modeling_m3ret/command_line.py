@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,12 @@ from .scan_m3ret import M3RetReadError
 
 
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+
+# jsonargparse's message about a value of the wrong type: option, type, value
+WRONG_VALUE = re.compile(
+    r"""Parser key "(\w+)":\s+Expected an? (?:<class ')?(.+?)(?:'>)?\. Got value: (.*)""", re.DOTALL
+)
 
 
 class CommandLine(jsonargparse.ArgumentParser):
@@ -32,6 +39,9 @@ class CommandLine(jsonargparse.ArgumentParser):
         super().__init__(prog=prog, usage="%(prog)s [options]", description=description, formatter_class=_Help)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        if wrong_value := WRONG_VALUE.fullmatch(message):
+            key, expected, value = wrong_value.groups()
+            message = f"{key}: expected {expected.replace('typing.Literal', 'one of ')}, got {value}."
         exit_with_error(self.prog, f"{message} (see --help)")
 
 

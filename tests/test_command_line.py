@@ -34,7 +34,7 @@ def parser() -> CommandLine:
     ("argv", "named"),
     [
         (["--stesp", "3"], "--stesp"),
-        (["--steps", "many"], "steps"),
+        (["--steps", "many"], "steps: expected int, got many"),
         (["--config", "nowhere.yaml"], "nowhere.yaml"),
     ],
 )
