@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from processes import forks
 from space_server import small_gallery, small_phantom
 
 from modeling_m3ret import M3RetImageProcessor, M3RetModel
@@ -99,6 +99,22 @@ def embedded(monkeypatch: pytest.MonkeyPatch) -> list[Record]:
     return embedded
 
 
+def embed_and_die(
+    records: list[Record], model: M3RetModel, processor: M3RetImageProcessor, cache: Path, shard: int, done: int
+) -> None:
+    """Embed a gallery in shards of `shard` scans, and kill this process when shard number `done` is written."""
+    write, written = embedding_store.atomic_write, []
+
+    def die_after_some(path: Path) -> Any:
+        if len(written) == done:
+            os.kill(os.getpid(), signal.SIGKILL)
+        written.append(path)
+        return write(path)
+
+    gallery_module.SHARD_SCANS, embedding_store.atomic_write = shard, die_after_some
+    embed_gallery(records, model, processor, "tiny", folder=cache)
+
+
 @pytest.mark.slow
 def test_killed_embedding_is_resumed(
     records: list[Record],
@@ -111,19 +127,7 @@ def test_killed_embedding_is_resumed(
     cache, shard, done = tmp_path / "galleries", 3, 2
     monkeypatch.setattr(gallery_module, "SHARD_SCANS", shard)
 
-    def embed_and_die() -> None:
-        write, written = embedding_store.atomic_write, []
-
-        def die_after_some(path: Path) -> Any:
-            if len(written) == done:
-                os.kill(os.getpid(), signal.SIGKILL)
-            written.append(path)
-            return write(path)
-
-        embedding_store.atomic_write = die_after_some
-        embed_gallery(records, model, processor, "tiny", folder=cache)
-
-    killed = multiprocessing.get_context("fork").Process(target=embed_and_die)
+    killed = forks().Process(target=embed_and_die, args=(records, model, processor, cache, shard, done))
     killed.start()
     killed.join()
     assert killed.exitcode == -signal.SIGKILL
