@@ -6,6 +6,7 @@ Drawn with Pillow, in pixel coordinates: Gradio's plots report no click on a poi
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from ..evaluation.report.numbers import principal_components
 from .endpoints import HEAVY, PRIVATE, show_errors
-from .search_page import SCROLL_TO_TOP, SearchPage
+from .search_page import IMAGE, SCROLL_TO_TOP, SearchPage
 from .service import SearchService
 from .side_by_side import describe, modality_name
 
@@ -53,14 +54,11 @@ class GalleryMap:
         return row if distances[row] <= MAX_CLICK_DISTANCE else None
 
     def draw(self, names: Sequence[str], selected: int | None = None) -> Image.Image:
-        """Draw the map in RGBA on a transparent background, coloured by name. The rarest names share one colour.
+        """Draw the map in RGBA on a transparent background, with a ring around the selected row.
 
-        Args:
-            names: Name of each scan.
-            selected: Row to draw a ring around.
+        Scans are coloured by their names. The rarest names share one colour.
         """
-        counts = {name: names.count(name) for name in dict.fromkeys(names)}
-        by_count = sorted(counts, key=lambda name: (-counts[name], name))
+        by_count = [name for name, _ in Counter(sorted(names)).most_common()]  # equally frequent ones by name
         named = by_count if len(by_count) <= len(COLOURS) else by_count[: len(COLOURS) - 1]
         colour_of = dict(zip(named, COLOURS, strict=False))
         entries = [(name or "unknown", colour_of[name]) for name in named]
@@ -85,66 +83,43 @@ class GalleryMap:
 
 
 class ExplorePage:
-    """The components and events of the tab. Construct it within a `gr.Tab`.
+    """The components and events of the tab `tab`, one of `tabs`. Construct it within that tab.
 
-    Args:
-        search: The search page, on which the selected scan is used as the query.
-        tab: The tab that contains this page.
-        tabs: The tabs of the page; the search page is the one with id `search`.
+    The selected scan can be the query on the page `search`, which is in the tab with id `search`.
     """
 
     def __init__(self, service: SearchService, search: SearchPage, tab: gr.Tab, tabs: gr.Tabs):
         self.service = service
         self._map: GalleryMap | None = None
         self._lock = threading.Lock()
-        gallery = service.gallery
         gr.Markdown(
             "The embeddings of the gallery on their first two principal components. Scans that are close to each other "
             "look similar to the model."
         )
         with gr.Row():
             with gr.Column(scale=3, min_width=300):
-                self.colour = gr.Radio(
-                    [("Modality", "modality"), ("Anatomy", "anatomy")],
-                    value="modality",
-                    label="Colour by",
-                    elem_id="map-colour",
-                )
-                self.map = gr.Image(
-                    label="Map: click a point",
-                    type="pil",
-                    format="png",
-                    image_mode="RGBA",
-                    interactive=False,
-                    buttons=[],
-                    alt_text="Map of the gallery with one point per scan",
-                    elem_id="map",
-                )
+                colours = [("Modality", "modality"), ("Anatomy", "anatomy")]
+                colour = gr.Radio(colours, value="modality", label="Colour by", elem_id="map-colour")
+                options = {**IMAGE, "format": "png", "image_mode": "RGBA", "elem_id": "map"}
+                alt_text = "Map of the gallery with one point per scan"
+                self.map = gr.Image(label="Map: click a point", alt_text=alt_text, **options)
             with gr.Column(scale=2, min_width=300):
-                self.item = gr.Number(
-                    label="Scan number", minimum=0, maximum=len(gallery) - 1, precision=0, value=0, elem_id="item"
-                )
-                self.thumbnail = gr.Image(
-                    label="Scan", type="pil", interactive=False, height=240, buttons=[], alt_text="The selected scan"
-                )
+                last = len(service.gallery) - 1
+                item = gr.Number(0, label="Scan number", minimum=0, maximum=last, precision=0, elem_id="item")
+                self.thumbnail = gr.Image(label="Scan", height=240, alt_text="The selected scan", **IMAGE)
                 self.facts = gr.Textbox(label="Description", interactive=False, lines=2, elem_id="item-facts")
-                self.as_query = gr.Button(
-                    "Find similar scans", variant="primary", size="sm", elem_id="search-with-item"
-                )
+                as_query = gr.Button("Find similar scans", variant="primary", size="sm", elem_id="search-with-item")
         outputs = [self.map, self.thumbnail, self.facts]
-        triggers = [tab.select, self.colour.input, self.item.change]
-        gr.on(triggers, show_errors(self.show), [self.item, self.colour], outputs, **PRIVATE, **HEAVY)
-        self.map.select(show_errors(self._select), self.item, self.item, **PRIVATE)
-        self.as_query.click(
-            show_errors(search.search_row), [self.item, *search.options], search.query_outputs, **PRIVATE, **HEAVY
-        ).success(lambda: gr.Tabs(selected="search"), None, tabs, **PRIVATE).success(None, js=SCROLL_TO_TOP, **PRIVATE)
+        triggers = [tab.select, colour.input, item.change]
+        gr.on(triggers, show_errors(self.show), [item, colour], outputs, **PRIVATE, **HEAVY)
+        self.map.select(show_errors(self._select), item, item, **PRIVATE)
+        inputs, search_row = [item, *search.options], show_errors(search.search_row)
+        searched = as_query.click(search_row, inputs, search.query_outputs, **PRIVATE, **HEAVY)
+        switched = searched.success(lambda: gr.Tabs(selected="search"), None, tabs, **PRIVATE)
+        switched.success(None, js=SCROLL_TO_TOP, **PRIVATE)
 
     def show(self, row: int | None, colour: str) -> dict[Any, Any]:
-        """Draw the map and describe the selected scan.
-
-        Args:
-            colour: `modality` or `anatomy`.
-        """
+        """Draw the map, coloured by `modality` or `anatomy`, and describe the selected scan."""
         gallery = self.service.gallery
         names = [name or "" for name in gallery.index.metadata.column(colour).to_pylist()]  # may be null
         if colour == "modality":

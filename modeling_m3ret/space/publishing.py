@@ -10,6 +10,7 @@ import importlib.metadata
 import shutil
 import sys
 import tempfile
+from contextlib import suppress
 from importlib.resources import files
 from pathlib import Path
 
@@ -38,15 +39,10 @@ REQUIREMENTS = (
 def push_space(
     repo_id: str, app: Path, model: M3RetModel, processor: M3RetImageProcessor, gallery: Gallery, model_name: str
 ) -> str:
-    """Upload the Space.
+    """Upload the Space and return its address. See `write_space` for the other arguments.
 
     Args:
         repo_id: ORG/NAME. Created as a private Space if it does not exist.
-        app: The script that the Space runs.
-        model_name: Checkpoint folder or Hub id, whose model card is uploaded too.
-
-    Returns:
-        The address of the Space.
     """
     api = HfApi()
     with tempfile.TemporaryDirectory(prefix="m3ret-space-") as folder:
@@ -71,7 +67,12 @@ def write_space(
     gallery: Gallery,
     model_name: str,
 ) -> None:
-    """Write the files of the Space to a folder."""
+    """Write the files of the Space to a folder.
+
+    Args:
+        app: The script that the Space runs.
+        model_name: Checkpoint folder or Hub id, whose model card is included.
+    """
     package = Path(str(files("modeling_m3ret")))
     shutil.copy(app, folder / "app.py")
     shutil.copytree(package, folder / "modeling_m3ret", ignore=shutil.ignore_patterns("__pycache__", "*.pyc", ".*"))
@@ -82,17 +83,14 @@ def write_space(
     published = publishable(gallery)
     published.save(folder / PUBLISHED)
     template = Template((package / "space" / "folder" / "README.md").read_text(encoding="utf-8"))
-    (folder / "README.md").write_text(
-        template.render(
-            title=title,
-            gradio=importlib.metadata.version("gradio"),
-            python=f"{sys.version_info.major}.{sys.version_info.minor}",
-            scans=f"{len(published):,} scans",
-            has_scans=published.collection is not None,
-        )
-        + "\n",
-        encoding="utf-8",
+    readme = template.render(
+        title=title,
+        gradio=importlib.metadata.version("gradio"),
+        python=f"{sys.version_info.major}.{sys.version_info.minor}",
+        scans=f"{len(published):,} scans",
+        has_scans=published.collection is not None,
     )
+    (folder / "README.md").write_text(readme + "\n", encoding="utf-8")
     (folder / "requirements.txt").write_text("\n".join(requirements()) + "\n", encoding="utf-8")
 
 
@@ -100,11 +98,9 @@ def requirements() -> list[str]:
     """Return the installed packages of `REQUIREMENTS`, pinned. The README's header pins Gradio."""
     pinned = []
     for name in REQUIREMENTS:
-        try:
+        with suppress(importlib.metadata.PackageNotFoundError):
             version = importlib.metadata.version(name).split("+")[0]  # without the build tag of torch, e.g. +cpu
-        except importlib.metadata.PackageNotFoundError:
-            continue
-        pinned.append(f"{name}=={version}")
+            pinned.append(f"{name}=={version}")
     return pinned
 
 
@@ -114,20 +110,15 @@ def publishable(gallery: Gallery) -> Gallery:
     Of a gallery with a public name these are the scans of that collection, with thumbnails if they are synthetic. Of
     any other gallery it is the index, with ids and patients replaced by numbers.
     """
-    metadata = gallery.index.metadata
-    sources = metadata.column("source").to_pylist()
+    index = gallery.index
     if gallery.collection is None:
-        index = gallery.index
-        return Gallery(RetrievalIndex(index.embeddings, pseudonymise(metadata), index.facts, index.approximate))
+        return Gallery(RetrievalIndex(index.embeddings, pseudonymise(index.metadata), index.facts, index.approximate))
     collection_size = len(open_collection(gallery.collection))
-    ids = metadata.column("id").to_pylist()
-    samples = {id for id in ids if int(id) >= collection_size}  # of pydicom-data, which the Space may not have
-    index = gallery.index.remove(samples)
-    thumbnails = None
-    if gallery.thumbnails is not None and all(
-        source == SYNTHETIC_SOURCE for source, id in zip(sources, ids, strict=True) if id not in samples
-    ):
-        thumbnails = gallery.thumbnails.take(pa.array([row for row, id in enumerate(ids) if id not in samples]))
+    ids = index.metadata.column("id").to_pylist()
+    rows = [row for row, id in enumerate(ids) if int(id) < collection_size]
+    index = index.remove({id for id in ids if int(id) >= collection_size})  # samples that the Space may not have
+    is_synthetic = set(index.metadata.column("source").to_pylist()) <= {SYNTHETIC_SOURCE}
+    thumbnails = gallery.thumbnails.take(pa.array(rows)) if gallery.thumbnails is not None and is_synthetic else None
     return Gallery(index, None, thumbnails, gallery.collection)
 
 

@@ -21,6 +21,7 @@ from .viewer import describe_scan, num_slices, render_slice
 
 
 COLUMNS = ["item", "similarity", "modality", "anatomy", "labels", "source"]
+IMAGE: dict[str, Any] = {"type": "pil", "interactive": False, "buttons": []}  # keyword arguments of `gr.Image`
 SCROLL_TO_VIEWER = "() => document.getElementById('viewer').scrollIntoView({behavior: 'smooth', block: 'start'})"
 SCROLL_TO_TOP = "() => window.scrollTo({top: 0, behavior: 'smooth'})"
 
@@ -42,34 +43,24 @@ class SearchPage:
         with gr.Row():
             with gr.Column(scale=2, min_width=300):
                 gr.Markdown("Upload a DICOM, NIfTI, video or image file, all slices of a series, or a zip of them.")
-                self.files = gr.File(
-                    label="Scan",
-                    file_count="multiple",
-                    height=140,
-                    elem_id="upload",
-                )
+                self.files = gr.File(label="Scan", file_count="multiple", height=140, elem_id="upload")
                 gr.Markdown("Or start with an example from the gallery:")
                 with gr.Row(elem_id="examples"):
-                    self.examples = [
-                        (
-                            gr.Button(label, size="sm", min_width=90, elem_id=f"example-{name}"),
-                            self._first_row_of(name),
-                        )
+                    self.examples = {
+                        name: gr.Button(label, size="sm", min_width=90, elem_id=f"example-{name}")
                         for label, name in modalities[:8]
-                    ]
+                    }
                 with gr.Accordion("Filters and ranking", open=False, elem_id="options"):
                     self.count = gr.Slider(
-                        1, MAX_HITS, value=DEFAULT_HITS, step=1, label="Number of results", elem_id="count"
+                        1, MAX_HITS, DEFAULT_HITS, step=1, label="Number of results", elem_id="count"
                     )
+                    several: dict[str, Any] = {"value": [], "multiselect": True}
                     self.modalities = gr.Dropdown(
-                        modalities, value=[], multiselect=True, label="Modality (empty: all)", elem_id="modalities"
+                        modalities, label="Modality (empty: all)", elem_id="modalities", **several
                     )
+                    anatomies = gallery.names("anatomy")
                     self.anatomies = gr.Dropdown(
-                        gallery.names("anatomy"),
-                        value=[],
-                        multiselect=True,
-                        label="Anatomy (empty: all)",
-                        elem_id="anatomies",
+                        anatomies, label="Anatomy (empty: all)", elem_id="anatomies", **several
                     )
                     self.exclude_same_patient = gr.Checkbox(
                         False,
@@ -85,13 +76,7 @@ class SearchPage:
                         elem_id="rerank",
                     )
                 self.query_thumbnail = gr.Image(
-                    label="Query",
-                    type="pil",
-                    interactive=False,
-                    height=180,
-                    buttons=[],
-                    visible=False,
-                    elem_id="query-thumbnail",
+                    label="Query", height=180, visible=False, elem_id="query-thumbnail", **IMAGE
                 )
                 self.query_facts = gr.Textbox(
                     label="Description", interactive=False, visible=False, elem_id="query-facts"
@@ -128,22 +113,17 @@ class SearchPage:
         self.viewer = SideBySide(service, self.query)
         self._connect_events()
 
-    def _first_row_of(self, modality: str) -> int:
-        return self.service.gallery.index.metadata.column("modality").to_pylist().index(modality)
-
-    # --------------------------------------------------------------------------------------------------------- events
-
     def _connect_events(self) -> None:
         viewer = self.viewer
         self.options = [self.count, self.modalities, self.anatomies, self.exclude_same_patient, self.rerank]
         hit_outputs = [self.hits, self.grid, self.table, self.status, self.as_csv, self.as_json]
-        self.query_outputs = [
-            self.query, self.query_thumbnail, self.query_facts, *hit_outputs, *viewer.close_outputs
-        ]  # fmt: skip
+        query_outputs = [self.query, self.query_thumbnail, self.query_facts]
+        self.query_outputs = [*query_outputs, *hit_outputs, *viewer.close_outputs]
         event: dict[str, Any] = {"show_progress_on": self.grid, **PRIVATE, **HEAVY}  # not over the status line
         self.files.upload(show_errors(self._search_files), [self.files, *self.options], self.query_outputs, **event)
-        for button, row in self.examples:
-            search_row = functools.partial(self.search_row, row)
+        modality_of_row = self.service.gallery.index.metadata.column("modality").to_pylist()
+        for modality, button in self.examples.items():
+            search_row = functools.partial(self.search_row, modality_of_row.index(modality))
             button.click(show_errors(search_row), self.options, self.query_outputs, **event)
         # a slider's `release` does not fire for keys
         changes = [self.count.input, self.modalities.change, self.anatomies.change]
@@ -151,16 +131,14 @@ class SearchPage:
         search = show_errors(self._search)
         gr.on(changes, search, [self.query, *self.options], hit_outputs, trigger_mode="always_last", **event)
         open_inputs = [self.query, self.hits, *viewer.open_inputs]
-        for results, open_hit in ((self.grid, self._open_from_grid), (self.table, self._open_from_table)):
-            opened = results.select(show_errors(open_hit), open_inputs, viewer.open_outputs, **PRIVATE, **HEAVY)
+        for results in (self.grid, self.table):
+            opened = results.select(show_errors(self._open), open_inputs, viewer.open_outputs, **PRIVATE, **HEAVY)
             opened.success(None, js=SCROLL_TO_VIEWER, **PRIVATE)
         hit_inputs = [viewer.hit, *self.options]
         searched = viewer.as_query.click(show_errors(self.search_row), hit_inputs, self.query_outputs, **event)
         searched.success(None, js=SCROLL_TO_TOP, **PRIVATE)
 
-    def _search_files(
-        self, files: list[str] | None, *options: Any, progress: gr.Progress = gr.Progress()
-    ) -> dict[Any, Any]:
+    def _search_files(self, files: Any, *options: Any, progress: gr.Progress = gr.Progress()) -> dict[Any, Any]:
         progress(0.1, desc="Reading the scan")
         return self._new_query(self.service.query_of_files(files or []), *options)
 
@@ -177,11 +155,10 @@ class SearchPage:
             image, facts = render_slice(scan, num_slices(scan) // 2, long_side=320), describe_scan(scan)
         if query.row is not None:
             facts = f"{describe(self.service.gallery.facts(query.row))} · {facts}"
+        alt_text, has_image = "Middle slice or frame of the query", image is not None
         shown = {
             self.query: query,
-            self.query_thumbnail: gr.Image(
-                image, alt_text="Middle slice or frame of the query", visible=image is not None
-            ),
+            self.query_thumbnail: gr.Image(image, alt_text=alt_text, visible=has_image),
             self.query_facts: gr.Textbox(facts, visible=True),
         }
         return shown | self.viewer.close(scan) | self._search(query, *options)
@@ -208,10 +185,11 @@ class SearchPage:
         status = f"**{len(hits)} results** from {len(self.service.gallery):,} scans, most similar first."
         if hits and self.service.has_scans():
             status += " Select one to compare it with the query."
+        captions = [f"{hit['similarity']:.3f} · {describe(hit)}" for hit in hits]
         return {
             self.hits: hits,
             self.grid: [
-                (self.viewer.thumbnail(hit["item"]), f"{hit['similarity']:.3f} · {describe(hit)}") for hit in hits
+                (self.viewer.thumbnail(hit["item"]), caption) for hit, caption in zip(hits, captions, strict=True)
             ],
             self.table: [_cells(hit) for hit in hits],
             self.status: status,
@@ -219,15 +197,9 @@ class SearchPage:
             self.as_json: gr.DownloadButton(value=folder / "hits.json", interactive=True),
         }
 
-    def _open_from_grid(
-        self, selected: gr.SelectData, query: Query, hits: list[HitFacts], *open_inputs: Any
-    ) -> dict[Any, Any]:
-        return self.viewer.open(query, hits[selected.index]["item"], *open_inputs)
-
-    def _open_from_table(
-        self, selected: gr.SelectData, query: Query, hits: list[HitFacts], *open_inputs: Any
-    ) -> dict[Any, Any]:
-        return self.viewer.open(query, hits[selected.index[0]]["item"], *open_inputs)
+    def _open(self, selected: gr.SelectData, query: Query, hits: list[HitFacts], *open_inputs: Any) -> dict[Any, Any]:
+        index = selected.index if isinstance(selected.index, int) else selected.index[0]  # of the table: row, column
+        return self.viewer.open(query, hits[index]["item"], *open_inputs)
 
 
 def _welcome(scans: int) -> str:

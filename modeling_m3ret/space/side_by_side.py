@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -9,7 +10,7 @@ import gradio as gr
 from PIL import Image
 
 from ..reading_m3ret import Scan
-from .endpoints import HEAVY, LIGHT, PRIVATE, show_errors
+from .endpoints import HEAVY, LIGHT, PRIVATE, QUIET, show_errors
 from .gallery import Facts
 from .service import Heat, Query, SearchService, key_of_row
 from .viewer import (
@@ -30,9 +31,7 @@ from .viewer import (
 MODALITY_NAMES = {"xray": "X-ray", "ultrasound": "Ultrasound", "endoscopy": "Endoscopy", "ct": "CT", "mri": "MRI"}
 # along D, H and W, counted from 1 as on the sliders
 REGION_FIELDS = ("First slice", "Last slice", "Top row", "Bottom row", "Left column", "Right column")
-FIRST_CORNER_HINT = (
-    "To find where a region of the query matches, click two opposite corners of the region in the query image."
-)
+FIRST_CORNER_HINT = "To find where a region of the query matches, click two opposite corners of it in the query image."
 SECOND_CORNER_HINT = "Click the opposite corner. To include more slices, first move to another slice."
 NO_SCAN = "This gallery has no scans, only embeddings."
 Corner = tuple[int, int, int]  # the voxel of a first click: slice, row, column
@@ -51,19 +50,17 @@ def describe(facts: Facts) -> str:
 
 @dataclass(frozen=True, eq=False)
 class ViewState:
-    """What the two images show. Slices count from 0. `region` is None for the whole query."""
+    """What the two images show. The keys of `scans` and `slices` are `query` and `hit`."""
 
     query: Query
-    row: int
-    query_slice: int
-    hit_slice: int
+    row: int  # of the hit
+    scans: dict[str, Scan]
+    slices: dict[str, int]  # from 0
     window: str
     show_heat: bool
     link_slices: bool
     corner: Corner | None
-    region: Region | None
-    query_scan: Scan
-    hit_scan: Scan
+    region: Region | None  # None for the whole query
 
 
 class SideBySide:
@@ -84,6 +81,8 @@ class SideBySide:
         self.service = service
         self.hit: gr.State = gr.State(None, time_to_live=3600)
         self.corner: gr.State = gr.State(None, time_to_live=3600)
+        self.images: dict[str, gr.Image] = {}
+        self.sliders: dict[str, gr.Slider] = {}
         has_scans = service.has_scans()  # without scans there is at most a thumbnail of the hit
         with gr.Column(visible=False, elem_id="viewer") as self.column:
             gr.Markdown("## Compare")
@@ -95,20 +94,14 @@ class SideBySide:
             self.hint = gr.Markdown(FIRST_CORNER_HINT, visible=has_scans, elem_id="region-hint")
             with gr.Row():
                 with gr.Column(min_width=300, visible=has_scans):
-                    self.query_image = gr.Image(
-                        label="Query", type="pil", interactive=False, buttons=["fullscreen"], elem_id="query-image"
-                    )
-                    self.query_slice = _slice_slider("Slice or frame of the query", "query-slice")
+                    self._add_image("query", has_scans)
                     with gr.Accordion("Edit the region", open=False, elem_id="region"), gr.Row():
                         self.numbers = [
                             gr.Number(label=label, precision=0, min_width=120, elem_id=_field_id(label))
                             for label in REGION_FIELDS
                         ]
                 with gr.Column(min_width=300):
-                    self.hit_image = gr.Image(
-                        label="Hit", type="pil", interactive=False, buttons=["fullscreen"], elem_id="hit-image"
-                    )
-                    self.hit_slice = _slice_slider("Slice or frame of the hit", "hit-slice", visible=has_scans)
+                    self._add_image("hit", has_scans)
                     self.hit_facts = gr.Textbox(label="Hit", interactive=False, lines=2, elem_id="hit-facts")
             with gr.Row():
                 self.to_best = gr.Button("Go to best match", size="sm", visible=has_scans, elem_id="to-best")
@@ -116,25 +109,29 @@ class SideBySide:
                 self.as_query = gr.Button("Find similar scans", size="sm", variant="primary", elem_id="as-query")
         self._connect_events(query)
 
+    def _add_image(self, which: str, has_slider: bool) -> None:
+        options: dict[str, Any] = {"type": "pil", "interactive": False, "buttons": ["fullscreen"]}
+        self.images[which] = gr.Image(label=which.capitalize(), elem_id=f"{which}-image", **options)
+        options = {"step": 1, "buttons": [], "visible": has_slider, "elem_id": f"{which}-slice"}
+        self.sliders[which] = gr.Slider(1, 2, value=1, label=f"Slice or frame of the {which}", **options)
+
     def _connect_events(self, query: gr.State) -> None:
-        sliders = [self.query_slice, self.hit_slice]
-        images = [self.query_image, self.query_slice, self.hit_image, self.hit_slice]
-        matched = [*images, self.confidence, self.hint, self.corner]
+        sliders, images = [*self.sliders.values()], [*self.images.values()]
+        matched = [*images, *sliders, self.confidence, self.hint, self.corner]
         self.open_inputs = [*sliders, self.window, self.show_heat, self.link_slices, self.corner, *self.numbers]
         self.open_outputs = [*matched, self.column, self.hit, self.hit_facts, self.window]
         self.close_outputs = [self.hit, self.corner, self.column, *self.numbers]
         state = [query, self.hit, *self.open_inputs]
-        quiet: dict[str, Any] = {**PRIVATE, **HEAVY, "show_progress": "hidden", "trigger_mode": "always_last"}
-        self.query_slice.input(show_errors(self._move_query), state, images, **PRIVATE, **LIGHT)
-        self.hit_slice.input(show_errors(self._move_hit), state, images, **PRIVATE, **LIGHT)
+        for which, slider in self.sliders.items():
+            move = functools.partial(self._move, which)
+            slider.input(show_errors(move), state, [*images, *sliders], **PRIVATE, **LIGHT)
         gr.on([self.window.input, self.show_heat.input], show_errors(self._redraw), state, images, **PRIVATE, **LIGHT)
         self.to_best.click(show_errors(self._go_to_best), state, matched, **PRIVATE, **HEAVY)
-        self.query_image.select(show_errors(self._click), state, [*matched, *self.numbers], **quiet)
+        quiet = {**PRIVATE, **HEAVY, **QUIET}
         edits = [number.input for number in self.numbers]
         gr.on(edits, show_errors(self._edit_region), state, matched, **quiet)
+        self.images["query"].select(show_errors(self._click), state, [*matched, *self.numbers], **quiet)
         self.clear_region.click(show_errors(self._clear_region), state, [*matched, *self.numbers], **quiet)
-
-    # --------------------------------------------------------------------------------------------------------- events
 
     def close(self, scan: Scan | None) -> dict[Any, Any]:
         """Hide the viewer and reset the region, for a new query. Values of `close_outputs`."""
@@ -148,15 +145,13 @@ class SideBySide:
             Values of `open_outputs`.
         """
         query, row = _require_hit(query, row)
-        facts = self.service.gallery.facts(row)
+        facts = describe(self.service.gallery.facts(row))
         shown: dict[Any, Any] = {self.column: gr.Column(visible=True), self.hit: row}
         if not self.service.has_scans():
-            shown[self.hit_image] = gr.Image(self.thumbnail(row))
-            shown[self.hit_facts] = f"{describe(facts)}\n{NO_SCAN}"
-            return shown
+            return shown | {self.images["hit"]: self.thumbnail(row), self.hit_facts: f"{facts}\n{NO_SCAN}"}
         state = self._state(query, row, *open_inputs)
-        shown[self.hit_facts] = f"{describe(facts)}\n{describe_scan(state.hit_scan)}"
-        shown[self.window] = gr.Radio(visible=is_hounsfield(state.query_scan) or is_hounsfield(state.hit_scan))
+        shown[self.hit_facts] = f"{facts}\n{describe_scan(state.scans['hit'])}"
+        shown[self.window] = gr.Radio(visible=any(map(is_hounsfield, state.scans.values())))
         return shown | self._show_best(state)
 
     def thumbnail(self, row: int) -> Image.Image:
@@ -169,7 +164,7 @@ class SideBySide:
     def _edit_region(self, *values: Any) -> dict[Any, Any]:
         """Apply the region's numbers. The query stays at its slice."""
         state = self._state(*values)
-        return self._show_best(state, state.query_slice)
+        return self._show_best(state, state.slices["query"])
 
     def _click(self, selected: gr.SelectData, *values: Any) -> dict[Any, Any]:
         """Mark the first corner of a region, or complete the region at the second one.
@@ -177,67 +172,46 @@ class SideBySide:
         In depth, the region includes all slices that share a patch with those of the two corners.
         """
         state = self._state(*values)
-        clicked: Corner = (state.query_slice, *voxel_at(state.query_scan, *selected.index))
+        index = state.slices["query"]
+        clicked: Corner = (index, *voxel_at(state.scans["query"], *selected.index))
         if state.corner is None:
-            image = self._image("query", replace(state, corner=clicked), state.query_slice)
-            return {self.query_image: image, self.hint: SECOND_CORNER_HINT, self.corner: clicked}
-        first, last = sorted((state.corner[0], state.query_slice))
-        depth = slice(
-            self.service.slices_in_patch(state.query, first).start, self.service.slices_in_patch(state.query, last).stop
-        )
+            marked = self._image(replace(state, corner=clicked), "query", index)
+            return marked | {self.hint: SECOND_CORNER_HINT, self.corner: clicked}
+        first, last = (self.service.slices_in_patch(state.query, end) for end in sorted((state.corner[0], index)))
         rows, columns = (slice(min(pair), max(pair) + 1) for pair in zip(state.corner[1:], clicked[1:], strict=True))
-        return self._select_region(state, (depth, rows, columns))
+        return self._select_region(state, (slice(first.start, last.stop), rows, columns))
 
     def _clear_region(self, *values: Any) -> dict[Any, Any]:
         state = self._state(*values)
-        return self._select_region(state, full_region(state.query_scan))
+        return self._select_region(state, full_region(state.scans["query"]))
 
     def _select_region(self, state: ViewState, region: Region) -> dict[Any, Any]:
-        selected = replace(state, region=None if region == full_region(state.query_scan) else region)
-        return self._show_best(selected, state.query_slice) | self._region_fields(state.query_scan, region)
+        scan = state.scans["query"]
+        selected = replace(state, region=None if region == full_region(scan) else region)
+        return self._show_best(selected, state.slices["query"]) | self._region_fields(scan, region)
 
-    def _move_query(self, *values: Any) -> dict[Any, Any]:
+    def _move(self, which: str, *values: Any) -> dict[Any, Any]:
+        """Show the slice that one slider was moved to, and the linked slice of the other scan."""
         state = self._state(*values)
-        shown: dict[Any, Any] = {self.query_image: self._image("query", state, state.query_slice)}
+        shown = self._image(state, which, state.slices[which])
         if state.link_slices:
-            index = linked_slice(state.query_slice, num_slices(state.query_scan), num_slices(state.hit_scan))
-            shown |= {self.hit_slice: index + 1, self.hit_image: self._image("hit", state, index)}
-        return shown
-
-    def _move_hit(self, *values: Any) -> dict[Any, Any]:
-        state = self._state(*values)
-        shown: dict[Any, Any] = {self.hit_image: self._image("hit", state, state.hit_slice)}
-        if state.link_slices:
-            index = linked_slice(state.hit_slice, num_slices(state.hit_scan), num_slices(state.query_scan))
-            shown |= {self.query_slice: index + 1, self.query_image: self._image("query", state, index)}
+            other = "hit" if which == "query" else "query"
+            index = linked_slice(state.slices[which], num_slices(state.scans[which]), num_slices(state.scans[other]))
+            shown |= {self.sliders[other]: index + 1} | self._image(state, other, index)
         return shown
 
     def _redraw(self, *values: Any) -> dict[Any, Any]:
         state = self._state(*values)
-        return {
-            self.query_image: self._image("query", state, state.query_slice),
-            self.hit_image: self._image("hit", state, state.hit_slice),
-        }
+        return self._image(state, "query", state.slices["query"]) | self._image(state, "hit", state.slices["hit"])
 
-    # --------------------------------------------------------------------------------------------------------- images
-
-    def _state(
-        self,
-        query: Query | None,
-        row: int | None,
-        query_slice: float,
-        hit_slice: float,
-        window: str,
-        show_heat: bool,
-        link_slices: bool,
-        corner: Corner | None,
-        *numbers: float | None,
-    ) -> ViewState:
+    def _state(self, query: Query | None, row: int | None, *inputs: Any) -> ViewState:
+        """Build the state from the values of query, row and `open_inputs`."""
+        query_slice, hit_slice, window, show_heat, link_slices, corner, *numbers = inputs
         query, row = _require_hit(query, row)
-        query_scan, hit_scan = self.service.scan(query.key), self.service.scan(key_of_row(row))
-        slices = int(query_slice) - 1, int(hit_slice) - 1
-        region = region_from_numbers(query_scan, numbers)
-        return ViewState(query, row, *slices, window, show_heat, link_slices, corner, region, query_scan, hit_scan)
+        scans = {"query": self.service.scan(query.key), "hit": self.service.scan(key_of_row(row))}
+        slices = {"query": int(query_slice) - 1, "hit": int(hit_slice) - 1}
+        region = region_from_numbers(scans["query"], numbers)
+        return ViewState(query, row, scans, slices, window, show_heat, link_slices, corner, region)
 
     def _heat(self, state: ViewState) -> Heat:
         return self.service.heat(state.query, state.row, state.region)
@@ -247,35 +221,36 @@ class SideBySide:
         state = replace(state, corner=None)
         heat = self._heat(state)
         query_slice = heat.query_slice if query_slice is None else query_slice
-        return {
-            self.query_image: self._image("query", state, query_slice),
-            self.query_slice: _slider_at(state.query_scan, query_slice),
-            self.hit_image: self._image("hit", state, heat.hit_slice),
-            self.hit_slice: _slider_at(state.hit_scan, heat.hit_slice),
+        shown = {
             self.confidence: f"Best match: confidence {heat.confidence:.2f} (0 to 1). Colours are relative to it; "
             "yellow marks the best match.",
-            self.hint: FIRST_CORNER_HINT if state.region is None else _describe_region(state.query_scan, state.region),
+            self.hint: _describe_region(state.scans["query"], state.region) if state.region else FIRST_CORNER_HINT,
             self.corner: None,
         }
+        for which, index in (("query", query_slice), ("hit", heat.hit_slice)):
+            slices = num_slices(state.scans[which])
+            slider = gr.Slider(maximum=max(2, slices), value=index + 1, visible=slices > 1)
+            shown |= {self.sliders[which]: slider} | self._image(state, which, index)
+        return shown
 
-    def _image(self, which: str, state: ViewState, index: int) -> gr.Image:
+    def _image(self, state: ViewState, which: str, index: int) -> dict[Any, Any]:
+        """Render a slice of the query or the hit."""
+        scan, window = state.scans[which], WINDOWS[state.window]
         heat = self._heat(state) if state.show_heat else None
-        window = WINDOWS[state.window]
         if which == "query":
-            scan = state.query_scan
             mark = state.corner[1:] if state.corner is not None and state.corner[0] == index else None
             image = render_slice(scan, index, window, heat.query if heat else None, state.region, mark)
         else:
-            scan = state.hit_scan
             image = render_slice(scan, index, window, heat.hit if heat else None)
-        return gr.Image(image, alt_text=f"Slice or frame {index + 1} of {num_slices(scan)} of the {which}")
+        alt_text = f"Slice or frame {index + 1} of {num_slices(scan)} of the {which}"
+        return {self.images[which]: gr.Image(image, alt_text=alt_text)}
 
     def _region_fields(self, scan: Scan, region: Region) -> dict[Any, Any]:
         ends = [end for axis in region for end in (axis.start + 1, axis.stop)]
-        has_depth = num_slices(scan) > 1
+        visible = [num_slices(scan) > 1] * 2 + [True] * 4  # the first two fields are slices
         return {
-            field: gr.Number(value=end, visible=has_depth or number > 1)  # the first two fields are slices
-            for number, (field, end) in enumerate(zip(self.numbers, ends, strict=True))
+            field: gr.Number(value=end, visible=shown)
+            for field, end, shown in zip(self.numbers, ends, visible, strict=True)
         }
 
 
@@ -293,12 +268,3 @@ def _require_hit(query: Query | None, row: int | None) -> tuple[Query, int]:
 
 def _field_id(label: str) -> str:
     return "region-" + label.lower().replace(" ", "-")
-
-
-def _slice_slider(label: str, name: str, visible: bool = True) -> gr.Slider:
-    return gr.Slider(1, 2, value=1, step=1, label=label, buttons=[], visible=visible, elem_id=name)
-
-
-def _slider_at(scan: Scan, index: int) -> gr.Slider:
-    slices = num_slices(scan)
-    return gr.Slider(maximum=max(2, slices), value=index + 1, visible=slices > 1)

@@ -17,7 +17,7 @@ from ..scan_m3ret import HU_RANGE
 
 
 class Window(NamedTuple):
-    """Window level and width in HU."""
+    """How CT values become grey values, in HU."""
 
     level: float
     width: float
@@ -96,9 +96,8 @@ def render_slice(
         hounsfield = plane * (HU_RANGE[1] - HU_RANGE[0]) + HU_RANGE[0]
         plane = (hounsfield - (window.level - window.width / 2)) / window.width
     grey = np.rint(plane.clip(0, 1) * 255).astype(np.uint8).transpose(1, 2, 0)  # (H, W, C)
-    size = _image_size(scan, long_side)
     image = Image.fromarray(np.ascontiguousarray(np.broadcast_to(grey, (*grey.shape[:2], 3))))
-    image = image.resize(size, Image.Resampling.BICUBIC)
+    image = image.resize(_image_size(scan, long_side), Image.Resampling.BICUBIC)
     if heat is not None:
         image = _overlay_heat(image, heat[index])
     if region is not None and region[0].start <= index < region[0].stop:

@@ -80,7 +80,7 @@ def test_the_viewer_is_offered_only_if_the_gallery_has_scans(has_scans: bool, tm
         search = SearchPage(service)
         explore = ExplorePage(service, search, tab, tabs)
     viewer = search.viewer
-    for control in (viewer.show_heat, viewer.link_slices, viewer.query_slice, viewer.hit_slice, viewer.to_best):
+    for control in (viewer.show_heat, viewer.link_slices, viewer.to_best, *viewer.sliders.values()):
         ancestors, node = [], control
         while node is not None and node is not viewer.column:
             ancestors.append(node)
