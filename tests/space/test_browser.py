@@ -494,4 +494,4 @@ def test_every_control_has_a_name_and_is_reachable_by_keyboard(open_page: Any, s
     for _ in range(60):
         page.keyboard.press("Tab")
         reached.add(page.evaluate("() => document.activeElement.closest('[id]')?.id ?? ''"))
-    assert {"examples", "grid", "query-slice", "to-best", "as-query"} <= reached
+    assert {"example-ct", "grid", "query-slice", "to-best", "as-query"} <= reached
