@@ -61,6 +61,11 @@ def test_a_wrong_option_is_one_line_that_names_it(
     assert name in line
 
 
+def error_lines(printed: str) -> int:
+    """Return how many lines are printed besides the progress bars of loading a checkpoint."""
+    return sum(bool(line.strip()) and not line.startswith("Loading weights") for line in printed.splitlines())
+
+
 def test_options_are_parsed() -> None:
     arguments = parse_arguments(["--auth", "user:pass:word", "--port", "8080"])
     assert (arguments.auth, arguments.port, arguments.model) == (("user", "pass:word"), 8080, None)
@@ -77,7 +82,7 @@ def test_options_are_parsed() -> None:
 def test_a_missing_folder_is_one_line_that_names_it(options: list[str], name: str, folder: Path) -> None:
     ran = run(folder, *options)
     assert ran.returncode == 2, ran.stderr
-    assert ran.stderr.count("\n") == 1, ran.stderr
+    assert error_lines(ran.stderr) == 1, ran.stderr
     assert name in ran.stderr
 
 
@@ -85,7 +90,7 @@ def test_a_missing_folder_is_one_line_that_names_it(options: list[str], name: st
 def test_without_a_checkpoint_it_exits_and_names_the_options(tmp_path: Path) -> None:
     ran = run(tmp_path)
     assert ran.returncode == 2, ran.stderr
-    assert ran.stderr.count("\n") == 1, ran.stderr
+    assert error_lines(ran.stderr) == 1, ran.stderr
     assert "--quickstart" in ran.stderr
     assert not list(tmp_path.iterdir()), "no file was created"
 
