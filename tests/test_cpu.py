@@ -43,7 +43,7 @@ def run(code: str, *arguments: str) -> str:
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a setting of glibc")
 def test_kept_memory_causes_no_page_faults() -> None:
-    """Twenty blocks of 64 MiB have 327,680 pages of 4 KiB, each of which faults if the block is mapped anew."""
+    """Twenty blocks of 64 MiB have 327,680 pages of 4 KiB, each of which faults when the block is mapped again."""
     kept, returned = int(run(COUNT_FAULTS, "keep")), int(run(COUNT_FAULTS, "default"))
     assert kept < 1000
     assert returned > 10 * max(kept, 1)
