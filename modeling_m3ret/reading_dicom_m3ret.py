@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from .intensity_m3ret import to_unit_range
 from .scan_m3ret import (
     AnyScan,
     Description,
@@ -29,7 +30,6 @@ from .scan_m3ret import (
     display_name,
     sniff,
     to_canonical_orientation,
-    to_unit_range,
 )
 
 

@@ -1,30 +1,29 @@
 """Read a medical scan in any supported format into one array in [0, 1] with its voxel spacing.
 
-`read_scan` detects what a source is. NIfTI, video, images and NumPy arrays are read here, DICOM in
-`reading_dicom_m3ret`; `scan_m3ret` brings all of them to one orientation and one intensity scale. Files are not
-trusted: sizes are checked before memory is allocated, nothing is unpickled, and every failure is an `M3RetReadError`.
-This file travels inside every checkpoint and imports only NumPy; decoders are imported when a format needs them.
+`read_scan` detects what a source is. Images and NumPy arrays are read here, other formats in `reading_dicom_m3ret`,
+`reading_video_m3ret` and `reading_volume_m3ret`; `scan_m3ret` and `intensity_m3ret` bring all of them to one
+orientation and one intensity scale. Files are not trusted: sizes are checked before memory is allocated, nothing is
+unpickled, and every failure is an `M3RetReadError`. This file travels inside every checkpoint and imports only NumPy;
+decoders are imported when a format needs them.
 """
 
 from __future__ import annotations
 
-import importlib
 import io
 import math
 import os
 import zipfile
-import zlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from .intensity_m3ret import INTENSITIES, blend_over_black, bytes_per_voxel, looks_like_hounsfield, to_unit_range
 from .reading_dicom_m3ret import read_folder, read_series
+from .reading_video_m3ret import read_video
+from .reading_volume_m3ret import read_nifti
 from .scan_m3ret import (
-    INTENSITIES,
-    NIFTI_1,
-    NIFTI_2,
     AnyScan,
     Description,
     M3RetReadError,
@@ -34,11 +33,8 @@ from .scan_m3ret import (
     Spacing,
     StoredScan,
     display_name,
-    looks_like_hounsfield,
     silence_libraries,
     sniff,
-    to_canonical_orientation,
-    to_unit_range,
 )
 
 
@@ -162,12 +158,12 @@ def _read_file(file: bytes | Path, request: ReadRequest) -> AnyScan:
     """Read a file from its path or its content."""
     kind = sniff(file)
     if kind == "video":
-        return _read_video(file, request)
+        return read_video(file, request)
     data = request.read_bytes(file) if isinstance(file, Path) else file
     if kind == "dicom":
         return read_series([data], request, {})
     if kind == "nifti":
-        return _read_nifti(data, request)
+        return read_nifti(data, request)
     if kind == "npy":
         return _read_array(_load_npy(io.BytesIO(data), request), request, {"format": "npy"})
     if kind == "npz":
@@ -189,11 +185,11 @@ def _read_array(array: np.ndarray, request: ReadRequest, description: Descriptio
     if array.ndim not in (2, 3, 4) or (array.ndim == 4 and array.shape[-1] not in (1, 3, 4)):
         expected = "(H, W), (H, W, C), (D, H, W) or (D, H, W, C) with C = 1, 3 or 4"
         raise request.error("unsupported", expected, f"an array of shape {array.shape}")
-    request.check_size(array.shape, _bytes_per_voxel(array.dtype))
+    request.check_size(array.shape, bytes_per_voxel(array.dtype))
     if array.ndim == 2 or array.shape[-1] not in (1, 3, 4):
         array = array[..., None]
     if array.shape[-1] == 4:
-        array = _blend_over_black(array)
+        array = blend_over_black(array)
     if array.ndim == 3:
         array = array[None]
     array = array.transpose(3, 0, 1, 2)
@@ -202,18 +198,6 @@ def _read_array(array: np.ndarray, request: ReadRequest, description: Descriptio
         indices = request.select_frames(array.shape[1], description)
         array = array if len(indices) == array.shape[1] else array[:, indices]
     return to_unit_range(array, (None, None, None), request, description, hu=hu)
-
-
-def _bytes_per_voxel(dtype: np.dtype) -> int:
-    """Return the bytes per voxel while reading: 8-bit images keep their type, everything else becomes float32."""
-    return 1 if dtype in (np.uint8, bool) else max(4, dtype.itemsize)
-
-
-def _blend_over_black(array: np.ndarray) -> np.ndarray:
-    """Return `(..., 3)` for `(..., 4)`, with transparent pixels in black, as they may hide arbitrary colours."""
-    if array.dtype != np.uint8 or array[..., 3].min() == 255:  # the scale of an alpha that is not 8-bit is unknown
-        return array[..., :3]
-    return ((array[..., :3].astype(np.uint16) * array[..., 3:] + 127) // 255).astype(np.uint8)
 
 
 def _load_npy(stream: Any, request: ReadRequest) -> np.ndarray:
@@ -225,7 +209,7 @@ def _load_npy(stream: Any, request: ReadRequest) -> np.ndarray:
     shape, fortran, dtype = read_header(stream)
     if dtype.kind not in "biuf":
         raise request.error("unsupported", VOXEL_TYPES, f"an array of type {dtype}")
-    request.check_size(shape, _bytes_per_voxel(dtype))
+    request.check_size(shape, bytes_per_voxel(dtype))
     size = math.prod(shape) * dtype.itemsize
     data = stream.read(size)
     if len(data) < size:
@@ -279,134 +263,5 @@ def _image_pixels(image: Any, request: ReadRequest) -> np.ndarray:
     if image.mode in ("L", "F") or image.mode[0] == "I":  # "I", "I;16" and its byte orders
         return np.asarray(image)
     if "A" in image.getbands() or "a" in image.getbands() or (image.mode == "P" and "transparency" in image.info):
-        return _blend_over_black(np.asarray(image.convert("RGBA")))
+        return blend_over_black(np.asarray(image.convert("RGBA")))
     return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))  # palette, CMYK, YCbCr, LAB, HSV
-
-
-def _read_video(file: bytes | Path, request: ReadRequest) -> AnyScan:
-    """Read a video with decord, or with PyAV if decord is not installed or cannot decode it correctly."""
-    description: Description = {"format": "video"}
-    try:
-        array = _decode_with_decord(file, request, description)
-    except M3RetReadError:
-        raise
-    except Exception:  # not installed, an unsupported codec (AV1), or `_decord_misnumbers_frames`
-        array = _decode_with_av(file, request, description)
-    return to_unit_range(array.transpose(3, 0, 1, 2), (None, None, None), request, description)
-
-
-def _decode_with_decord(file: bytes | Path, request: ReadRequest, description: Description) -> np.ndarray:
-    decord = importlib.import_module("decord")
-    decord.logging.set_level(decord.logging.QUIET)  # it prints the names of files that it cannot open
-    try:  # PyAV reads the size from the header; decord would have to decode a frame first
-        with importlib.import_module("av").open(_decoder_input(file)) as container:
-            height, width = container.streams.video[0].height, container.streams.video[0].width
-            if _decord_misnumbers_frames(container):
-                raise ValueError("decord would return other frames")
-    except ImportError:
-        height, width, _ = decord.VideoReader(_decoder_input(file), ctx=decord.cpu(0))[0].shape
-    request.check_pixels(height, width)
-    reader = decord.VideoReader(_decoder_input(file), ctx=decord.cpu(0))
-    indices = request.select_frames(len(reader), description)
-    request.check_size((len(indices), height, width, 3), 1)
-    description["fps"] = float(reader.get_avg_fps())
-    return reader.get_batch(indices).asnumpy()
-
-
-def _decord_misnumbers_frames(container: Any) -> bool:
-    """Return whether decord may return another frame than the requested one.
-
-    It does so in MPEG program and transport streams, and for codecs whose frames are stored in another order than
-    shown, except H.264 and H.265 in containers that record both orders.
-    """
-    context, kind = container.streams.video[0].codec_context, container.format.name
-    ordered = context.codec.canonical_name in ("h264", "hevc") and kind != "avi"
-    return kind in ("mpeg", "mpegts") or bool(context.has_b_frames and not ordered)
-
-
-def _decode_with_av(file: bytes | Path, request: ReadRequest, description: Description) -> np.ndarray:
-    av = request.import_decoder("av", "av")
-    with av.open(_decoder_input(file)) as container:
-        stream = container.streams.video[0]
-        request.check_pixels(stream.height, stream.width)
-        total = stream.frames or sum(packet.size > 0 for packet in container.demux(stream))
-    indices = request.select_frames(total, description)
-    request.check_size((len(indices), stream.height, stream.width, 3), 1)
-    frames, wanted = [], set(indices)
-    with av.open(_decoder_input(file)) as container:
-        stream = container.streams.video[0]
-        stream.thread_type = "AUTO"
-        description["fps"] = float(stream.average_rate or 0)
-        for index, frame in enumerate(container.decode(stream)):
-            if index in wanted:
-                frames.append(frame.to_ndarray(format="rgb24"))
-            if index == indices[-1]:
-                break
-    if len(frames) < len(indices):
-        raise request.error("damaged", f"{total} frames, as its header declares", "a video that ends earlier")
-    return np.stack(frames)
-
-
-def _decoder_input(file: bytes | Path) -> Any:
-    """Return what both decoders open. An absolute path cannot be taken for a protocol."""
-    return str(file.resolve()) if isinstance(file, Path) else io.BytesIO(file)
-
-
-def _read_nifti(data: bytes, request: ReadRequest) -> AnyScan:
-    """Read NIfTI-1 or NIfTI-2 in one file, plain or gzipped. The header is checked before any voxel is inflated."""
-    nibabel = request.import_decoder("nibabel", "nibabel")
-    gzipped = data[:2] == b"\x1f\x8b"
-    head = _gunzip(data, 540) if gzipped else data[:540]
-    is_nifti_2 = head[4:8] in NIFTI_2
-    magic = head[4:8] if is_nifti_2 else head[344:348]
-    if not is_nifti_2 and magic not in NIFTI_1:
-        raise request.error("unsupported", "a .nii.gz volume", "gzip of another format")
-    if magic.startswith(b"ni"):
-        advice = "Save header and voxels in one file."
-        raise request.error("unsupported", "a single .nii or .nii.gz file", "the header of a .hdr/.img pair", advice)
-    header = nibabel.Nifti2Header(head) if is_nifti_2 else nibabel.Nifti1Header(head[:348])
-    shape, dtype, offset = header.get_data_shape(), header.get_data_dtype(), header.get_data_offset()
-    channels = len(dtype.names) if dtype.names else 1
-    if (dtype.kind not in "iuf" and channels == 1) or offset < 0:
-        raise request.error("unsupported", "integer, floating-point or RGB voxels", f"NIfTI voxels of type {dtype}")
-    x, y, z = (*shape, 1, 1)[:3]
-    request.check_size((x, y, z, channels, int(all(shape[3:]))), 1 if dtype.names else _bytes_per_voxel(dtype))
-    end = offset + x * y * z * dtype.itemsize
-    request.check_size((end,), 1)
-    request.check_ratio(end, len(data))
-    raw = _gunzip(data, end) if gzipped else data
-    if len(raw) < end:
-        raise request.error("damaged", f"{end:,} bytes, as the NIfTI header declares", f"{len(raw):,}")
-    flat = np.frombuffer(raw, dtype, x * y * z, offset)
-    flat = flat.view(np.uint8) if channels > 1 else flat
-    voxels = flat.reshape(z, y, x, channels)  # x varies fastest in the file
-    voxels = (_blend_over_black(voxels) if channels == 4 else voxels).transpose(3, 2, 1, 0)
-
-    description: Description = {"format": "nifti", "volumes": math.prod(shape[3:])}
-    description["affine"] = next((form for form in ("sform", "qform") if header[f"{form}_code"] > 0), "pixdim")
-    steps = (header.get_base_affine() if description["affine"] == "pixdim" else header.get_best_affine())[:3, :3]
-    mm = {"meter": 1000.0, "micron": 0.001}.get(header.get_xyzt_units()[0], 1.0)
-    if not np.isfinite(steps).all() or abs(np.linalg.det(steps)) < 1e-12:
-        description["affine"], steps = "none", np.diag([-1.0, 1.0, 1.0])  # nibabel assumes the same axes
-    voxels, spacing = to_canonical_orientation(voxels, steps * mm, description)
-    spacing = (None, None, None) if description["affine"] == "none" else spacing
-    slope, intercept = header.get_slope_inter()
-    scale = (1.0, 0.0) if slope is None else (float(slope), float(intercept))  # both None if values are not scaled
-    if (request.spacing or spacing)[0] is None and voxels.shape[1] > 1:  # without a spacing, only HU are a volume
-        measured = voxels if scale == (1.0, 0.0) else voxels * np.float32(scale[0]) + np.float32(scale[1])
-        if request.intensity != "hounsfield" if request.intensity else not looks_like_hounsfield(measured):
-            voxels = voxels[:, request.select_frames(voxels.shape[1], description)]
-    return to_unit_range(voxels, spacing, request, description, scale=scale)
-
-
-def _gunzip(data: bytes, limit: int) -> bytes:
-    """Return the first `limit` bytes of a gzip file of one or more members (bgzip), and verify their checksums."""
-    chunks, size = [], 0
-    while size < limit and data[:2] == b"\x1f\x8b":
-        stream = zlib.decompressobj(31)
-        chunks.append(stream.decompress(data, limit - size))
-        size += len(chunks[-1])
-        if not stream.eof:
-            stream.decompress(stream.unconsumed_tail, 1)  # reads on to the checksum, if the voxels end with the stream
-        data = stream.unused_data
-    return chunks[0] if len(chunks) == 1 else b"".join(chunks)

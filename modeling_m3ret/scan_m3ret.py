@@ -1,8 +1,8 @@
 """Define a scan, and what all of its readers share.
 
 A `Scan` is one array in [0, 1] with its voxel spacing; each reader turns one kind of file into one. This file defines
-the read limits, format detection by the first bytes, the canonical orientation (NIfTI-1 affines, as in nibabel) and
-intensity scaling. It travels inside every checkpoint and imports only NumPy.
+the read limits, format detection by the first bytes and the canonical orientation (NIfTI-1 affines, as in nibabel). It
+travels inside every checkpoint and imports only NumPy.
 """
 
 from __future__ import annotations
@@ -23,12 +23,6 @@ from typing import Any, Literal
 import numpy as np
 
 
-HU_RANGE = (-1000.0, 1000.0)  # air to dense bone, as in SPECTRE and most CT foundation models
-PERCENTILES = (0.5, 99.5)  # per scan, if no unit is declared (nnU-Net's clipping range)
-# Undeclared integers are read as HU if their 0.5 percentile is at most this: a CT field of view contains air, and MR
-# values are never this low.
-AIR_HU = -500.0
-PERCENTILE_SAMPLE = 1_000_000  # approximate number of voxels for percentiles; more change them by less than 0.1 %
 THICK_SLICE_RATIO = 1.5  # slices were acquired along an axis whose spacing exceeds both others by this factor
 RATIO_FLOOR = 2**26  # 64 MiB: smaller outputs may have any inflate ratio (a blank slice compresses 1000 : 1)
 NIFTI_1, NIFTI_2 = (b"n+1\0", b"ni1\0"), (b"n+2\0", b"ni2\0")  # magic numbers: single file, header of a file pair
@@ -122,15 +116,6 @@ class StoredScan:
 
 
 AnyScan = Scan | StoredScan
-
-# Mapping of stored values to [0, 1]: divided by 255; HU clipped to `HU_RANGE`; clipped to `PERCENTILES` of the scan;
-# divided by the largest value of their type.
-INTENSITIES = ("8-bit", "hounsfield", "percentiles", "full range")
-DESCRIBED_RULES = {
-    "hounsfield": "hounsfield [-1000, 1000]",
-    "percentiles": f"percentiles {PERCENTILES[0]}-{PERCENTILES[1]}",
-    "unit range": "already in [0, 1]",
-}
 
 
 @dataclass(frozen=True)
@@ -317,150 +302,3 @@ def to_canonical_orientation(
     flips = tuple(slice(None, None, int(sign_of[world] * towards[world])) for world in order)
     description["plane"] = ("sagittal", "coronal", "axial")[depth]
     return view[(slice(None), *flips)], (mm[order[0]], mm[order[1]], mm[order[2]])
-
-
-def to_unit_range(
-    values: np.ndarray,
-    spacing: Spacing,
-    request: ReadRequest,
-    description: Description,
-    *,
-    hu: bool | None = None,
-    scale: tuple[float, float] = (1.0, 0.0),
-    rule: str | None = None,
-    padding: np.ndarray | None = None,
-    inverted: bool = False,
-) -> AnyScan:
-    """Scale intensities to [0, 1], or to the stored form if the request asks for it.
-
-    What a dataset row declares takes precedence over `rule` and `spacing`, and `rule` over what the values look like.
-
-    Args:
-        values: `(C, D, H, W)` of any real type. May be overwritten if `rule` is given.
-        spacing: spacing of the file.
-        request: the read request.
-        description: description of the scan, to which the kind of scaling is added.
-        hu: whether values are Hounsfield units; None decides by `looks_like_hounsfield`.
-        scale: slope and intercept that turn `values` into measured values.
-        rule: how to scale, if a DICOM header declares it: "8-bit", "hounsfield", "percentiles", or "window" and "bit
-            depth", which are already applied. None divides uint8 by 255, clips Hounsfield units to `HU_RANGE`, leaves
-            floats within [0, 1] unchanged, and clips everything else to `PERCENTILES`.
-        padding: `(C, D, H, W)` bool mask of voxels that were never measured. They are ignored, and become 0.
-        inverted: whether low values are bright.
-
-    Raises:
-        M3RetReadError: if voxels are not finite, or a row's intensity does not fit the type of its voxels.
-    """
-    spacing = request.spacing or spacing
-    if values.dtype == bool:
-        values = values.astype(np.uint8) * np.uint8(255)
-    declared = _declared_rule(values.dtype, request)
-    rule = declared or rule
-    if values.dtype == np.uint8 and scale == (1.0, 0.0) and not hu and rule in (None, "8-bit"):
-        # A grey image stored as RGB is grey. Its first slice nearly always suffices to find out that it is not.
-        is_grey = values.shape[0] == 3 and (values[:, 0] == values[0, 0]).all() and (values == values[:1]).all()
-        array = values[:1] if is_grey else values
-        array = 255 - array if inverted else array
-        array = array if padding is None else np.where(padding, np.uint8(0), array)
-        description["intensity"] = "8-bit"
-        if request.return_stored:
-            return StoredScan(np.ascontiguousarray(array), "8-bit", spacing, description)
-        return _make_scan(array, spacing, description, constant=array.min() == array.max())
-
-    array = np.array(values, dtype=np.float32, order="C", copy=None if rule and not declared else True)
-    if request.intensity == "full range":
-        array *= np.float32(1 / np.iinfo(values.dtype).max)
-    if scale != (1.0, 0.0):
-        array *= np.float32(scale[0])
-        array += np.float32(scale[1])
-    measured = _sample_voxels(array, padding)
-    low, high = float(array.min()), float(array.max())
-    if not (math.isfinite(low) and math.isfinite(high)):
-        raise request.error("unsupported", "finite voxels", "NaN or infinite voxels", "Replace them before reading.")
-    constant = measured.size == 0 or low == high or (padding is not None and float(np.ptp(array[~padding])) == 0)
-    if rule is None:
-        hu = looks_like_hounsfield(array) if hu is None else hu
-        in_unit_range = values.dtype.kind == "f" and low >= 0 and high <= 1
-        rule = "hounsfield" if hu else "unit range" if in_unit_range else "percentiles"
-    description["intensity"] = DESCRIBED_RULES.get(rule, rule)
-    if request.return_stored and not inverted:
-        stored = _keep_16_bit(np.zeros_like(array) if constant else array, rule, None if constant else padding)
-        if stored is not None:
-            return StoredScan(stored, rule, spacing, description)
-    if rule in ("hounsfield", "percentiles") and not constant:
-        low, high = HU_RANGE if rule == "hounsfield" else _percentile_range(measured, array, padding)
-        array -= np.float32(low)
-        array *= np.float32(1 / (high - low))
-        np.clip(array, 0, 1, out=array)
-    if inverted:
-        np.subtract(1, array, out=array)
-    if padding is not None:
-        array[padding] = 0
-    if not request.return_stored:
-        return _make_scan(array, spacing, description, constant)
-    array = np.zeros_like(array) if constant else array
-    if array.shape[0] == 3:  # no widely supported image format has colour of 16 bits
-        return StoredScan(np.rint(array * 255).astype(np.uint8), "8-bit", spacing, description)
-    return StoredScan(np.rint(array * 65535).astype(np.uint16), "full range", spacing, description)
-
-
-def _declared_rule(dtype: np.dtype, request: ReadRequest) -> str | None:
-    """Return the rule of a dataset row's intensity, after checking that it fits the type of the voxels."""
-    if request.intensity in ("8-bit", "full range") and (request.intensity == "8-bit") != (dtype == np.uint8):
-        expected = "uint8 voxels" if request.intensity == "8-bit" else "voxels of more than 8 bits"
-        advice = f'Correct the column intensity, which is "{request.intensity}".'
-        raise request.error("unsupported", expected, f"voxels of type {dtype}", advice)
-    return "bit depth" if request.intensity == "full range" else request.intensity
-
-
-def _percentile_range(sample: np.ndarray, array: np.ndarray, padding: np.ndarray | None) -> tuple[float, float]:
-    """Return the percentiles of a sample, or the full range of the measured voxels if both percentiles are equal."""
-    low, high = (float(edge) for edge in np.percentile(sample, PERCENTILES))
-    if high > low:
-        return low, high
-    measured = array if padding is None else array[~padding]
-    return float(measured.min()), float(measured.max())
-
-
-def _keep_16_bit(array: np.ndarray, rule: str, padding: np.ndarray | None) -> np.ndarray | None:
-    """Return grey values in 16 bits, or None if that would lose more than the fraction of a Hounsfield unit.
-
-    HU are rounded to integers. Values that are scaled by percentiles must be integers already.
-    """
-    if array.shape[0] == 3:
-        return None
-    if rule == "hounsfield":
-        if padding is not None:
-            array[padding] = HU_RANGE[0]
-        return np.rint(array).clip(-32768, 32767).astype(np.int16)
-    if rule != "percentiles" or padding is not None or not np.array_equal(array, np.rint(array)):
-        return None
-    low, high = float(array.min()), float(array.max())
-    # planes are stored as PNG, which is unsigned, and volumes as NIfTI, where int16 is the most common type
-    for dtype in (np.uint16, np.int16) if array.shape[1] == 1 else (np.int16, np.uint16):
-        if np.iinfo(dtype).min <= low and high <= np.iinfo(dtype).max:
-            return array.astype(dtype)
-    return None
-
-
-def _make_scan(array: np.ndarray, spacing: Spacing, description: Description, constant: bool) -> Scan:
-    if constant:  # it shows nothing, at any level
-        description["constant"], array = True, np.zeros_like(array)
-    if array.shape[0] == 3 and array.dtype == np.uint8:
-        return Scan(np.ascontiguousarray(array.transpose(1, 2, 3, 0)).transpose(3, 0, 1, 2), spacing, description)
-    return Scan(np.ascontiguousarray(array), spacing, description)
-
-
-def _sample_voxels(array: np.ndarray, padding: np.ndarray | None = None) -> np.ndarray:
-    """Return about `PERCENTILE_SAMPLE` evenly spaced voxels without padding, or all of a smaller array."""
-    step = array.size // PERCENTILE_SAMPLE | 1  # an odd step avoids sampling a single column
-    sample = array.reshape(-1)[::step]
-    return sample if padding is None else sample[~padding.reshape(-1)[::step]]
-
-
-def looks_like_hounsfield(array: np.ndarray) -> bool:
-    """Return whether undeclared values are Hounsfield units: integers with enough voxels of air."""
-    if array.dtype.kind not in "if":
-        return False
-    sample = _sample_voxels(array)
-    return bool(np.percentile(sample, PERCENTILES[0]) <= AIR_HU and np.array_equal(sample, np.rint(sample)))

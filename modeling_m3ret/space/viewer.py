@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
+from ..intensity_m3ret import HU_RANGE
 from ..reading_m3ret import Scan
-from ..scan_m3ret import HU_RANGE
 
 
 class Window(NamedTuple):
