@@ -95,3 +95,9 @@ def nifti_bytes(volume: np.ndarray, affine: np.ndarray | None, *, zipped: bool =
     for key, value in header.items():
         image.header[key] = value
     return gzip.compress(image.to_bytes()) if zipped else image.to_bytes()
+
+
+def percentiles(array: np.ndarray) -> np.ndarray:
+    """Return values scaled to [0, 1] by their percentiles."""
+    low, high = np.percentile(array, [0.5, 99.5])
+    return ((array.astype(np.float64) - low) / (high - low)).clip(0, 1)

@@ -66,6 +66,7 @@ def test_checkpoint_loads_with_from_pretrained(tmp_path: Path, monkeypatch: pyte
         "image_processing",
         "reading",
         "reading_dicom",
+        "dicom_pixels",
         "scan",
     ):
         assert (tmp_path / "m3ret-tiny" / f"{code}_m3ret.py").is_file()
