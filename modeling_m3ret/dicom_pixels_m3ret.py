@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import math
 import struct
-from collections.abc import Iterable, Iterator, MutableSequence, Sequence
+from collections.abc import Callable, Iterable, Iterator, MutableSequence, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,7 +21,16 @@ from .scan_m3ret import Description, ReadRequest
 
 CT_STORAGE = tuple("1.2.840.10008.5.1.4.1.1.2" + tail for tail in ("", ".1", ".2"))  # CT, enhanced, legacy enhanced
 PIXEL_KEYS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
-JPEG_BASELINE, JPEG_EXTENDED = "1.2.840.10008.1.2.4.50", "1.2.840.10008.1.2.4.51"
+RLE, JPEG_BASELINE, JPEG_EXTENDED = "1.2.840.10008.1.2.5", "1.2.840.10008.1.2.4.50", "1.2.840.10008.1.2.4.51"
+PHOTOMETRIC = {  # by samples per pixel; HSV, ARGB, CMYK and YBR_PARTIAL are retired
+    1: ("MONOCHROME1", "MONOCHROME2", "PALETTE COLOR"),
+    3: ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT"),
+}
+ONE_GREY_LEVEL = 1 / 256  # a window whose output varies by less shows nothing
+THRESHOLD_WIDTH = 1e-3  # a window of at most this width is a threshold: no pixel lies inside it
+CENTIMETRES, TWO_DIMENSIONAL = 3, 1  # physical units and spatial format of an ultrasound region
+Transform = Callable[[np.ndarray], np.ndarray]
+MIN_ASPECT = 1.01  # a ratio of pixel sides below this is rounding
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,8 +65,43 @@ def read_pixels(frames: Sequence[Frame], is_volume: bool, request: ReadRequest, 
     """
     head = frames[0].dataset
     if _photometric(head) == "PALETTE COLOR" or int(head.get("SamplesPerPixel") or 1) > 1:
-        return _read_colour(frames, request)
+        return _read_colour(frames, request, description)
     return _read_grey(frames, is_volume, request, description)
+
+
+def in_plane_spacing(dataset: Any, description: Description) -> tuple[float | None, float | None]:
+    """Return the spacing between rows and columns in mm of an image without `PixelSpacing`.
+
+    It is that of the scanned film or of the ultrasound regions, if all of them agree. If only the ratio of a pixel's
+    height to its width is known, it is returned as (ratio, 1.0) and added to the description, which tells it from mm.
+    """
+    sides = _read_pair(dataset, "NominalScannedPixelSpacing")
+    if sides is None and dataset.get("SequenceOfUltrasoundRegions"):
+        regions = {_region_spacing(region) for region in dataset.SequenceOfUltrasoundRegions} - {None}
+        sides = regions.pop() if len(regions) == 1 else None
+    if sides is not None:
+        return sides
+    vertical, horizontal = _read_pair(dataset, "PixelAspectRatio") or (1.0, 1.0)
+    ratio = vertical / horizontal
+    if max(ratio, 1 / ratio) < MIN_ASPECT:
+        return None, None
+    description["pixel_aspect"] = round(ratio, 4)
+    return ratio, 1.0
+
+
+def _region_spacing(region: Any) -> tuple[float, float] | None:
+    """Return the mm between rows and columns of an ultrasound region, None if its axes are not both distances."""
+    units = [region.get(f"PhysicalUnits{axis}Direction") for axis in "XY"]
+    across, down = (read_numbers(region, f"PhysicalDelta{axis}", 1) for axis in "XY")
+    is_image = units == [CENTIMETRES] * 2 and region.get("RegionSpatialFormat", TWO_DIMENSIONAL) == TWO_DIMENSIONAL
+    if not (is_image and across and down and across[0] and down[0]):
+        return None
+    return round(abs(down[0]) * 10, 6), round(abs(across[0]) * 10, 6)
+
+
+def _read_pair(dataset: Any, keyword: str) -> tuple[float, float] | None:
+    pair = read_numbers(dataset, keyword, 2)
+    return (pair[0], pair[1]) if pair and min(pair) > 0 else None
 
 
 def read_numbers(dataset: Any, keyword: str, count: int) -> tuple[float, ...] | None:
@@ -71,39 +115,72 @@ def read_numbers(dataset: Any, keyword: str, count: int) -> tuple[float, ...] | 
     return numbers if len(numbers) == count and all(map(math.isfinite, numbers)) else None
 
 
-def _read_colour(frames: Sequence[Frame], request: ReadRequest) -> Pixels:
+def _read_colour(frames: Sequence[Frame], request: ReadRequest, description: Description) -> Pixels:
     head = frames[0].dataset
     has_palette = _photometric(head) == "PALETTE COLOR"
-    bits = int(head.get("BitsStored") or head.get("BitsAllocated") or 32)
-    dtype = np.dtype(np.uint8 if bits <= 8 or has_palette else np.float32)
+    depth = int(head.get("BitsStored") or 0)
+    dtype = np.dtype(np.uint8 if depth == 8 or has_palette else np.float32)
     array = _allocate(frames, 3, dtype, request)
-    for index, frame, pixels in _decode(frames, request):
-        pixels = _palette_colours(frame.dataset, pixels.dtype)[pixels] if has_palette else pixels
-        array[:, index] = pixels[..., :3].transpose(2, 0, 1)
+    colours_of: tuple[Any, Any] = (None, None)  # dataset, and its palette
+    for index, frame, words, precision in _decode(frames, request, description):
+        pixels, bits = _used_bits(words, frame.dataset, precision)
+        if has_palette:
+            if colours_of[0] is not frame.dataset:
+                colours_of = frame.dataset, _read_palette(frame.dataset, request)
+            pixels = np.stack([_look_up(pixels, first, colour) for first, colour in colours_of[1]], axis=-1)
+        elif bits != depth or frame.dataset.get("PixelRepresentation"):
+            raise request.error("unsupported", f"unsigned colours of {depth} bits, as the header declares", "others")
+        array[:, index] = pixels.transpose(2, 0, 1)
     if dtype != np.uint8:
-        array /= 2.0**bits - 1
+        array /= 2.0**depth - 1
     return Pixels(array, "8-bit" if dtype == np.uint8 else "bit depth")
 
 
 def _read_grey(frames: Sequence[Frame], is_volume: bool, request: ReadRequest, description: Description) -> Pixels:
-    rule = _grey_intensity_rule(frames, is_volume)
+    # A window describes the display of one image. It often differs between slices, and NIfTI has none: a volume must
+    # not depend on it.
+    windows = [] if is_volume else _per_item(frames, lambda frame: (frame.window, frame.values), _voi_transform)
+    rule = "percentiles"
+    if all(is_hounsfield(frame) for frame in frames):
+        rule = "hounsfield"
+    elif windows and None not in windows:
+        rule = "window"
+    elif all(_is_plain_8_bit(frame) for frame in frames):
+        rule = "8-bit"
+    modality_luts = _per_item(frames, lambda frame: (frame.values,), lambda frame: _modality_transform(frame, request))
     array = _allocate(frames, 1, np.dtype(np.uint8 if rule == "8-bit" else np.float32), request)
     padding: np.ndarray | None = None
-    for index, frame, pixels in _decode(frames, request):
-        mask = _padding_mask(pixels, frame.dataset)
+    for index, frame, words, precision in _decode(frames, request, description):
+        pixels, bits = _used_bits(words, frame.dataset, precision)
+        if rule == "8-bit" and bits > 8:
+            raise request.error("damaged", "pixels of 8 bits, as the header declares", f"a codestream of {bits}")
+        mask = _padding_mask(words, pixels, bits, frame.dataset)
         if mask is not None:
             padding = np.zeros(array.shape, bool) if padding is None else padding
             padding[0, index] = mask
-        values = array[0, index]
-        values[...] = pixels
-        if rule != "8-bit":
-            _apply_modality_lut(values, frame.values)
-        if rule == "window":
-            _apply_window(values, frame.window)
-    # MONOCHROME1 is a matter of display, which does not change the sign of a physical unit.
-    inverted = _photometric(frames[0].dataset) == "MONOCHROME1" and rule != "hounsfield"
-    description["inverted"] = inverted
-    return Pixels(array, rule, padding, inverted)
+            pixels = np.where(np.isnan(pixels), 0, pixels) if pixels.dtype.kind == "f" else pixels
+        transform = modality_luts[index]
+        array[0, index] = pixels if transform is None else transform(pixels)
+    if rule == "window" and not _apply_windows(array[0], padding, windows):
+        rule = "percentiles"
+        description["window"] = "ignored, as it leaves one grey level"
+    elif rule == "window":
+        description.update(_describe_voi(frames[0]))
+    # Display polarity does not change the sign of a physical unit.
+    head = frames[0].dataset
+    is_inverse = _photometric(head) == "MONOCHROME1" or _word(head, "PresentationLUTShape") == "INVERSE"
+    description["inverted"] = is_inverse and rule != "hounsfield"
+    return Pixels(array, rule, padding, description["inverted"])
+
+
+def _per_item(frames: Sequence[Frame], items: Callable[[Frame], tuple[Any, ...]], make: Callable[[Frame], Any]) -> Any:
+    """Return `make(frame)` of all frames, computed once for frames that share their items of the header."""
+    made: dict[tuple[int, ...], Any] = {}
+    keys = [tuple(map(id, items(frame))) for frame in frames]
+    for key, frame in zip(keys, frames, strict=True):
+        if key not in made:
+            made[key] = make(frame)
+    return [made[key] for key in keys]
 
 
 def _allocate(frames: Sequence[Frame], channels: int, dtype: np.dtype, request: ReadRequest) -> np.ndarray:
@@ -112,33 +189,24 @@ def _allocate(frames: Sequence[Frame], channels: int, dtype: np.dtype, request: 
     return np.empty(shape, dtype)
 
 
-def _grey_intensity_rule(frames: Sequence[Frame], is_volume: bool) -> str:
-    """Return how stored values are scaled to [0, 1], as `rule` of `to_unit_range`."""
-    if all(is_hounsfield(frame) for frame in frames):
-        return "hounsfield"
-    # A window describes the display of one image. It often differs between slices, and NIfTI has none: a volume must
-    # not depend on it.
-    if not is_volume and all(_voi_window(frame.window) is not None for frame in frames):
-        return "window"
-    return "8-bit" if all(_is_plain_8_bit(frame) for frame in frames) else "percentiles"
+def _word(dataset: Any, keyword: str) -> str:
+    return str(dataset.get(keyword) or "").strip().upper()
 
 
 def _photometric(dataset: Any) -> str:
-    return str(dataset.get("PhotometricInterpretation", "")).upper()
-
-
-def _palette_colours(dataset: Any, dtype: np.dtype) -> np.ndarray:
-    """Return the colour of every stored value, `(256 or 65536, 3)` uint8."""
-    values = np.arange(2 ** (8 * dtype.itemsize), dtype=dtype)
-    table = importlib.import_module("pydicom.pixels").apply_color_lut(values[None], dataset)[0]
-    return (table >> (8 if table.max() > 255 else 0)).astype(np.uint8)  # 16-bit tables often hold 8-bit colours
+    return _word(dataset, "PhotometricInterpretation")
 
 
 # ------------------------------------------------------------------------------------------------------------- decoding
 
 
-def _decode(frames: Sequence[Frame], request: ReadRequest) -> Iterator[tuple[int, Frame, np.ndarray]]:
-    """Yield (index in `frames`, frame, pixels), file by file; pixels are `(H, W)`, or `(H, W, 3)` RGB."""
+def _decode(
+    frames: Sequence[Frame], request: ReadRequest, description: Description
+) -> Iterator[tuple[int, Frame, np.ndarray, int | None]]:
+    """Yield (index in `frames`, frame, words, bits of the codestream), file by file.
+
+    Words are `(H, W)` or `(H, W, 3)` RGB, with the unused bits of uncompressed pixels.
+    """
     size = (int(frames[0].dataset.Rows), int(frames[0].dataset.Columns))
     indices_of: dict[int, list[int]] = {}
     for index, frame in enumerate(frames):
@@ -149,9 +217,10 @@ def _decode(frames: Sequence[Frame], request: ReadRequest) -> Iterator[tuple[int
         file_request = replace(request, name=frames[indices[0]].name)
         with file_request.translate_errors():
             numbers = [frames[index].frame for index in indices]
-            for index, pixels in zip(indices, _decode_frames(dataset, numbers, file_request), strict=True):
-                _check_frame_size(pixels.shape[:2], size, file_request)
-                yield index, frames[index], pixels
+            decoded, precisions = _decode_frames(dataset, numbers, file_request, description)
+            for index, number, words in zip(indices, numbers, decoded, strict=True):
+                _check_frame_size(words.shape[:2], size, file_request)
+                yield index, frames[index], words, precisions[number] if precisions else None
 
 
 def _check_frame_size(size: tuple[int, ...], declared: tuple[int, int], request: ReadRequest) -> None:
@@ -160,27 +229,99 @@ def _check_frame_size(size: tuple[int, ...], declared: tuple[int, int], request:
         raise request.error("damaged", expected, f"{size[0]} x {size[1]}")
 
 
-def _decode_frames(dataset: Any, frames: list[int], request: ReadRequest) -> Iterable[np.ndarray]:
-    """Decode frames of one dataset, given in ascending order."""
-    syntax, total = _transfer_syntax(dataset), int(dataset.get("NumberOfFrames") or 1)
-    if syntax.is_encapsulated:  # decoders allocate what the codestream requests, whatever the header declares
-        encaps = importlib.import_module("pydicom.encaps")
-        for codestream in encaps.generate_frames(dataset.PixelData, number_of_frames=total):
-            size = _codestream_size(codestream)
-            if size is not None:
-                _check_frame_size(size, (int(dataset.Rows), int(dataset.Columns)), request)
-    if syntax == JPEG_EXTENDED and int(dataset.BitsStored) > 8:
-        return (_decode_jpeg_12bit(dataset, frame, total, request) for frame in frames)
+def _decode_frames(
+    dataset: Any, frames: list[int], request: ReadRequest, description: Description
+) -> tuple[Iterable[np.ndarray], list[int | None]]:
+    """Decode frames of one dataset, given in ascending order. Also return the bits per sample of every codestream."""
+    syntax, total = transfer_syntax(dataset), int(dataset.get("NumberOfFrames") or 1)
+    _check_pixel_description(dataset, syntax, request)
+    options: dict[str, Any] = {"correct_unused_bits": False, "allow_excess_frames": False}  # `_used_bits` does
+    precisions: list[int | None] = []
+    if syntax.is_encapsulated:
+        precisions = _check_codestreams(dataset, total, request, description)
+        options["planar_configuration"] = 0  # codestreams and decoders have an order of their own
+    else:
+        _check_length(dataset, total, request)
+    known = [precision for precision in precisions if precision is not None]
+    if known:  # decoders return samples as they are in the codestream
+        options["bits_stored"] = max(known)
+        options["bits_allocated"] = 8 if max(known) <= 8 else 16 if max(known) <= 16 else 32
+        if syntax == JPEG_EXTENDED and max(known) > 8:
+            return (_decode_jpeg_12bit(dataset, frame, total, max(known), request) for frame in frames), precisions
     decoder = importlib.import_module("pydicom.pixels").get_decoder(syntax)
+    if not decoder.is_available:
+        advice = "Run `pip install pylibjpeg pylibjpeg-openjpeg python-gdcm`, or decompress the file."
+        raise request.error("no_decoder", "a decoder of the file's transfer syntax", "none", advice)
     # Pillow's libjpeg-turbo is four times faster than GDCM; for other syntaxes pydicom's default order is faster.
     plugin = "pillow" if syntax == JPEG_BASELINE and "pillow" in decoder.available_plugins else ""
     if frames == list(range(total)):  # all frames: one pass over the fragments
-        pixels = decoder.as_array(dataset, decoding_plugin=plugin)[0]
-        return pixels if total > 1 else [pixels]
-    return (decoder.as_array(dataset, index=frame, decoding_plugin=plugin)[0] for frame in frames)
+        pixels = decoder.as_array(dataset, decoding_plugin=plugin, **options)[0]
+        return pixels if total > 1 else [pixels], precisions
+    single = (decoder.as_array(dataset, index=frame, decoding_plugin=plugin, **options)[0] for frame in frames)
+    return single, precisions
 
 
-def _transfer_syntax(dataset: Any) -> Any:
+def _check_pixel_description(dataset: Any, syntax: Any, request: ReadRequest) -> None:
+    """Refuse pixels that the standard does not define (PS3.3 C.7.6.3), or that pydicom decodes without a conversion."""
+    if "PixelData" not in dataset:
+        return
+    keys = ("BitsAllocated", "BitsStored", "PixelRepresentation", "PhotometricInterpretation")
+    missing = [key for key in keys if dataset.get(key) in (None, "")]
+    if missing:
+        raise request.error("damaged", "an image with " + ", ".join(keys), "one without " + ", ".join(missing))
+    photometric, samples = _photometric(dataset), int(dataset.get("SamplesPerPixel") or 1)
+    if photometric not in PHOTOMETRIC.get(samples, ()):
+        expected = " or ".join(f"{', '.join(names)} with {count} sample(s)" for count, names in PHOTOMETRIC.items())
+        raise request.error("unsupported", expected, f"another kind of pixels with {samples} sample(s)")
+    allocated, stored = int(dataset.BitsAllocated), int(dataset.BitsStored)
+    if allocated not in (1, 8, 16, 32, 64) or (allocated == 1 and not syntax.is_little_endian):
+        raise request.error("unsupported", "words of 1, 8, 16, 32 or 64 bits", f"BitsAllocated {allocated}")
+    in_words = not syntax.is_encapsulated or syntax == RLE
+    high = int(dataset.get("HighBit") or stored - 1) if in_words else stored - 1
+    if not 1 <= stored <= high + 1 <= allocated:
+        got = f"BitsStored {stored} and HighBit {high}"
+        raise request.error("damaged", f"bits within BitsAllocated {allocated}", got)
+    if photometric.startswith("YBR"):
+        subsampled_rows = photometric == "YBR_FULL_422" and in_words and int(dataset.Columns) % 2
+        if (in_words and (photometric[4:] in ("ICT", "RCT") or (stored, allocated) != (8, 8))) or subsampled_rows:
+            raise request.error("unsupported", "uncompressed YBR_FULL or YBR_FULL_422 of 8 bits", "other YBR pixels")
+
+
+def _check_length(dataset: Any, total: int, request: ReadRequest) -> None:
+    """Refuse uncompressed pixels that are too short, or long enough for another frame."""
+    keyword = next(key for key in PIXEL_KEYS if key in dataset)
+    bits = {"FloatPixelData": 32, "DoubleFloatPixelData": 64}.get(keyword) or int(dataset.BitsAllocated)
+    is_subsampled = _photometric(dataset) == "YBR_FULL_422"
+    bits *= int(dataset.Rows) * int(dataset.Columns) * int(dataset.get("SamplesPerPixel") or 1)
+    bits = bits * 2 // 3 if is_subsampled else bits
+    size, actual = -(-bits * total // 8), len(dataset[keyword].value)
+    if not size <= actual < size + size % 2 + max(1, bits // (16 if is_subsampled else 8)):
+        raise request.error("damaged", f"{size:,} bytes of pixels, as the header declares", f"{actual:,}")
+
+
+def _check_codestreams(dataset: Any, total: int, request: ReadRequest, description: Description) -> list[int | None]:
+    """Return the bits per sample of every codestream, None if it has no header (RLE).
+
+    Decoders allocate what a codestream requests, whatever the DICOM header declares, so its size is checked first.
+    """
+    offsets = None
+    if "ExtendedOffsetTable" in dataset and "ExtendedOffsetTableLengths" in dataset:
+        offsets = (dataset.ExtendedOffsetTable, dataset.ExtendedOffsetTableLengths)
+    encaps, precisions, frame = importlib.import_module("pydicom.encaps"), [], b""
+    for frame in encaps.generate_frames(dataset.PixelData, number_of_frames=total, extended_offsets=offsets):
+        rows, columns, precision, is_signed = _codestream_header(frame)
+        if precision is not None:
+            _check_frame_size((rows, columns), (int(dataset.Rows), int(dataset.Columns)), request)
+            declared = (int(dataset.BitsStored), bool(dataset.PixelRepresentation))
+            if (precision, declared[1] if is_signed is None else is_signed) != declared:
+                description["codestream"] = "differs from the header in bits or sign"
+        precisions.append(precision)
+    if len(precisions) != total:
+        raise request.error("damaged", f"{total} frames, as the header declares", f"{len(precisions)} codestreams")
+    return precisions
+
+
+def transfer_syntax(dataset: Any) -> Any:
     """Return the declared transfer syntax, or without file meta information the encoding the dataset was read with."""
     uid = importlib.import_module("pydicom.uid")
     declared = getattr(dataset, "file_meta", {}).get("TransferSyntaxUID")
@@ -192,29 +333,33 @@ def _transfer_syntax(dataset: Any) -> Any:
     return uid.ImplicitVRLittleEndian if implicit else uid.ExplicitVRLittleEndian
 
 
-def _codestream_size(frame: bytes) -> tuple[int, int] | None:
-    """Return (rows, columns) from a JPEG 2000 SIZ, JPEG SOF or JPEG-LS SOF marker; None for others, such as RLE."""
+def _codestream_header(frame: bytes) -> tuple[int, int, int | None, bool | None]:
+    """Return (rows, columns, bits per sample, sign) from a JPEG 2000 SIZ, JPEG SOF or JPEG-LS SOF marker.
+
+    Bits are None for other codestreams, such as RLE. The sign is None for JPEG and JPEG-LS, which have none.
+    """
     start = frame.find(b"\xff\x4f\xff\x51", 0, 4096)
     if start >= 0:
         right, bottom, left, top = struct.unpack_from(">4I", frame, start + 8)
-        return bottom - top, right - left
+        depth = frame[start + 42]
+        return bottom - top, right - left, (depth & 0x7F) + 1, bool(depth & 0x80)
     at = 2
     while frame[:2] == b"\xff\xd8" and at + 9 <= len(frame) and frame[at] == 0xFF:
         marker = frame[at + 1]
         if marker == 0xFF:  # fill byte
             at += 1
         elif marker == 0xF7 or (0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC)):
-            return struct.unpack_from(">HH", frame, at + 5)
+            return *struct.unpack_from(">HH", frame, at + 5), frame[at + 4], None
         else:
             at += 2 + struct.unpack_from(">H", frame, at + 2)[0]
-    return None
+    return 0, 0, None, None
 
 
-def _decode_jpeg_12bit(dataset: Any, frame: int, total: int, request: ReadRequest) -> np.ndarray:
+def _decode_jpeg_12bit(dataset: Any, frame: int, total: int, bits: int, request: ReadRequest) -> np.ndarray:
     """Decode a frame of 12-bit JPEG Extended with GDCM, which pydicom does not use here: it requires a GPL decoder."""
     gdcm = request.import_decoder("gdcm", "python-gdcm")
     encaps = importlib.import_module("pydicom.encaps")
-    rows, columns, bits = int(dataset.Rows), int(dataset.Columns), int(dataset.BitsStored)
+    rows, columns = int(dataset.Rows), int(dataset.Columns)
     fragment, fragments = gdcm.Fragment(), gdcm.SequenceOfFragments.New()
     fragment.SetByteStringValue(encaps.get_frame(dataset.PixelData, frame, number_of_frames=total))
     fragments.AddFragment(fragment)
@@ -233,11 +378,33 @@ def _decode_jpeg_12bit(dataset: Any, frame: int, total: int, request: ReadReques
 # --------------------------------------------------------------------------------------------- what the header declares
 
 
+def _used_bits(words: np.ndarray, dataset: Any, precision: int | None) -> tuple[np.ndarray, int]:
+    """Return pixel values without the unused bits of their words (PS3.5 8.1.1), and their number of bits.
+
+    A codestream of another precision than the header's is right (PS3.5 8.2). If its additional bits are unused, it was
+    made from whole words, to which the header applies.
+    """
+    if words.dtype.kind == "f" or int(dataset.BitsAllocated) == 1:
+        return words, 1
+    bits, size = int(dataset.BitsStored), 8 * words.dtype.itemsize
+    high = int(dataset.get("HighBit") or bits - 1)
+    if precision is not None and not (bits < precision and bits <= high < precision):
+        if precision < bits or (words.astype(f"u{words.dtype.itemsize}") >> bits).any():
+            bits = precision
+        high = bits - 1
+    if bits == size:
+        return words, bits
+    return (words << (size - 1 - high)) >> (size - bits), bits
+
+
 def is_hounsfield(frame: Frame) -> bool:
     """Return whether values are HU: declared, or CT with a rescale of unspecified type ("US" in DICOM)."""
-    kind = str(frame.values.get("RescaleType") or "").strip().upper()
-    is_ct = str(frame.dataset.get("SOPClassUID", "")) in CT_STORAGE and "RescaleSlope" in frame.values
-    return kind == "HU" or (is_ct and kind in ("", "US"))
+    lut = frame.values.get("ModalityLUTSequence")
+    kind = _word(lut[0], "ModalityLUTType") if lut else _word(frame.values, "RescaleType")
+    has_rescale = not lut and ("RescaleSlope" in frame.values or "RescaleIntercept" in frame.values)
+    is_ct = str(frame.dataset.get("SOPClassUID", "")) in CT_STORAGE and has_rescale
+    # HU_MOD: Hounsfield units in which some materials were replaced
+    return kind in ("HU", "HU_MOD") or kind.startswith("HOUNSFIELD") or (is_ct and kind in ("", "US"))
 
 
 def _is_plain_8_bit(frame: Frame) -> bool:
@@ -254,52 +421,186 @@ def _rescale(item: Any) -> tuple[float, float] | None:
     return slope[0] if slope else 1.0, intercept[0] if intercept else 0.0
 
 
-def _apply_modality_lut(values: np.ndarray, item: Any) -> None:
-    """Transform stored to measured values (PS3.3 C.11.1), in place."""
-    rescale = _rescale(item)
+def _modality_transform(frame: Frame, request: ReadRequest) -> Transform | None:
+    """Return the function from stored to measured values (PS3.3 C.11.1), or None if they are equal."""
+    rescale = _rescale(frame.values)
     if rescale is None:
-        values[...] = importlib.import_module("pydicom.pixels").apply_modality_lut(values.astype(np.int32), item)
-    elif rescale != (1.0, 0.0):
-        values *= np.float32(rescale[0])
-        values += np.float32(rescale[1])
+        table = _read_lut(frame.values.ModalityLUTSequence[0], "LUT", frame.dataset, _stored_range(frame.dataset))
+        if table is None:
+            raise request.error("damaged", "a modality LUT", "one without entries or with an invalid descriptor")
+        first, entries, _ = table
+        return lambda values: _look_up(values, first, entries)
+    slope, intercept = rescale
+
+    def apply(values: np.ndarray) -> np.ndarray:
+        if slope == 0 and values.any():  # slices of PET without counts have slope 0
+            raise request.error("unsupported", "a rescale slope other than 0", "0, which removes all values")
+        return values.astype(np.float64) * slope + intercept  # large values cancel each other in float32
+
+    return None if rescale == (1.0, 0.0) else apply
 
 
-def _voi_window(item: Any) -> tuple[float, float, str] | str | None:
-    """Return the first window (centre, width, function), "lut" if there is a VOI LUT instead, or None if neither is."""
-    if item.get("VOILUTSequence"):
-        return "lut"
-    centre, width = read_numbers(item, "WindowCenter", 1), read_numbers(item, "WindowWidth", 1)
-    if centre is None or width is None:
+def _stored_range(dataset: Any) -> tuple[float, float]:
+    """Return the lowest and the highest value that the header declares for pixels."""
+    bits = int(dataset.get("BitsStored") or dataset.get("BitsAllocated") or 16)
+    lowest = -(2.0 ** (bits - 1)) if dataset.get("PixelRepresentation") else 0.0
+    return lowest, lowest + 2.0**bits - 1
+
+
+def _measured_range(frame: Frame) -> tuple[float, float]:
+    """Return the lowest and the highest value that a rescale or modality LUT can give."""
+    slope, intercept = _rescale(frame.values) or (0.0, 0.0)
+    ends = [edge * slope + intercept for edge in _stored_range(frame.dataset)]
+    return (min(ends), max(ends)) if _rescale(frame.values) else (0.0, 2.0**16 - 1)
+
+
+def _read_descriptor(item: Any, name: str, values: tuple[float, float]) -> tuple[int, int, int] | None:
+    """Return the number of entries, the first mapped value and the bits per entry of a LUT, or None if it has none.
+
+    The VR of the first mapped value is often wrong, so `values`, the lowest and the highest value that the LUT can be
+    applied to, decide whether it is negative.
+    """
+    descriptor = read_numbers(item, f"{name}Descriptor", 3)
+    if descriptor is None:
         return None
-    function = str(item.get("VOILUTFunction") or "LINEAR").upper()
-    valid = width[0] >= 1 if function == "LINEAR" else width[0] > 0
-    return (centre[0], width[0], function) if valid else None
+    count, first, bits = int(descriptor[0]) % 2**16 or 2**16, int(descriptor[1]) % 2**16, int(descriptor[2])
+    negative = first - 2**16
+    may_be_negative = values[0] < 0 or first > values[1] or first + count > 2**16
+    if first >= 2**15 and may_be_negative and negative + count > values[0]:
+        first = negative
+    return count, first, bits
 
 
-def _apply_window(values: np.ndarray, item: Any) -> None:
-    """Transform measured values to [0, 1] with the window or VOI LUT of the image (PS3.3 C.11.2), in place."""
-    window = _voi_window(item)
-    if not isinstance(window, tuple):
-        values[...] = importlib.import_module("pydicom.pixels").apply_voi(np.rint(values).astype(np.int32), item)
-        values /= 2.0 ** int(item.VOILUTSequence[0].LUTDescriptor[2]) - 1
-        return
-    centre, width, function = window
-    if function == "SIGMOID":
-        np.exp((values - centre) * np.float32(-4 / width), out=values)
-        np.divide(1.0, 1.0 + values, out=values)
-        return
+def _read_lut(item: Any, name: str, dataset: Any, values: tuple[float, float]) -> tuple[int, np.ndarray, int] | None:
+    """Return the first mapped value, the entries and the declared bits of a LUT, or None if it is invalid.
+
+    Args:
+        item: dataset with the descriptor and the data.
+        name: keyword of both, without their ends.
+        dataset: dataset of the image.
+        values: lowest and highest value that the LUT can be applied to.
+    """
+    descriptor, data = _read_descriptor(item, name, values), item.get(f"{name}Data")
+    if descriptor is None or data is None or (hasattr(data, "__len__") and not len(data)):
+        return None
+    count, first, bits = descriptor
+    if isinstance(data, bytes):  # OW, or UN
+        is_little = transfer_syntax(dataset).is_little_endian
+        words = np.frombuffer(data + b"\0" * (len(data) % 2), "<u2" if is_little else ">u2").astype("<u2")
+    else:
+        words = np.atleast_1d(np.asarray(data, np.int64)).astype("<u2")
+    packed = words.view(np.uint8)  # entries of 8 bits may be packed in pairs
+    is_packed = len(words) < count and (bits <= 8 or len(packed) in (count, count + 1))
+    return first, (packed if is_packed else words)[:count], bits
+
+
+def _look_up(values: np.ndarray, first: int, entries: np.ndarray) -> np.ndarray:
+    """Return the entries of values. Values outside the table have its first or last entry."""
+    return entries[np.clip(np.rint(values).astype(np.int64) - first, 0, len(entries) - 1)]
+
+
+def _read_palette(dataset: Any, request: ReadRequest) -> list[tuple[int, np.ndarray]]:
+    """Return (first mapped value, 8-bit entries) of red, green and blue."""
+    names = [f"{colour}PaletteColorLookupTable" for colour in ("Red", "Green", "Blue")]
+    tables = [_read_lut(dataset, name, dataset, _stored_range(dataset)) for name in names]
+    colours = [(table[0], table[1]) for table in tables if table is not None]
+    descriptor = _read_descriptor(dataset, names[0], _stored_range(dataset))
+    if descriptor and all(dataset.get(f"Segmented{name}Data") for name in names):
+        count, first, bits = descriptor
+        if count > 2**bits:  # pydicom indexes entries in their own type
+            raise request.error("unsupported", "a segmented palette of 16 bits or 256 entries", "a larger one")
+        mapped = np.arange(count) + int(dataset[f"{names[0]}Descriptor"].value[1])
+        palette = importlib.import_module("pydicom.pixels").apply_color_lut(mapped, dataset)
+        colours = [(first, palette[:, channel]) for channel in range(3)]
+    if len(colours) < 3:
+        raise request.error("unsupported", "a palette of red, green and blue in the file", "an incomplete palette")
+    has_16_bits = max(int(entries.max()) for _, entries in colours) > 255  # tables of 16 bits may hold 8-bit colours
+    return [(first, (entries >> (8 if has_16_bits else 0)).astype(np.uint8)) for first, entries in colours]
+
+
+def _voi_transform(frame: Frame) -> Transform | None:
+    """Return the function from measured values to [0, 1] (PS3.3 C.11.2), or None if none is valid.
+
+    A VOI LUT takes precedence over a window, and the first of several is used.
+    """
+    item, table = frame.window, _read_voi_lut(frame)
+    if table is not None:
+        first, entries, _ = table
+        # A depth that does not fit the entries is wrong.
+        scaled = (entries / (2.0 ** int(entries.max()).bit_length() - 1 or 1)).astype(np.float32)
+        return lambda values: _look_up(values, first, scaled)
+    centres, widths = read_numbers(item, "WindowCenter", 1), read_numbers(item, "WindowWidth", 1)
+    function = _word(item, "VOILUTFunction") or "LINEAR"
+    if centres is None or widths is None or function not in ("LINEAR", "LINEAR_EXACT", "SIGMOID"):
+        return None
+    centre, width = centres[0], widths[0]
     if function == "LINEAR":  # the standard shifts it by half a value
-        centre, width = centre - 0.5, max(width - 1, 1e-6)
-    values -= np.float32(centre)
-    values *= np.float32(1 / width)
-    values += np.float32(0.5)
-    np.clip(values, 0, 1, out=values)
-
-
-def _padding_mask(pixels: np.ndarray, dataset: Any) -> np.ndarray | None:
-    """Return the mask of pixels that were not measured (PS3.3 C.7.5.1.1.2), or None if no padding value is declared."""
-    low = read_numbers(dataset, "PixelPaddingValue", 1)
-    if low is None:
+        centre, width = centre - 0.5, width - 1
+    if width < 0 or (width == 0 and function != "LINEAR"):
         return None
-    high = read_numbers(dataset, "PixelPaddingRangeLimit", 1) or low
-    return (pixels >= min(low[0], high[0])) & (pixels <= max(low[0], high[0]))
+    if width <= THRESHOLD_WIDTH:
+        return lambda values: values > centre
+    if function == "SIGMOID":
+        return lambda values: 1 / (1 + np.exp((values - centre) * (-4 / width)))
+    return lambda values: np.clip((values - centre) / width + 0.5, 0, 1)
+
+
+def _read_voi_lut(frame: Frame) -> tuple[int, np.ndarray, int] | None:
+    luts = frame.window.get("VOILUTSequence")
+    return _read_lut(luts[0], "LUT", frame.dataset, _measured_range(frame)) if luts else None
+
+
+def _describe_voi(frame: Frame) -> Description:
+    """Return how many windows or VOI LUTs an image declares, and the depth of the entries if its header is wrong."""
+    table = _read_voi_lut(frame)
+    if table is None:
+        widths = frame.window.get("WindowWidth")
+        count = len(widths) if isinstance(widths, (tuple, MutableSequence)) else 1
+        return {"windows": count} if count > 1 else {}
+    bits, count = int(table[1].max()).bit_length(), len(frame.window.VOILUTSequence)
+    wrong_depth = {"voi_lut_bits": bits} if bits != table[2] else {}
+    return wrong_depth | ({"voi_luts": count} if count > 1 else {})
+
+
+def _apply_windows(values: np.ndarray, padding: np.ndarray | None, windows: list[Transform]) -> bool:
+    """Apply the window of each frame in place. Return False, and change nothing, if one grey level would be left."""
+
+    def has_contrast(index: int) -> bool:
+        seen = windows[index](values[index])
+        seen = seen if padding is None else seen[~padding[0, index]]
+        return seen.size > 0 and float(seen.max()) - float(seen.min()) >= ONE_GREY_LEVEL
+
+    if not any(has_contrast(index) for index in range(len(windows))):
+        return False
+    for index, window in enumerate(windows):
+        values[index] = window(values[index])
+    return True
+
+
+def _padding_mask(words: np.ndarray, pixels: np.ndarray, bits: int, dataset: Any) -> np.ndarray | None:
+    """Return the mask of pixels that were not measured (PS3.3 C.7.5.1.1.2), or None if there are none.
+
+    The VR of a padding value, which sets its sign, is often wrong, so only the bits that a pixel stores are compared.
+    """
+    is_float = pixels.dtype.kind == "f"
+    prefix = ("Float" if pixels.dtype.itemsize == 4 else "DoubleFloat") if is_float else ""
+    low = read_numbers(dataset, f"{prefix}PixelPaddingValue", 1)
+    high = read_numbers(dataset, f"{prefix}PixelPaddingRangeLimit", 1) or low
+    if is_float:
+        mask = np.isnan(pixels)
+        mask |= (pixels >= min(low, high)[0]) & (pixels <= max(low, high)[0]) if low and high else False
+        return mask if mask.any() else None
+    if low is None or high is None:
+        return None
+    size, is_signed = min(bits, 16), bool(dataset.get("PixelRepresentation"))
+    half, limits = 2 ** (size - 1), [int(low[0]) % 2**16, int(high[0]) % 2**16]
+    ends = [(limit + half) % 2**size - half if is_signed else limit % 2**size for limit in limits]
+    if not all(limit < 2 * half or (is_signed and limit >= 2**16 - half) for limit in limits):
+        # Pixels do not store all its bits: their words may, or it is an end of their range, such as -1 for 4095.
+        words = words.astype(np.uint16)
+        mask = (words >= min(limits)) & (words <= max(limits))
+        if mask.any():
+            return mask
+        if not set(ends) <= ({-half, half - 1} if is_signed else {0, 2 * half - 1}):
+            return None
+    return (pixels >= min(ends)) & (pixels <= max(ends))

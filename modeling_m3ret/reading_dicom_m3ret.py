@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from .dicom_pixels_m3ret import PIXEL_KEYS, Frame, is_hounsfield, read_numbers, read_pixels
+from .dicom_pixels_m3ret import PIXEL_KEYS, Frame, in_plane_spacing, is_hounsfield, read_numbers, read_pixels
 from .intensity_m3ret import to_unit_range
 from .scan_m3ret import (
     AnyScan,
@@ -242,7 +242,7 @@ def _make_scan(planes: list[_Plane], step: Step, request: ReadRequest, descripti
 def _orient(array: np.ndarray, plane: _Plane, step: Step, description: Description) -> tuple[np.ndarray, Spacing]:
     """Bring a volume to the canonical orientation and return its spacing. Without a step, keep the orientation."""
     if step is None:
-        return array, (None, *plane.spacing)
+        return array, (None, *(plane.spacing if plane.spacing[0] else in_plane_spacing(plane.dataset, description)))
     assert plane.orientation is not None
     down, along = plane.orientation[1] * plane.spacing[0], plane.orientation[0] * plane.spacing[1]
     lps_to_ras = np.array([[-1.0], [-1.0], [1.0]])
