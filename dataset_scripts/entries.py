@@ -49,6 +49,7 @@ class Entry:
     split: str | None = None  # the official split; if None, the builder splits by a hash of the patient
     member: str | None = None  # which scan of a file that holds several, for `Source.open`
     licence: str = ""  # of this scan, if it differs from that of the collection
+    intensity: str | None = None  # of files that do not declare it, see `read_scan`
 
     def __post_init__(self) -> None:
         if self.modality not in ("", *MODALITIES):
@@ -95,7 +96,8 @@ class Source(ABC):
 
     def open(self, entry: Entry) -> Any:
         """Return the input of `read_scan`. Sources whose files hold several scans override this."""
-        return entry.files[0] if len(entry.files) == 1 else list(entry.files)
+        source = entry.files[0] if len(entry.files) == 1 else list(entry.files)
+        return source if entry.intensity is None else {"volume": source, "intensity": entry.intensity}
 
 
 def read_table(path: Path, columns: Sequence[str]) -> Iterator[dict[str, str]]:

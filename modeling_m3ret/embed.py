@@ -20,6 +20,7 @@ from .cpu import prepare_cpu
 from .data.collection import Record
 from .errors import InputError
 from .hub import load_pretrained
+from .intensity_m3ret import INTENSITIES
 from .search.embedding import embed_records, encoder_embedder
 
 
@@ -29,13 +30,22 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="checkpoint folder or Hub id")
     parser.add_argument("--output", required=True, type=Path, help="file to write, ending in .npz")
     parser.add_argument("--num_workers", default=0, type=int, help="processes that read scans; 0 reads in this one")
+    parser.add_argument(
+        "--intensity",
+        choices=INTENSITIES,
+        help="what the values of all scans are, for files that do not declare it, such as CT as NIfTI: hounsfield",
+    )
     options = parser.parse_args()
     with user_errors(parser.prog):
-        embed_files(options.scans, options.model, options.output, options.num_workers)
+        embed_files(options.scans, options.model, options.output, options.num_workers, options.intensity)
 
 
-def embed_files(scans: list[str], model_name: str, output: Path, num_workers: int = 0) -> None:
+def embed_files(
+    scans: list[str], model_name: str, output: Path, num_workers: int = 0, intensity: str | None = None
+) -> None:
     """Embed `scans` with the checkpoint `model_name` and write `output` (`.npz` with `files` and `embeddings`).
+
+    `intensity` declares the values of all scans, as for `read_scan`.
 
     Raises:
         InputError: if the checkpoint cannot be loaded, `output` is no `.npz` file, or no scan could be read.
@@ -44,7 +54,9 @@ def embed_files(scans: list[str], model_name: str, output: Path, num_workers: in
         raise InputError(f"--output: expected a .npz file in an existing folder, got {output}")
     model, processor = load_pretrained(model_name)
     prepare_cpu()
-    records = [Record(scan, Path(scan), modality="", anatomy="", label="", group="") for scan in scans]
+    records = [
+        Record(scan, Path(scan), modality="", anatomy="", label="", group="", intensity=intensity) for scan in scans
+    ]
     embedded = embed_records([encoder_embedder(model)], processor, records, num_workers=num_workers)[0]
     for failure in embedded.failures:
         print(failure, file=sys.stderr)

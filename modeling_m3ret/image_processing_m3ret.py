@@ -36,10 +36,13 @@ class M3RetImageProcessorKwargs(TypedDict, total=False):
 class M3RetImageProcessor(BaseImageProcessor):
     """Read scans and pack them: `processor(["ct.nii.gz", "clip.mp4", "chest.dcm", "series/"], return_tensors="pt")`.
 
-    A scan is a path, bytes, a PIL image, an array or tensor (`H W`, `H W C`, `D H W` or `D H W C`), a folder with a
-    DICOM series, a list of DICOM slices, a `datasets` row, or a `Scan`. Channels come last: a tensor `(3, H, W)` is
-    read as three slices. A call takes one scan or a list of scans of any kinds. Wrap the slices of one series in a list
-    of their own: `processor([[slice_1, slice_2]])`.
+    A scan is a path, bytes, an open file, a PIL image, an array or tensor (`H W`, `H W C`, `D H W` or `D H W C`), a
+    folder with a DICOM series, a list of DICOM slices, a `datasets` row, or a `Scan`. A call takes one scan or a list
+    of scans of any kinds. Wrap the slices of one series in a list of their own: `processor([[slice_1, slice_2]])`.
+
+    Channels come last, unless `input_data_format="channels_first"`: then an array is `H W`, `C H W`, or a batch
+    `B C H W` of images. Within a list, `C H W` is an image and `D C H W` a clip. Without it, an array `(3, H, W)` is
+    refused, as its first axis may be colours or slices.
 
     The same size policy applies to every scan:
 
@@ -56,7 +59,7 @@ class M3RetImageProcessor(BaseImageProcessor):
             CT. It bounds the memory of attention and applies only to larger settings and elongated scans.
         patch_size: edge of a patch in pixels. Must equal the encoder's, as must the next two; see `M3RetConfig`.
         patch_depth: slices or frames of a patch.
-        num_channels: channels of a patch.
+        num_channels: channels of a patch. Colour is converted to grey if it is 1.
         image_mean: subtracted from values in [0, 1]. One number for all channels, since ImageNet's colour means
             describe no scan.
         image_std: divides the centred values. Together with `image_mean`, maps [0, 1] to [-1, 1].
@@ -100,6 +103,8 @@ class M3RetImageProcessor(BaseImageProcessor):
         size: int | None = None,
         num_frames: int | None = None,
         max_patches: int | None = None,
+        intensity: str | None = None,
+        input_data_format: str | None = None,
         return_tensors: str | None = "pt",
         **unknown: Any,
     ) -> BatchFeature:
@@ -108,6 +113,9 @@ class M3RetImageProcessor(BaseImageProcessor):
         Args:
             images: one scan or a list of scans; see the class for the kinds.
             size: overrides the processor's setting, as do `num_frames` and `max_patches`.
+            intensity: what the values of files and arrays are that do not declare it, such as "hounsfield" for a CT as
+                NIfTI; see `read_scan`.
+            input_data_format: "channels_first" or "channels_last", the layout of arrays and tensors.
             return_tensors: type of the returned arrays, as in every image processor.
 
         Returns:
@@ -119,23 +127,29 @@ class M3RetImageProcessor(BaseImageProcessor):
             TypeError: if an argument is unknown.
         """
         if unknown:
-            names = ", ".join(sorted(unknown))
-            raise TypeError(f"unknown argument: expected size, num_frames, max_patches or return_tensors, got {names}")
+            known = "size, num_frames, max_patches, intensity, input_data_format or return_tensors"
+            raise TypeError(f"unknown argument: expected {known}, got {', '.join(sorted(unknown))}")
         settings = {"size": size, "num_frames": num_frames, "max_patches": max_patches}
-        scans = images if isinstance(images, (list, tuple)) else [images]
+        is_batch = input_data_format == "channels_first" and getattr(images, "ndim", None) == 4
+        scans = list(images) if is_batch or isinstance(images, (list, tuple)) else [images]
         if not scans:
             raise ValueError("images is an empty list: expected at least one scan")
-        rows, grids = self.pack([self.resize(self.read(scan, num_frames), **settings) for scan in scans])
+        declared = {"intensity": intensity, "input_data_format": input_data_format}
+        rows, grids = self.pack([self.resize(self.read(scan, num_frames, **declared), **settings) for scan in scans])
         return BatchFeature({"pixel_values": rows, "grid_thw": grids}, tensor_type=return_tensors)
 
-    def read(self, source: Any, num_frames: int | None = None) -> Scan:
-        """Read one scan, of a clip only the frames that will be used, or raise `M3RetReadError`."""
-        return read_scan(source, num_frames=self.num_frames if num_frames is None else num_frames)
+    def read(self, source: Any, num_frames: int | None = None, **declared: Any) -> Scan:
+        """Read one scan, of a clip only the frames that will be used, or raise `M3RetReadError`.
+
+        `declared` are further arguments of `read_scan`.
+        """
+        return read_scan(source, num_frames=self.num_frames if num_frames is None else num_frames, **declared)
 
     def pack(self, volumes: Sequence[Tensor], compact_images: bool = False) -> tuple[Tensor, Tensor]:
         """Pack resized scans into patch rows, on the device they are on.
 
-        The channel of a grey scan is repeated. Each value is written once, directly to its final position.
+        The channel of a grey scan is repeated; for `num_channels` 1, colour becomes its luma (ITU-R BT.601), as in
+        Pillow. Each value is written once, directly to its final position.
 
         Args:
             volumes: resized scans, each `(1 or 3, D, H, W)`.
@@ -144,6 +158,8 @@ class M3RetImageProcessor(BaseImageProcessor):
         Returns:
             `pixel_values (P, C*t*p*p)`, or `(P, C*p*p)` for compact images, and `grid_thw (B, 3)` int64.
         """
+        if self.num_channels == 1:
+            volumes = [volume if volume.shape[0] == 1 else _to_luma(volume) for volume in volumes]
         grids = [self.grid_shape(volume.shape) for volume in volumes]
         depth = 1 if compact_images and all(volume.shape[1] == 1 for volume in volumes) else self.patch_depth
         values = self.num_channels * depth * self.patch_size**2
@@ -237,6 +253,12 @@ def _interpolate(frames: Tensor, height: int, width: int) -> Tensor:
         frames = frames.transpose(0, 1).contiguous(memory_format=torch.channels_last)  # (D, C, H, W)
     resized = torch.nn.functional.interpolate(frames, size, mode="bilinear", antialias=antialias)
     return resized.transpose(0, 1) if is_bytes else resized
+
+
+def _to_luma(volume: Tensor) -> Tensor:
+    """Return the grey values `(1, D, H, W)` of a colour scan `(3, D, H, W)`."""
+    weights = volume.new_tensor([0.299, 0.587, 0.114])
+    return torch.einsum("c,cdhw->dhw", weights, volume)[None]
 
 
 def _require_positive(**settings: int) -> None:

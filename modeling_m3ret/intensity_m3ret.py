@@ -1,12 +1,12 @@
 """Scale the intensities of a scan to [0, 1], or to the 8 or 16 bits in which a dataset stores them.
 
-What a caller, a dataset row or a header declares comes first; otherwise the values decide between 8-bit images,
-Hounsfield units and percentiles of the scan. This file travels inside every checkpoint and imports only NumPy.
+What a dataset row, a caller or a header declares comes first; otherwise 8-bit images are divided by 255, and everything
+else is scaled by percentiles of the scan. Values are Hounsfield units only if that is declared: an organ of a CT has no
+air, and phases and field maps of MRI have values as low as air, so values alone cannot tell them apart. This file
+travels inside every checkpoint and imports only NumPy.
 """
 
 from __future__ import annotations
-
-import math
 
 import numpy as np
 
@@ -15,9 +15,7 @@ from .scan_m3ret import AnyScan, Description, ReadRequest, Scan, Spacing, Stored
 
 HU_RANGE = (-1000.0, 1000.0)  # air to dense bone, as in SPECTRE and most CT foundation models
 PERCENTILES = (0.5, 99.5)  # per scan, if no unit is declared (nnU-Net's clipping range)
-# Undeclared integers are read as HU if their 0.5 percentile is at most this: a CT field of view contains air, and MR
-# values are never this low.
-AIR_HU = -500.0
+FLOAT32_MAX = float(np.finfo(np.float32).max)
 PERCENTILE_SAMPLE = 1_000_000  # approximate number of voxels for percentiles; more change them by less than 0.1 %
 # Mapping of stored values to [0, 1]: divided by 255; HU clipped to `HU_RANGE`; clipped to `PERCENTILES` of the scan;
 # divided by the largest value of their type.
@@ -35,7 +33,6 @@ def to_unit_range(
     request: ReadRequest,
     description: Description,
     *,
-    hu: bool | None = None,
     scale: tuple[float, float] = (1.0, 0.0),
     rule: str | None = None,
     padding: np.ndarray | None = None,
@@ -43,30 +40,30 @@ def to_unit_range(
 ) -> AnyScan:
     """Scale intensities to [0, 1], or to the stored form if the request asks for it.
 
-    What a dataset row declares takes precedence over `rule` and `spacing`, and `rule` over what the values look like.
+    What the request declares takes precedence over `rule` and `spacing`, and `rule` over the type of the values.
 
     Args:
         values: `(C, D, H, W)` of any real type. May be overwritten if `rule` is given.
         spacing: spacing of the file.
         request: the read request.
         description: description of the scan, to which the kind of scaling is added.
-        hu: whether values are Hounsfield units; None decides by `looks_like_hounsfield`.
         scale: slope and intercept that turn `values` into measured values.
-        rule: how to scale, if a DICOM header declares it: "8-bit", "hounsfield", "percentiles", or "window" and "bit
-            depth", which are already applied. None divides uint8 by 255, clips Hounsfield units to `HU_RANGE`, leaves
-            floats within [0, 1] unchanged, and clips everything else to `PERCENTILES`.
+        rule: how to scale, if the file declares it: "8-bit", "hounsfield", "percentiles", or "window" and "bit depth",
+            which are already applied. None divides uint8 by 255, leaves fractions within [0, 1] unchanged, and clips
+            everything else to `PERCENTILES`.
         padding: `(C, D, H, W)` bool mask of voxels that were never measured. They are ignored, and become 0.
         inverted: whether low values are bright.
 
     Raises:
-        M3RetReadError: if voxels are not finite, or a row's intensity does not fit the type of its voxels.
+        M3RetReadError: if voxels are not finite, or the declared intensity does not fit the type of the voxels.
     """
     spacing = request.spacing or spacing
     if values.dtype == bool:
         values = values.astype(np.uint8) * np.uint8(255)
-    declared = _declared_rule(values.dtype, request)
+    declared = _declared_rule(values, scale != (1.0, 0.0), request)
+    may_overwrite = rule is not None and declared is None
     rule = declared or rule
-    if values.dtype == np.uint8 and scale == (1.0, 0.0) and not hu and rule in (None, "8-bit"):
+    if values.dtype == np.uint8 and scale == (1.0, 0.0) and rule in (None, "8-bit"):
         # A grey image stored as RGB is grey. Its first slice nearly always suffices to find out that it is not.
         is_grey = values.shape[0] == 3 and (values[:, 0] == values[0, 0]).all() and (values == values[:1]).all()
         array = values[:1] if is_grey else values
@@ -77,21 +74,19 @@ def to_unit_range(
             return StoredScan(np.ascontiguousarray(array), "8-bit", spacing, description)
         return _make_scan(array, spacing, description, constant=array.min() == array.max())
 
-    array = np.array(values, dtype=np.float32, order="C", copy=None if rule and not declared else True)
+    low, high = sorted(float(edge) * scale[0] + scale[1] for edge in (values.min(), values.max()))
+    if not max(abs(low), abs(high)) <= FLOAT32_MAX:  # also NaN
+        raise request.error("unsupported", "finite voxels", "NaN or infinite voxels", "Replace them before reading.")
+    if rule is None:
+        fractions = values.dtype.kind == "f" or scale != (1.0, 0.0)
+        rule = "unit range" if fractions and low >= 0 and high <= 1 else "percentiles"
+    # percentiles do not depend on an offset, which float32 could not represent beside large values
+    offset = low if rule == "percentiles" and max(abs(low), abs(high)) > max(2**16, 2**10 * (high - low)) else 0.0
+    array = _as_float32(values, scale, offset, may_overwrite)
     if request.intensity == "full range":
         array *= np.float32(1 / np.iinfo(values.dtype).max)
-    if scale != (1.0, 0.0):
-        array *= np.float32(scale[0])
-        array += np.float32(scale[1])
     measured = _sample_voxels(array, padding)
-    low, high = float(array.min()), float(array.max())
-    if not (math.isfinite(low) and math.isfinite(high)):
-        raise request.error("unsupported", "finite voxels", "NaN or infinite voxels", "Replace them before reading.")
     constant = measured.size == 0 or low == high or (padding is not None and float(np.ptp(array[~padding])) == 0)
-    if rule is None:
-        hu = looks_like_hounsfield(array) if hu is None else hu
-        in_unit_range = values.dtype.kind == "f" and low >= 0 and high <= 1
-        rule = "hounsfield" if hu else "unit range" if in_unit_range else "percentiles"
     description["intensity"] = DESCRIBED_RULES.get(rule, rule)
     if request.return_stored and not inverted:
         stored = _keep_16_bit(np.zeros_like(array) if constant else array, rule, None if constant else padding)
@@ -114,12 +109,35 @@ def to_unit_range(
     return StoredScan(np.rint(array * 65535).astype(np.uint16), "full range", spacing, description)
 
 
-def _declared_rule(dtype: np.dtype, request: ReadRequest) -> str | None:
-    """Return the rule of a dataset row's intensity, after checking that it fits the type of the voxels."""
-    if request.intensity in ("8-bit", "full range") and (request.intensity == "8-bit") != (dtype == np.uint8):
-        expected = "uint8 voxels" if request.intensity == "8-bit" else "voxels of more than 8 bits"
-        advice = f'Correct the column intensity, which is "{request.intensity}".'
-        raise request.error("unsupported", expected, f"voxels of type {dtype}", advice)
+def _as_float32(values: np.ndarray, scale: tuple[float, float], offset: float, overwrite: bool) -> np.ndarray:
+    """Return `values * slope + intercept - offset` as float32 in C order, computed in float64 slice by slice."""
+    slope, shift = scale[0], scale[1] - offset
+    if (slope, shift) == (1.0, 0.0):
+        return np.array(
+            values, dtype=np.float32, order="C", copy=None if overwrite and values.flags.writeable else True
+        )
+    array = np.empty(values.shape, np.float32)
+    for index in range(values.shape[1]):
+        array[:, index] = values[:, index].astype(np.float64) * slope + shift
+    return array
+
+
+def _declared_rule(values: np.ndarray, scaled: bool, request: ReadRequest) -> str | None:
+    """Return the rule of a declared intensity, after checking that it fits the voxels."""
+    if request.intensity is None:
+        return None
+    is_bytes, is_grey = values.dtype == np.uint8, values.shape[0] == 1
+    fits, expected = {
+        "8-bit": (is_bytes and not scaled, "uint8 voxels"),
+        "full range": (values.dtype.kind == "u" and not is_bytes, "unsigned integers of more than 8 bits"),
+        # a picture of 8 bits has no room for Hounsfield units
+        "hounsfield": (is_grey and (scaled or not is_bytes), "grey voxels of more than 8 bits"),
+        "percentiles": (True, ""),
+    }[request.intensity]
+    if not fits:
+        advice = f'The intensity "{request.intensity}" is declared by the dataset row or by the caller; correct it.'
+        got = f"{'grey' if is_grey else 'colour'} voxels of type {values.dtype}"
+        raise request.error("unsupported", expected, got, advice)
     return "bit depth" if request.intensity == "full range" else request.intensity
 
 
@@ -166,14 +184,6 @@ def _sample_voxels(array: np.ndarray, padding: np.ndarray | None = None) -> np.n
     step = array.size // PERCENTILE_SAMPLE | 1  # an odd step avoids sampling a single column
     sample = array.reshape(-1)[::step]
     return sample if padding is None else sample[~padding.reshape(-1)[::step]]
-
-
-def looks_like_hounsfield(array: np.ndarray) -> bool:
-    """Return whether undeclared values are Hounsfield units: integers with enough voxels of air."""
-    if array.dtype.kind not in "if":
-        return False
-    sample = _sample_voxels(array)
-    return bool(np.percentile(sample, PERCENTILES[0]) <= AIR_HU and np.array_equal(sample, np.rint(sample)))
 
 
 def bytes_per_voxel(dtype: np.dtype) -> int:

@@ -1,10 +1,10 @@
 """Read a medical scan in any supported format into one array in [0, 1] with its voxel spacing.
 
-`read_scan` detects what a source is. Images and NumPy arrays are read here, other formats in `reading_dicom_m3ret`,
-`reading_video_m3ret` and `reading_volume_m3ret`; `scan_m3ret` and `intensity_m3ret` bring all of them to one
-orientation and one intensity scale. Files are not trusted: sizes are checked before memory is allocated, nothing is
-unpickled, and every failure is an `M3RetReadError`. This file travels inside every checkpoint and imports only NumPy;
-decoders are imported when a format needs them.
+`read_scan` detects what a source is. Images, NumPy arrays and archives are read here, other formats in
+`reading_dicom_m3ret`, `reading_video_m3ret` and `reading_volume_m3ret`; `scan_m3ret` and `intensity_m3ret` bring all of
+them to one orientation and one intensity scale. Files are not trusted: sizes are checked before memory is allocated,
+nothing is unpickled, and every failure is an `M3RetReadError`. This file travels inside every checkpoint and imports
+only NumPy; decoders are imported when a format needs them.
 """
 
 from __future__ import annotations
@@ -12,18 +12,23 @@ from __future__ import annotations
 import io
 import math
 import os
+import re
 import zipfile
+import zlib
+from contextlib import closing
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePath, PurePosixPath
 from typing import Any
 
 import numpy as np
 
-from .intensity_m3ret import INTENSITIES, blend_over_black, bytes_per_voxel, looks_like_hounsfield, to_unit_range
+from .intensity_m3ret import INTENSITIES, blend_over_black, bytes_per_voxel, to_unit_range
 from .reading_dicom_m3ret import read_folder, read_series
 from .reading_video_m3ret import read_video
-from .reading_volume_m3ret import read_nifti
+from .reading_volume_m3ret import VOLUME_READERS, gunzip, read_nifti
 from .scan_m3ret import (
+    HEAD_BYTES,
+    RATIO_FLOOR,
     AnyScan,
     Description,
     M3RetReadError,
@@ -35,19 +40,32 @@ from .scan_m3ret import (
     display_name,
     silence_libraries,
     sniff,
+    unsupported_format,
 )
 
 
 __all__ = ["M3RetReadError", "ReadLimits", "Scan", "StoredScan", "read_scan", "read_stored"]
 
-IMAGE_FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "WEBP", "GIF")
-FORMATS = "DICOM, NIfTI, PNG, JPEG, TIFF, BMP, WebP, GIF, video, .npy or .npz"
+IMAGE_FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "WEBP", "GIF", "AVIF", "JPEG2000")
+FORMATS = "DICOM, NIfTI, NRRD, MetaImage, MGH, MINC, PNG, JPEG, TIFF, BMP, WebP, GIF, AVIF, HEIF, video, .npy or .npz"
 NPZ_KEYS = ("hu", "image", "volume", "imgs")  # "hu" declares Hounsfield units; "imgs" is MedSAM's key
 VOXEL_TYPES = "bool, integer or floating-point voxels"
+CHANNEL_FORMATS = (None, "channels_first", "channels_last")
 EXIF_ORIENTATION = 0x0112
+MIN_ASPECT = 1.01  # a ratio of pixel sides below this is rounding of the declared resolution
+# TIFF tags
+NEW_SUBFILE_TYPE, BITS_PER_SAMPLE, PHOTOMETRIC, STRIP_OFFSETS, SAMPLE_FORMAT = 254, 258, 262, 273, 339
+STRIP_BYTE_COUNTS, TILE_OFFSETS, TILE_BYTE_COUNTS = 279, 324, 325
 
 
-def read_scan(source: Any, *, num_frames: int | None = None, limits: ReadLimits = ReadLimits()) -> Scan:
+def read_scan(
+    source: Any,
+    *,
+    num_frames: int | None = None,
+    limits: ReadLimits = ReadLimits(),
+    intensity: str | None = None,
+    input_data_format: str | None = None,
+) -> Scan:
     """Read one scan from a file or an object in memory.
 
     Volumes are returned in the order of an axial DICOM slice (LPS): axial slices, D from inferior to superior, H from
@@ -58,8 +76,11 @@ def read_scan(source: Any, *, num_frames: int | None = None, limits: ReadLimits 
 
     Args:
         source: one of
-            - the path or bytes of a file: DICOM, NIfTI (`.nii`, `.nii.gz`), PNG, JPEG, TIFF, BMP, WebP, GIF, `.npy`,
-              `.npz` or video. The format is detected from the content, not from the name;
+            - the path or bytes of a file: DICOM, NIfTI, NRRD, MetaImage, MGH or MGZ, MINC, PNG, JPEG, JPEG 2000, TIFF,
+              BMP, WebP, GIF, AVIF, HEIF, `.npy`, `.npz` or video. The format is detected from the content, not from the
+              name. Any of them may be compressed with gzip. A zip archive may hold one file or one DICOM series;
+            - a binary file object, which is read from its start and left at its position. One that cannot seek is read
+              from its position;
             - a folder or a list of files that make up one DICOM series;
             - a PIL image;
             - a NumPy array or torch tensor `(H, W)`, `(H, W, C)`, `(D, H, W)` or `(D, H, W, C)` with C = 1, 3 or 4;
@@ -69,17 +90,28 @@ def read_scan(source: Any, *, num_frames: int | None = None, limits: ReadLimits 
         num_frames: maximum number of frames, taken from the centres of equal segments, of sources whose depth has no
             spacing in mm (video, cine, GIF, arrays that are not in HU). Volumes are always read whole. None reads all
             frames.
+        intensity: how values map to [0, 1], for files that do not declare it: "hounsfield", "percentiles", "8-bit" or
+            "full range", see `INTENSITIES`. Overrides the file, but not the column of a row. Undeclared values are
+            never taken for Hounsfield units.
+        input_data_format: of arrays, "channels_first" for `(C, H, W)` or `(D, C, H, W)`, "channels_last" for the shapes
+            above. Without it, an array `(3, H, W)` is refused, as its first axis may be colours or slices.
 
     Raises:
         M3RetReadError: if the source cannot be read.
-        ValueError: if `num_frames` is less than 1.
+        ValueError: if an argument is not one of its values, or `num_frames` is less than 1.
     """
     # A checkpoint's copy of this code has a class `Scan` of its own, so the name is compared as well.
     if isinstance(source, Scan) or type(source).__name__ == "Scan":
         return source
     if num_frames is not None and num_frames < 1:
         raise ValueError(f"num_frames is out of range: expected None or at least 1, got {num_frames}.")
-    request = ReadRequest(display_name(source), num_frames, limits)
+    if intensity not in (None, *INTENSITIES):
+        raise ValueError(f"unknown intensity: expected None or one of {', '.join(INTENSITIES)}, got {intensity!r}.")
+    if input_data_format not in CHANNEL_FORMATS:
+        raise ValueError(f"unknown input_data_format: expected one of {CHANNEL_FORMATS}, got {input_data_format!r}.")
+    request = ReadRequest(
+        display_name(source), num_frames, limits, intensity=intensity, input_data_format=input_data_format
+    )
     with silence_libraries, request.translate_errors():
         scan = _read(source, request)
         assert isinstance(scan, Scan)
@@ -105,26 +137,70 @@ def _read(source: Any, request: ReadRequest) -> AnyScan:
         return _read_row(source, request)
     if isinstance(source, (bytes, bytearray, memoryview)):
         return _read_file(bytes(source), request)
-    if isinstance(source, (str, os.PathLike)):
+    if isinstance(source, (str, os.PathLike)) and not _is_open_file(source):
         path = Path(source)
         if path.is_dir():
             return read_folder(path, request)
         if not path.is_file():
             raise request.error("not_found", "an existing file or folder", "a path that does not exist")
-        return _read_file(path, request)
+        return _read_file(path, replace(request, open_sibling=lambda name: _read_sibling(path, name, request)))
     if isinstance(source, (list, tuple)):
-        return read_series(list(source), request, {})
+        files = [_read_stream(item, request) if _is_open_file(item) else item for item in source]
+        return read_series(files, request, {})
     if hasattr(source, "group_dataset"):  # a pydicom Dataset
         return read_series([source], request, {})
     if hasattr(source, "getbands"):  # a PIL image
         return _read_image(source, request)
-    if hasattr(source, "detach"):  # a torch tensor; NumPy has no bfloat16
+    if _is_open_file(source):
+        return _read_file(_read_stream(source, request), request)
+    if hasattr(source, "detach") and hasattr(source, "cpu"):  # a torch tensor; NumPy has no bfloat16
         source = source.detach().cpu()
         source = source.float() if str(source.dtype) == "torch.bfloat16" else source
     if hasattr(source, "__array__"):
         return _read_array(np.asarray(source), request, {"format": "array"})
-    expected = "a path, bytes, image, array, DICOM series or dataset row"
+    expected = "a path, bytes, open file, image, array, DICOM series or dataset row"
     raise request.error("unsupported", expected, f"an object of type {type(source).__name__}")
+
+
+def _is_open_file(source: Any) -> bool:
+    """Return whether this is a file object, or a file of fsspec or a zip archive that is not opened yet."""
+    if hasattr(source, "getbands") or isinstance(source, (str, Path)):
+        return False
+    return callable(getattr(source, "read", None)) or callable(getattr(source, "open", None))
+
+
+def _read_stream(source: Any, request: ReadRequest) -> bytes:
+    """Read a binary file object from its start, or from its position if it cannot seek, and restore its position."""
+    if not hasattr(source, "read"):
+        # `fsspec.core.OpenFile` opens itself in its own mode
+        opened = source.open() if hasattr(source, "mode") else source.open("rb")
+        with closing(opened) as stream:
+            return _read_stream(stream, request)
+    if getattr(source, "closed", False):
+        raise request.error("unsupported", "an open file", "a closed file")
+    position = None
+    if callable(getattr(source, "seekable", None)) and source.seekable():
+        position = source.tell()
+        source.seek(0)
+    try:
+        if isinstance(source.read(0), str):
+            raise request.error("unsupported", "a file opened in binary mode", "a file opened in text mode")
+        data = bytes(source.read(request.limits.max_decoded_bytes + 1))
+    finally:
+        if position is not None:
+            source.seek(position)
+    request.check_size((max(1, len(data)),), 1)
+    return data
+
+
+def _read_sibling(path: Path, name: str, request: ReadRequest) -> bytes | None:
+    """Read the file beside `path` that `ReadRequest.open_sibling` describes; return None if there is none."""
+    sibling = path.with_name(_sibling_name(path, name))
+    return request.read_bytes(sibling) if sibling.is_file() else None
+
+
+def _sibling_name(path: PurePath, name: str) -> str:
+    return re.sub(r"(\.hdr|\.img)?(\.gz)?$", "", path.name, count=1) + name if name.startswith(".img") else name
 
 
 def _read_row(row: dict[str, Any], request: ReadRequest) -> AnyScan:
@@ -141,7 +217,10 @@ def _read_row(row: dict[str, Any], request: ReadRequest) -> AnyScan:
     intensity = row.get("intensity")
     if intensity not in (None, *INTENSITIES):
         raise request.error("unsupported", f"the intensity null, {', '.join(INTENSITIES)}", "another value")
-    return _read(row[media[0]], replace(request, intensity=intensity, spacing=_declared_spacing(row, request)))
+    request = replace(request, intensity=intensity or request.intensity, spacing=_declared_spacing(row, request))
+    if media != ["image"] and request.input_data_format is None:  # the first axis of an array are frames or slices
+        request = replace(request, input_data_format="channels_last")
+    return _read(row[media[0]], request)
 
 
 def _declared_spacing(row: dict[str, Any], request: ReadRequest) -> Spacing | None:
@@ -154,59 +233,155 @@ def _declared_spacing(row: dict[str, Any], request: ReadRequest) -> Spacing | No
     return tuple(None if value is None else float(value) for value in mm)  # type: ignore[return-value]
 
 
-def _read_file(file: bytes | Path, request: ReadRequest) -> AnyScan:
-    """Read a file from its path or its content."""
+# --------------------------------------------------------------------------------------------------- files and archives
+
+
+def _read_file(file: bytes | Path, request: ReadRequest, containers: tuple[str, ...] = ("gzip", "zip")) -> AnyScan:
+    """Read a file from its path or its content. `containers` are those that may still be opened."""
     kind = sniff(file)
     if kind == "video":
         return read_video(file, request)
+    if kind in ("nrrd", "metaimage"):
+        return VOLUME_READERS[kind](file, request)
+    if kind is None and isinstance(file, Path) and file.suffix == ".img" and file.with_suffix(".hdr").is_file():
+        file = file.with_suffix(".hdr")  # of a NIfTI pair
+        kind = sniff(file)
     data = request.read_bytes(file) if isinstance(file, Path) else file
     if kind == "dicom":
         return read_series([data], request, {})
-    if kind == "nifti":
-        return read_nifti(data, request)
+    if kind in VOLUME_READERS:
+        return VOLUME_READERS[kind](data, request)
     if kind == "npy":
         return _read_array(_load_npy(io.BytesIO(data), request), request, {"format": "npy"})
-    if kind == "npz":
-        return _read_npz(data, request)
+    if kind in containers:
+        remaining = tuple(name for name in containers if name != kind)
+        return (_read_zip if kind == "zip" else _read_gzip)(data, request, remaining)
     if kind == "image":
-        with request.import_decoder("PIL.Image", "pillow").open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
-            return _read_image(image, request)
+        return _read_encoded_image(data, request)
+    if kind == "heif":
+        request.import_decoder("pillow_heif", "pillow-heif").register_heif_opener(thumbnails=False)
+        return _read_encoded_image(data, request, ("HEIF",))
     if not data:
         raise request.error("damaged", FORMATS, "an empty file")
     is_text = all(byte in b"\t\n\r\f\x1b" or 32 <= byte < 127 or byte > 160 for byte in data[:512])
-    got = "text" if is_text else "content of an unknown type"
+    name = unsupported_format(data[:HEAD_BYTES]) or (f"{kind} inside an archive" if kind else None)
+    got = name or ("text" if is_text else "content of an unknown type")
     raise request.error("unsupported", FORMATS, got, "Convert the file to one of these formats.")
 
 
-def _read_array(array: np.ndarray, request: ReadRequest, description: Description, hu: bool = False) -> AnyScan:
+def _read_gzip(data: bytes, request: ReadRequest, containers: tuple[str, ...]) -> AnyScan:
+    """Read any single file that is compressed with gzip."""
+    try:
+        if sniff(gunzip(data, HEAD_BYTES)) == "nifti":
+            return read_nifti(data, request)  # which inflates no more than its header declares
+        limit = min(
+            request.limits.max_decoded_bytes, int(max(RATIO_FLOOR, request.limits.max_inflate_ratio * len(data)))
+        )
+        content = gunzip(data, limit + 1)
+    except (zlib.error, EOFError) as error:
+        raise request.error("damaged", "a complete gzip file", type(error).__name__) from error
+    request.check_size((max(1, len(content)),), 1)
+    request.check_ratio(len(content), len(data))
+    return _read_file(content, request, containers)
+
+
+def _read_zip(data: bytes, request: ReadRequest, containers: tuple[str, ...]) -> AnyScan:
+    """Read an `.npz`, or a zip archive that holds one scan: a file, a header with its data, or a DICOM series."""
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            members = [info for info in archive.infolist() if not _is_clutter(info)]
+            if not members:
+                raise request.error("unsupported", "a zip archive of one scan", "an archive without files")
+            if len(members) > request.limits.max_files:
+                expected, advice = f"at most {request.limits.max_files:,} files", "Raise `ReadLimits.max_files`."
+                raise request.error("too_large", expected, f"{len(members):,}", advice)
+            if all(info.filename.endswith(".npy") for info in members):
+                return _read_npz(archive, members, request)
+            for info in members:
+                if info.flag_bits & 1:
+                    raise request.error("unsupported", "a zip archive without a password", "an encrypted archive")
+            size = sum(info.file_size for info in members)
+            request.check_size((max(1, size),), 1)
+            request.check_ratio(size, len(data))
+            contents = {PurePosixPath(info.filename.replace("\\", "/")): archive.read(info) for info in members}
+    except NotImplementedError as error:
+        raise request.error("unsupported", "a zip archive compressed by deflate", "another compression") from error
+    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+        raise request.error("damaged", "a complete zip archive", type(error).__name__) from error
+    kinds = {path: sniff(content) for path, content in contents.items()}
+    if "dicom" in kinds.values():
+        dicom = [contents[path] for path in sorted(kinds) if kinds[path] == "dicom"]
+        return read_series(dicom, request, {"files_ignored": len(contents) - len(dicom)})
+    scans = [path for path, kind in kinds.items() if kind is not None]
+    if len(scans) != 1:
+        got = f"a zip archive with {len(scans)} scans in {len(contents)} files"
+        raise request.error("unsupported", "a zip archive of one scan", got, "Pass the files one by one.")
+    path = scans[0]
+    inner = replace(request, open_sibling=lambda name: contents.get(path.with_name(_sibling_name(path, name))))
+    return _read_file(contents[path], inner, containers)
+
+
+def _is_clutter(info: zipfile.ZipInfo) -> bool:
+    """Return whether this is a folder, or what file managers add: resource forks, `.DS_Store`, `Thumbs.db`."""
+    parts = PurePosixPath(info.filename.replace("\\", "/")).parts
+    hidden = not parts or parts[0] == "__MACOSX" or parts[-1].startswith(".")
+    return info.is_dir() or hidden or parts[-1].lower() in ("thumbs.db", "desktop.ini")
+
+
+# --------------------------------------------------------------------------------------------------------------- arrays
+
+
+def _read_array(array: np.ndarray, request: ReadRequest, description: Description, rule: str | None = None) -> AnyScan:
     """Read `(H, W)`, `(H, W, C)`, `(D, H, W)` or `(D, H, W, C)`. A last axis of 1, 3 or 4 is colour, never a width."""
     if array.dtype.kind not in "biuf":
         raise request.error("unsupported", VOXEL_TYPES, f"an array of type {array.dtype}")
-    if array.ndim not in (2, 3, 4) or (array.ndim == 4 and array.shape[-1] not in (1, 3, 4)):
-        expected = "(H, W), (H, W, C), (D, H, W) or (D, H, W, C) with C = 1, 3 or 4"
-        raise request.error("unsupported", expected, f"an array of shape {array.shape}")
     request.check_size(array.shape, bytes_per_voxel(array.dtype))
-    if array.ndim == 2 or array.shape[-1] not in (1, 3, 4):
-        array = array[..., None]
+    array = _channels_last(array, request)
     if array.shape[-1] == 4:
         array = blend_over_black(array)
     if array.ndim == 3:
         array = array[None]
     array = array.transpose(3, 0, 1, 2)
-    hu = hu or looks_like_hounsfield(array)
-    if array.shape[1] > 1 and not hu:  # may be a clip, whereas values in HU are a volume
+    is_volume = rule == "hounsfield" or request.intensity == "hounsfield"
+    if array.shape[1] > 1 and not is_volume:  # may be a clip, whereas values in HU are a volume
         indices = request.select_frames(array.shape[1], description)
         array = array if len(indices) == array.shape[1] else array[:, indices]
-    return to_unit_range(array, (None, None, None), request, description, hu=hu)
+    return to_unit_range(array, (None, None, None), request, description, rule=rule)
+
+
+def _channels_last(array: np.ndarray, request: ReadRequest) -> np.ndarray:
+    """Return `(H, W, C)` or `(D, H, W, C)` of an array in a supported layout."""
+    channels, first = (1, 3, 4), request.input_data_format == "channels_first"
+    if first and array.ndim in (3, 4) and array.shape[-3] in channels:
+        return np.moveaxis(array, -3, -1)
+    if not first and array.ndim in (3, 4) and array.shape[-1] in channels:
+        return array
+    is_ambiguous = request.input_data_format is None and array.ndim in (3, 4) and array.shape[-3] == 3
+    if array.ndim == 2 or (array.ndim == 3 and not is_ambiguous and not first):
+        return array[..., None]
+    expected = "(H, W), (H, W, C), (D, H, W) or (D, H, W, C) with C = 1, 3 or 4"
+    advice = "Convert the data to a supported form."
+    if first:
+        expected = "(H, W), (C, H, W) or (D, C, H, W) with C = 1, 3 or 4"
+    elif array.ndim in (3, 4) and array.shape[-3] in channels:
+        advice = 'If the channels come first, pass `input_data_format="channels_first"`.'
+        if array.ndim == 3:
+            advice += ' If the first axis are slices, pass `input_data_format="channels_last"`.'
+    raise request.error("unsupported", expected, f"an array of shape {array.shape}", advice)
 
 
 def _load_npy(stream: Any, request: ReadRequest) -> np.ndarray:
     """Load a `.npy` stream after checking its header. Object arrays are refused, as they would be unpickled."""
     headers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-    read_header = headers.get(np.lib.format.read_magic(stream))
-    if read_header is None:
-        raise request.error("unsupported", ".npy version 1 or 2", "a version for structured types")
-    shape, fortran, dtype = read_header(stream)
+    try:
+        read_header = headers.get(np.lib.format.read_magic(stream))
+        if read_header is None:
+            raise request.error("unsupported", ".npy version 1 or 2", "a version for structured types")
+        shape, fortran, dtype = read_header(stream)
+    except M3RetReadError:
+        raise
+    except ValueError as error:
+        raise request.error("damaged", "a complete .npy header", "another header") from error
     if dtype.kind not in "biuf":
         raise request.error("unsupported", VOXEL_TYPES, f"an array of type {dtype}")
     request.check_size(shape, bytes_per_voxel(dtype))
@@ -217,51 +392,149 @@ def _load_npy(stream: Any, request: ReadRequest) -> np.ndarray:
     return np.frombuffer(data, dtype).reshape(shape, order="F" if fortran else "C")
 
 
-def _read_npz(data: bytes, request: ReadRequest) -> AnyScan:
-    with zipfile.ZipFile(io.BytesIO(data)) as archive:
-        members = {info.filename[:-4]: info for info in archive.infolist() if info.filename.endswith(".npy")}
-        key = next((key for key in NPZ_KEYS if key in members), next(iter(members)) if len(members) == 1 else None)
-        if key is None:
-            expected = f"one array, or one of the keys {', '.join(NPZ_KEYS)}"
-            raise request.error("unsupported", expected, f"a zip archive with {len(members)} arrays")
-        request.check_size((members[key].file_size,), 1)
-        request.check_ratio(members[key].file_size, members[key].compress_size)
-        with archive.open(members[key]) as stream:
-            array = _load_npy(stream, request)
-    return _read_array(array, request, {"format": "npz"}, hu=key == "hu")
+def _read_npz(archive: zipfile.ZipFile, members: list[zipfile.ZipInfo], request: ReadRequest) -> AnyScan:
+    arrays = {info.filename[:-4]: info for info in members}
+    key = next((key for key in NPZ_KEYS if key in arrays), next(iter(arrays)) if len(arrays) == 1 else None)
+    if key is None:
+        expected = f"one array, or one of the keys {', '.join(NPZ_KEYS)}"
+        raise request.error("unsupported", expected, f"a zip archive with {len(arrays)} arrays")
+    if arrays[key].flag_bits & 1:
+        raise request.error("unsupported", "an archive without a password", "an encrypted archive")
+    request.check_size((arrays[key].file_size,), 1)
+    request.check_ratio(arrays[key].file_size, arrays[key].compress_size)
+    with archive.open(arrays[key]) as stream:
+        array = _load_npy(stream, request)
+    if key in ("hu", "volume", "imgs") and array.ndim == 3:  # grey slices by their key
+        request = replace(request, input_data_format=request.input_data_format or "channels_last")
+    return _read_array(array, request, {"format": "npz"}, rule="hounsfield" if key == "hu" else None)
+
+
+# --------------------------------------------------------------------------------------------------------------- images
+
+
+def _read_encoded_image(data: bytes, request: ReadRequest, formats: tuple[str, ...] = IMAGE_FORMATS) -> AnyScan:
+    """Read the content of an image file, and tell a damaged file from one that Pillow does not support."""
+    pillow = request.import_decoder("PIL.Image", "pillow")
+    opened = False
+    try:
+        with pillow.open(io.BytesIO(data), formats=formats) as image:
+            opened = True
+            return _read_image(image, request)
+    except M3RetReadError:
+        raise
+    except pillow.DecompressionBombError as error:
+        expected, advice = f"at most {request.limits.max_pixels_per_image:,} pixels per image", "Reduce the image."
+        raise request.error("too_large", expected, "more pixels than Pillow opens", advice) from error
+    except (pillow.UnidentifiedImageError, OSError, SyntaxError, EOFError, ValueError) as error:
+        complete = _is_complete(data)
+        if complete and not opened:
+            expected = "a variant of this image format that Pillow reads"
+            raise request.error("unsupported", expected, "another pixel type or compression") from error
+        reason = "undecodable" if complete else "damaged"
+        raise request.error(reason, "a complete image", type(error).__name__) from error  # type: ignore[arg-type]
+
+
+def _is_complete(data: bytes) -> bool:
+    """Return whether a file has its end, for image formats of which Pillow does not read every variant."""
+    if data.startswith(b"\xff\xd8"):
+        return b"\xff\xd9" in data[-1024:]
+    if data.startswith(b"BM"):
+        return int.from_bytes(data[2:6], "little") <= len(data)
+    if not data.startswith((b"II", b"MM")):
+        return False
+    from PIL import TiffImagePlugin
+
+    try:
+        stream = io.BytesIO(data)
+        tags = TiffImagePlugin.ImageFileDirectory_v2(stream.read(16 if data[2:4] in (b"+\0", b"\0+") else 8))
+        stream.seek(tags.next)
+        tags.load(stream)
+        pairs = ((STRIP_OFFSETS, STRIP_BYTE_COUNTS), (TILE_OFFSETS, TILE_BYTE_COUNTS))
+        offsets, counts = next((tags[first], tags[second]) for first, second in pairs if first in tags)
+        return all(offset + count <= len(data) for offset, count in zip(offsets, counts, strict=True))
+    except Exception:  # any tag may be cut or malformed
+        return False
 
 
 def _read_image(image: Any, request: ReadRequest) -> AnyScan:
     """Read a PIL image that is not loaded yet, but whose header is. Pages and animation frames become depth."""
     description: Description = {"format": (image.format or "image").lower()}
+    pages = _pages(image, description)
+    if len(pages) > 1:
+        pages = [pages[index] for index in request.select_frames(len(pages), description)]
+    if image.tell() != pages[0]:
+        image.seek(pages[0])
     width, height = image.size
     request.check_pixels(height, width)
-    # the further frames of a camera's MPO are previews
-    total = 1 if description["format"] in ("jpeg", "mpo") else getattr(image, "n_frames", 1)
-    indices = request.select_frames(total, description) if total > 1 else [0]
-    request.check_size((len(indices), height, width), 4)
-    frames = []
-    for index in indices:
-        if total > 1:
-            image.seek(index)
+    request.check_size((len(pages), height, width), 4)
+    frames, inverted = [], False
+    for page in pages:
+        if page != pages[0]:
+            image.seek(page)
             if image.size != (width, height):
                 raise request.error("unsupported", "pages of one size", "pages of several sizes")
-        frames.append(_image_pixels(image, request))
+        pixels, inverted = _image_pixels(image, request)
+        frames.append(pixels)
     if len({frame.ndim for frame in frames}) > 1:  # an animation with grey and colour frames
         frames = [np.repeat(frame[..., None], 3, axis=2) if frame.ndim == 2 else frame for frame in frames]
     array = frames[0][None] if len(frames) == 1 else np.stack(frames)
     array = array[None] if array.ndim == 3 else array.transpose(3, 0, 1, 2)
-    return to_unit_range(array, (None, None, None), request, description)
+    spacing = _pixel_aspect(image, turned=array.shape[2:] != (height, width), description=description)
+    return to_unit_range(array, spacing, request, description, inverted=inverted)
 
 
-def _image_pixels(image: Any, request: ReadRequest) -> np.ndarray:
-    """Return `(H, W)` at the bit depth of the image or `(H, W, 3)` uint8, with EXIF rotation and alpha applied."""
+def _pages(image: Any, description: Description) -> list[int]:
+    """Return the indices of the pages or frames of an image, without previews, masks and reduced copies."""
+    total, kind = getattr(image, "n_frames", 1), description["format"]
+    pages = list(range(total))
+    if kind in ("jpeg", "mpo", "heif"):  # the further images of a camera's file are previews
+        pages = [image.tell() if kind == "heif" else 0]
+    elif kind == "png" and image.info.get("default_image"):  # shown where animations are not supported
+        pages = pages[1:]
+    elif kind == "tiff" and total > 1:
+        reduced = []
+        for page in pages:
+            image.seek(page)
+            reduced.append(int(image.tag_v2.get(NEW_SUBFILE_TYPE, 0)) & 0b101)  # a reduced copy, or a mask
+        pages = [page for page in pages if not reduced[page]] or pages
+    if len(pages) < total:
+        description["pages_left_out"] = total - len(pages)
+    return pages
+
+
+def _pixel_aspect(image: Any, turned: bool, description: Description) -> Spacing:
+    """Return the spacing that a declared resolution implies: the ratio of the sides, as the scale is that of print."""
+    keys = ("dpi", "resolution", "aspect", "jfif_density") if image.format else ()  # a derived image is resampled
+    density = next((image.info[key] for key in keys if image.info.get(key)), (1, 1))
+    across, down = (float(value) for value in density[:2])
+    if not (0 < across < math.inf and 0 < down < math.inf):
+        return (None, None, None)
+    ratio = across / down if not turned else down / across  # height of a pixel as a multiple of its width
+    if max(ratio, 1 / ratio) < MIN_ASPECT:
+        return (None, None, None)
+    description["pixel_aspect"] = round(ratio, 4)
+    return (None, ratio, 1.0)
+
+
+def _image_pixels(image: Any, request: ReadRequest) -> tuple[np.ndarray, bool]:
+    """Return `(H, W)` at the bit depth of the image or `(H, W, 3)` uint8, and whether low values are bright.
+
+    EXIF rotation and alpha are applied.
+    """
+    tags = getattr(image, "tag_v2", {})
     if image.getexif().get(EXIF_ORIENTATION, 1) != 1:
         image = request.import_decoder("PIL.ImageOps", "pillow").exif_transpose(image)
     if image.mode == "1":
-        return np.asarray(image.convert("L"))
+        return np.asarray(image.convert("L")), False
     if image.mode in ("L", "F") or image.mode[0] == "I":  # "I", "I;16" and its byte orders
-        return np.asarray(image)
+        pixels = np.asarray(image)
+        bits, kind = (int(np.ravel(tags.get(tag, 1))[0]) for tag in (BITS_PER_SAMPLE, SAMPLE_FORMAT))
+        if (bits, kind) == (32, 1) and image.mode == "I":  # Pillow reads uint32 as int32, and int8 as uint8
+            pixels = pixels.view(np.uint32)
+        elif (bits, kind) == (8, 2):
+            pixels = pixels.view(np.int8)
+        # Pillow inverts WhiteIsZero only for up to 8 bits
+        return pixels, image.mode != "L" and tags.get(PHOTOMETRIC) == 0
     if "A" in image.getbands() or "a" in image.getbands() or (image.mode == "P" and "transparency" in image.info):
-        return blend_over_black(np.asarray(image.convert("RGBA")))
-    return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))  # palette, CMYK, YCbCr, LAB, HSV
+        return blend_over_black(np.asarray(image.convert("RGBA"))), False
+    return np.asarray(image if image.mode == "RGB" else image.convert("RGB")), False  # palette, CMYK, YCbCr, HSV

@@ -12,9 +12,11 @@ import io
 import logging
 import math
 import os
+import re
+import struct
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,9 +127,12 @@ class ReadRequest:
     name: str  # of the source, in messages
     num_frames: int | None  # maximum; None reads all
     limits: ReadLimits
-    intensity: str | None = None  # what a dataset row declares for a file that cannot, one of `INTENSITIES`
+    intensity: str | None = None  # what a dataset row or the caller declares for a file that cannot, of `INTENSITIES`
     spacing: Spacing | None = None  # what a dataset row declares
     return_stored: bool = False  # return a `StoredScan` instead of a `Scan`
+    input_data_format: str | None = None  # "channels_first" or "channels_last", what the caller declares for arrays
+    # read the file of this name, or of the source's name with this suffix instead of .hdr, beside the source
+    open_sibling: Callable[[str], bytes | None] = lambda name: None
 
     def error(self, reason: Reason, expected: str, got: str, advice: str = "") -> M3RetReadError:
         """Return an error that names this request's source."""
@@ -203,7 +208,7 @@ class _LibrarySilencer:
             self.depth += 1
             if self.depth == 1:
                 self.original.enter_context(warnings.catch_warnings(action="ignore"))
-                for logger in map(logging.getLogger, ("pydicom", "nibabel.global", "PIL")):
+                for logger in map(logging.getLogger, ("pydicom", "nibabel.global", "PIL", "h5py")):
                     self.original.callback(setattr, logger, "disabled", logger.disabled)
                     logger.disabled = True
 
@@ -233,36 +238,97 @@ def display_name(source: Any) -> str:
         return display_name(source[0]) if len(source) == 1 else f"<series of {len(source)} files>"
     if hasattr(source, "__array__") and not hasattr(source, "getbands"):  # PIL images have both
         return "<array>"
+    if hasattr(source, "read") and isinstance(getattr(source, "name", None), str):  # an open file
+        return Path(source.name).name
     return f"<{type(source).__name__}>"
 
 
-def sniff(file: bytes | Path) -> str | None:
-    """Return "dicom", "nifti", "npy", "npz", "image" or "video" from the first bytes of a file, or None.
+# brands in the first box of MP4 (video) and of still images (ISO/IEC 23008-12): AVIF, and HEIF with another codec
+VIDEO_BRANDS = (b"iso", b"mp4", b"qt", b"M4V", b"3g", b"avc1")
+AVIF_BRANDS = (b"avif", b"avis")
+HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"mif2", b"msf1")
+IMAGE_MAGICS = (
+    *(b"II*\0", b"MM\0*", b"II+\0", b"MM\0+", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"GIF8"),
+    *(b"\0\0\0\x0cjP  \r\n\x87\n", b"\xff\x4f\xff\x51"),  # JPEG 2000: file, codestream
+)
+MAGICS = {  # kinds of files by their first bytes
+    "gzip": (b"\x1f\x8b",),
+    "npy": (b"\x93NUMPY",),
+    "zip": (b"PK\x03\x04", b"PK\x05\x06", b"PK\x07\x08"),
+    "nrrd": (b"NRRD000",),
+    "minc": (b"\x89HDF\r\n\x1a\n", b"CDF\1", b"CDF\2"),
+    # Matroska, MPEG program and elementary streams, ASF, FLV, Ogg
+    "video": (b"\x1a\x45\xdf\xa3", b"\0\0\1\xba", b"\0\0\1\xb3", b"\x30\x26\xb2\x75", b"FLV\1", b"OggS"),
+}
+# formats that are named when they are refused
+UNSUPPORTED_MAGICS = {
+    b"\xff\xd8\xff\xf7": "JPEG-LS",
+    b"\xff\x0a": "JPEG XL",
+    b"\0\0\0\x0cJXL \r\n\x87\n": "JPEG XL",
+    b"II\xbc\x01": "JPEG XR",
+    b"v/1\x01": "OpenEXR",
+    b"8BPS": "Photoshop",
+    b"%PDF": "PDF",
+    b"SIMPLE  =": "FITS",
+    b"7z\xbc\xaf\x27\x1c": "a 7-Zip archive",
+    b"Rar!": "a RAR archive",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ\0": "xz",
+    b"\x28\xb5\x2f\xfd": "Zstandard",
+    b"\x5c\x01\0\0": "Analyze 7.5",  # 348, the size of its header
+    b"\0\0\x01\x5c": "Analyze 7.5",
+}
+HEAD_BYTES = 600  # of a file, as many as `sniff` uses
 
-    The name only decides between formats that the content equally fits.
+
+def unsupported_format(head: bytes) -> str | None:
+    """Return the name of a known format that is not read, or None."""
+    if head[257:262] == b"ustar":
+        return "a tar archive"
+    return next((name for magic, name in UNSUPPORTED_MAGICS.items() if head.startswith(magic)), None)
+
+
+def sniff(file: bytes | Path) -> str | None:
+    """Return the kind of a file from its first bytes, or None if it is of no kind that is read.
+
+    Kinds are "dicom", "nifti", "mgh", "minc", "nrrd", "metaimage", "npy", "image", "heif", "video", and the containers
+    "zip" and "gzip". The name only decides between formats that the content equally fits.
     """
-    with file.open("rb") if isinstance(file, Path) else io.BytesIO(file[:600]) as stream:
-        head = stream.read(600)
-    tiff = head.startswith((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"))
+    with file.open("rb") if isinstance(file, Path) else io.BytesIO(file[:HEAD_BYTES]) as stream:
+        head = stream.read(HEAD_BYTES)
+    is_image = head.startswith(IMAGE_MAGICS) or (head[:2] == b"BM" and head[15:18] == b"\0\0\0")  # BMP: header size
     if head[128:132] == b"DICM":
         named_tiff = isinstance(file, Path) and file.suffix.lower() in (".tif", ".tiff")
-        return "image" if tiff and named_tiff else "dicom"  # a TIFF header fits into the preamble of DICOM
-    if head.startswith(b"\x1f\x8b") or head[344:348] in NIFTI_1 or head[4:8] in NIFTI_2:
+        return "image" if is_image and named_tiff else "dicom"  # a TIFF header fits into the preamble of DICOM
+    if head[344:348] in NIFTI_1 or head[4:8] in NIFTI_2:
         return "nifti"
-    if head.startswith(b"\x93NUMPY"):
-        return "npy"
-    if head.startswith(b"PK\x03\x04"):
-        return "npz"
-    if tiff or head.startswith((b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"GIF8", b"BM")):
+    if unsupported_format(head):
+        return None
+    for kind, magics in MAGICS.items():
+        if head.startswith(magics):
+            return kind
+    if is_image:
         return "image"
     if head.startswith(b"RIFF"):
         return {b"WEBP": "image", b"AVI ": "video"}.get(head[8:12])
-    boxes = (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide")  # MP4, QuickTime
-    # Matroska, MPEG program and elementary streams, ASF, FLV, Ogg
-    magics = (b"\x1a\x45\xdf\xa3", b"\0\0\1\xba", b"\0\0\1\xb3", b"\x30\x26\xb2\x75", b"FLV\1", b"OggS")
-    transport = head[:1] == head[188:189] == b"G"  # MPEG transport stream: packets of 188 bytes
-    if head[4:8] in boxes or head.startswith(magics) or transport:
+    if head[4:8] == b"ftyp":
+        size = int.from_bytes(head[:4], "big")
+        brands = [head[at : at + 4] for at in (8, *range(16, min(size, len(head)), 4))]
+        if brands[0].startswith(VIDEO_BRANDS):
+            return "video"
+        if any(brand in AVIF_BRANDS for brand in brands):
+            return "image"
+        return "heif" if any(brand in HEIF_BRANDS for brand in brands) else "video"
+    # MPEG transport streams repeat a byte every 188 bytes, or every 192 with time codes
+    is_transport = any(head[start : start + 2 * step + 1 : step] == b"GGG" for start, step in ((0, 188), (4, 192)))
+    if head[4:8] in (b"moov", b"mdat", b"free", b"skip", b"wide") or is_transport:  # QuickTime
         return "video"
+    if re.match(rb"\s*(ObjectType|NDims|Comment)\s*[=:]", head) and b"NDims" in head:
+        return "metaimage"
+    if head[:4] == b"\0\0\0\1" and len(head) >= 24:  # version, sides, frames and voxel type of MGH
+        *sides, code = struct.unpack(">5i", head[4:24])
+        if all(0 < side < 2**20 for side in sides) and code in (0, 1, 3, 4, 10):
+            return "mgh"
     if head.startswith((b"\x08\0", b"\x02\0", b"\0\x08", b"\0\x02")):  # a DICOM dataset without a preamble
         return "dicom"
     return None

@@ -38,7 +38,16 @@ class CtRate(Source):
                 name = path.name.removesuffix(".nii.gz")
                 anatomy = "" if not_chest & {name, name.rpartition("_")[0]} else "chest"
                 patient = "_".join(name.split("_")[:2])
-                yield Entry(name, (path,), "ct", anatomy, labels=labels.get(name, ()), patient=patient, split=split)
+                yield Entry(
+                    name,
+                    (path,),
+                    "ct",
+                    anatomy,
+                    labels=labels.get(name, ()),
+                    patient=patient,
+                    split=split,
+                    intensity="hounsfield",  # which NIfTI cannot declare
+                )
 
 
 def _labels(table: Path) -> dict[str, tuple[str, ...]]:

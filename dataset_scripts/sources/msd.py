@@ -37,7 +37,9 @@ class Msd(Source):
             folder = root / task
             for name, split in _list_images(folder / "dataset.json") if folder.is_dir() else ():
                 path = path_inside(folder, name)
-                yield Entry(f"{task}/{path.name.split('.')[0]}", (path,), self.modality, anatomy, split=split)
+                name = f"{task}/{path.name.split('.')[0]}"
+                intensity = "hounsfield" if self.modality == "ct" else None  # which NIfTI cannot declare
+                yield Entry(name, (path,), self.modality, anatomy, split=split, intensity=intensity)
 
 
 class MsdMri(Msd):

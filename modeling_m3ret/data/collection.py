@@ -44,10 +44,13 @@ class Record:
     shape: tuple[int, int, int] | None = None  # slices, rows and columns in voxels, if the collection states them
     spacing: tuple[float | None, float | None, float | None] = (None, None, None)  # mm along `shape`, None if unknown
     is_clip: bool = False  # whether the slices are frames, from which the processor samples `num_frames`
+    intensity: str | None = None  # of a file that does not declare it, see `read_scan`
 
     def open(self) -> Path | dict[str, Any]:
         """Return what `read_scan` takes: a path, or the fetched row. A failed fetch raises `M3RetReadError`."""
-        return self.location.open() if isinstance(self.location, ParquetRow) else self.location
+        if isinstance(self.location, ParquetRow):
+            return self.location.open()
+        return self.location if self.intensity is None else {"volume": self.location, "intensity": self.intensity}
 
 
 def open_collection(data: str | Path, *, stream: bool = False) -> list[Record]:

@@ -116,6 +116,7 @@ def fingerprint(records: Sequence[Record]) -> str:
             content = f"{shard} {location.group} {location.row}"
         else:
             content = state(location)
+        content += f" {record.intensity}" if record.intensity else ""
         digest.update(f"{record.id}\0{content}\n".encode())
     return digest.hexdigest()
 

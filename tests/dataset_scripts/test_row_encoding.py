@@ -209,7 +209,7 @@ KINDS: dict[str, tuple[Callable[[], Any], float]] = {
     "npz hu of 8 bits": (lambda: npz(hu=FRAMES), 0),
     "npz hu plane": (lambda: npz(hu=HU[0]), 0),
     "npz imgs": (lambda: npz(imgs=VOLUME, spacing=np.ones(3)), 0),
-    "array of one value": (lambda: np.full((3, 8, 8), 77, np.int16), 0),
+    "array of one value": (lambda: np.full((5, 8, 8), 77, np.int16), 0),
     "bool array": (lambda: GREY > 50, 0),
     "pil image": (lambda: Image.fromarray(RGB), 0),
     "dicom 8-bit": (lambda: dicom_bytes(dicom(GREY)), 0),
