@@ -11,6 +11,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from .errors import InputError
+
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
@@ -41,7 +43,6 @@ def atomic_folder(path: Path, replace: bool = False) -> Iterator[Path]:
         replace: replace an existing folder; without it the rename fails with `OSError` if `path` is not empty.
     """
     partial, replaced = partial_name(path), path.with_name(f".{path.name}.replaced")
-    shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
         yield partial
@@ -59,32 +60,42 @@ def atomic_folder(path: Path, replace: bool = False) -> Iterator[Path]:
 
 
 def partial_name(path: Path) -> Path:
-    """Return the name under which this process writes `path` until it is complete."""
-    return path.with_name(f".{path.name}.{os.getpid()}.partial")
+    """Return a random name under which `path` is written until it is complete.
+
+    A process id would not do: two machines that share a disk may use the same one.
+    """
+    return path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
 
 
 def append_json_line(path: Path, entry: dict[str, Any]) -> None:
     """Append one object to a JSON-lines file with a single write, so that readers never see half a line."""
     with path.open("a", encoding="utf-8") as lines:
-        lines.write(json.dumps(entry) + "\n")
+        lines.write(json.dumps(entry, allow_nan=False) + "\n")
 
 
 def read_or_create_secret(path: Path) -> bytes:
     """Return the content of a secret file; create it with 32 random bytes in hex, readable by its owner only.
 
     If several processes create it at the same time, all of them return the secret of the first.
+
+    Raises:
+        InputError: if the file is empty, as a full disk may have left it. An empty key would sign for anyone.
     """
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
+        partial = partial_name(path)
         try:
             with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as stream:
                 stream.write(secrets.token_hex(32))
+                stream.flush()
+                os.fsync(stream.fileno())
             with suppress(FileExistsError):
                 os.link(partial, path)  # unlike a rename, fails if another process was first
         finally:
             partial.unlink(missing_ok=True)
-    return path.read_bytes().strip()
+    if secret := path.read_bytes().strip():
+        return secret
+    raise InputError(f"{path}: expected a secret key, got an empty file. Delete it; a new key will be created.")
 
 
 def sync(path: Path) -> None:
