@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,8 +78,9 @@ class CheckpointFolder:
         return self.folder / f"step-{step:06d}"
 
     def all(self) -> list[Path]:
-        """Return all complete checkpoints, oldest first. An interrupted save has another name."""
-        return sorted((path.parent for path in self.folder.glob(f"step-*/{STATE_FOLDER}")), key=self.step)
+        """Return all checkpoints, oldest first. An interrupted save has another name."""
+        named = [path for path in self.folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
+        return sorted(named, key=self.step)
 
     def newest(self) -> Path | None:
         return next(reversed(self.all()), None)
@@ -88,10 +90,31 @@ class CheckpointFolder:
         return int(checkpoint.name.removeprefix("step-"))
 
     def prune(self, keep_last: int, best_step: int | None) -> None:
-        """Delete all checkpoints but the last `keep_last` and the best one, and the remains of interrupted saves."""
-        for checkpoint in self.all()[:-keep_last]:
-            if self.step(checkpoint) != best_step:
-                # rename first: an interrupted deletion must not leave something that looks complete
-                checkpoint.rename(checkpoint.with_name(f".{checkpoint.name}.replaced"))
+        """Delete all checkpoints but the last `keep_last` and the best one, and the remains of interrupted saves.
+
+        A folder without training state, as a user may have left of a checkpoint, is no checkpoint and stays.
+        """
+        checkpoints = [path for path in self.all() if (path / STATE_FOLDER).is_dir()]
+        self._delete([path for path in checkpoints[:-keep_last] if self.step(path) != best_step])
         for remains in self.folder.glob(".step-*"):
             shutil.rmtree(remains, ignore_errors=True)
+
+    def delete_all(self) -> None:
+        self._delete(self.all())
+
+    def set_aside_after(self, step: int) -> None:
+        """Rename the checkpoints of later steps, which are damaged, so that they do not count as the newest ones."""
+        for checkpoint in self.all():
+            if self.step(checkpoint) > step:
+                aside = checkpoint.with_name(f"damaged-{checkpoint.name}")
+                shutil.rmtree(aside, ignore_errors=True)
+                checkpoint.rename(aside)
+
+    @staticmethod
+    def _delete(checkpoints: Sequence[Path]) -> None:
+        for checkpoint in checkpoints:
+            # rename first: an interrupted deletion must not leave something that looks complete
+            deleted = checkpoint.with_name(f".{checkpoint.name}.replaced")
+            shutil.rmtree(deleted, ignore_errors=True)
+            checkpoint.rename(deleted)
+            shutil.rmtree(deleted, ignore_errors=True)

@@ -6,12 +6,13 @@ sums over ranks make the loss and its gradient those of one large batch, however
 
 from __future__ import annotations
 
-from typing import cast
+from collections.abc import Callable
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, broadcast_object_list
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
@@ -19,6 +20,9 @@ from torch.distributed.tensor import DTensor
 from ..configuration_m3ret import M3RetConfig
 from ..errors import InputError
 from ..modeling_m3ret import M3RetModel
+
+
+T = TypeVar("T")
 
 
 class LaunchError(InputError):
@@ -82,6 +86,28 @@ def gather_encoder(encoder: M3RetModel) -> M3RetModel:
         whole = M3RetModel(cast(M3RetConfig, encoder.config))
     whole.load_state_dict(state, assign=True)
     return whole.eval()
+
+
+def decide_on_main(accelerator: Accelerator, decide: Callable[[], T]) -> T:
+    """Return what `decide` returns on the main rank, on every rank. All ranks must call it together.
+
+    Whatever the ranks do together must follow from one decision: each rank by itself may round a number or see a shared
+    folder differently.
+
+    Raises:
+        InputError: on every rank, if `decide` raised one on the main rank.
+    """
+    outcome: list[tuple[T | None, str | None]] = [(None, None)]
+    if accelerator.is_main_process:
+        try:
+            outcome = [(decide(), None)]
+        except InputError as error:
+            broadcast_object_list([(None, str(error))])
+            raise
+    value, problem = broadcast_object_list(outcome)[0]
+    if problem is not None:
+        raise InputError(problem)
+    return cast(T, value)
 
 
 class _SumOverRanks(torch.autograd.Function):

@@ -20,6 +20,7 @@ from ..evaluation.untrained_baseline import whitening_sample
 from ..image_processing_m3ret import M3RetImageProcessor
 from ..modeling_m3ret import M3RetModel
 from ..search.embedding import Embedded, Embedder, pooled_embedder
+from .distributed import decide_on_main
 
 
 # resized scans cached by each rank between evaluations: tens of thousands of images at 96 px
@@ -107,6 +108,7 @@ class OnlineQuality:
         accelerator: Accelerator,
         num_workers: int = 0,
     ):
+        self.accelerator = accelerator
         self.training = RepeatedEmbedding(whitening_sample(training), processor, accelerator, num_workers)
         self.held_out = RepeatedEmbedding(measured_sample(held_out), processor, accelerator, num_workers)
         self.held_out_scans = len(held_out)  # before sampling
@@ -120,13 +122,17 @@ class OnlineQuality:
         return fits
 
     def measure(self, encoder: M3RetModel) -> dict[str, float]:
-        """Return the metrics of `quality_of`, equal on each rank; empty if no held-out scan could be read."""
+        """Return the metrics of `quality_of`, computed on the main rank; empty if no held-out scan could be read."""
         pooled = self.held_out.embed(pooled_embedder(encoder))
-        if not pooled.records:
-            return {}
-        white = encoder.whitening(pooled.embeddings.to(encoder.device)).cpu()
-        embeddings = torch.nn.functional.normalize(white, dim=-1)  # as get_image_features does
-        return quality_of(Embedded(embeddings, pooled.records), pooled.embeddings)
+
+        def evaluate_pooled() -> dict[str, float]:
+            if not pooled.records:
+                return {}
+            white = encoder.whitening(pooled.embeddings.to(encoder.device)).cpu()
+            embeddings = torch.nn.functional.normalize(white, dim=-1)  # as get_image_features does
+            return quality_of(Embedded(embeddings, pooled.records), pooled.embeddings)
+
+        return decide_on_main(self.accelerator, evaluate_pooled)
 
 
 def quality_of(embedded: Embedded, pooled: torch.Tensor) -> dict[str, float]:

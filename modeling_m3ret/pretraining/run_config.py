@@ -24,7 +24,7 @@ class OutputOptions:
     """Output and logging"""
 
     output_dir: str = "m3ret-vitb"
-    """Folder of the final checkpoint, for `from_pretrained`. An older checkpoint there is replaced."""
+    """Folder of the final checkpoint, for `from_pretrained`. That of another run is replaced only with `restart`."""
     run_dir: str = "runs/vitb"
     """Folder of everything written during the run: `metrics.jsonl`, `summary.json`, `checkpoints/`, tracker files."""
     log_every: int = 10
@@ -50,7 +50,8 @@ class ResumeOptions:
     resume: bool = False
     """Continue from the newest checkpoint in `run_dir`."""
     restart: bool = False
-    """Start again from step 0 although an unfinished run left checkpoints in `run_dir`; they are deleted."""
+    """Start again from step 0 although `run_dir` or `output_dir` holds checkpoints of an earlier run. They are deleted
+    when the first new one is saved."""
     stop_after: int | None = None
     """Save a checkpoint and exit after this step, as on SIGTERM. For queues with a time limit."""
 
@@ -246,6 +247,8 @@ class RunConfig(OutputOptions, ResumeOptions, DataOptions, ObjectiveOptions, Vie
                 f"expected a folder outside output_dir, which the final checkpoint replaces, got {run} in {output}."
             )
             raise ConfigError("run_dir", problem)
+        if output.is_relative_to(run / "checkpoints"):
+            raise ConfigError("output_dir", f"expected a folder outside {run / 'checkpoints'}, got {output}.")
 
     def _check_limits(self) -> None:
         for name, limits in LIMITS.items():

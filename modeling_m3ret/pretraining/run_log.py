@@ -6,6 +6,7 @@ import json
 import logging
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,16 +35,14 @@ class RunLog:
             (run_dir / "summary.json").unlink(missing_ok=True)
 
     def entries(self) -> list[dict[str, Any]]:
-        """Return all lines so far, without a last one that an interrupted process left incomplete."""
+        """Return all lines so far, without those that an interrupted process left incomplete."""
         if not self.metrics_file.is_file():
             return []
         entries = []
         for line in self.metrics_file.read_text(encoding="utf-8").splitlines():
-            try:
+            with suppress(json.JSONDecodeError):
                 entries.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
-        return entries
+        return [entry for entry in entries if isinstance(entry, dict) and isinstance(entry.get("step"), int)]
 
     def log_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append a line to `metrics.jsonl` and send it to the tracker."""
@@ -65,14 +64,18 @@ class RunLog:
         entries = self.entries()
         last = {name: value for entry in entries for name, value in entry.items() if name != "alarm"}
         alarms = [entry for entry in entries if "alarm" in entry]
-        text = json.dumps({"finished": finished, **facts, "last": finite(last), "alarms": alarms}, indent=2)
+        text = json.dumps(finite({"finished": finished, **facts, "last": last, "alarms": alarms}), indent=2)
         atomic_write_text(self.run_dir / "summary.json", text + "\n")
         plot_curves(entries, self.run_dir / "curves.png")
 
 
-def finite(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the entry with None for numbers that are not finite, which JSON cannot represent."""
-    return {key: None if isinstance(item, float) and not math.isfinite(item) else item for key, item in entry.items()}
+def finite(value: Any) -> Any:
+    """Return the value with None for numbers that are not finite, which JSON cannot represent, at any depth."""
+    if isinstance(value, Mapping):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def plot_curves(entries: list[dict[str, Any]], path: Path) -> None:

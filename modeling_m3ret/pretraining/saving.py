@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
+import math
 import shutil
+import uuid
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +15,8 @@ from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import gather_object, set_seed
+from filelock import FileLock, Timeout
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -26,15 +30,27 @@ from ..phantom import SYNTHETIC_SOURCE
 from ..search.embedding import embed_records, encoder_embedder, pixel_embedder
 from ..version import __version__
 from .checkpoints import CheckpointFolder, OutputFolderError, write_checkpoint
-from .distributed import gather_encoder
+from .distributed import decide_on_main, gather_encoder
 from .hub_upload import HubUpload
 from .model_card import write_card
 from .objectives import Objective
 from .quality import OnlineQuality
 from .run_config import RunConfig
-from .training_state import STATE_FOLDER, Progress, gather_state, read_progress, restore_state, write_state
+from .training_state import (
+    STATE_FOLDER,
+    DamagedCheckpointError,
+    Progress,
+    check_intact,
+    gather_state,
+    read_progress,
+    restore_state,
+    write_state,
+)
 
 
+logger = logging.getLogger(__name__)
+
+LOCK_SECONDS = 30.0  # that a run waits for the workers of a killed one, which end within seconds
 MAP_PREFIX = "held_out/mAP/"
 
 
@@ -57,38 +73,78 @@ class RunSaver:
 
     def __post_init__(self) -> None:
         self.optimiser = getattr(self.optimiser, "optimizer", self.optimiser)  # without Accelerate's wrapper
-        run_dir = Path(self.config.run_dir)
-        self.checkpoints = CheckpointFolder(run_dir / "checkpoints")
+        self.checkpoints = CheckpointFolder(Path(self.config.run_dir) / "checkpoints")
         self.upload: HubUpload | None = None
-        if self.config.push_to_hub and self.accelerator.is_main_process:
-            self.upload = HubUpload(self.config.push_to_hub, run_dir / "uploading")
         self._saved_step = 0
+        self._has_saved = False
         self._whitened_at_step: int | None = None
         self._online: dict[str, Any] | None = None  # {"step": 400, "mAP": {"ct": 0.5, "all": 0.4, "across": 0.3}}
 
     def start(self) -> Progress:
-        """Restore the newest checkpoint if the run resumes; otherwise delete the checkpoints of an earlier run.
+        """Restore the newest intact checkpoint if the run resumes. No other run can use `run_dir` until this one ends.
+
+        Nothing is deleted unless the run restarts, and then only before its first checkpoint is saved.
 
         Raises:
             ResumeError: if the checkpoint is incompatible with this run.
-            OutputFolderError: if there is none to resume from, or a new run would delete those of an unfinished one.
+            OutputFolderError: if another run uses `run_dir`, there is no checkpoint to resume from, or the run would
+                replace checkpoints of another one.
         """
-        newest = self.checkpoints.newest()
-        if self.config.resume:
-            if newest is None:
-                problem = "expected a checkpoint to resume from, got none. Start without --resume."
-                raise OutputFolderError(self.checkpoints.folder, problem)
-            self._restore(newest)
-            return self.progress
-        if newest is not None and not self.config.restart and not self._is_finished():
-            problem = (
-                "expected no checkpoint of an unfinished run. Continue it with --resume, or delete its checkpoints"
-            )
-            raise OutputFolderError(newest, f"{problem} and start again with --restart.")
-        self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
-            shutil.rmtree(self.checkpoints.folder, ignore_errors=True)
+        checkpoint = decide_on_main(self.accelerator, self._checkpoint_to_resume)
+        if checkpoint is None:
+            self.progress.run_id = uuid.uuid4().hex
+            decide_on_main(self.accelerator, lambda: self._check_output(Path(self.config.output_dir)))
+        else:
+            self._restore(checkpoint)
+        if self.config.push_to_hub and self.accelerator.is_main_process:
+            self.upload = HubUpload(self.config.push_to_hub, Path(self.config.run_dir) / "uploading")
         return self.progress
+
+    def _checkpoint_to_resume(self) -> Path | None:
+        run_dir = Path(self.config.run_dir)
+        run_dir.mkdir(parents=True, exist_ok=True)
+        self._lock = FileLock(run_dir / ".lock", is_singleton=True)
+        try:
+            self._lock.acquire(timeout=LOCK_SECONDS)
+        except Timeout as error:
+            problem = "expected a folder of its own, got that of a run in progress. Choose another run_dir."
+            raise OutputFolderError(run_dir, problem) from error
+        newest = self.checkpoints.newest()
+        if not self.config.resume:
+            if newest is not None and not self.config.restart:
+                if self._is_finished():
+                    problem = "expected no checkpoints, got those of a finished run. Choose another run_dir"
+                else:
+                    problem = "expected no checkpoints, got those of an unfinished run. Continue it with --resume"
+                raise OutputFolderError(newest, f"{problem}, or delete its checkpoints and start again with --restart.")
+            return None
+        for checkpoint in reversed(self.checkpoints.all()):
+            try:
+                progress = read_progress(checkpoint, self.config, self.training, self.accelerator.num_processes)
+                check_intact(checkpoint, self.objective.weights_file)
+            except DamagedCheckpointError as error:
+                logger.warning("%s Trying the checkpoint before it.", error)
+                continue
+            self.progress.run_id = progress.run_id
+            self._check_output(Path(self.config.output_dir))
+            self.checkpoints.set_aside_after(progress.step)
+            return checkpoint
+        found = "only damaged ones" if newest else "none"
+        problem = f"expected a checkpoint to resume from, got {found}. Start without --resume"
+        raise OutputFolderError(self.checkpoints.folder, f"{problem}{', but with --restart' if newest else ''}.")
+
+    def _check_output(self, output: Path) -> None:
+        """Raise OutputFolderError if the final checkpoint would replace that of another run."""
+        facts = output / "training.json"
+        if self.config.restart or not facts.is_file():
+            return
+        try:
+            run_id = json.loads(facts.read_text(encoding="utf-8")).get("run")
+        except (ValueError, AttributeError):
+            run_id = "damaged"
+        if run_id != self.progress.run_id:
+            problem = "expected a new or empty folder, got the checkpoint of another run. Choose another output_dir"
+            raise OutputFolderError(output, f"{problem}, or replace it with --restart.")
 
     def _restore(self, checkpoint: Path) -> None:
         self.progress = read_progress(checkpoint, self.config, self.training, self.accelerator.num_processes)
@@ -119,8 +175,8 @@ class RunSaver:
         latest = {name.removeprefix(MAP_PREFIX): mean for name, mean in metrics.items() if name.startswith(MAP_PREFIX)}
         if latest:
             self._online = {"step": self.progress.step, "mAP": latest}
-        score = latest.get("all")
-        if score is not None and (self.progress.best_score is None or score > self.progress.best_score):
+        score = latest.get("all", math.nan)
+        if math.isfinite(score) and (self.progress.best_score is None or score > self.progress.best_score):
             self.progress.best_score, self.progress.best_step = score, self.progress.step
             self.is_new_best = True
 
@@ -132,7 +188,11 @@ class RunSaver:
             return
         self._saved_step = progress.step
         state = gather_state(self.accelerator, self.model, self.optimiser)
+        progress.unreadable = dict(gather_object(list(progress.unreadable.items())))  # of all ranks
         if self.accelerator.is_main_process:
+            if self.config.restart and not self._has_saved:
+                self.checkpoints.delete_all()
+            self._has_saved = True
             checkpoint, processes = self.checkpoints.path(progress.step), self.accelerator.num_processes
             with atomic_folder(checkpoint, replace=True) as folder:
                 self._write(folder, state.weights, self.facts())
@@ -148,7 +208,11 @@ class RunSaver:
         Args:
             output: from `validate_output_folder`.
             unreadable: like `Progress.unreadable`, of all ranks.
+
+        Raises:
+            OutputFolderError: if another run published there in the meantime.
         """
+        decide_on_main(self.accelerator, lambda: self._check_output(output))
         facts = self.facts() | {"unreadable_scans": len(unreadable)}
         if self.accelerator.is_main_process:  # before the evaluation, whose failure must not cost the weights
             for partial in output.parent.glob(".*.partial"):
@@ -196,6 +260,7 @@ class RunSaver:
         return {
             "objective": config.objective,
             "preset": config.preset,
+            "run": self.progress.run_id,
             "step": self.progress.step,
             "steps": config.steps,
             "views": self.progress.views,

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
@@ -30,10 +31,13 @@ from torch.optim import Optimizer
 
 from ..data.collection import Record
 from ..errors import InputError
+from ..model_facts import sha256_of
 from .run_config import RunConfig, format_differences
 
 
 STATE_FOLDER = "training_state"
+STATE_FILE = f"{STATE_FOLDER}/state.json"
+FACTS_FILE = "training.json"
 ON_MAIN_RANK = StateDictOptions(full_state_dict=True, cpu_offload=True)
 ON_EVERY_RANK = StateDictOptions(full_state_dict=True)
 
@@ -50,11 +54,20 @@ class ResumeError(InputError):
         self.differences = dict(differences)  # option -> (value in the checkpoint, value in this run)
 
 
+class DamagedCheckpointError(InputError):
+    """A checkpoint with a file that is missing, truncated or changed."""
+
+    def __init__(self, checkpoint: Path, file: str, problem: str):
+        super().__init__(f"{checkpoint} is damaged: {file} {problem}.")
+        self.checkpoint, self.file = checkpoint, file
+
+
 @dataclass
 class Progress:
     """How far a run has come."""
 
     step: int = 0  # completed steps
+    run_id: str | None = None  # random, the same for all starts of a run; None for runs of earlier versions
     views: int = 0  # seen by all ranks
     seconds: float = 0.0  # training time, summed over all starts of the run
     best_score: float | None = None  # highest held-out mAP over all modalities
@@ -90,12 +103,14 @@ def gather_state(accelerator: Accelerator, model: nn.Module, optimiser: Optimize
 def write_state(
     folder: Path, state: TrainingState, progress: Progress, config: RunConfig, records: Sequence[Record], processes: int
 ) -> None:
-    """Write the state into a checkpoint. The objective writes the weights."""
+    """Write the state into a checkpoint, with the SHA-256 of all its files. The objective writes the weights first."""
     folder.mkdir(parents=True)
     save_file(state.optimiser, folder / "optimiser.safetensors")
     save_file(state.random, folder / "random.safetensors")
     run = {"progress": asdict(progress), "config": asdict(config), "processes": processes}
     run["training_scans"] = training_order_hash(records, config)
+    files = sorted(path for path in folder.parent.rglob("*") if path.suffix in (".safetensors", ".json"))
+    run["files"] = {path.relative_to(folder.parent).as_posix(): sha256_of(path) for path in files}
     (folder / "state.json").write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
 
 
@@ -104,18 +119,60 @@ def read_progress(checkpoint: Path, config: RunConfig, records: Sequence[Record]
 
     Raises:
         ResumeError: if an option, the number of processes or the training scans differ.
+        DamagedCheckpointError: if the progress cannot be read.
     """
-    run = json.loads((checkpoint / STATE_FOLDER / "state.json").read_text(encoding="utf-8"))
-    differences = config.differences(run["config"])
-    if run["processes"] != processes:
-        differences["processes"] = run["processes"], processes
-    if run["training_scans"] != training_order_hash(records, config):
-        differences["data"] = "other scans or another order", f"{len(records)} scans"
+    try:
+        run = _read_json(checkpoint, STATE_FILE)
+        differences = config.differences(run["config"])
+        if run["processes"] != processes:
+            differences["processes"] = run["processes"], processes
+        if run["training_scans"] != training_order_hash(records, config):
+            differences["data"] = "other scans or another order", f"{len(records)} scans"
+        progress = run["progress"]
+        unreadable = {int(index): message for index, message in progress.pop("unreadable").items()}
+        restored = Progress(**progress, unreadable=unreadable)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise DamagedCheckpointError(checkpoint, STATE_FILE, "lacks entries") from error
     if differences:
         raise ResumeError(checkpoint, differences)
-    progress = run["progress"]
-    unreadable = {int(index): message for index, message in progress.pop("unreadable").items()}
-    return Progress(**progress, unreadable=unreadable)
+    return restored
+
+
+def check_intact(checkpoint: Path, weights_file: str) -> None:
+    """Compare the files of a checkpoint with their SHA-256, which reads them once.
+
+    Checkpoints of earlier versions hold no SHA-256. Their safetensors files are checked for completeness.
+
+    Raises:
+        DamagedCheckpointError: if a file is missing, truncated or changed.
+    """
+    digests = _read_json(checkpoint, STATE_FILE).get("files", {})
+    state = [f"{STATE_FOLDER}/{name}.safetensors" for name in ("optimiser", "random")]
+    for name in {weights_file, FACTS_FILE, *state, *digests}:
+        file = checkpoint / name
+        if not file.is_file():
+            raise DamagedCheckpointError(checkpoint, name, "is missing")
+        if name in digests and sha256_of(file) != digests[name]:
+            raise DamagedCheckpointError(checkpoint, name, "differs from its SHA-256")
+        try:
+            if file.suffix == ".safetensors":
+                safe_open(file, framework="pt")
+        except SafetensorError as error:
+            raise DamagedCheckpointError(checkpoint, name, "is truncated") from error
+    if "step" not in _read_json(checkpoint, FACTS_FILE):
+        raise DamagedCheckpointError(checkpoint, FACTS_FILE, "lacks entries")
+
+
+def _read_json(checkpoint: Path, name: str) -> dict[str, Any]:
+    try:
+        values = json.loads((checkpoint / name).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise DamagedCheckpointError(checkpoint, name, "is missing") from error
+    except ValueError as error:
+        raise DamagedCheckpointError(checkpoint, name, "is not JSON") from error
+    if not isinstance(values, dict):
+        raise DamagedCheckpointError(checkpoint, name, "lacks entries")
+    return values
 
 
 def restore_state(

@@ -161,9 +161,11 @@ def test_pruning_keeps_the_last_and_the_best_checkpoints_and_removes_partial_one
     for step in (5, 100, 20, 1_000_000):
         (checkpoints.path(step) / "training_state").mkdir(parents=True)
     (tmp_path / "checkpoints" / ".step-000300.partial" / "training_state").mkdir(parents=True)
-    (tmp_path / "checkpoints" / "step-000200").mkdir()  # without state
+    for other in ("step-000200-copy", "step-final", "damaged-step-000300"):
+        (tmp_path / "checkpoints" / other / "training_state").mkdir(parents=True)
     assert [CheckpointFolder.step(path) for path in checkpoints.all()] == [5, 20, 100, 1_000_000]
     checkpoints.prune(keep_last=2, best_step=5)
     assert [CheckpointFolder.step(path) for path in checkpoints.all()] == [5, 100, 1_000_000]
     assert not list((tmp_path / "checkpoints").glob(".*"))
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 6  # what has another name is not the run's to delete
     assert checkpoints.newest() == checkpoints.path(1_000_000)

@@ -19,7 +19,14 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
 
 from modeling_m3ret import M3RetModel
-from modeling_m3ret.pretraining.distributed import LaunchError, clip_gradient, gather_encoder, prepare_training
+from modeling_m3ret.errors import InputError
+from modeling_m3ret.pretraining.distributed import (
+    LaunchError,
+    clip_gradient,
+    decide_on_main,
+    gather_encoder,
+    prepare_training,
+)
 from modeling_m3ret.pretraining.objectives import build_objective
 from modeling_m3ret.pretraining.optimisation import build_optimiser, set_schedule
 from modeling_m3ret.pretraining.run_config import RunConfig
@@ -196,6 +203,29 @@ def test_each_rank_holds_half_of_the_weights_and_gathers_the_whole_encoder(
                 assert torch.equal(value, of_other[name])
         matrix = of_main["whitening.matrix"]
         assert not torch.equal(matrix, torch.eye(*matrix.shape))
+
+
+def decide(number: int, folder: str) -> None:
+    accelerator = Accelerator(cpu=True)
+
+    def refuse() -> None:
+        raise InputError(f"rank {number} refuses")
+
+    decided = decide_on_main(accelerator, lambda: {"score": 0.5 + number})  # ranks may round differently
+    try:
+        problem = decide_on_main(accelerator, refuse)
+    except InputError as error:
+        problem = str(error)
+    torch.save((decided, problem), Path(folder) / f"decided-{number}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_the_main_rank_decides_and_refuses_for_all(tmp_path: Path) -> None:
+    in_ranks(decide, 2, str(tmp_path))
+    for number in range(2):
+        decided = torch.load(tmp_path / f"decided-{number}.pt", weights_only=True)
+        assert decided == ({"score": 0.5}, "rank 0 refuses")
 
 
 def test_gathered_encoder_shares_its_memory_if_nothing_is_sharded() -> None:

@@ -33,7 +33,7 @@ def test_files_are_strict_json_although_metrics_are_not_finite(tmp_path: Path) -
     log = RunLog(tmp_path, Accelerator(cpu=True), step=1)
     for step in (2, 3, 4):
         log.log_metrics(step, {"loss": 1 / step, "held_out/rank_me": math.nan if step == 3 else 2.0})
-    log.write_summary(True, {"seed": 0})
+    log.write_summary(True, {"seed": 0, "online": {"mAP": [math.inf]}})
     lines = [json.loads(line, parse_constant=refuse) for line in log.metrics_file.read_text().splitlines()]
     assert [line["held_out/rank_me"] for line in lines] == [None, 2.0, None, 2.0]
     summary = json.loads((tmp_path / "summary.json").read_text(), parse_constant=refuse)
@@ -42,5 +42,6 @@ def test_files_are_strict_json_although_metrics_are_not_finite(tmp_path: Path) -
 
 
 def test_resuming_removes_the_lines_of_later_steps_and_an_incomplete_line(tmp_path: Path) -> None:
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
+    lines = ['{"step": 1}', '{"st{"step": 2}', "5", "null", '{"loss": 2}', "", '{"step": 2}', '{"step": 3}', '{"st']
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
     assert [entry["step"] for entry in RunLog(tmp_path, Accelerator(cpu=True), step=2).entries()] == [1, 2]
