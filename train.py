@@ -24,7 +24,6 @@ from modeling_m3ret import M3RetImageProcessor
 from modeling_m3ret.command_line import user_errors
 from modeling_m3ret.cpu import prepare_cpu
 from modeling_m3ret.data.collection import (
-    check_modalities,
     exclude_modalities,
     open_collection,
     split_training_and_held_out,
@@ -71,7 +70,6 @@ def main() -> None:
     with accelerator.local_main_process_first():  # generates the phantom once
         records = open_collection(config.data, stream=config.stream)
     training, held_out = split_training_and_held_out(records, config.holdout)
-    check_modalities(config.exclude_modalities, records)
     training = exclude_modalities(training, config.exclude_modalities)
     unseen = sorted({record.modality for record in records} - {record.modality for record in training})
     patches = {name: getattr(model_config, name) for name in ("patch_size", "patch_depth", "num_channels")}

@@ -19,6 +19,7 @@ from datasets import DatasetInfo, GeneratorBasedBuilder, Split, SplitGenerator
 from dataset_scripts.row_encoding import EncodedScan, encode_scan
 from modeling_m3ret.atomic_io import read_or_create_secret
 from modeling_m3ret.data.schema import MEDIA, MODALITIES, SPLITS, features, media_column
+from modeling_m3ret.data.table import count_similar, splits_of_patients
 from modeling_m3ret.errors import InputError
 from modeling_m3ret.hub import CACHE_FOLDER
 from modeling_m3ret.reading_m3ret import M3RetReadError
@@ -135,7 +136,8 @@ class ScanBuilder(GeneratorBasedBuilder):
         self.source, self.root, self.options = source, root, options
         self.pseudonyms = Pseudonyms(source.name, salt)
         # `datasets` caches by this hash, so it must change with the scans, the options and the pseudonyms
-        arguments = f"{root.resolve()} {options} {source.title} {sorted(vars(source).items())}"
+        settings = sorted(item for item in vars(source).items() if item[0] != "notes")
+        arguments = f"{root.resolve()} {options} {source.title} {settings}"
         cache_hash = self.pseudonyms.pseudonym("cache", arguments)
         super().__init__(cache_dir=cache_dir, dataset_name=source.name, hash=cache_hash)
 
@@ -161,7 +163,9 @@ class ScanBuilder(GeneratorBasedBuilder):
         source for evaluation only are in the test split.
         """
         all_entries = list(self.source.entries(self.root))
-        official = {entry.patient: entry.split for entry in all_entries if entry.patient and entry.split is not None}
+        official = splits_of_patients((entry.patient, entry.split or "") for entry in all_entries)
+        if similar := count_similar(entry.patient for entry in all_entries):
+            self.source.notes["patients who differ from another one in case or spaces only"] = similar
         splits: dict[str, list[Entry]] = {split: [] for split in SPLITS}
         for entry in all_entries:
             split = entry.split or official.get(entry.patient) or self.pseudonyms.split(entry, self.options)

@@ -5,35 +5,21 @@ tables and lists folders but never opens a scan. Reading, hashing, splitting and
 `builder.py`.
 """
 
-import csv
-import gzip
 import json
 import os
-import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, TextIO
+from typing import Any, ClassVar
 
-from modeling_m3ret.data.paths import stays_inside
 from modeling_m3ret.data.schema import MODALITIES, SPLITS
-from modeling_m3ret.errors import InputError
+from modeling_m3ret.data.table import TableError
 
 
-MAX_LINE_CHARACTERS = 2**20  # of a table: bounds the memory that a damaged or compressed table can take
 MAX_JSON_BYTES = 2**28
-
-
-class SourceError(InputError):
-    """A folder, table or entry (`location`) that does not have the layout of its collection."""
-
-    def __init__(self, location: Path | str, expected: str, got: str):
-        super().__init__(location, expected, got)  # the arguments, for pickle
-        self.location, self.expected, self.got = str(location), expected, got
-
-    def __str__(self) -> str:
-        return f"{self.location}: expected {self.expected}, got {self.got}"
+SourceError = TableError  # a folder, table or entry (`location`) that does not have the layout of its collection
 
 
 @dataclass(frozen=True)
@@ -71,6 +57,7 @@ class Source(ABC):
     citation: ClassVar[str]
     layout: ClassVar[str]  # the files that the folder should hold, for error messages
     evaluation_only: ClassVar[bool] = False  # every scan goes to the test split: its modality stays unseen in training
+    notes: Counter[str] = Counter()  # what the last listing decided, and how often, for the report; no names
 
     def entries(self, root: Path) -> Iterator[Entry]:
         """Yield all scans under `root`, in the same order every time.
@@ -80,6 +67,7 @@ class Source(ABC):
         """
         if not root.is_dir():
             raise SourceError(root, self.layout, "no such folder")
+        self.notes = Counter()
         entry = None
         for entry in self.find_entries(root):
             yield entry
@@ -100,39 +88,6 @@ class Source(ABC):
         return source if entry.intensity is None else {"volume": source, "intensity": entry.intensity}
 
 
-def read_table(path: Path, columns: Sequence[str]) -> Iterator[dict[str, str]]:
-    """Yield the rows of a CSV file, or of the same file with `.gz` appended, as dictionaries. Empty cells are "".
-
-    Raises:
-        SourceError: if the file is missing, damaged or not UTF-8, or lacks one of `columns`.
-    """
-    compressed = path.with_name(path.name + ".gz")
-    if not path.is_file() and compressed.is_file():
-        path = compressed
-    if not path.is_file():
-        raise SourceError(path, f"a table with the columns {', '.join(columns)}", "no such file")
-    try:
-        open_file: Callable[..., TextIO] = gzip.open if path.suffix == ".gz" else open
-        with open_file(path, "rt", encoding="utf-8-sig", newline="") as stream:
-            reader = csv.DictReader(_bounded_lines(stream, path))
-            header = reader.fieldnames or []
-            if missing := [column for column in columns if column not in header]:
-                raise SourceError(path, f"also the columns {', '.join(missing)}", ", ".join(header) or "none")
-            for row in reader:
-                yield {key: (value or "").strip() for key, value in row.items() if key is not None}
-    except UnicodeDecodeError as error:
-        raise SourceError(path, "text encoded as UTF-8", "another encoding") from error
-    except (csv.Error, EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise SourceError(path, "a CSV table", f"a damaged file ({error})") from error
-
-
-def _bounded_lines(stream: TextIO, path: Path) -> Iterator[str]:
-    while line := stream.readline(MAX_LINE_CHARACTERS):
-        if len(line) == MAX_LINE_CHARACTERS:
-            raise SourceError(path, f"lines of fewer than {MAX_LINE_CHARACTERS:,} characters", "a longer line")
-        yield line
-
-
 def read_json(path: Path) -> Any:
     """Return the content of a JSON file; raise `SourceError` if it is missing, not JSON, or larger than any list."""
     if not path.is_file():
@@ -143,13 +98,6 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
         raise SourceError(path, "JSON", "other content") from error
-
-
-def path_inside(folder: Path, name: str) -> Path:
-    """Return the path that a table names; raise `SourceError` if it is empty, absolute, or contains `..`."""
-    if not stays_inside(name):
-        raise SourceError(folder, "file names relative to this folder, without '..'", repr(name))
-    return folder / name
 
 
 def descend(root: Path, name: str) -> Path:
@@ -165,13 +113,23 @@ def list_folders(folder: Path) -> list[Path]:
 def find_files(folder: Path, suffixes: tuple[str, ...]) -> Iterator[Path]:
     """Yield the files below `folder` with one of these lower-case suffixes, sorted within each folder.
 
-    Hidden files and folders are skipped: macOS writes a `._name` for each file. Links to folders are not followed.
+    Hidden files and folders are skipped: macOS writes a `._name` for each file. Links are followed, as those of a
+    manifest are (see `path_inside`). A folder that is reached several ways is listed once.
     """
-    for parent, subfolders, names in os.walk(folder):
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        for name in sorted(names):
-            if name.lower().endswith(suffixes) and not name.startswith("."):
-                yield Path(parent, name)
+    pending, seen = [folder], set()
+    while pending:
+        for parent, subfolders, names in os.walk(pending.pop(0)):
+            if (real := os.path.realpath(parent)) in seen:
+                subfolders.clear()
+                continue
+            seen.add(real)
+            subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+            pending += [path for name in subfolders if (path := Path(parent, name)).is_symlink()]
+            yield from (
+                Path(parent, name)
+                for name in sorted(names)
+                if name.lower().endswith(suffixes) and not name.startswith(".")
+            )
 
 
 def positive_labels(row: dict[str, str], columns: Iterable[str]) -> tuple[str, ...]:

@@ -47,6 +47,7 @@ def make_report(
         "m3ret": __version__,
         "source": builder.source.name,
         "scans": {"built": len(rows), "failed": len(failures), "duplicates_dropped": dropped},
+        "notes": dict(sorted(builder.source.notes.items())),
         "patients": len(splits_of_patient),
         "patients_in_several_splits": sum(len(splits) > 1 for splits in splits_of_patient.values()),
         "counts": {
@@ -88,6 +89,7 @@ def format_summary(report: dict[str, Any]) -> str:
         f"({duplicates['exact_groups_across_splits']} across splits), {duplicates['near_pairs_across_splits']} pairs "
         f"across splits that look the same; {scans['duplicates_dropped']} dropped",
     ]
+    lines += [f"note: {count} {what}" for what, count in report["notes"].items()]
     if several := report["patients_in_several_splits"]:
         lines.append(f"warning: {several} patients are in more than one official split")
     burned_in = sorted(report["burned_in_annotation"].items())

@@ -3,7 +3,8 @@
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
-from dataset_scripts.entries import Entry, Source, SourceError, path_inside, positive_labels, read_table
+from dataset_scripts.entries import Entry, Source, SourceError, positive_labels
+from modeling_m3ret.data.table import path_inside, read_table
 
 
 FINDINGS = (

@@ -3,7 +3,8 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from dataset_scripts.entries import Entry, Source, SourceError, descend, find_files, positive_labels, read_table
+from dataset_scripts.entries import Entry, Source, SourceError, descend, find_files, positive_labels
+from modeling_m3ret.data.table import read_table
 
 
 SPLITS = {"train": "train", "valid": "validation"}

@@ -1,33 +1,31 @@
 """A local folder of scans, described by a manifest or by nothing but its files."""
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-from dataset_scripts.entries import Entry, Source, SourceError, find_files, path_inside, read_table
+from dataset_scripts.entries import Entry, Source, find_files
+from modeling_m3ret.data.schema import find_modality
+from modeling_m3ret.data.table import MANIFEST, read_manifest_rows
 from modeling_m3ret.scan_m3ret import silence_libraries, sniff
 
 
-# DICOM PS3.3 C.7.3.1.1.1. Modalities that the model does not cover (histology, ECG, reports, PET) are left out.
-MODALITY_OF_DICOM = {
-    **dict.fromkeys(("CR", "DX", "DR", "MG", "IO", "PX", "RG", "RF", "XA"), "xray"),
-    **dict.fromkeys(("US", "IVUS"), "ultrasound"),
-    **dict.fromkeys(("ES",), "endoscopy"),
-    "CT": "ct",
-    "MR": "mri",
-}
 UNSPECIFIC = ("", "OT")  # OT: other
-# Words in a path that name the modality of files without a DICOM header. The last word of the last path part wins.
-MODALITY_WORDS = {
-    "xray": "xray|cxr|radiograph|radiographs|dx|cr|mammography",
-    "ultrasound": "ultrasound|us|sonography|echo|pocus",
-    "endoscopy": "endoscopy|colonoscopy|gastroscopy|laparoscopy|bronchoscopy|cystoscopy",
-    "ct": "ct|cbct",
-    "mri": "mri|mr|t1|t1w|t2|t2w|flair|dwi|adc",
-}
-_MODALITY_OF_WORD = {word: modality for modality, words in MODALITY_WORDS.items() for word in words.split("|")}
+# Words of `find_modality` that name no modality in a path: initials, units and abbreviations are more likely.
+AMBIGUOUS_NAMES = ("dr", "mg", "io", "px", "rg", "rf", "xa", "es")
+# Suffixes of file names in BIDS, the standard for folders of brain images (https://bids-specification.readthedocs.io)
+_BIDS_MRI = re.compile(r"sub-.*_(t1w|t2w|pdw|flair|t2star|inplanet1|inplanet2|bold|sbref|dwi|asl)\.nii(\.gz)?")
+# Segmentation masks, as nnU-Net, the Medical Segmentation Decathlon, BraTS, BIDS, FreeSurfer and others name them
+_MASK_FOLDER = re.compile(r"labels?|labels(tr|ts|val?)|gt|ground[ _-]?truth|segs?|segmentations?|.*masks?")
+_MASK_WORDS = "seg|segm|dseg|probseg|segmentations?|masks?|labels?|labelmap|gt|groundtruth|annotations?"
+_MASK_FILE = re.compile(
+    rf"(.*[^a-z])?({_MASK_WORDS}|aseg|wmparc|ribbon)[ _.-]*\d*|({_MASK_WORDS})[^a-z].*|aparc.*|.*(mask|segmentation)s?"
+)
+# RT images are pictures; the other radiotherapy objects, and the objects below Raw Data (66), are none.
+_NO_IMAGE = re.compile(r"1\.2\.840\.10008\.5\.1\.4\.1\.1\.(66(\..+)?|481\.(?!1$)\d+)")
+_NO_IMAGE_MODALITIES = ("SEG", "RTSTRUCT", "RTPLAN", "RTDOSE", "RTRECORD", "REG", "FID", "PR", "KO")
 # BodyPartExamined is free text in practice; only these terms of DICOM PS3.16 are accepted.
 BODY_PARTS = (
     *("abdomen", "ankle", "arm", "breast", "chest", "elbow", "extremity", "eye", "finger", "foot", "hand", "head"),
@@ -51,20 +49,20 @@ NON_SCAN_SUFFIXES = (
     ".log",
 )
 HEADER_ELEMENTS = [
-    *("Modality", "SeriesInstanceUID", "PatientID", "BodyPartExamined", "NumberOfFrames", "ImagePositionPatient"),
-    "Rows",
+    *("SOPClassUID", "Modality", "PatientID", "StudyInstanceUID", "SeriesInstanceUID", "BodyPartExamined"),
+    *("NumberOfFrames", "ImagePositionPatient", "Rows"),
 ]
 
 
 class Folder(Source):
     """Any tree of DICOM, NIfTI, video and image files.
 
-    With a `manifest.csv`, each of its rows is a scan. Its columns are id, file, modality, anatomy, label and group, and
-    optionally split and licence; several labels are separated by `|`.
+    With a `manifest.csv`, each of its rows is a scan, see `read_manifest_rows`.
 
-    Without a manifest, every file is a scan, except that DICOM slices of CT and MRI are grouped into series by
-    SeriesInstanceUID. The patient is that of the DICOM header. The modality is that of the DICOM header, otherwise a
-    word in the path ("ct", "ultrasound"), otherwise `modality`.
+    Without a manifest, every file is a scan, except that DICOM slices of CT and MRI are grouped into series by patient,
+    study and series. The patient is that of the DICOM header, or the study if it names none. The modality is that of
+    the DICOM header, otherwise the last name in the path that states one ("ct", "ultrasound"), otherwise `modality`.
+    Segmentation masks are not scans.
 
     Args:
         title: title of the collection, for its card and rows.
@@ -88,29 +86,17 @@ class Folder(Source):
     layout = "a manifest.csv, or DICOM, NIfTI, video or image files"
 
     def find_entries(self, root: Path) -> Iterator[Entry]:
-        return self._read_manifest(root) if (root / "manifest.csv").is_file() else self._scan_files(root)
+        return self._read_manifest(root) if (root / MANIFEST).is_file() else self._scan_files(root)
 
     def _read_manifest(self, root: Path) -> Iterator[Entry]:
-        manifest = root / "manifest.csv"
-        seen = set()
-        for number, row in enumerate(read_table(manifest, ("id", "file", "modality", "anatomy", "label", "group")), 2):
-            if not row["id"] or row["id"] in seen:
-                raise SourceError(f"{manifest}, line {number}", "a unique id in each row", repr(row["id"]))
-            seen.add(row["id"])
-            yield Entry(
-                id=row["id"],
-                files=(path_inside(root, row["file"]),),
-                modality=row["modality"].casefold() or self.modality,
-                anatomy=row["anatomy"],
-                labels=tuple(label for label in row["label"].split("|") if label),
-                patient=row["group"],
-                split=row.get("split") or None,
-                licence=row.get("licence", ""),
-            )
+        for row in read_manifest_rows(root):
+            modality = row.modality or self.modality
+            split, licence = row.split or None, row.licence
+            yield Entry(row.id, (row.file,), modality, row.anatomy, row.labels, row.group, split, licence=licence)
 
     def _scan_files(self, root: Path) -> Iterator[Entry]:
-        series: dict[str, list[Path]] = defaultdict(list)
-        described: dict[str, tuple[str, str, str]] = {}  # modality, anatomy and patient of a series
+        series: dict[tuple[str, str, str], list[Path]] = defaultdict(list)  # of a series, a patient and a study
+        described: dict[tuple[str, str, str], tuple[str, str]] = {}  # modality and anatomy
         for path in find_files(root, ("",)):
             name = path.relative_to(root).as_posix()
             try:
@@ -120,24 +106,55 @@ class Folder(Source):
             if kind is None and path.suffix.lower() in NON_SCAN_SUFFIXES:
                 continue
             header = _dicom_header(path) if kind == "dicom" else None
+            if _is_mask(name) if header is None else _is_no_image(header):
+                self.notes["segmentation masks and other objects without an image, left out"] += 1
+                continue
             if header is None:
                 yield Entry(name, (path,), _modality_of_path(name) or self.modality)
                 continue
-            declared, patient, uid = header["Modality"].upper(), header["PatientID"], header["SeriesInstanceUID"]
+            declared, patient, study = header["Modality"].upper(), header["PatientID"], header["StudyInstanceUID"]
             anatomy = _anatomy(header["BodyPartExamined"])
             if declared in UNSPECIFIC:
                 modality = _modality_of_path(name) or self.modality
             else:
-                modality = MODALITY_OF_DICOM.get(declared, "")
+                modality = find_modality(declared) or ""
             is_slice = modality in ("ct", "mri") and header["ImagePositionPatient"] and header["Rows"]
-            if is_slice and uid and header["NumberOfFrames"] in ("", "0", "1"):
-                series[uid].append(path)
-                described.setdefault(uid, (modality, anatomy, patient))
+            if is_slice and header["SeriesInstanceUID"] and header["NumberOfFrames"] in ("", "0", "1"):
+                key = (header["SeriesInstanceUID"], patient, study)
+                series[key].append(path)
+                described.setdefault(key, (modality, anatomy))
             else:
-                yield Entry(name, (path,), modality, anatomy, patient=patient)
-        for uid, files in sorted(series.items()):
-            modality, anatomy, patient = described[uid]
-            yield Entry(f"series {uid}", tuple(sorted(files)), modality, anatomy, patient=patient)
+                yield Entry(name, (path,), modality, anatomy, patient=self._patient(patient, study))
+        _join_incomplete(series)
+        same_uid = Counter(uid for uid, _, _ in series)
+        for (uid, patient, study), files in sorted(series.items()):
+            modality, anatomy = described[uid, patient, study]
+            name = f"series {uid}"
+            if same_uid[uid] > 1:
+                self.notes["series whose UID is that of another patient's or study's series"] += 1
+                name += f" of {patient} {study}"
+            yield Entry(name, tuple(sorted(files)), modality, anatomy, patient=self._patient(patient, study))
+
+    def _patient(self, patient: str, study: str) -> str:
+        if patient or not study:
+            return patient
+        self.notes["scans without a patient, whose study counts as the patient"] += 1
+        return f"study {study}"
+
+
+def _join_incomplete(series: dict[tuple[str, str, str], list[Path]]) -> None:
+    """Add slices that lack a patient or study to the series of their UID, if it can be only one."""
+    keys_of_uid: dict[str, list[tuple[str, str, str]]] = defaultdict(list)
+    for key in series:
+        keys_of_uid[key[0]].append(key)
+    for key in sorted(series, key=lambda key: key.count("")):
+        others = [
+            other
+            for other in keys_of_uid[key[0]]
+            if other in series and other != key and all(a in ("", b) for a, b in zip(key, other, strict=True))
+        ]
+        if not all(key) and len(others) == 1:
+            series[others[0]] += series.pop(key)
 
 
 def _dicom_header(path: Path) -> dict[str, str] | None:
@@ -166,7 +183,28 @@ def _anatomy(body_part: str) -> str:
     return body_part if body_part in BODY_PARTS else ""
 
 
+def _is_no_image(header: dict[str, str]) -> bool:
+    return header["Modality"].upper() in _NO_IMAGE_MODALITIES or bool(_NO_IMAGE.fullmatch(header["SOPClassUID"]))
+
+
+def _is_mask(name: str) -> bool:
+    *folders, stem = _names(name)
+    return bool(_MASK_FILE.fullmatch(stem)) or any(map(_MASK_FOLDER.fullmatch, folders))
+
+
+def _names(name: str) -> list[str]:
+    """Return the folders of a path and its file name without suffix, in lower case."""
+    path = PurePosixPath(name.casefold().removesuffix(".gz"))
+    return [*path.parts[:-1], path.stem]
+
+
 def _modality_of_path(name: str) -> str:
-    name = name.casefold().replace("x-ray", "xray").replace("computed-tomography", "ct")
-    words = reversed(re.split("[^a-z0-9]+", name))
-    return next((_MODALITY_OF_WORD[word] for word in words if word in _MODALITY_OF_WORD), "")
+    """Return the modality that the last name in a path states, as a whole: "ct" in "ct/1.nii" and in "ct-01.nii"."""
+    if _BIDS_MRI.fullmatch(PurePosixPath(name).name.casefold()):
+        return "mri"
+    for part in reversed(_names(name)):
+        whole = "".join(filter(str.isalnum, part))
+        for word in (whole, whole.rstrip("0123456789")):
+            if word not in AMBIGUOUS_NAMES and (modality := find_modality(word)):
+                return modality
+    return ""

@@ -3,7 +3,8 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from dataset_scripts.entries import Entry, Source, descend, find_files, read_table
+from dataset_scripts.entries import Entry, Source, descend, find_files
+from modeling_m3ret.data.table import read_table
 
 
 TRACTS = {"lower-gi-tract": "colon", "upper-gi-tract": "upper gastrointestinal tract"}

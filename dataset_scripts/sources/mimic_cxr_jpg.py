@@ -3,8 +3,9 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from dataset_scripts.entries import Entry, Source, SourceError, path_inside, positive_labels, read_table
+from dataset_scripts.entries import Entry, Source, SourceError, positive_labels
 from dataset_scripts.sources.chexpert import FINDINGS  # the same labeller processed these reports
+from modeling_m3ret.data.table import path_inside, read_table
 
 
 SPLITS = {"train": "train", "validate": "validation", "test": "test"}

@@ -4,7 +4,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
-from dataset_scripts.entries import Entry, Source, SourceError, path_inside, read_json
+from dataset_scripts.entries import Entry, Source, SourceError, read_json
+from modeling_m3ret.data.table import path_inside
 
 
 SPLITS = {"training": "train", "test": "test"}

@@ -3,7 +3,8 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from dataset_scripts.entries import Entry, Source, SourceError, read_table
+from dataset_scripts.entries import Entry, Source, SourceError
+from modeling_m3ret.data.table import read_table
 
 
 LISTS = {"train": "train_val_list.txt", "test": "test_list.txt"}

@@ -4,7 +4,8 @@ import ast
 from collections.abc import Iterator
 from pathlib import Path
 
-from dataset_scripts.entries import Entry, Source, path_inside, read_table
+from dataset_scripts.entries import Entry, Source
+from modeling_m3ret.data.table import path_inside, read_table
 
 
 TABLE = "PADCHEST_chest_x_ray_images_labels_160K_01.02.19.csv"

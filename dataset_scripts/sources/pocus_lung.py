@@ -3,7 +3,8 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from dataset_scripts.entries import Entry, Source, descend, find_files, read_table
+from dataset_scripts.entries import Entry, Source, descend, find_files
+from modeling_m3ret.data.table import read_table
 
 
 LABELS = {"cov": "COVID-19", "pneu": "bacterial pneumonia", "reg": "regular", "vir": "viral pneumonia"}

@@ -1,31 +1,29 @@
 """Collections of scans: a folder with a `manifest.csv`, a Parquet dataset in a folder or on the Hub, or the phantom.
 
-A manifest has one row per scan with the columns `id, file, modality, anatomy, label, group` and optionally `source`;
-other columns are ignored. `file` is relative to the folder. `group` is the patient, or the video of a frame: scans of
-one group never count as matches of each other and are never on both sides of a split. A Parquet dataset has the schema
-of `schema.py`; its patient is the group, and its splits are retained.
+A manifest has one row per scan with the columns `id, file, modality, anatomy, label, group` and optionally `split`,
+`source` and `licence`; other columns are ignored. `file` is relative to the folder. `group` is the patient, or the
+video of a frame: scans of one group never count as matches of each other, and no group that is validated or tested on
+is trained on. A Parquet dataset has the schema of `schema.py`; its patient is the group, and its splits are retained.
 """
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
+import logging
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub.errors import HfHubHTTPError
-
 from ..hub import CACHE_FOLDER
 from .parquet import ParquetRow, Shards, hub_shards, local_shards, read_locations
-from .paths import stays_inside
-from .schema import MODALITIES, CollectionError
+from .schema import CollectionError, clean, fold, parse_modality, require_words
+from .table import COLUMNS, MANIFEST, TableError, count_similar, read_manifest_rows, splits_of_patients
 
 
-COLUMNS = ("id", "file", "modality", "anatomy", "label", "group")
+logger = logging.getLogger(__name__)
+
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 
 
@@ -35,8 +33,8 @@ class Record:
 
     id: str  # unique in the collection
     location: Path | ParquetRow  # file or folder of the scan, or its row in a Parquet dataset
-    modality: str  # `xray`, `ultrasound`, `endoscopy`, `ct`, `mri`, or another name
-    anatomy: str  # body part, or empty
+    modality: str  # `xray`, `ultrasound`, `endoscopy`, `ct` or `mri`
+    anatomy: str  # body part in lower case, or empty
     label: str  # labels, joined by `|`, or empty
     group: str  # patient, or `id` if unknown
     split: str = ""  # `train`, `validation`, `test`, or empty if the collection has no splits
@@ -64,19 +62,25 @@ def open_collection(data: str | Path, *, stream: bool = False) -> list[Record]:
     Raises:
         CollectionError: if there is no such collection, it does not match its format, or it cannot be streamed.
     """
+    records = _open(data, stream)
+    splits = splits_of_patients((record.group, record.split) for record in records)
+    if similar := count_similar(record.group for record in records):
+        logger.warning(
+            "%s: %d patients differ from another one in case or spaces only, and count as different.", data, similar
+        )
+    return [  # a scan without a split follows the other scans of its patient
+        replace(record, split=splits[record.group]) if not record.split and record.group in splits else record
+        for record in records
+    ]
+
+
+def _open(data: str | Path, stream: bool) -> list[Record]:
     if not Path(data).exists():
         if str(data).split(":")[0] == "phantom" and not stream:
             return read_manifest(phantom_folder(str(data)))
         if HUB_NAME.fullmatch(str(data)):
-            try:
-                return _read_parquet(hub_shards(str(data), stream))
-            except HfHubHTTPError as error:
-                status = getattr(error.response, "status_code", "no answer")
-                raise CollectionError(
-                    f"cannot open {data}: expected a folder or a dataset on the Hub, got no such folder, and from the "
-                    f"Hub the status {status}. Check the name; if the dataset is private, log in with `hf auth login`."
-                ) from error
-    elif (Path(data) / "data").is_dir() and not (Path(data) / "manifest.csv").is_file():
+            return _read_parquet(hub_shards(str(data), stream))
+    elif (Path(data) / "data").is_dir() and not (Path(data) / MANIFEST).is_file():
         return _read_parquet(local_shards(Path(data)))
     if stream:
         raise CollectionError(
@@ -87,13 +91,14 @@ def open_collection(data: str | Path, *, stream: bool = False) -> list[Record]:
 
 
 def _read_parquet(shards: Shards) -> list[Record]:
+    spelling: dict[str, str] = {}  # as in a manifest
     return [
         Record(
             id=row["id"],
             location=location,
-            modality=row["modality"],
-            anatomy=row.get("anatomy") or "",
-            label="|".join(sorted(row.get("labels") or ())),
+            modality=parse_modality(row["modality"] or ""),
+            anatomy=fold(row.get("anatomy") or ""),
+            label="|".join(sorted({spelling.setdefault(fold(word), clean(word)) for word in row.get("labels") or ()})),
             group=row["patient"] or row["id"],
             split=split,
             source=row.get("source") or "",
@@ -129,56 +134,37 @@ def read_manifest(folder: Path) -> list[Record]:
     """Return the records of a folder's `manifest.csv`, in its order.
 
     Raises:
-        CollectionError: if the manifest is missing, empty or not UTF-8, lacks a column or a cell, repeats an id, or
-            names a file outside the folder.
+        CollectionError: if the manifest is missing or empty, or does not match its format, see `read_manifest_rows`.
     """
-    manifest = folder / "manifest.csv"
-    columns = ", ".join(COLUMNS)
-
-    def error(problem: str, expected: str, got: str, advice: str) -> CollectionError:
-        return CollectionError(f"{manifest}{problem}: expected {expected}, got {got}. {advice}")
-
-    if not manifest.is_file():
-        expected = f"manifest.csv or data/*.parquet in {folder}"
-        raise error(
-            " is missing", expected, "neither", f"Check the path, or write a manifest with the columns {columns}."
+    if not (folder / MANIFEST).is_file():
+        advice = f"Check the path, or write a manifest with the columns {', '.join(COLUMNS)}."
+        raise TableError(folder / MANIFEST, f"manifest.csv or data/*.parquet in {folder}", "neither", advice)
+    records = []
+    for row in read_manifest_rows(folder):
+        if not row.modality:
+            raise TableError(row.location, "a modality", "an empty cell", "Complete the row or remove it.")
+        label = "|".join(row.labels)
+        group = row.group or row.id
+        records.append(
+            Record(row.id, row.file, row.modality, row.anatomy, label, group, split=row.split, source=row.source)
         )
-    try:
-        text = manifest.read_text(encoding="utf-8-sig")  # spreadsheets write a byte order mark
-    except UnicodeDecodeError as wrong:
-        got = f"byte {wrong.object[wrong.start]:#04x} at {wrong.start}"
-        raise error(" cannot be decoded", "UTF-8", got, "Save it as UTF-8.") from wrong
-    reader = csv.DictReader(io.StringIO(text, newline=""))
-    present = reader.fieldnames or ()
-    if missing := [column for column in COLUMNS if column not in present]:
-        raise error(" lacks columns", columns, ", ".join(present), f"Add {', '.join(missing)}.")
-    records: dict[str, Record] = {}
-    for row in reader:
-        line = f", line {reader.line_num}"
-        if any(row[column] is None for column in COLUMNS) or not row["file"] or not row["modality"]:
-            expected = f"a cell in each of the columns {columns}, file and modality not empty"
-            raise error(f"{line} is incomplete", expected, "fewer", "Complete the row or remove it.")
-        if not stays_inside(row["file"]):
-            expected = f"a path inside {folder}"
-            raise error(
-                f"{line} names a file outside the folder", expected, row["file"], "Move the file into the folder."
-            )
-        if row["id"] in records:
-            raise error(f"{line} repeats an id", "a unique id", repr(row["id"]), "Rename it.")
-        labels = (row["modality"], row["anatomy"], row["label"], row["group"] or row["id"])
-        records[row["id"]] = Record(row["id"], folder / row["file"], *labels, source=row.get("source") or "")
     if not records:
-        raise error(" is empty", "one row per scan", "none", "Add rows.")
-    return list(records.values())
+        raise TableError(folder / MANIFEST, "one row per scan", "none", "Add rows.")
+    return records
 
 
 def split_training_and_held_out(records: Sequence[Record], holdout: float) -> tuple[list[Record], list[Record]]:
     """Split a collection into records for training and records for validation.
 
     The collection's own training and validation splits are used if it has them. Otherwise a fraction of the patients of
-    its training split, or of the whole collection if it has no splits, is held out. A test split is never used.
+    its training split, or of the whole collection if it has no splits, is held out. A test split is never used, and
+    patients who are in another split too are not in training.
     """
-    usable = [record for record in records if record.split in ("", "train")]
+    splits = splits_of_patients((record.group, record.split) for record in records)
+    in_training = [record for record in records if record.split in ("", "train")]
+    usable = [record for record in in_training if splits.get(record.group, "train") == "train"]
+    if left_out := len(in_training) - len(usable):
+        logger.warning("%d training scans are left out: their patients are in the test or validation split.", left_out)
     validation = [record for record in records if record.split == "validation"]
     return (usable, validation) if validation else split_by_group(usable, holdout)
 
@@ -198,17 +184,11 @@ def split_by_group(records: Sequence[Record], holdout: float) -> tuple[list[Reco
     return training, held_out
 
 
-def check_modalities(names: Sequence[str], records: Iterable[Record]) -> None:
-    """Raise a `CollectionError` for modalities that are neither in the schema nor in the records. Case is ignored."""
-    known = {*MODALITIES, *(record.modality for record in records)}
-    if unknown := sorted({name.casefold() for name in names} - {name.casefold() for name in known}):
-        raise CollectionError(
-            f"unknown modality: expected some of {', '.join(sorted(known))}, got {', '.join(unknown)}. "
-            "Check the spelling."
-        )
-
-
 def exclude_modalities(records: Iterable[Record], excluded: Sequence[str]) -> list[Record]:
-    """Return the records of all other modalities. Case is ignored."""
-    names = {name.casefold() for name in excluded}
-    return [record for record in records if record.modality.casefold() not in names]
+    """Return the records of all other modalities.
+
+    Raises:
+        InputError: if `excluded` is not a list of modalities. Case and synonyms do not matter.
+    """
+    names = {parse_modality(name) for name in require_words("exclude_modalities", excluded)}
+    return [record for record in records if record.modality not in names]

@@ -74,19 +74,42 @@ def local_shards(folder: Path) -> Shards:
 def hub_shards(name: str, stream: bool) -> Shards:
     """Return the shards of `ORG/NAME[@REVISION]` on the Hub, all from the commit that the revision refers to now.
 
-    If streaming, these are addresses on the Hub; otherwise they are downloaded.
+    If streaming, these are addresses on the Hub; otherwise they are downloaded. If the Hub cannot be reached, it is the
+    copy in the cache.
 
     Raises:
-        HfHubHTTPError: if the dataset does not exist or must not be read.
+        CollectionError: if the dataset does not exist or must not be read, or the Hub cannot be reached and the cache
+            holds no copy.
     """
     from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     repo_id, _, revision = name.partition("@")
-    info = HfApi().dataset_info(repo_id, revision=revision or None)
+    download = partial(
+        snapshot_download,
+        repo_id,
+        repo_type="dataset",
+        revision=revision or None,
+        allow_patterns=["data/*.parquet", INDEX],
+    )
+    problem = f"cannot open {name}: expected a folder or a dataset on the Hub, got no such folder, and"
+    try:
+        info = HfApi().dataset_info(repo_id, revision=revision or None)
+    except Exception as error:  # the HTTP libraries below raise exceptions of many types
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if isinstance(error, HFValidationError) or (isinstance(error, HfHubHTTPError) and (status or 404) < 500):
+            advice = "Check the name; if the dataset is private, log in with `hf auth login`."
+            raise CollectionError(f"{problem} from the Hub the status {status or 'not found'}. {advice}") from error
+        try:
+            folder = Path(download(local_files_only=True))
+        except Exception as missing:
+            advice = "Check the name and the connection, and HF_HUB_OFFLINE."
+            got = f"the Hub cannot be reached ({type(error).__name__}), and the cache holds no copy"
+            raise CollectionError(f"{problem} {got}. {advice}") from missing
+        logger.warning("%s: the Hub cannot be reached; the copy of commit %s in the cache is used.", name, folder.name)
+        return local_shards(folder)
     if not stream:
-        patterns = ["data/*.parquet", INDEX]
-        folder = snapshot_download(repo_id, repo_type="dataset", revision=info.sha, allow_patterns=patterns)
-        return local_shards(Path(folder))
+        return local_shards(Path(download()))
     names = [file.rfilename for file in info.siblings or []]
     shards = sorted(name for name in names if name.startswith("data/") and SHARD_NAME.fullmatch(Path(name).name))
     index = None
@@ -126,7 +149,10 @@ def _read_index(shards: Shards) -> pa.Table | None:
         return None
     table = pq.read_table(shards.index)
     indexed = set(table.column("shard").unique().to_pylist())
-    if indexed != {_file_name(file) for file in shards.files}:
+    present = {_file_name(file) for file in shards.files}
+    if missing := len(indexed - present):
+        raise _incomplete(shards, missing, len(indexed))
+    if indexed != present:
         logger.warning(
             "%s: %s is ignored: expected the %d shards of data/, got %d others. Build the dataset again.",
             *(shards.name, INDEX, len(shards.files), len(indexed)),
@@ -135,12 +161,24 @@ def _read_index(shards: Shards) -> pa.Table | None:
     return table
 
 
+def _incomplete(shards: Shards, missing: int, total: int) -> CollectionError:
+    return CollectionError(
+        f"{shards.name} is incomplete: expected {total} shards, got {total - missing}. "
+        "Download the dataset again, or resume its build."
+    )
+
+
 def build_index(shards: Shards) -> pa.Table:
     """Return what `index.parquet` holds, read from the shards: on the Hub this takes several requests per shard.
 
     Raises:
-        CollectionError: if a required column is missing.
+        CollectionError: if a shard or a required column is missing.
     """
+    # without an index, the number in the file names says how many shards each split has
+    names = [_file_name(file).removesuffix(".parquet").split("-") for file in shards.files]
+    total = sum(int(total) for _, total in {(split, total) for split, _, _, total in names})
+    if total != len(names):
+        raise _incomplete(shards, total - len(names), total)
     tables = []
     for file in shards.files:
         parquet = open_parquet(file)

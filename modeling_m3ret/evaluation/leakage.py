@@ -15,6 +15,7 @@ from typing import Any
 from transformers.utils import cached_file
 
 from ..data.collection import Record, split_by_group, split_training_and_held_out
+from ..data.schema import find_modality, parse_split
 
 
 def read_training_facts(checkpoint: str) -> dict[str, Any]:
@@ -27,7 +28,12 @@ def read_training_facts(checkpoint: str) -> dict[str, Any]:
 
 
 def select_records(records: Sequence[Record], split: str | None, holdout: float | None) -> list[Record]:
-    """Return the records of a split, or all, and only the fraction of patients that training held out, if given."""
+    """Return the records of a split, or all, and only the fraction of patients that training held out, if given.
+
+    Raises:
+        CollectionError: if the split is none of `SPLITS`.
+    """
+    split = None if split is None else parse_split(split)
     in_split = [record for record in records if split is None or record.split == split]
     return in_split if holdout is None else split_by_group(in_split, holdout)[1]
 
@@ -46,8 +52,19 @@ def checkpoint_records(records: Sequence[Record], facts: Mapping[str, Any]) -> l
     holdout, modalities = _holdout(facts), _modalities(facts)
     if holdout is None or not modalities:
         return None
-    training = _of_modalities(split_training_and_held_out(records, holdout)[0], modalities)
-    return training if len(training) == facts.get("training_scans") else None
+    usable = [record for record in records if record.split in ("", "train")]
+    has_validation = any(record.split == "validation" for record in records)
+    candidates = (
+        split_training_and_held_out(records, holdout)[0],
+        # earlier versions trained on patients who are in another split too, and ignored the splits of a manifest
+        usable if has_validation else split_by_group(usable, holdout)[0],
+        split_by_group(records, holdout)[0],
+    )
+    for candidate in candidates:
+        training = _of_modalities(candidate, modalities)
+        if len(training) == facts.get("training_scans"):
+            return training
+    return None
 
 
 def training_records(
@@ -97,10 +114,10 @@ def _holdout(facts: Mapping[str, Any]) -> float | None:
 
 
 def _modalities(facts: Mapping[str, Any]) -> set[str]:
-    """Return the case-folded modalities of the facts, empty if these, from an untrusted file, hold no list."""
+    """Return the modalities of the facts, empty if these, from an untrusted file, hold no list."""
     names = facts.get("modalities")
-    return {str(name).casefold() for name in names} if isinstance(names, list) else set()
+    return {find_modality(str(name)) or str(name) for name in names} if isinstance(names, list) else set()
 
 
 def _of_modalities(records: Sequence[Record], names: set[str]) -> list[Record]:
-    return [record for record in records if not names or record.modality.casefold() in names]
+    return [record for record in records if not names or record.modality in names]

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args, get_type_hints
 
 import torch
 from torch import Tensor
 
 from ..data.collection import Record
+from ..data.schema import parse_modality, parse_split, require_words
+from ..errors import InputError
 
 
 @dataclass(frozen=True)
@@ -32,12 +34,21 @@ class Protocol:
     query_split: str = ""  # split of the queries; empty for all scans (leave-one-out)
     gallery_split: str = ""  # the same for the gallery
 
+    def __post_init__(self) -> None:
+        for name in ("relevant", "gallery", "labels"):
+            allowed = get_args(get_type_hints(Protocol)[name])
+            if (value := getattr(self, name)) not in allowed:
+                raise InputError(f"{name}: expected one of {', '.join(allowed)}, got {value!r}.")
+        modalities = sorted(map(parse_modality, require_words("modalities", self.modalities)))
+        object.__setattr__(self, "modalities", tuple(modalities))
+        for name in ("query_split", "gallery_split"):
+            object.__setattr__(self, name, parse_split(split) if (split := getattr(self, name)) else "")
+
     def parts(self, annotations: Annotations) -> list[tuple[str, Tensor]]:
         """Return the title and the record indices `(Q,)` of the queries of each separately measured part."""
-        modalities = {name.casefold() for name in self.modalities}
         parts: dict[str, list[int]] = {}
         for index, record in enumerate(annotations.records):
-            if self.query_split in ("", record.split) and (not modalities or record.modality.casefold() in modalities):
+            if self.query_split in ("", record.split) and (not self.modalities or record.modality in self.modalities):
                 title = self.per_modality.format(record.modality) if self.per_modality else self.title
                 parts.setdefault(title, []).append(index)
         return [(title, torch.tensor(queries)) for title, queries in sorted(parts.items())]

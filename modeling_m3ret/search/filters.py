@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import pyarrow as pa
+
+from ..data.schema import find_modality, fold, nearest, require_words
+from ..errors import InputError
 
 
 FILTER_COLUMNS = ("modality", "anatomy", "source")
@@ -26,12 +30,23 @@ class StringColumn:
         chosen[[self.code_of[value] for value in values if value in self.code_of]] = True
         return chosen[self.codes]
 
+    @cached_property
+    def spellings(self) -> dict[str, list[str]]:
+        """The values of the column by their folded form."""
+        spellings: dict[str, list[str]] = {}
+        for value in self.code_of:
+            spellings.setdefault(fold(value or ""), []).append(value)
+        return spellings
+
 
 @dataclass(frozen=True)
 class MetadataFilter:
     """Restricts a search to scans with these values and without these patients.
 
-    None allows all values, an empty collection none.
+    None allows all values, an empty collection none. Case does not matter; synonyms of a modality ("MR") are allowed.
+
+    Raises:
+        InputError: if a value is no collection of strings: one string would be read as its letters.
     """
 
     modality: Collection[str] | None = None
@@ -42,13 +57,30 @@ class MetadataFilter:
     def __post_init__(self) -> None:
         for name in (*FILTER_COLUMNS, "excluded_patients"):
             values = getattr(self, name)
-            object.__setattr__(self, name, values if values is None else frozenset(values))
+            if values is not None or name == "excluded_patients":
+                words = require_words(name, values)
+                if name == "modality":
+                    words |= {modality for word in words if (modality := find_modality(word))}
+                object.__setattr__(self, name, words)
 
     def allowed_values(self) -> dict[str, Collection[str]]:
         """Return the allowed values by column, without columns that allow all."""
         return {name: values for name in FILTER_COLUMNS if (values := getattr(self, name)) is not None}
 
     def mask(self, columns: Mapping[str, StringColumn]) -> np.ndarray:
-        """Return whether each row matches: `(n,)` bool. `columns` are `FILTER_COLUMNS` and "patient"."""
-        masks = [columns[name].is_in(values) for name, values in self.allowed_values().items()]
-        return np.logical_and.reduce([~columns["patient"].is_in(self.excluded_patients), *masks])
+        """Return whether each row matches: `(n,)` bool. `columns` are `FILTER_COLUMNS` and "patient".
+
+        Raises:
+            InputError: if a value is none of the column's. A modality that no scan has is no error.
+        """
+        masks = [~columns["patient"].is_in(self.excluded_patients)]
+        for name, values in self.allowed_values().items():
+            spellings = columns[name].spellings
+            for value in values:
+                if value and fold(value) not in spellings and not (name == "modality" and find_modality(value)):
+                    raise InputError(
+                        f"unknown {name} in a filter: expected one of {len(spellings)} values of this index, got "
+                        f"{value!r}. {nearest(fold(value), spellings)}"
+                    )
+            masks.append(columns[name].is_in([word for value in values for word in spellings.get(fold(value), ())]))
+        return np.logical_and.reduce(masks)

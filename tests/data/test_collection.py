@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import unicodedata
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from modeling_m3ret.data.collection import (
-    COLUMNS,
     Record,
-    check_modalities,
     exclude_modalities,
     open_collection,
     read_manifest,
     split_by_group,
+    split_training_and_held_out,
 )
-from modeling_m3ret.data.schema import MODALITIES, CollectionError
+from modeling_m3ret.data.schema import CollectionError
+from modeling_m3ret.data.table import COLUMNS, TableError
+from modeling_m3ret.errors import InputError
+from modeling_m3ret.evaluation.leakage import select_records
+from modeling_m3ret.evaluation.protocols import ACROSS_BY_ANATOMY, WITHIN_MODALITY, Annotations
 
 
 HEADER = "id,file,modality,anatomy,label,group,source,licence,extra\n"
@@ -109,9 +115,195 @@ def test_excluded_modalities_are_dropped() -> None:
     assert {record.modality for record in exclude_modalities(make_records(4), ["MRI"])} == {"ct", "xray"}
 
 
-def test_unknown_modalities_are_refused() -> None:
-    """Those of the schema are known without a record of them; a record's own modality is known too."""
-    check_modalities(["MRI", "ultrasound", "oct"], [Record("a", Path("x"), "OCT", "", "", "p")])
-    with pytest.raises(CollectionError) as raised:
-        check_modalities(["ct", "MRR"], make_records(4))
-    assert all(name in str(raised.value) for name in (*MODALITIES, "mrr"))
+@pytest.mark.parametrize("excluded", [["MR"], [" mri "], ["Magnetic Resonance"], ["ＭＲＩ"], ("mri", "Ultrasound")])
+def test_excluded_modalities_may_be_spelled_in_any_way(excluded: list[str]) -> None:
+    assert {record.modality for record in exclude_modalities(make_records(4), excluded)} == {"ct", "xray"}
+
+
+@pytest.mark.parametrize("excluded", [["ct", "MRR"], ["pet"], [""], ["ct,mri"], "mri", None, [7]])
+def test_unknown_modalities_are_refused(excluded: Any) -> None:
+    """A word that excludes nothing would train on what was to be excluded."""
+    with pytest.raises(InputError):
+        exclude_modalities(make_records(4), excluded)
+
+
+# ------------------------------------------------------------------------------------------------- words of a table
+
+
+def read_rows(folder: Path, *rows: str, header: str = "id,file,modality,anatomy,label,group,split") -> list[Record]:
+    (folder / "manifest.csv").write_text("\n".join([header, *rows]) + "\n", encoding="utf-8", newline="")
+    return open_collection(folder)
+
+
+@pytest.mark.parametrize(
+    ("modality", "words"),
+    [
+        # the two-letter words are those of DICOM PS3.3 C.7.3.1.1.1
+        ("mri", ["mri", "MRI", " mri", "mri\u00a0", "\u200bmri", "ＭＲＩ", "MR", "M.R.I.", "magnetic resonance"]),
+        ("xray", ["X-ray", "x ray", "X_Ray", "x‑ray", "XRAY", "CR", "dx", "CXR", "radiograph"]),
+        ("ct", ["CT ", "ct", "C.T.", "computed tomography", "\tCT"]),
+        ("ultrasound", ["US", "Ultrasound", "ultra sound", "sonography"]),
+        ("endoscopy", ["ES", "Endoscopy", "colonoscopy"]),
+    ],
+)
+def test_spellings_of_a_modality_are_one(tmp_path: Path, modality: str, words: list[str]) -> None:
+    rows = [f'{number},1.png,"{word}",a,l,p,' for number, word in enumerate(words)]
+    assert {record.modality for record in read_rows(tmp_path, *rows)} == {modality}
+
+
+@pytest.mark.parametrize(
+    ("word", "near"), [("mrri", "mri"), ("ultrsound", "ultrasound"), ("xrey", "xray"), ("crt", "c")]
+)
+def test_unknown_modality_is_refused_with_the_nearest(tmp_path: Path, word: str, near: str) -> None:
+    with pytest.raises(TableError) as raised:
+        read_rows(tmp_path, "a,1.png,ct,a,l,p,", f"b,1.png,{word},a,l,p,")
+    assert (raised.value.location, raised.value.got) == (f"{tmp_path / 'manifest.csv'}, line 3", repr(word))
+    assert near in raised.value.advice
+
+
+@pytest.mark.parametrize("word", ["pet", "histology", "ct|mri", "ct/mr", "c", "СТ", "0"])  # one is in Cyrillic
+def test_other_words_are_no_modality(tmp_path: Path, word: str) -> None:
+    with pytest.raises(CollectionError):
+        read_rows(tmp_path, f"a,1.png,{word},a,l,p,")
+
+
+def test_spellings_of_anatomy_and_labels_are_one(tmp_path: Path) -> None:
+    rows = [
+        "a,1.png,ct,Chest,Nodule | effusion,p,",
+        "b,1.png,ct,chest ,nodule\u00a0|nodule,q,",
+        "c,1.png,ct,N/A,NaN,r,",
+    ]
+    rows += ["d,1.png,ct,caf\u00e9,\u00e9,s,", "e,1.png,ct,cafe\u0301,e\u0301,t,"]
+    records = read_rows(tmp_path, *rows)
+    assert [record.anatomy for record in records] == ["chest", "chest", "", "caf\u00e9", "caf\u00e9"]
+    # missing cells as `pandas.read_csv` defines them
+    assert [record.label for record in records] == ["Nodule|effusion", "Nodule", "", "\u00e9", "\u00e9"]
+    facts = Annotations(records)
+    assert facts.labels.shape[1] == 3
+    assert [title for title, _ in WITHIN_MODALITY.parts(facts)] == ["ct"]
+    relevant, candidate = ACROSS_BY_ANATOMY.masks(facts, torch.arange(5))
+    assert not (relevant & candidate).any()  # one modality has no other
+
+
+# ------------------------------------------------------------------------------------------------ dialects of a table
+
+
+PLAIN = "id,file,modality,anatomy,label,group,split\na,x/1.png,ct,chest,x,p,train\nb,y.png,mri,head,y,q,test\n"
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        pytest.param(PLAIN.replace(",", ";").encode(), id="semicolons"),
+        pytest.param(("sep=;\n" + PLAIN.replace(",", ";")).encode(), id="delimiter named by Excel"),
+        pytest.param(PLAIN.replace(",", "\t").encode(), id="tabs"),
+        pytest.param(PLAIN.replace("\n", "\r\n").encode("utf-8-sig"), id="carriage returns and byte order mark"),
+        pytest.param(PLAIN.replace("\n", "\r").encode(), id="carriage returns only"),
+        pytest.param((PLAIN + "\n\n , \n,,,,,,\n").encode(), id="empty lines"),
+        pytest.param(PLAIN.rstrip().encode(), id="no end of line"),
+        pytest.param(PLAIN.replace(",", " , ").encode(), id="spaces"),
+        pytest.param(('"' + PLAIN.strip().replace(",", '", "').replace("\n", '"\n"') + '"').encode(), id="quoted"),
+        pytest.param(PLAIN.replace("id,file", "ID,File").replace("split", "Split ").encode(), id="case of columns"),
+        pytest.param(PLAIN.replace("\n", ",\n").encode(), id="delimiter at the end"),
+        pytest.param(PLAIN.replace("train\n", "Training\n").replace("test\n", "TEST\n").encode(), id="words of splits"),
+    ],
+)
+def test_table_is_read_in_any_dialect(tmp_path: Path, data: bytes) -> None:
+    """The values are those that `pandas.read_csv(sep=..., skipinitialspace=True)` gives, without spaces at the end."""
+    (tmp_path / "manifest.csv").write_bytes(data)
+    assert open_collection(tmp_path) == [
+        Record("a", tmp_path / "x/1.png", "ct", "chest", "x", "p", "train"),
+        Record("b", tmp_path / "y.png", "mri", "head", "y", "q", "test"),
+    ]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        pytest.param(PLAIN + "c,z.png,ct,a,nodule, large,p,train\n", id="unquoted delimiter"),
+        pytest.param(PLAIN.replace("label", "group", 1), id="column repeated"),
+        pytest.param(PLAIN.replace("label", "Split", 1), id="column repeated in another case"),
+        pytest.param(PLAIN + 'c,z.png,ct,a,"open,p,train\nd,z.png,ct,a,l,p,test\n', id="quote not closed"),
+        pytest.param(PLAIN + "c,z.png,ct,a\n", id="cells missing"),
+        pytest.param(PLAIN + ",z.png,ct,a,l,p,\n", id="id empty"),
+        pytest.param(PLAIN + "a ,z.png,ct,a,l,p,\n", id="id repeated but for a space"),
+        pytest.param(PLAIN.replace("split", "splits"), id="column split misspelled"),
+        pytest.param(PLAIN.replace("split", "spilt"), id="letters of split swapped"),
+        *(
+            pytest.param(PLAIN.replace("test", word), id=word)
+            for word in ("tset", "trian", "held out", "0", "train/test")
+        ),
+    ],
+)
+def test_table_that_may_be_misread_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "manifest.csv").write_text(text)
+    with pytest.raises(TableError):
+        open_collection(tmp_path)
+
+
+def test_splits_under_another_name_are_pointed_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "manifest.csv").write_text(PLAIN.replace("split", "subset"))
+    assert {record.split for record in open_collection(tmp_path)} == {""}
+    assert len(caplog.records) == 1
+
+
+def test_file_name_in_another_unicode_form_is_found(tmp_path: Path) -> None:
+    for form, other in (("NFC", "NFD"), ("NFD", "NFC")):
+        folder = tmp_path / form
+        folder.mkdir()
+        (folder / unicodedata.normalize(form, "é.png")).touch()
+        record = read_rows(folder, unicodedata.normalize(other, "a,é.png,ct,a,l,p,"))[0]
+        assert isinstance(record.location, Path)
+        assert record.location.exists()
+
+
+# ---------------------------------------------------------------------------------------------------------- splits
+
+
+def test_splits_of_a_manifest_are_honoured(tmp_path: Path) -> None:
+    rows = [f"{n},1.png,ct,a,l,p{n},{split}" for n, split in enumerate(["train", "Test", "val", "TRAINING", "dev", ""])]
+    records = read_rows(tmp_path, *rows)
+    assert [record.split for record in records] == ["train", "test", "validation", "train", "validation", ""]
+    training, held_out = split_training_and_held_out(records, 0.5)
+    assert [[record.id for record in part] for part in (training, held_out)] == [["0", "3", "5"], ["2", "4"]]
+    assert [record.id for record in select_records(records, "test", None)] == ["1"]
+    with pytest.raises(CollectionError):
+        select_records(records, "tset", None)
+
+
+def test_patient_never_crosses_a_split(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A scan without a split follows its patient; a patient who is tested on as well is not trained on."""
+    rows = ["a,1.png,ct,a,l,p,test", "b,1.png,ct,a,l,p,", "c,1.png,ct,a,l,q,train", "d,1.png,ct,a,l,q,test"]
+    records = read_rows(tmp_path, *rows, "e,1.png,ct,a,l,r,train", "f,1.png,ct,a,l,r,val", "g,1.png,ct,a,l,s,train")
+    assert [record.split for record in records] == ["test", "test", "train", "test", "train", "validation", "train"]
+    training, held_out = split_training_and_held_out(records, 0.3)
+    assert [[record.id for record in part] for part in (training, held_out)] == [["g"], ["f"]]
+    assert len(caplog.records) == 1
+
+
+def test_patients_who_may_be_one_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    records = read_rows(tmp_path, *(f"{n},1.png,ct,a,l,{name}," for n, name in enumerate(["P 1", "p1", "P2", "P 1 "])))
+    assert [record.group for record in records] == ["P 1", "p1", "P2", "P 1"]
+    assert len(caplog.records) == 1
+    assert "P2" not in caplog.text
+
+
+def test_links_are_followed_wherever_they_point(tmp_path: Path) -> None:
+    archive, folder = tmp_path / "archive", tmp_path / "folder"
+    archive.mkdir()
+    folder.mkdir()
+    (archive / "1.png").touch()
+    (folder / "linked.png").symlink_to(archive / "1.png")
+    (folder / "linked").symlink_to(archive)
+    records = read_rows(folder, "a,linked.png,ct,a,l,p,", "b,linked/1.png,ct,a,l,q,")
+    assert [record.location for record in records] == [folder / "linked.png", folder / "linked/1.png"]
+
+
+# ------------------------------------------------------------------------------------------------- without the Hub
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_dataset_that_cannot_be_asked_for_is_refused(monkeypatch: pytest.MonkeyPatch, stream: bool) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(CollectionError, match="data/typo"):
+        open_collection("data/typo", stream=stream)

@@ -36,7 +36,7 @@ def row(number: int) -> dict[str, object]:
         "modality": number % 5,
         "anatomy": "chest",
         "labels": ["b", "a"] if number % 2 else [],
-        "patient": f"patient-{number // 2}",
+        "patient": f"patient-{(number + 1) // 2}",
         "shape": [1, 16, 16],
         "spacing": [None, 0.25, 0.5],
         "intensity": "8-bit",
@@ -64,7 +64,7 @@ def test_records_are_the_rows_in_order(dataset: Path) -> None:
     assert [record.id for record in records] == [f"id-{number}" for number in range(10)]
     assert [record.modality for record in records[:5]] == list(MODALITIES)
     assert [record.label for record in records[:2]] == ["", "a|b"]
-    assert [record.group for record in records[:3]] == ["patient-0", "patient-0", "patient-1"]
+    assert [record.group for record in records[:3]] == ["patient-0", "patient-1", "patient-1"]
     assert [record.split for record in records] == ["train"] * 7 + ["validation"] * 3
     for number in (9, 0, 4, 3):
         assert np.array_equal(read_image(records[number]), image(number))
@@ -82,8 +82,21 @@ def test_the_index_gives_the_records_without_opening_a_shard(dataset: Path, monk
 
 def test_an_index_of_other_shards_is_ignored(dataset: Path) -> None:
     pq.write_table(build_index(local_shards(dataset)), dataset / "index.parquet")
-    (dataset / VALIDATION).unlink()
-    assert len(open_collection(dataset)) == 7
+    copied = dataset / str(TRAIN).replace("train", "test")
+    copied.write_bytes((dataset / TRAIN).read_bytes())
+    assert len(open_collection(dataset)) == 17
+
+
+@pytest.mark.parametrize("indexed", [True, False])
+def test_missing_shards_are_refused(dataset: Path, indexed: bool) -> None:
+    """A dataset that was downloaded in part would train on less, or without its validation split."""
+    if indexed:
+        pq.write_table(build_index(local_shards(dataset)), dataset / "index.parquet")
+        (dataset / VALIDATION).unlink()
+    else:
+        (dataset / TRAIN).rename(dataset / str(TRAIN).replace("of-00001", "of-00002"))
+    with pytest.raises(CollectionError):
+        open_collection(dataset)
 
 
 def test_modality_names_come_from_the_file(dataset: Path) -> None:

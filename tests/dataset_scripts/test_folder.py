@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pydicom
@@ -139,6 +140,57 @@ def test_patients_are_read_from_dicom_headers(tmp_path: Path) -> None:
     assert found == {"series 1.1": "one", "series 1.2": "one", "c.dcm": "two", "d.dcm": "", "cxr/e.png": ""}
 
 
+def grouped(root: Path) -> dict[str, tuple[str, int]]:
+    """Return the patient and the number of files of each scan."""
+    return {name: (entry.patient, len(entry.files)) for name, entry in listed(root).items()}
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        pytest.param({"PatientID": "A"}, {"PatientID": "B"}, id="patients"),
+        pytest.param({"PatientID": "A"}, {"PatientID": "a"}, id="patients by case"),
+        pytest.param(
+            {"PatientID": "A", "StudyInstanceUID": "1.5"}, {"PatientID": "A", "StudyInstanceUID": "1.6"}, id="study"
+        ),
+        pytest.param(
+            {"PatientID": None}, {"PatientID": "", "StudyInstanceUID": "1.6"}, id="studies of unknown patients"
+        ),
+    ],
+)
+def test_series_of_two_patients_or_studies_with_one_uid_are_two_scans(
+    tmp_path: Path, one: dict[str, Any], other: dict[str, Any]
+) -> None:
+    """Careless anonymisation gives all series one UID (pydicom/deid#19, rordenlab/dcm2niix#495)."""
+    _, first = slices("1.2.9", 4, **one)
+    _, second = slices("1.2.9", 4, offset=1, **other)
+    put(tmp_path, {f"{number}.dcm": dicom_bytes(ds) for number, ds in enumerate([*first, *second])})
+    entries = list(listed(tmp_path).values())
+    assert [len(entry.files) for entry in entries] == [4, 4]
+    assert len({(entry.patient, entry.id) for entry in entries}) == 2
+    for entry in entries:
+        assert read_scan(list(entry.files)).array.shape == (1, 4, 12, 14)
+
+
+def test_scans_of_an_unknown_patient_belong_to_the_study(tmp_path: Path) -> None:
+    for number, study in enumerate(("1.5", "1.5", "1.6")):
+        files = slices(f"1.2.{number}", 2, PatientID=None, StudyInstanceUID=study)[1]
+        put(tmp_path, {f"{number}/{i}": dicom_bytes(ds) for i, ds in enumerate(files)})
+    source = Folder()
+    assert [entry.patient for entry in listed(tmp_path, source).values()] == ["study 1.5", "study 1.5", "study 1.6"]
+    assert list(source.notes.values()) == [3]
+
+
+def test_slice_without_patient_or_study_joins_its_series(tmp_path: Path) -> None:
+    files = slices("1.2.9", 6, PatientID="A")[1]
+    del files[1].PatientID, files[2].StudyInstanceUID, files[3].PatientID, files[3].StudyInstanceUID
+    put(tmp_path, {f"{number}.dcm": dicom_bytes(ds) for number, ds in enumerate(files)})
+    assert grouped(tmp_path) == {"series 1.2.9": ("A", 6)}
+    files = slices("1.2.9", 2, PatientID="B")[1]
+    put(tmp_path, {f"b{number}.dcm": dicom_bytes(ds) for number, ds in enumerate(files)})
+    assert sorted(grouped(tmp_path).values()) == [("", 1), ("A", 4), ("B", 2), ("study 1.9", 1)]  # either's
+
+
 @pytest.mark.parametrize(
     ("body_part", "anatomy"),
     [
@@ -188,13 +240,15 @@ WORDS = {
     "ct/p1/scan.nii.gz": "ct",
     "MRI/a/b.nii": "mri",
     "Ultrasound/clip.mp4": "ultrasound",
-    "misc/patient_CXR_2.png": "xray",
     "x-ray/1.png": "xray",
-    "ct/sub-01_T1w.nii.gz": "mri",  # the last word wins
-    "ct/t2/us.png": "ultrasound",
-    "head-ct-003.nii.gz": "ct",
+    "X Ray 2/1.png": "xray",
+    "ct/sub-01_T1w.nii.gz": "mri",  # BIDS names the sequence in the file name
+    "ct/t2/us.png": "ultrasound",  # the last name wins
+    "scans/ct-003.nii.gz": "ct",
     "colonoscopy.2/v.mp4": "endoscopy",
-    "direct/objects/usual/1.png": "",  # only whole words count
+    # a word inside a name may be another: objects, initials, a title, a country, a street, a fraction
+    **dict.fromkeys(("direct/objects/usual/1.png", "mrs_smith/1.png", "mr_smith/1.png", "contact_us/1.png"), ""),
+    **dict.fromkeys(("patient_CXR_2.png", "head-ct-003.nii.gz", "echo_street/1.png", "dr/1.png", "es/2.png"), ""),
 }
 
 
@@ -228,6 +282,58 @@ def test_other_and_hidden_files_are_ignored(tmp_path: Path) -> None:
     put(tmp_path, dict.fromkeys((*others, *hidden), picture_bytes(PLANE)[:4]))
     put(tmp_path, {"ct/scan.nii.gz": volume_bytes(0, zipped=True), "ct/actually.txt": volume_bytes(1)})
     assert set(listed(tmp_path)) == {"ct/scan.nii.gz", "ct/actually.txt"}
+
+
+MASKS = (
+    # nnU-Net and the Medical Segmentation Decathlon, BraTS, LiTS, KiTS, ACDC, BTCV, BIDS, 3D Slicer, FreeSurfer
+    *(
+        "ct/labelsTr/la_003.nii.gz",
+        "BraTS_00000/BraTS_00000_seg.nii.gz",
+        "ct/segmentation-0.nii",
+        "ct/segmentation.nii.gz",
+    ),
+    *("ct/patient001_frame01_gt.nii.gz", "ct/label0001.nii.gz", "sub-01_space-T1w_desc-brain_mask.nii.gz"),
+    *("ct/a-seg.nii.gz", "sub-01_dseg.nii", "ct/scan.seg.nii", "aparc+aseg.nii.gz", "ct/a_Mask.nii.gz"),
+    # BUSI, Kvasir-SEG, CVC-ClinicDB, TotalSegmentator, Montgomery
+    *("us/benign (1)_mask_1.png", "masks/1.png", "Ground Truth/1.png", "s0011/segmentations/liver.nii.gz"),
+    *("xray/leftMask/MCUCXR_0001_0.png", "ct/mask_1.png"),
+)
+NO_MASKS = (
+    *(
+        "ct/imagesTr/la_003_0000.nii.gz",
+        "ct/volume-0.nii",
+        "Kvasir-SEG/images/1.png",
+        "ct/legseg1x.nii",
+        "ct/gta_01.nii",
+    ),
+    *("Liver-Segmentation/ct/1.nii", "us/labelled/1.png", "ct/unmasked_1.nii", "ct/segment/1.nii"),
+)
+
+
+def test_segmentation_masks_are_not_scans(tmp_path: Path) -> None:
+    content = {".png": picture_bytes(PLANE), ".nii": volume_bytes(0), ".gz": volume_bytes(0, zipped=True)}
+    put(tmp_path, {name: content[Path(name).suffix] for name in (*MASKS, *NO_MASKS)})
+    objects = {"a.dcm": {"Modality": "SEG"}, "b.dcm": {"Modality": "RTSTRUCT"}, "c.dcm": {"Modality": "RTDOSE"}}
+    # of a converter that copies the modality of the images: Segmentation Storage, RT Structure Set (DICOM PS3.4 B.5)
+    objects |= {f"{n}.dcm": {"Modality": "CT", "sop": f"1.2.840.10008.5.1.4.1.1.{n}"} for n in ("66.4", "481.3")}
+    put(tmp_path, {name: dicom_bytes(dicom(PLANE, **elements)) for name, elements in objects.items()})
+    source = Folder()
+    assert set(listed(tmp_path, source)) == set(NO_MASKS)
+    assert list(source.notes.values()) == [len(MASKS) + len(objects)]
+
+
+@pytest.mark.skipif(not hasattr(os, "symlink"), reason="this platform has no symbolic links")
+def test_links_are_followed_once(tmp_path: Path) -> None:
+    archive, root = tmp_path / "archive", tmp_path / "scans"
+    put(archive, {"p1/1.nii": volume_bytes(0), "p2/2.nii": volume_bytes(1)})
+    put(root, {"ct/3.nii": volume_bytes(2)})
+    for name, target in {"ct/4.nii": archive / "p1/1.nii", "ct/archive": archive, "ct/again": archive / "p2"}.items():
+        (root / name).symlink_to(target)
+    (root / "ct/loop").symlink_to(root)
+    (archive / "up").symlink_to(tmp_path / "archive")
+    found = listed(root)
+    assert len(found) == 4
+    assert {"ct/3.nii", "ct/4.nii", "ct/archive/p1/1.nii"} < set(found)
 
 
 def test_folder_without_scans_is_refused(tmp_path: Path) -> None:
@@ -277,13 +383,13 @@ def test_entries_are_read_from_the_manifest(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("rows", "location", "got"),
     [
-        ([{"id": "a", "file": "../a.png", "modality": "ct"}], "", "'../a.png'"),
-        ([{"id": "a", "file": "/etc/passwd", "modality": "ct"}], "", "'/etc/passwd'"),
-        ([{"id": "a", "file": "", "modality": "ct"}], "", "''"),
+        ([{"id": "a", "file": "../a.png", "modality": "ct"}], "manifest.csv, line 2", "'../a.png'"),
+        ([{"id": "a", "file": "/etc/passwd", "modality": "ct"}], "manifest.csv, line 2", "'/etc/passwd'"),
+        ([{"id": "a", "file": "", "modality": "ct"}], "manifest.csv, line 2", "''"),
         ([{"id": "a", "file": "a.png", "modality": "ct"}] * 2, "manifest.csv, line 3", "'a'"),
         ([{"id": "", "file": "a.png", "modality": "ct"}], "manifest.csv, line 2", "''"),
-        ([{"id": "a", "file": "a.png", "modality": "pet"}], "a", "'pet'"),
-        ([{"id": "a", "file": "a.png", "modality": "ct", "split": "dev"}], "a", "'dev'"),
+        ([{"id": "a", "file": "a.png", "modality": "pet"}], "manifest.csv, line 2", "'pet'"),
+        ([{"id": "a", "file": "a.png", "modality": "ct", "split": "tset"}], "manifest.csv, line 2", "'tset'"),
         ([], "", "no scan of folder"),
     ],
 )
@@ -291,8 +397,7 @@ def test_invalid_manifest_is_refused(tmp_path: Path, rows: list[dict[str, str]],
     write_manifest(tmp_path, rows)
     with pytest.raises(SourceError) as caught:
         listed(tmp_path)
-    expected = location if location == "a" else str(tmp_path / location)
-    assert (caught.value.location, caught.value.got) == (expected, got)
+    assert (caught.value.location, caught.value.got) == (str(tmp_path / location), got)
 
 
 @pytest.mark.parametrize("missing", ["id", "file", "modality", "anatomy", "label", "group"])

@@ -11,8 +11,10 @@ import pytest
 from source_trees import write
 
 from dataset_scripts import entries
-from dataset_scripts.entries import SourceError, find_files, path_inside, read_json, read_table
+from dataset_scripts.entries import SourceError, find_files, read_json
 from dataset_scripts.sources import SOURCES
+from modeling_m3ret.data import table
+from modeling_m3ret.data.table import path_inside, read_table
 
 
 DECLARED = [source for name, source in SOURCES.items() if name not in ("folder", "phantom")]
@@ -79,7 +81,7 @@ def test_compressed_table_is_read_like_a_plain_one(tmp_path: Path) -> None:
 
 
 def test_compressed_endless_line_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(entries, "MAX_LINE_CHARACTERS", 1000)
+    monkeypatch.setattr(table, "MAX_LINE_CHARACTERS", 1000)
     (tmp_path / "t.csv.gz").write_bytes(gzip.compress(b"a\n" + b"0" * 10**6))
     with pytest.raises(SourceError) as caught:
         list(read_table(tmp_path / "t.csv", ["a"]))

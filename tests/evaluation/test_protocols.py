@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from modeling_m3ret.data.collection import Record
+from modeling_m3ret.errors import InputError
 from modeling_m3ret.evaluation.protocols import (
     ACROSS_BY_ANATOMY,
     ACROSS_BY_LABEL,
@@ -124,9 +126,21 @@ def test_parts_are_the_modalities_of_the_queries() -> None:
 
     assert titles(WITHIN_MODALITY) == [("ct", [0, 2, 3]), ("mri", [1, 4, 5])]
     assert titles(replace(UNSEEN_MODALITY, modalities=("MRI",))) == [("mri (unseen)", [1, 4, 5])]
-    assert titles(replace(UNSEEN_MODALITY, modalities=("pet",))) == []
+    assert titles(replace(UNSEEN_MODALITY, modalities=("endoscopy",))) == []
     assert titles(replace(ACROSS_BY_LABEL, query_split="validation")) == []
     assert titles(ACROSS_BY_LABEL) == [("across, by label", list(range(6)))]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *({"modalities": ("pet",)}, {"modalities": "mri"}, {"query_split": "tset"}, {"gallery_split": "held out"}),
+        *({"relevant": "labels"}, {"gallery": "own modalities"}, {"labels": "jacard"}),
+    ],
+)
+def test_unknown_words_are_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(InputError):
+        replace(WITHIN_MODALITY, **wrong)
 
 
 def test_queries_and_gallery_can_be_splits() -> None:

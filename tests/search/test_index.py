@@ -16,6 +16,7 @@ from processes import Script
 from safetensors.torch import load_file
 from torch import Tensor
 
+from modeling_m3ret.errors import InputError
 from modeling_m3ret.model_facts import ModelFacts
 from modeling_m3ret.search import approximate
 from modeling_m3ret.search import index as index_module
@@ -93,6 +94,33 @@ def brute_force(query: Tensor, allowed: list[int], k: int) -> list[int]:
 
 
 @pytest.mark.parametrize(
+    ("where", "near"),
+    [
+        ({"modality": "ct"}, ""),  # one word would be read as its letters
+        ({"excluded_patients": "patient-0"}, ""),
+        ({"excluded_patients": None}, ""),
+        *(({"modality": wrong}, "") for wrong in (b"ct", {"ct": 1}, 3, True, [None], [3], [["ct"]])),
+        ({"modality": ["mrri"]}, ""),
+        ({"anatomy": ["haed"]}, "head"),
+        ({"anatomy": ["chest", "hed"]}, "head"),
+        ({"source": ["elsewhere"]}, ""),
+        ({"source": ["fantom"]}, "phantom"),
+    ],
+)
+def test_filter_that_means_nothing_is_refused(index: RetrievalIndex, where: dict[str, Any], near: str) -> None:
+    with pytest.raises(InputError) as raised:
+        index.search(embeddings()[:1], 3, where=MetadataFilter(**where))
+    assert near in str(raised.value)
+
+
+def test_words_of_a_filter_may_be_spelled_in_any_case(index: RetrievalIndex) -> None:
+    for one, other in (({"modality": ["CT"]}, {"modality": ["ct"]}), ({"anatomy": [" Head"]}, {"anatomy": ["head"]})):
+        hits = [index.search(embeddings()[:1], 3, where=MetadataFilter(**where)).rows for where in (one, other)]
+        assert torch.equal(*hits)
+        assert (hits[0] >= 0).all()
+
+
+@pytest.mark.parametrize(
     ("where", "matches"),
     [
         (MetadataFilter(modality=["ct"]), lambda n: n % 3 == 0),
@@ -102,7 +130,8 @@ def brute_force(query: Tensor, allowed: list[int], k: int) -> list[int]:
             lambda n: n % 3 == 1 and n not in (1, 22),
         ),
         (MetadataFilter(excluded_patients=["patient-0", "patient-7"]), lambda n: n // 3 not in (0, 7)),
-        (MetadataFilter(source=["elsewhere"]), lambda n: False),
+        (MetadataFilter(modality=["endoscopy"]), lambda n: False),
+        (MetadataFilter(modality=["MR", "X-ray"]), lambda n: n % 3 != 0),
         (MetadataFilter(modality=[]), lambda n: False),
         (MetadataFilter(), lambda n: True),
     ],
