@@ -100,10 +100,13 @@ def _copy_jpeg(file: bytes | Path, request: ReadRequest, max_size: int | None) -
 
 
 def _encode_video(file: bytes | Path, request: ReadRequest, max_size: int | None) -> EncodedScan | None:
-    """Copy the stream, or encode it losslessly if the copy decodes to other frames; return None if it is too large."""
+    """Copy the stream, or encode it losslessly if the copy is read as other frames.
+
+    Returns None if the frames are too large or deeper than 8 bits, and are stored as a volume.
+    """
     before = read_scan(file, num_frames=3, limits=request.limits)
     height, width = before.array.shape[2:]
-    if not _fits(height, width, max_size):
+    if before.array.dtype != np.uint8 or not _fits(height, width, max_size):  # deep grey is stored as a volume
         return None
     try:
         data = strip_video_metadata(file)
@@ -117,7 +120,8 @@ def _encode_video(file: bytes | Path, request: ReadRequest, max_size: int | None
         frames = np.broadcast_to(whole.array, (3, *whole.array.shape[1:])).transpose(1, 2, 3, 0)
         data = encode_lossless_video(frames, float(whole.description.get("fps", 25)))
     shape = [int(before.description["frames_total"]), height, width]
-    columns = {"video": {"bytes": data, "path": None}, "shape": shape, "spacing": [None] * 3, "intensity": "8-bit"}
+    spacing = list(before.spacing)
+    columns = {"video": {"bytes": data, "path": None}, "shape": shape, "spacing": spacing, "intensity": "8-bit"}
     return EncodedScan(columns, _middle_slice(before.array), hashlib.sha256(data).hexdigest(), None)
 
 

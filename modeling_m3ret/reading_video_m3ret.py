@@ -1,83 +1,242 @@
-"""Read video with decord, or with PyAV where decord is missing or would return other frames.
+"""Read video as ffmpeg shows it.
 
-This file travels inside every checkpoint; decoders are imported when a video is read.
+Frames are counted, not timed: every frame that is shown is one, however long it is shown, so none is duplicated or
+dropped. Edit lists and rotation are applied, as ffmpeg does by default; alpha is ignored and interlaced fields stay
+woven. decord decodes what it decodes exactly as ffmpeg; PyAV inspects every file and decodes the rest. This file
+travels inside every checkpoint; decoders are imported when a video is read.
 """
 
 from __future__ import annotations
 
 import importlib
 import io
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from .intensity_m3ret import to_unit_range
-from .scan_m3ret import AnyScan, Description, M3RetReadError, ReadRequest
+from .scan_m3ret import AnyScan, Description, ReadRequest
+
+
+# decord (FFmpeg 4.1) converts these to the same RGB as current FFmpeg; deeper ones by up to 39 of 255 levels apart
+DECORD_FORMATS = frozenset(f"yuv{range}{chroma}p" for range in ("", "j") for chroma in (420, 422, 444))
 
 
 def read_video(file: bytes | Path, request: ReadRequest) -> AnyScan:
-    """Read a video with decord, or with PyAV if decord is not installed or cannot decode it correctly."""
+    """Read the video stream that ffmpeg shows by default."""
     description: Description = {"format": "video"}
-    try:
-        array = _decode_with_decord(file, request, description)
-    except M3RetReadError:
-        raise
-    except Exception:  # not installed, an unsupported codec (AV1), or `_decord_misnumbers_frames`
-        array = _decode_with_av(file, request, description)
-    return to_unit_range(array.transpose(3, 0, 1, 2), (None, None, None), request, description)
+    frames, aspect = decode_video(file, request, description)
+    spacing = (None, None, None) if aspect == 1 else (None, 1.0, aspect)
+    return to_unit_range(frames.transpose(3, 0, 1, 2), spacing, request, description)
 
 
-def _decode_with_decord(file: bytes | Path, request: ReadRequest, description: Description) -> np.ndarray:
-    decord = importlib.import_module("decord")
-    decord.logging.set_level(decord.logging.QUIET)  # it prints the names of files that it cannot open
-    try:  # PyAV reads the size from the header; decord would have to decode a frame first
-        with importlib.import_module("av").open(_decoder_input(file)) as container:
-            height, width = container.streams.video[0].height, container.streams.video[0].width
-            if _decord_misnumbers_frames(container):
-                raise ValueError("decord would return other frames")
-    except ImportError:
-        height, width, _ = decord.VideoReader(_decoder_input(file), ctx=decord.cpu(0))[0].shape
-    request.check_pixels(height, width)
-    reader = decord.VideoReader(_decoder_input(file), ctx=decord.cpu(0))
-    indices = request.select_frames(len(reader), description)
-    request.check_size((len(indices), height, width, 3), 1)
-    description["fps"] = float(reader.get_avg_fps())
-    return reader.get_batch(indices).asnumpy()
+def decode_video(file: bytes | Path, request: ReadRequest, description: Description) -> tuple[np.ndarray, float]:
+    """Decode the frames that the request selects.
 
+    Args:
+        file: a container, or an elementary or transport stream of MPEG-2, H.264 or HEVC, as DICOM embeds them.
+        request: the read request. Its limits are checked before frames are decoded.
+        description: description of the scan, to which the number of frames and what is special about them are added.
 
-def _decord_misnumbers_frames(container: Any) -> bool:
-    """Return whether decord may return another frame than the requested one.
+    Returns:
+        Frames `(D, H, W, 3)` uint8, or `(D, H, W, 1)` uint16 or float32 for grey of more than 8 bits; and the width of
+        a pixel divided by its height.
 
-    It does so in MPEG program and transport streams, and for codecs whose frames are stored in another order than
-    shown, except H.264 and H.265 in containers that record both orders.
+    Raises:
+        M3RetReadError: if the file has no video stream, is truncated or exceeds the limits.
     """
-    context, kind = container.streams.video[0].codec_context, container.format.name
-    ordered = context.codec.canonical_name in ("h264", "hevc") and kind != "avi"
-    return kind in ("mpeg", "mpegts") or bool(context.has_b_frames and not ordered)
-
-
-def _decode_with_av(file: bytes | Path, request: ReadRequest, description: Description) -> np.ndarray:
     av = request.import_decoder("av", "av")
-    with av.open(_decoder_input(file)) as container:
-        stream = container.streams.video[0]
-        request.check_pixels(stream.height, stream.width)
-        total = stream.frames or sum(packet.size > 0 for packet in container.demux(stream))
-    indices = request.select_frames(total, description)
-    request.check_size((len(indices), stream.height, stream.width, 3), 1)
-    frames, wanted = [], set(indices)
-    with av.open(_decoder_input(file)) as container:
-        stream = container.streams.video[0]
+    with _open(file, request) as container:
+        track = _inspect(container, av.stream.Disposition, request, description)
+    use_decord = track.fits_decord and not _changes_size(file, track, request)
+    frames, total = None, track.total
+    while frames is None:
+        indices = request.select_frames(total, description)
+        request.check_size((len(indices), *track.frame_shape), track.dtype.itemsize)
+        if use_decord and total == track.total:
+            frames = _decode_with_decord(file, track, indices)
+        if frames is None:
+            frames, decoded = _decode_with_av(file, track, indices, request)
+            if decoded != total:  # some packets hold no picture that can be shown, or two
+                frames, total = None, decoded
+    return _apply_display_matrix(frames, track, request, description)
+
+
+@dataclass(frozen=True)
+class _Track:
+    """What is known of a video stream after all of its packets were read and one frame was decoded."""
+
+    index: int
+    total: int  # packets that show a frame
+    frame_shape: tuple[int, int, int]  # H, W, C
+    dtype: np.dtype
+    aspect: float
+    display_matrix: tuple[int, int, int, int] | None  # a, b, c, d: a stored (x, y) is shown at (ax + cy, bx + dy)
+    fits_decord: bool
+
+
+def _inspect(container: Any, disposition: Any, request: ReadRequest, description: Description) -> _Track:
+    """Read all packets of the stream that ffmpeg chooses, decode its first frame, and describe both."""
+    pictures = disposition.attached_pic | disposition.timed_thumbnails  # covers and previews
+    streams = [s for s in container.streams.video if s.codec_context and not s.disposition & pictures]
+    if not streams:
+        raise request.error("unsupported", "a video stream of a known codec", "a file without one")
+    stream = max(streams, key=lambda s: (bool(s.disposition & disposition.default), s.height * s.width))
+    if not stream.height:
+        expected = f"frames of at most {request.limits.max_pixels_per_image:,} pixels"
+        raise request.error("undecodable", expected, "frames that are larger or damaged")
+    request.check_pixels(stream.height, stream.width)
+    frame, packets = None, []
+    for packet in container.demux(stream):
+        if frame is None:
+            frame = next(iter(packet.decode()), None)
+        if packet.size:
+            time = packet.dts if packet.pts is None else packet.pts
+            packets.append((time or 0, packet.is_discard, packet.is_keyframe, packet.is_corrupt))
+    times, discarded, key_frames, corrupt = np.array(packets, np.int64).reshape(-1, 4).T
+    shown = np.sort(times[discarded == 0])  # the edit list excludes the others
+    steps = np.diff(shown) if len(shown) > 1 else np.ones(1)
+    kind, missing = container.format.name.split(",")[0], 0.0
+    if kind == "mov":
+        missing = len(stream.index_entries) - len(packets)
+    elif kind == "avi":  # whose times are numbers of frames
+        missing = stream.frames - 1 - times.max(initial=-1)
+    elif kind == "matroska" and container.duration and len(container.streams) == 1:  # else the audio may be longer
+        missing = (container.duration / 1e6 / stream.time_base - times.max(initial=0)) / max(1, steps.max()) - 1.5
+    if frame is None or corrupt.any() or missing > 0:
+        raise request.error("damaged", "all frames that the container declares", "a truncated or corrupt video")
+    request.check_pixels(frame.height, frame.width)
+
+    deep_grey = frame.format.name.startswith("gray") and frame.format.components[0].bits > 8
+    dtype = frame.to_ndarray().dtype if deep_grey else np.dtype(np.uint8)
+    description["fps"] = float(stream.average_rate or 0)
+    if len(container.streams.video) > 1:
+        description["video_streams"], description["video_stream"] = len(container.streams.video), stream.index
+    if frame.interlaced_frame:
+        description["interlaced"] = True
+    if kind in ("mov", "matroska") and steps.max() > 1.5 * steps.min() + 1:  # a difference of 1 is rounding
+        description["variable_frame_rate"] = True
+    context, matrix = stream.codec_context, _display_matrix(frame)
+    ordered = context.codec.canonical_name in ("h264", "hevc") and kind != "avi"  # stored and shown order are known
+    fits_decord = (
+        len(container.streams.video) == 1
+        and len(shown) == len(packets)
+        and 4 * key_frames.sum() <= len(packets)  # otherwise `_changes_size` takes as long as decoding all frames
+        and kind not in ("mpeg", "mpegts")
+        and (ordered or not context.has_b_frames)
+        and frame.format.name in DECORD_FORMATS
+        and frame.height % 2 == frame.width % 2 == 0
+        and (stream.height, stream.width) == (frame.height, frame.width)
+        and matrix is None
+    )
+    return _Track(
+        stream.index,
+        len(shown),
+        (frame.height, frame.width, 1 if deep_grey else 3),
+        dtype,
+        float(stream.sample_aspect_ratio or 1),
+        matrix,
+        fits_decord,
+    )
+
+
+def _changes_size(file: bytes | Path, track: _Track, request: ReadRequest) -> bool:
+    """Return whether key frames, where a size may change, have several sizes; decord would scale them to the first."""
+    with _open(file, request) as container:
+        stream = container.streams[track.index]
+        stream.codec_context.skip_frame = "NONKEY"
+        return any((frame.height, frame.width) != track.frame_shape[:2] for frame in container.decode(stream))
+
+
+def _display_matrix(frame: Any) -> tuple[int, int, int, int] | None:
+    """Return the linear part of a frame's display matrix, or None if the frame is shown as stored."""
+    data = frame.side_data.get("DISPLAYMATRIX")
+    if data is None:
+        return None
+    a, b, _, c, d = np.frombuffer(data, "<i4")[:5].tolist()
+    upright = a > 0 and d > 0 and max(abs(b), abs(c)) < 0.01 * min(a, d)
+    return None if upright or not any((a, b, c, d)) else (a, b, c, d)
+
+
+def _decode_with_decord(file: bytes | Path, track: _Track, indices: list[int]) -> np.ndarray | None:
+    """Return the frames, or None if decord is not installed, cannot decode them or counts others than PyAV."""
+    try:
+        decord = importlib.import_module("decord")
+        decord.logging.set_level(decord.logging.QUIET)  # it prints the names of files that it cannot open
+        reader = decord.VideoReader(_decoder_input(file), ctx=decord.cpu(0))
+        return reader.get_batch(indices).asnumpy() if len(reader) == track.total else None
+    except Exception:  # not installed, or a codec that it does not know
+        return None
+
+
+def _decode_with_av(
+    file: bytes | Path, track: _Track, indices: list[int], request: ReadRequest
+) -> tuple[np.ndarray, int]:
+    """Return the frames, and how many the whole stream shows."""
+    frames = np.empty((len(indices), *track.frame_shape), track.dtype)
+    rows, count = {index: row for row, index in enumerate(indices)}, 0
+    graphs: dict[tuple[str, int, int], Any] = {}
+    with _open(file, request) as container:
+        stream = container.streams[track.index]
         stream.thread_type = "AUTO"
-        description["fps"] = float(stream.average_rate or 0)
-        for index, frame in enumerate(container.decode(stream)):
-            if index in wanted:
-                frames.append(frame.to_ndarray(format="rgb24"))
-            if index == indices[-1]:
-                break
-    if len(frames) < len(indices):
-        raise request.error("damaged", f"{total} frames, as its header declares", "a video that ends earlier")
-    return np.stack(frames)
+        for count, frame in enumerate(container.decode(stream), 1):
+            if (frame.height, frame.width) != track.frame_shape[:2]:
+                raise request.error("unsupported", "frames of one size", "a video that changes its size")
+            if (row := rows.get(count - 1)) is not None:
+                if frame.is_corrupt:
+                    raise request.error("damaged", "intact frames", f"a corrupt frame, number {count}")
+                pixels = frame.to_ndarray() if track.frame_shape[2] == 1 else _to_rgb(frame, graphs)
+                frames[row] = pixels.reshape(track.frame_shape)
+    return frames, count
+
+
+def _to_rgb(frame: Any, graphs: dict[tuple[str, int, int], Any]) -> np.ndarray:
+    """Convert a frame with the filters of `ffmpeg -pix_fmt rgb24`, which respect colour space, range and chroma."""
+    key = (frame.format.name, int(frame.colorspace), int(frame.color_range))
+    if key not in graphs:
+        graph = importlib.import_module("av.filter").Graph()
+        graph.threads = 1
+        source = graph.add(
+            "buffer",
+            video_size=f"{frame.width}x{frame.height}",
+            pix_fmt=key[0],
+            colorspace=str(key[1]),
+            range=str(key[2]),
+            time_base="1/1",
+        )
+        scale, rgb = graph.add("scale", "flags=bicubic"), graph.add("format", "pix_fmts=rgb24")
+        graph.link_nodes(source, scale, rgb, graph.add("buffersink")).configure()
+        graphs[key] = graph
+    graphs[key].vpush(frame)
+    return graphs[key].vpull().to_ndarray()
+
+
+def _apply_display_matrix(
+    frames: np.ndarray, track: _Track, request: ReadRequest, description: Description
+) -> tuple[np.ndarray, float]:
+    """Turn and mirror frames as they are shown; return them and the width of a pixel divided by its height."""
+    aspect = track.aspect
+    if track.display_matrix:
+        a, b, c, d = track.display_matrix
+        right, down, swapped = (c, b, True) if min(abs(b), abs(c)) > max(abs(a), abs(d)) else (a, d, False)
+        rest = (a, d) if swapped else (b, c)
+        if max(map(abs, rest)) > 0.02 * min(abs(right), abs(down)):  # ffmpeg tolerates one degree
+            raise request.error("unsupported", "a rotation by a multiple of 90 degrees", "another rotation")
+        frames = frames.transpose(0, 2, 1, 3) if swapped else frames
+        frames = frames[:, :: 1 if down > 0 else -1, :: 1 if right > 0 else -1]
+        aspect = 1 / aspect if swapped else aspect
+        description["display_matrix"] = "applied"
+    if aspect != 1:
+        description["pixel_aspect_ratio"] = aspect
+    return frames, aspect
+
+
+def _open(file: bytes | Path, request: ReadRequest) -> Any:
+    """Open a file with PyAV; its decoders refuse frames above the limit, whatever the container declares."""
+    options = {"max_pixels": str(request.limits.max_pixels_per_image)}
+    return importlib.import_module("av").open(_decoder_input(file), options=options)
 
 
 def _decoder_input(file: bytes | Path) -> Any:

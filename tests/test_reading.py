@@ -1,11 +1,10 @@
-"""Images, arrays, video and NIfTI are read as the arrays that were written. See test_reading_dicom.py for DICOM."""
+"""Images, arrays and NIfTI are read as the arrays that were written."""
 
 from __future__ import annotations
 
 import gzip
 import io
 import pickle
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -214,54 +213,6 @@ def test_num_frames_below_one_is_not_a_read_error() -> None:
     with pytest.raises(ValueError, match="num_frames") as caught:
         read_scan(GREY, num_frames=0)
     assert not isinstance(caught.value, M3RetReadError)
-
-
-# ---------------------------------------------------------------------------------------------------------------- video
-
-
-def clip(kind: str, codec: str, frames: int = 20, size: int = 64) -> bytes:
-    """Return a video whose frame n has the grey level 10 n in its lower half."""
-    stream = io.BytesIO()
-    with av.open(stream, "w", format=kind) as container:
-        video = container.add_stream(codec, rate=10)
-        video.width = video.height = size
-        video.pix_fmt = "yuv420p"
-        for index in range(frames):
-            picture = np.full((size, size, 3), 10 * index, np.uint8)
-            picture[: size // 2] = (200, 30, 30)
-            for packet in video.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")):
-                container.mux(packet)
-        for packet in video.encode():
-            container.mux(packet)
-    return stream.getvalue()
-
-
-@pytest.mark.parametrize(
-    ("kind", "codec"), [("mp4", "mpeg4"), ("mp4", "libx264"), ("avi", "mpeg4"), ("webm", "libvpx")]
-)
-def test_video_frames_are_evenly_spaced(kind: str, codec: str, tmp_path: Path) -> None:
-    data = clip(kind, codec)
-    path = tmp_path / "clip"
-    path.write_bytes(data)
-    whole, few = read_scan(path), read_scan(data, num_frames=4)
-    assert whole.array.shape == (3, 20, 64, 64)
-    assert few.array.shape == (3, 4, 64, 64)
-    levels = few.array[:, :, 40:].mean((0, 2, 3))
-    np.testing.assert_allclose(levels, [20, 70, 120, 170], atol=6)  # frames 2, 7, 12, 17: centres of four segments
-    assert few.description["frames_dropped"] == 16
-    assert few.description["fps"] == pytest.approx(10, rel=0.01)
-    assert few.spacing == NONE3
-    assert few.array[0, 0, 5, 5] > few.array[2, 0, 5, 5] + 100  # RGB, not BGR
-    assert read_scan(data, num_frames=50).array.shape[1] == 20
-
-
-def test_video_reads_without_decord(monkeypatch: pytest.MonkeyPatch) -> None:
-    data = clip("mp4", "libx264")
-    with_decord = read_scan(data, num_frames=5)
-    monkeypatch.setitem(sys.modules, "decord", None)
-    without = read_scan(data, num_frames=5)
-    assert without.description == with_decord.description
-    assert np.abs(without.array.astype(int) - with_decord.array).max() <= 3  # both round YUV to RGB differently
 
 
 # ---------------------------------------------------------------------------------------------------------------- NIfTI

@@ -6,6 +6,7 @@ import io
 import struct
 import zlib
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from pydicom.dataset import Dataset
 from pydicom.uid import RLELossless
 from scan_files import CINE, CT, dicom, dicom_bytes, nifti_bytes, reorient, series
 from test_reading_limits import BAD, png_claiming
+from test_reading_video import MATRICES, with_edits, with_matrix
+from test_reading_video import clip as coloured_clip
 
 from dataset_scripts.row_encoding import EncodedScan, encode_scan
 from modeling_m3ret.reading_m3ret import M3RetReadError, ReadLimits, read_scan
@@ -159,6 +162,7 @@ def nifti_without_affine(volume: np.ndarray) -> bytes:
 
 TWELVE: dict[str, Any] = {"BitsStored": 12, "HighBit": 11}
 PLANE = RNG.integers(0, 4096, (31, 45), dtype=np.uint16)
+ROTATED = ("90 clockwise", "180", "mirrored")
 WINDOW = TWELVE | {"WindowCenter": 1200, "WindowWidth": 900}
 # name -> (function that returns the source, tolerance of values in [0, 1]; 0: equal bit for bit)
 KINDS: dict[str, tuple[Callable[[], Any], float]] = {
@@ -302,10 +306,14 @@ KINDS: dict[str, tuple[Callable[[], Any], float]] = {
     "mkv vp9": (lambda: clip("matroska", "libvpx-vp9", 47, 63, cpu_used="8"), 0),
     "mkv ffv1": (lambda: clip("matroska", "ffv1"), 0),
     "webm vp8": (lambda: clip("webm", "libvpx"), 0),
+    **{f"mp4 {name}": (lambda m=MATRICES[name]: with_matrix(clip("mp4", "libx264"), m), 0) for name in ROTATED},
+    "mp4 with an edit list": (lambda: with_edits(clip("mp4", "libx264", bf="2", g="30"), (1500, 5)), 0),
+    "mp4 of pixels that are not square": (lambda: coloured_clip(sample_aspect_ratio=Fraction(4, 3)), 0),
+    "mkv ffv1 of 16-bit grey": (lambda: coloured_clip("matroska", "ffv1", pixels="gray16le"), 0),
 }
 # scaled by percentiles of all frames, not of the requested ones
 SCALED_AS_A_WHOLE = ("npy of float", "npy wider than 16 bits")
-VIDEOS = [*KINDS][[*KINDS].index("mp4 h264 with b-frames") :]
+VIDEOS = [*KINDS][[*KINDS].index("mp4 h264 with b-frames") : [*KINDS].index("webm vp8") + 1]
 
 
 def media(row: EncodedScan) -> bytes:
