@@ -19,13 +19,28 @@ from typing import Any
 import numpy as np
 
 
-# The elements that the reader looks at, and thus all that can influence a row. No text of them is stored.
+# The elements that the reader looks at, and thus all that can influence a row. No text of them is stored. Of Siemens
+# mosaics, it also reads the number and direction of their slices in private elements.
 DICOM_ELEMENTS_USED = (
     *("TransferSyntaxUID", "SOPClassUID", "SeriesInstanceUID", "InstanceNumber", "BurnedInAnnotation"),
     *("Rows", "Columns", "NumberOfFrames", "SamplesPerPixel", "PhotometricInterpretation", "PlanarConfiguration"),
     *("BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation", "PixelData", "FloatPixelData"),
     *("DoubleFloatPixelData", "ExtendedOffsetTable", "ExtendedOffsetTableLengths"),
     *("PixelSpacing", "ImagerPixelSpacing", "ImagePositionPatient", "ImageOrientationPatient"),
+    *("NominalScannedPixelSpacing", "EstimatedRadiographicMagnificationFactor", "SliceThickness", "SliceLocation"),
+    *("SpacingBetweenSlices", "GridFrameOffsetVector", "SliceLocationVector", "SliceVector", "FrameTime", "CineRate"),
+    *("FrameTimeVector", "RotationVector", "AngularViewVector", "TimeSlotVector", "PhaseVector"),
+    *("DetectorInformationSequence", "FrameOfReferenceUID", "StudyInstanceUID", "SeriesNumber", "SOPInstanceUID"),
+    *("PatientID", "Modality", "DirectoryRecordSequence", "ImageType", "FrameType", "MRImageFrameTypeSequence"),
+    *("CTImageFrameTypeSequence", "PETFrameTypeSequence", "XRay3DFrameTypeSequence", "FrameContentSequence", "StackID"),
+    *("InStackPositionNumber", "TemporalPositionIdentifier", "TemporalPositionIndex", "AcquisitionNumber"),
+    *("FrameAcquisitionNumber", "AcquisitionDateTime", "AcquisitionDate", "AcquisitionTime", "ContentDate"),
+    *("FrameAcquisitionDateTime", "ContentTime", "DimensionIndexValues", "TriggerTime", "FrameReferenceTime"),
+    *("CardiacSynchronizationSequence", "NominalCardiacTriggerDelayTime", "EchoTime", "EchoNumbers", "MREchoSequence"),
+    *("EffectiveEchoTime", "DiffusionBValue", "MRDiffusionSequence", "InversionTime", "MRModifierSequence"),
+    *("InversionTimes", "FlipAngle", "MRTimingAndRelatedParametersSequence", "KVP", "CTXRayDetailsSequence"),
+    *("ConvolutionKernel", "CTReconstructionSequence", "PixelAspectRatio", "PhysicalUnitsXDirection"),
+    *("PhysicalUnitsYDirection", "PhysicalDeltaX", "PhysicalDeltaY", "RegionSpatialFormat"),
     *("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence", "PlanePositionSequence"),
     *("PlaneOrientationSequence", "PixelMeasuresSequence", "PixelValueTransformationSequence", "FrameVOILUTSequence"),
     *("RescaleSlope", "RescaleIntercept", "RescaleType", "ModalityLUTSequence", "PixelPaddingValue"),

@@ -2,9 +2,10 @@
 
     m3ret embed --model m3ret-smoke chest.dcm ct.nii.gz clip.mp4 series_folder/ --output embeddings.npz
 
-Each argument is one scan: a file of any supported format, or a folder that holds one DICOM series. The output holds the
-arrays `files` (as given) and `embeddings` (N, d), float32 and L2-normalised: `embeddings @ embeddings.T` is the cosine
-similarity. A scan that cannot be read is reported on stderr and left out.
+Each argument is one scan: a file of any supported format, or a folder that holds one DICOM series (of several,
+`--series` selects one). The output holds the arrays `files` (as given) and `embeddings` (N, d), float32 and
+L2-normalised: `embeddings @ embeddings.T` is the cosine similarity. A scan that cannot be read is reported on stderr
+and left out.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ def main() -> None:
     parser.add_argument("scans", nargs="+", metavar="SCAN", help="scan file, or folder of one DICOM series")
     parser.add_argument("--model", required=True, help="checkpoint folder or Hub id")
     parser.add_argument("--output", required=True, type=Path, help="file to write, ending in .npz")
+    parser.add_argument("--series", help="DICOM series of a folder with several: UID, index from 0, or largest")
     parser.add_argument("--num_workers", default=0, type=int, help="processes that read scans; 0 reads in this one")
     parser.add_argument(
         "--intensity",
@@ -37,15 +39,21 @@ def main() -> None:
     )
     options = parser.parse_args()
     with user_errors(parser.prog):
-        embed_files(options.scans, options.model, options.output, options.num_workers, options.intensity)
+        series = int(options.series) if (options.series or "").isdecimal() else options.series
+        embed_files(options.scans, options.model, options.output, options.num_workers, options.intensity, series)
 
 
 def embed_files(
-    scans: list[str], model_name: str, output: Path, num_workers: int = 0, intensity: str | None = None
+    scans: list[str],
+    model_name: str,
+    output: Path,
+    num_workers: int = 0,
+    intensity: str | None = None,
+    series: str | int | None = None,
 ) -> None:
     """Embed `scans` with the checkpoint `model_name` and write `output` (`.npz` with `files` and `embeddings`).
 
-    `intensity` declares the values of all scans, as for `read_scan`.
+    `intensity` declares the values of all scans, and `series` selects one of several DICOM series, as for `read_scan`.
 
     Raises:
         InputError: if the checkpoint cannot be loaded, `output` is no `.npz` file, or no scan could be read.
@@ -57,7 +65,8 @@ def embed_files(
     records = [
         Record(scan, Path(scan), modality="", anatomy="", label="", group="", intensity=intensity) for scan in scans
     ]
-    embedded = embed_records([encoder_embedder(model)], processor, records, num_workers=num_workers)[0]
+    embedder = encoder_embedder(model)
+    embedded = embed_records([embedder], processor, records, num_workers=num_workers, series=series)[0]
     for failure in embedded.failures:
         print(failure, file=sys.stderr)
     if not embedded.records:

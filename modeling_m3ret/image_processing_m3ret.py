@@ -105,6 +105,7 @@ class M3RetImageProcessor(BaseImageProcessor):
         max_patches: int | None = None,
         intensity: str | None = None,
         input_data_format: str | None = None,
+        series: str | int | None = None,
         return_tensors: str | None = "pt",
         **unknown: Any,
     ) -> BatchFeature:
@@ -116,6 +117,8 @@ class M3RetImageProcessor(BaseImageProcessor):
             intensity: what the values of files and arrays are that do not declare it, such as "hounsfield" for a CT as
                 NIfTI; see `read_scan`.
             input_data_format: "channels_first" or "channels_last", the layout of arrays and tensors.
+            series: which DICOM series to read of a folder or list with several: its UID, its index or "largest"; see
+                `read_scan`.
             return_tensors: type of the returned arrays, as in every image processor.
 
         Returns:
@@ -123,18 +126,18 @@ class M3RetImageProcessor(BaseImageProcessor):
 
         Raises:
             M3RetReadError: if a scan cannot be read.
-            ValueError: if the list is empty or a size is less than 1.
+            ValueError: if the list is empty, a size is less than 1, or `series` is neither text nor a number.
             TypeError: if an argument is unknown.
         """
         if unknown:
-            known = "size, num_frames, max_patches, intensity, input_data_format or return_tensors"
+            known = "size, num_frames, max_patches, intensity, input_data_format, series or return_tensors"
             raise TypeError(f"unknown argument: expected {known}, got {', '.join(sorted(unknown))}")
         settings = {"size": size, "num_frames": num_frames, "max_patches": max_patches}
         is_batch = input_data_format == "channels_first" and getattr(images, "ndim", None) == 4
         scans = list(images) if is_batch or isinstance(images, (list, tuple)) else [images]
         if not scans:
             raise ValueError("images is an empty list: expected at least one scan")
-        declared = {"intensity": intensity, "input_data_format": input_data_format}
+        declared = {"intensity": intensity, "input_data_format": input_data_format, "series": series}
         rows, grids = self.pack([self.resize(self.read(scan, num_frames, **declared), **settings) for scan in scans])
         return BatchFeature({"pixel_values": rows, "grid_thw": grids}, tensor_type=return_tensors)
 

@@ -1,24 +1,29 @@
 """Read DICOM files as one scan.
 
-A single image, a cine or a whole series becomes one `Scan`: frames are sorted by their positions (DICOM PS3.3, section
-C.7.6.2), and `dicom_pixels_m3ret` decodes them. Nothing is decoded before the header has passed the limits. This file
-travels inside every checkpoint and imports only NumPy; pydicom is imported when a file needs it.
+A single image, a cine or a whole series becomes one `Scan`. Here, files are parsed and one series is selected;
+`dicom_planes_m3ret` selects and sorts its frames, and `dicom_pixels_m3ret` decodes them. Nothing is decoded before the
+header has passed the limits. This file travels inside every checkpoint and imports only NumPy; pydicom is imported when
+a file needs it.
 """
 
 from __future__ import annotations
 
+import importlib
 import io
 import math
 import os
 import zlib
+from collections import defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .dicom_pixels_m3ret import PIXEL_KEYS, Frame, in_plane_spacing, is_hounsfield, read_numbers, read_pixels
+from .dicom_pixels_m3ret import PIXEL_KEYS, _decode_frames, in_plane_spacing, is_hounsfield, read_pixels
+from .dicom_planes_m3ret import Arrangement, Plane, arrange, frames_are_described, split_into_planes
 from .intensity_m3ret import to_unit_range
+from .reading_video_m3ret import read_video
 from .scan_m3ret import (
     AnyScan,
     Description,
@@ -30,12 +35,41 @@ from .scan_m3ret import (
 )
 
 
-Step = np.ndarray | None  # (3,): from a plane to the next in LPS mm; None for planes that are no volume
-DEFLATED = "1.2.840.10008.1.2.1.99"
+EXPLICIT_LITTLE_ENDIAN, DEFLATED = "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.1.99"
+VIDEO = tuple(f"1.2.840.10008.1.2.4.{number}" for number in range(100, 109))  # MPEG-2, H.264, HEVC; also fragmentable
+BYTES_PER_FRAME = 4096  # bookkeeping of a frame, counted in full
+# Objects that describe or refer to scans: start of the SOP class (PS3.4, B.5), what they are.
+NOT_SCANS = {
+    "1.2.840.10008.1.3.10": "a DICOMDIR",
+    "1.2.840.10008.5.1.4.1.1.66.": "a segmentation or registration",
+    "1.2.840.10008.5.1.4.1.1.481.3": "a structure set",
+    "1.2.840.10008.5.1.4.1.1.11.": "a presentation state",
+    "1.2.840.10008.5.1.4.1.1.88.": "a report or key object selection",
+    "1.2.840.10008.5.1.4.1.1.104.": "an encapsulated document",
+}
+NOT_SCANS_BY_MODALITY = ("SEG", "RTSTRUCT", "RTPLAN", "PR", "SR", "KO", "REG", "DOC")
+LISTED_SERIES = 10  # in an error message
+
+
+@dataclass(frozen=True, eq=False)
+class _File:
+    """A parsed file with pixels."""
+
+    name: str  # in messages
+    dataset: Any
+    frames: int
+    is_clip: bool  # of several frames that are not placed in space, or a video stream
+
+    @property
+    def series(self) -> tuple[float, str, str, str]:
+        """Sort key of its series. Two patients are never in one, whatever their series are called."""
+        number = str(self.dataset.get("SeriesNumber") or "")
+        names = (str(self.dataset.get(key) or "") for key in ("SeriesInstanceUID", "StudyInstanceUID", "PatientID"))
+        return (float(number) if number.isdecimal() else math.inf, *names)  # type: ignore[return-value]
 
 
 def read_folder(folder: Path, request: ReadRequest) -> AnyScan:
-    """Read a folder that contains one DICOM series. Other files are ignored and counted."""
+    """Read a series of the DICOM files in a folder. Other files are ignored and counted."""
     files: list[Path] = []
     for root, _, names in os.walk(folder):
         files += [Path(root, name) for name in names]
@@ -52,29 +86,41 @@ def read_series(sources: list[Any], request: ReadRequest, description: Descripti
 
     Args:
         sources: paths, bytes or datasets, in any order.
-        request: the read request.
-        description: becomes the description of the scan.
+        request: the read request. Its `series` selects one of several series.
+        description: becomes the description of the scan. `arrange` documents what it says about frames.
     """
-    planes = _collect_planes(sources, request, description)
-    burned_in = str(planes[0].dataset.get("BurnedInAnnotation", "")).lower()
+    files = _select_series(_parse_files(sources, request, description), request, description)
+    burned_in = str(files[0].dataset.get("BurnedInAnnotation", "")).lower()
     description["burned_in_annotation"] = burned_in if burned_in in ("yes", "no") else "unknown"
-    description["format"] = "dicom"
-    if len(planes) > 1:
-        description["format"] = "dicom multi-frame" if len(sources) == 1 else "dicom series"
-        group = _largest_parallel_group(planes)
-        description["slices_left_out"], planes = len(planes) - len(group), group
-    have_positions = all(p.position is not None and p.orientation is not None and p.spacing[0] for p in planes)
-    # Frames of one file at one position follow each other in time, not in space.
-    if have_positions and (len(sources) > 1 or len({str(plane.position) for plane in planes}) > 1):
-        planes, step = _sort_by_position(planes, description)
-        return _make_scan(planes, step, request, description)
-    if len(planes) > 1:
-        planes = sorted(planes, key=lambda plane: (plane.number, plane.frame))
-        if len(sources) > 1:
-            description["order"] = "InstanceNumber (no positions)"
-        if not all(is_hounsfield(plane) for plane in planes):  # may be a clip, whereas values in HU are a volume
-            planes = [planes[index] for index in request.select_frames(len(planes), description)]
-    return _make_scan(planes, None, request, description)
+    # A clip is a scan of its own. It is read if it has more frames than all other files together have slices.
+    slices = [file for file in files if not file.is_clip]
+    clip = max((file for file in files if file.is_clip), key=lambda file: file.frames, default=None)
+    if clip is not None and clip.frames > sum(file.frames for file in slices):
+        if len(files) > 1:
+            description["slices_left_out"] = sum(file.frames for file in files) - clip.frames
+            description["clips"] = sum(file.is_clip for file in files)
+        return _read_clip(clip, replace(request, name=clip.name), description)
+    description["format"] = "dicom series" if len(slices) > 1 else "dicom"
+    if len(slices) == 1 and slices[0].frames > 1:
+        description["format"] = "dicom multi-frame"
+    _check_frame_count(sum(file.frames for file in slices), request)
+    planes: list[Plane] = []
+    for index, file in enumerate(slices):
+        file_request = replace(request, name=file.name)
+        with file_request.translate_errors():
+            planes += split_into_planes(file.dataset, range(file.frames), file.name, index, file_request)
+    if any(plane.is_tile for plane in planes):
+        description["format"] = "dicom mosaic"
+    arrangement = arrange(planes, description)
+    if len(files) > len(slices):
+        left_out = sum(file.frames for file in files if file.is_clip)
+        description["slices_left_out"] = description.get("slices_left_out", 0) + left_out
+    planes = arrangement.planes
+    is_sequence = arrangement.step is None and len(planes) > 1
+    # Without positions, values in HU are a volume, whereas others may be a clip.
+    if is_sequence and (arrangement.is_clip or not all(is_hounsfield(plane) for plane in planes)):
+        planes = [planes[index] for index in request.select_frames(len(planes), description)]
+    return _make_scan(replace(arrangement, planes=planes), request, description)
 
 
 def _check_file_count(count: int, request: ReadRequest) -> None:
@@ -83,30 +129,98 @@ def _check_file_count(count: int, request: ReadRequest) -> None:
         raise request.error("too_large", f"at most {limit:,} files", f"{count:,} or more", advice)
 
 
-def _collect_planes(sources: list[Any], request: ReadRequest, description: Description) -> list[_Plane]:
-    """Return all frames of all sources, after checking that they are of one series."""
+def _check_frame_count(count: int, request: ReadRequest) -> None:
+    if count > (limit := request.limits.max_decoded_bytes // BYTES_PER_FRAME):
+        advice = "Read fewer frames with `num_frames`, or raise `ReadLimits.max_decoded_bytes`."
+        raise request.error("too_large", f"at most {limit:,} frames", f"{count:,}", advice)
+
+
+def _parse_files(sources: list[Any], request: ReadRequest, description: Description) -> list[_File]:
+    """Parse all sources and check their sizes. Objects that are not scans are left out of a folder, and counted."""
     if not sources:
         raise request.error("unsupported", "a DICOM series", "an empty list")
     _check_file_count(len(sources), request)
-    planes: list[_Plane] = []
+    files: list[_File] = []
+    kind = ""
     for source in sources:
         name = f"{request.name}/{display_name(source)}" if len(sources) > 1 else request.name
         file_request = replace(request, name=name)
         with file_request.translate_errors():
             dataset = _parse_dataset(source, file_request)
-            if any(key in dataset for key in PIXEL_KEYS):
-                planes += _split_into_planes(dataset, len(planes), file_request)
-            elif "files_ignored" in description:  # DICOMDIR, report or structure set in a folder
+            kind = _kind_if_not_scan(dataset)
+            if not kind:
+                files.append(_checked_file(dataset, file_request))
+            elif "files_ignored" in description:
                 description["files_ignored"] += 1
             else:
-                raise file_request.error("undecodable", "an image, a cine or a series", "DICOM without pixel data")
-    if not planes:
-        raise request.error("unsupported", "a DICOM series", "no DICOM file with pixel data")
-    series = len({str(plane.dataset.get("SeriesInstanceUID", "")) for plane in planes})
-    if series > 1:
-        advice = "Read one series at a time, as a list of its files."
-        raise request.error("unsupported", "slices of one series", f"{series} series", advice)
-    return planes
+                advice = "Pass the files or the folder of the images themselves."
+                raise file_request.error("unsupported", "an image, a cine or a series", kind, advice)
+    if not files:
+        raise request.error("unsupported", "a folder with a DICOM series", f"no image, but {kind}")
+    return files
+
+
+def _kind_if_not_scan(dataset: Any) -> str:
+    """Return what a dataset is if it is no scan, otherwise an empty text."""
+    sop_class, modality = str(dataset.get("SOPClassUID", "")), str(dataset.get("Modality", "")).strip().upper()
+    if "DirectoryRecordSequence" in dataset:
+        return "a DICOMDIR"
+    kind = next((kind for start, kind in NOT_SCANS.items() if sop_class.startswith(start)), "")
+    if not kind and modality in NOT_SCANS_BY_MODALITY:
+        return f"an object of modality {modality}"
+    return kind or ("" if any(key in dataset for key in PIXEL_KEYS) else "DICOM without pixel data")
+
+
+def _checked_file(dataset: Any, request: ReadRequest) -> _File:
+    """Return a file after checking its size. Of a clip, only the frames that will be read count."""
+    rows, columns, samples = int(dataset.Rows), int(dataset.Columns), int(dataset.get("SamplesPerPixel") or 1)
+    frames = int(dataset.get("NumberOfFrames") or 1)
+    request.check_pixels(rows, columns)
+    is_video = _is_video(dataset)
+    is_clip = is_video or not frames_are_described(dataset)
+    if not is_video:  # the video reader checks the stream itself
+        kept = min(frames, request.num_frames or frames) if is_clip else frames
+        request.check_size((kept, rows, columns, samples), 1)
+        compressed_size = len(next(dataset[key].value for key in PIXEL_KEYS if key in dataset))
+        request.check_ratio(frames * rows * columns * samples, compressed_size)
+    return _File(request.name, dataset, max(1, frames), is_clip)
+
+
+def _is_video(dataset: Any) -> bool:
+    syntax = str(getattr(dataset, "file_meta", {}).get("TransferSyntaxUID", ""))
+    return syntax.removesuffix(".1") in VIDEO
+
+
+def _select_series(files: list[_File], request: ReadRequest, description: Description) -> list[_File]:
+    """Return the files of the series that `request.series` selects; without it, refuse several."""
+    members: dict[tuple[float, str, str, str], list[_File]] = defaultdict(list)
+    for file in files:
+        members[file.series].append(file)
+    series = [members[key] for key in sorted(members)]
+    choices = [f"{index} ({_describe(group)})" for index, group in enumerate(series[:LISTED_SERIES])]
+    choices += ["..."] * (len(series) > LISTED_SERIES)
+    wanted = request.series
+    if wanted is None:
+        matching = list(range(len(series)))
+    elif wanted == "largest":
+        matching = [max(range(len(series)), key=lambda index: sum(file.frames for file in series[index]))]
+    elif isinstance(wanted, int):
+        matching = [wanted] if 0 <= wanted < len(series) else []
+    else:
+        matching = [index for index, group in enumerate(series) if group[0].series[1] == wanted]
+    if len(matching) != 1:
+        advice = f'Choose one with `series`: its UID, "largest", or its index out of {", ".join(choices)}.'
+        got = f"{len(matching)} series" if matching else "none with this UID or index"
+        raise request.error("unsupported", "one DICOM series", got, advice)
+    if len(series) > 1:
+        description["series_total"], description["series_index"] = len(series), matching[0]
+    return series[matching[0]]
+
+
+def _describe(files: list[_File]) -> str:
+    sizes = sorted({(int(file.dataset.Rows), int(file.dataset.Columns)) for file in files})
+    size = f"{sizes[0][0]} x {sizes[0][1]}" if len(sizes) == 1 else "several sizes"
+    return f"{sum(file.frames for file in files)} frames of {size}"
 
 
 def _parse_dataset(source: Any, request: ReadRequest) -> Any:
@@ -139,98 +253,35 @@ def _parse_dataset(source: Any, request: ReadRequest) -> Any:
     return reader.dcmread(stream, force=True)
 
 
-# ----------------------------------------------------------------------------------------------- planes and their order
+def _read_clip(file: _File, request: ReadRequest, description: Description) -> AnyScan:
+    """Read a multi-frame file whose frames follow each other in time, or a video stream in DICOM."""
+    dataset = file.dataset
+    if _is_video(dataset):
+        return _read_video_stream(dataset, request, description)
+    description["format"] = "dicom multi-frame"
+    head = next(split_into_planes(dataset, [0], file.name, 0, request))
+    is_volume = is_hounsfield(head)  # without positions, values in HU are a volume
+    _check_frame_count(file.frames if is_volume else min(file.frames, request.num_frames or file.frames), request)
+    frames = range(file.frames) if is_volume else request.select_frames(file.frames, description)
+    planes = list(split_into_planes(dataset, frames, file.name, 0, request))
+    return _make_scan(Arrangement(planes, None, not is_volume), request, description)
 
 
-@dataclass(frozen=True, eq=False)
-class _Plane(Frame):
-    """A frame and its geometry (LPS, mm)."""
-
-    number: int  # InstanceNumber, or the position in the input
-    position: np.ndarray | None
-    orientation: np.ndarray | None  # (2, 3): direction along a row, direction down a column
-    spacing: tuple[float | None, float | None]  # between rows, between columns
-
-    @property
-    def normal(self) -> np.ndarray:
-        return np.zeros(3) if self.orientation is None else np.cross(self.orientation[0], self.orientation[1])
+def _read_video_stream(dataset: Any, request: ReadRequest, description: Description) -> AnyScan:
+    """Read a stream of MPEG-2, H.264 or HEVC (PS3.5, 8.2.5 to 8.2.8). Its own header declares size and frames."""
+    encaps = importlib.import_module("pydicom.encaps")
+    stream = b"".join(encaps.generate_frames(dataset.PixelData, number_of_frames=1))
+    head = next(split_into_planes(dataset, [0], request.name, 0, request))
+    scan = read_video(stream, request)
+    scan.description.update({**description, "format": "dicom video"})
+    mm = head.spacing if head.spacing[0] else in_plane_spacing(dataset, description)
+    return replace(scan, spacing=(None, *mm)) if request.spacing is None and mm[0] else scan
 
 
-def _split_into_planes(dataset: Any, number_if_absent: int, request: ReadRequest) -> list[_Plane]:
-    """Return the frames of a dataset after checking its size. Enhanced objects declare the geometry of each frame."""
-    rows, columns, samples = int(dataset.Rows), int(dataset.Columns), int(dataset.get("SamplesPerPixel") or 1)
-    frames = int(dataset.get("NumberOfFrames") or 1)
-    request.check_pixels(rows, columns)
-    request.check_size((min(frames, request.num_frames or frames), rows, columns, samples), 1)
-    compressed_size = len(next(dataset[key].value for key in PIXEL_KEYS if key in dataset))
-    request.check_ratio(frames * rows * columns * samples, compressed_size)
-    instance = read_numbers(dataset, "InstanceNumber", 1)
-    number = int(instance[0]) if instance else number_if_absent
-    per_frame, shared = (dataset.get(f"{kind}FunctionalGroupsSequence") or [] for kind in ("PerFrame", "Shared"))
-
-    def item(frame: int, sequence: str) -> Any:
-        groups = (*per_frame[frame : frame + 1], *shared[:1])
-        return next((group[sequence][0] for group in groups if group.get(sequence)), dataset)
-
-    planes = []
-    for frame in range(frames):
-        geometry, measures = item(frame, "PlanePositionSequence"), item(frame, "PixelMeasuresSequence")
-        # A classic multi-frame image has a single position, which does not locate its frames.
-        has_position = geometry is not dataset or frames == 1
-        corner = read_numbers(geometry, "ImagePositionPatient", 3) if has_position else None
-        position = np.array(corner) if corner else None
-        cosines = read_numbers(item(frame, "PlaneOrientationSequence"), "ImageOrientationPatient", 6)
-        orientation = np.array(cosines).reshape(2, 3) if cosines and any(cosines) else None
-        mm = (read_numbers(measures, key, 2) for key in ("PixelSpacing", "ImagerPixelSpacing"))
-        spacing = next(((pair[0], pair[1]) for pair in mm if pair and min(pair) > 0), (None, None))
-        values, window = item(frame, "PixelValueTransformationSequence"), item(frame, "FrameVOILUTSequence")
-        planes.append(_Plane(request.name, dataset, frame, values, window, number, position, orientation, spacing))
-    return planes
-
-
-def _largest_parallel_group(planes: list[_Plane]) -> list[_Plane]:
-    """Return the largest group of parallel planes of one size (a localiser has three), on a tie the most axial one."""
-    keys = ("Rows", "Columns", "SamplesPerPixel", "PhotometricInterpretation")
-
-    def are_parallel(a: _Plane, b: _Plane) -> bool:
-        if a.spacing != b.spacing or any(a.dataset.get(key) != b.dataset.get(key) for key in keys):
-            return False
-        if a.orientation is None or b.orientation is None:
-            return a.orientation is b.orientation
-        return bool(np.abs(a.orientation - b.orientation).max() < 0.01)  # about half a degree
-
-    groups: list[list[_Plane]] = []
-    for plane in planes:
-        group = next((group for group in groups if are_parallel(plane, group[0])), None)
-        if group is None:
-            groups.append(group := [])
-        group.append(plane)
-    return max(groups, key=lambda group: (len(group), *np.round(np.abs(group[0].normal[::-1]), 3)))
-
-
-def _sort_by_position(planes: list[_Plane], description: Description) -> tuple[list[_Plane], Step]:
-    """Return one plane per position, sorted along the normal, and the `(3,)` step in LPS mm, None for one plane."""
-    normal = planes[0].normal
-    heights = np.array([np.dot(plane.position, normal) for plane in planes])  # type: ignore[arg-type]
-    order = sorted(range(len(planes)), key=lambda i: (round(float(heights[i]), 3), planes[i].number, planes[i].frame))
-    heights = heights[order]
-    is_first = np.concatenate(([True], np.diff(heights) > 0.01))  # positions closer than 10 µm are equal
-    planes = [planes[i] for i, first in zip(order, is_first, strict=True) if first]
-    description["slices"], description["duplicate_positions"] = len(planes), len(is_first) - len(planes)
-    if len(planes) == 1:
-        return planes, None
-    positions = np.array([plane.position for plane in planes])
-    gaps = np.linalg.norm(np.diff(positions, axis=0), axis=1)
-    distance = float(np.median(gaps))
-    line = (positions[-1] - positions[0]) / np.linalg.norm(positions[-1] - positions[0])
-    cosine = float(line @ normal) / float(np.linalg.norm(normal))
-    description["missing_slices"] = int((np.rint(gaps / distance) - 1).clip(0).sum())
-    description["gantry_tilt_degrees"] = round(math.degrees(math.acos(min(1.0, cosine))), 1)
-    return planes, line * distance
-
-
-def _make_scan(planes: list[_Plane], step: Step, request: ReadRequest, description: Description) -> AnyScan:
+def _make_scan(arrangement: Arrangement, request: ReadRequest, description: Description) -> AnyScan:
     """Decode sorted planes and scale them to [0, 1]. With a step they are a volume, which is oriented as well."""
+    planes = _untile(arrangement.planes, request, description)
+    step = arrangement.step
     pixels = read_pixels(planes, step is not None, request, description)
     view, spacing = _orient(pixels.array, planes[0], step, description)
     padding = None if pixels.padding is None else _orient(pixels.padding, planes[0], step, description)[0]
@@ -239,11 +290,36 @@ def _make_scan(planes: list[_Plane], step: Step, request: ReadRequest, descripti
     )
 
 
-def _orient(array: np.ndarray, plane: _Plane, step: Step, description: Description) -> tuple[np.ndarray, Spacing]:
-    """Bring a volume to the canonical orientation and return its spacing. Without a step, keep the orientation."""
-    if step is None:
-        return array, (None, *(plane.spacing if plane.spacing[0] else in_plane_spacing(plane.dataset, description)))
-    assert plane.orientation is not None
-    down, along = plane.orientation[1] * plane.spacing[0], plane.orientation[0] * plane.spacing[1]
+def _untile(planes: list[Plane], request: ReadRequest, description: Description) -> list[Plane]:
+    """Replace the datasets of mosaics by ones with a frame per tile."""
+    tiled = {}
+    for plane in {id(plane.dataset): plane for plane in planes if plane.is_tile}.values():
+        file_request = replace(request, name=plane.name)
+        with file_request.translate_errors():
+            pixels = np.asarray(next(iter(_decode_frames(plane.dataset, [0], file_request, description)[0])))
+            rows, columns = plane.size
+            side = pixels.shape[0] // rows
+            frames = pixels.reshape(side, rows, side, columns).swapaxes(1, 2)
+            dataset = plane.dataset.copy()
+            dataset.file_meta = type(plane.dataset.file_meta)()
+            dataset.file_meta.TransferSyntaxUID = EXPLICIT_LITTLE_ENDIAN
+            dataset.Rows, dataset.Columns, dataset.NumberOfFrames = rows, columns, side**2
+            dataset.BitsAllocated = 8 * frames.itemsize
+            dataset.PixelData = np.ascontiguousarray(frames, frames.dtype.newbyteorder("<")).tobytes()
+            tiled[id(plane.dataset)] = dataset
+    return [replace(plane, dataset=tiled.get(id(plane.dataset), plane.dataset)) for plane in planes]
+
+
+def _orient(
+    array: np.ndarray, plane: Plane, step: np.ndarray | None, description: Description
+) -> tuple[np.ndarray, Spacing]:
+    """Bring a volume to the canonical orientation and return its spacing. Without one, keep the order as stored."""
+    row_mm, column_mm = plane.spacing if plane.spacing[0] else in_plane_spacing(plane.dataset, description)
+    if step is None or "pixel_aspect" in description:
+        return array, (None, row_mm, column_mm)
+    if len(step) == 1 or plane.orientation is None or row_mm is None or column_mm is None:
+        return array, (float(np.linalg.norm(step)), row_mm, column_mm)
+    along, down = plane.orientation
     lps_to_ras = np.array([[-1.0], [-1.0], [1.0]])
-    return to_canonical_orientation(array, np.stack([step, down, along], axis=1) * lps_to_ras, description)
+    steps = np.stack([step, down * row_mm, along * column_mm], axis=1)
+    return to_canonical_orientation(array, steps * lps_to_ras, description)

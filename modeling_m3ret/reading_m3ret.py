@@ -65,6 +65,7 @@ def read_scan(
     limits: ReadLimits = ReadLimits(),
     intensity: str | None = None,
     input_data_format: str | None = None,
+    series: str | int | None = None,
 ) -> Scan:
     """Read one scan from a file or an object in memory.
 
@@ -95,6 +96,9 @@ def read_scan(
             never taken for Hounsfield units.
         input_data_format: of arrays, "channels_first" for `(C, H, W)` or `(D, C, H, W)`, "channels_last" for the shapes
             above. Without it, an array `(3, H, W)` is refused, as its first axis may be colours or slices.
+        series: which series to read of a folder or list with several DICOM series: its SeriesInstanceUID, its index in
+            the order of SeriesNumber (then UID), or "largest" for the one with the most frames. None refuses several.
+            Ignored for other formats.
 
     Raises:
         M3RetReadError: if the source cannot be read.
@@ -109,8 +113,15 @@ def read_scan(
         raise ValueError(f"unknown intensity: expected None or one of {', '.join(INTENSITIES)}, got {intensity!r}.")
     if input_data_format not in CHANNEL_FORMATS:
         raise ValueError(f"unknown input_data_format: expected one of {CHANNEL_FORMATS}, got {input_data_format!r}.")
+    if series is not None and (isinstance(series, bool) or not isinstance(series, (str, int))):
+        raise ValueError(f"series is invalid: expected a UID, an index or 'largest', got {type(series).__name__}.")
     request = ReadRequest(
-        display_name(source), num_frames, limits, intensity=intensity, input_data_format=input_data_format
+        display_name(source),
+        num_frames,
+        limits,
+        intensity=intensity,
+        input_data_format=input_data_format,
+        series=series,
     )
     with silence_libraries, request.translate_errors():
         scan = _read(source, request)

@@ -133,6 +133,7 @@ class ReadRequest:
     input_data_format: str | None = None  # "channels_first" or "channels_last", what the caller declares for arrays
     # read the file of this name, or of the source's name with this suffix instead of .hdr, beside the source
     open_sibling: Callable[[str], bytes | None] = lambda name: None
+    series: str | int | None = None  # UID, index or "largest": which DICOM series of several to read
 
     def error(self, reason: Reason, expected: str, got: str, advice: str = "") -> M3RetReadError:
         """Return an error that names this request's source."""

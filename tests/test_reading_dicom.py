@@ -41,11 +41,11 @@ def test_shuffled_series_is_sorted(tmp_path: Path) -> None:
     scan = read_scan(write(tmp_path, series(VOLUME, AFFINE)))
     np.testing.assert_allclose(scan.array[0], percentiles(VOLUME[::-1, ::-1].transpose(2, 1, 0)), atol=1e-6)
     assert scan.spacing == pytest.approx((1.2, 0.9, 0.8))
-    assert {key: scan.description[key] for key in ("format", "slices", "missing_slices", "duplicate_positions")} == {
+    assert {key: scan.description[key] for key in ("format", "slices", "missing_slices", "duplicates")} == {
         "format": "dicom series",
         "slices": 10,
         "missing_slices": 0,
-        "duplicate_positions": 0,
+        "duplicates": 0,
     }
 
 
@@ -117,7 +117,7 @@ def test_gaps_and_duplicates_are_counted() -> None:
     slices = series(VOLUME, AFFINE)
     scan = read_scan(slices[:4] + slices[6:] + slices[:1])
     assert scan.array.shape[1] == 8
-    assert (scan.description["missing_slices"], scan.description["duplicate_positions"]) == (2, 1)
+    assert (scan.description["missing_slices"], scan.description["duplicates"]) == (2, 1)
     assert scan.spacing[0] == pytest.approx(1.2)
 
 

@@ -88,13 +88,15 @@ class WholeScans(Dataset[Pack]):
 
     records: Sequence[Record]
     processor: M3RetImageProcessor
+    series: str | int | None = None  # of records with several DICOM series, see `read_scan`
 
     def __len__(self) -> int:
         return len(self.records)
 
     def __getitem__(self, index: int) -> Pack:
         try:
-            return Pack.from_scan(index, self.processor.resize(self.processor.read(self.records[index].open())))
+            scan = self.processor.read(self.records[index].open(), series=self.series)
+            return Pack.from_scan(index, self.processor.resize(scan))
         except M3RetReadError as error:
             return Pack(failures=[(index, str(error))])
 

@@ -53,6 +53,7 @@ def embed_records(
     num_workers: int = 0,
     progress: bool = True,
     bar: Any = None,
+    series: str | int | None = None,
 ) -> list[Embedded]:
     """Embed every readable scan, in order, with one or several embedders that share each decode.
 
@@ -61,6 +62,7 @@ def embed_records(
         max_tokens: patches per forward pass. Embeddings do not depend on it.
         num_workers: processes that decode ahead.
         bar: a tqdm bar to advance instead of showing one.
+        series: which DICOM series to read of a record with several, see `read_scan`.
 
     Returns:
         One `Embedded` per embedder: float32, or the embedder's own dtype if it is an integer.
@@ -75,7 +77,7 @@ def embed_records(
     def tokens(pack: Pack) -> int:
         return sum(math.prod(processor.grid_shape(shape)) for shape in pack.shapes)
 
-    loader = embedding_loader(WholeScans(records, processor), 1, num_workers)
+    loader = embedding_loader(WholeScans(records, processor, series), 1, num_workers)
     if bar is None:
         bar = tqdm(total=len(records), desc="embedding", unit="scan", disable=not progress)
     else:
