@@ -22,13 +22,14 @@ from .scan_m3ret import AnyScan, Description, ReadRequest
 
 # decord (FFmpeg 4.1) converts these to the same RGB as current FFmpeg; deeper ones by up to 39 of 255 levels apart
 DECORD_FORMATS = frozenset(f"yuv{range}{chroma}p" for range in ("", "j") for chroma in (420, 422, 444))
+MIN_ASPECT = 1.01  # a ratio of pixel sides below this is rounding
 
 
 def read_video(file: bytes | Path, request: ReadRequest) -> AnyScan:
     """Read the video stream that ffmpeg shows by default."""
     description: Description = {"format": "video"}
     frames, aspect = decode_video(file, request, description)
-    spacing = (None, None, None) if aspect == 1 else (None, 1.0, aspect)
+    spacing = (None, None, None) if aspect == 1 else (None, aspect, 1.0)
     return to_unit_range(frames.transpose(3, 0, 1, 2), spacing, request, description)
 
 
@@ -41,8 +42,8 @@ def decode_video(file: bytes | Path, request: ReadRequest, description: Descript
         description: description of the scan, to which the number of frames and what is special about them are added.
 
     Returns:
-        Frames `(D, H, W, 3)` uint8, or `(D, H, W, 1)` uint16 or float32 for grey of more than 8 bits; and the width of
-        a pixel divided by its height.
+        Frames `(D, H, W, 3)` uint8, or `(D, H, W, 1)` uint16 or float32 for grey of more than 8 bits; and the height
+        of a pixel divided by its width.
 
     Raises:
         M3RetReadError: if the file has no video stream, is truncated or exceeds the limits.
@@ -136,7 +137,7 @@ def _inspect(container: Any, disposition: Any, request: ReadRequest, description
         len(shown),
         (frame.height, frame.width, 1 if deep_grey else 3),
         dtype,
-        float(stream.sample_aspect_ratio or 1),
+        1 / float(stream.sample_aspect_ratio or 1),
         matrix,
         fits_decord,
     )
@@ -216,7 +217,7 @@ def _to_rgb(frame: Any, graphs: dict[tuple[str, int, int], Any]) -> np.ndarray:
 def _apply_display_matrix(
     frames: np.ndarray, track: _Track, request: ReadRequest, description: Description
 ) -> tuple[np.ndarray, float]:
-    """Turn and mirror frames as they are shown; return them and the width of a pixel divided by its height."""
+    """Turn and mirror frames as they are shown; return them and the height of a pixel divided by its width."""
     aspect = track.aspect
     if track.display_matrix:
         a, b, c, d = track.display_matrix
@@ -228,8 +229,9 @@ def _apply_display_matrix(
         frames = frames[:, :: 1 if down > 0 else -1, :: 1 if right > 0 else -1]
         aspect = 1 / aspect if swapped else aspect
         description["display_matrix"] = "applied"
+    aspect = aspect if max(aspect, 1 / aspect) >= MIN_ASPECT else 1.0
     if aspect != 1:
-        description["pixel_aspect_ratio"] = aspect
+        description["pixel_aspect"] = round(aspect, 4)
     return frames, aspect
 
 

@@ -257,14 +257,14 @@ def test_pixels_that_are_not_square_have_a_relative_spacing(
 ) -> None:
     data = clip(kind, codec, **options)
     scan = read_scan(data)
-    assert scan.spacing == (None, 1.0, pytest.approx(aspect))
-    assert scan.description["pixel_aspect_ratio"] == pytest.approx(aspect)
+    assert scan.spacing == (None, pytest.approx(1 / aspect), 1.0)
+    assert scan.description["pixel_aspect"] == pytest.approx(1 / aspect, abs=1e-4)  # height / width, as in DICOM
     np.testing.assert_array_equal(scan.array.transpose(1, 2, 3, 0), shown_by_ffmpeg(decoded(data)))
 
 
 def test_aspect_ratio_turns_with_the_frames_and_reaches_the_processor() -> None:
     data = clip(sample_aspect_ratio=Fraction(3, 1))
-    assert read_scan(with_matrix(data, MATRICES["90 clockwise"])).spacing == (None, 1.0, pytest.approx(1 / 3))
+    assert read_scan(with_matrix(data, MATRICES["90 clockwise"])).spacing == (None, pytest.approx(3), 1.0)
     grid = M3RetImageProcessor(size=64)(data)["grid_thw"][0].tolist()
     assert grid[1:] == [2, 8]  # 64 x 48 pixels of 3 x 1 are 4 times as wide as high
 
