@@ -254,7 +254,7 @@ def _decode_frames(
         raise request.error("no_decoder", "a decoder of the file's transfer syntax", "none", advice)
     # Pillow's libjpeg-turbo is four times faster than GDCM; for other syntaxes pydicom's default order is faster.
     plugin = "pillow" if syntax == JPEG_BASELINE and "pillow" in decoder.available_plugins else ""
-    if frames == list(range(total)):  # all frames: one pass over the fragments
+    if len(frames) == total:  # all frames: one pass over the fragments
         pixels = decoder.as_array(dataset, decoding_plugin=plugin, **options)[0]
         return pixels if total > 1 else [pixels], precisions
     single = (decoder.as_array(dataset, index=frame, decoding_plugin=plugin, **options)[0] for frame in frames)

@@ -300,12 +300,19 @@ def _untile(planes: list[Plane], request: ReadRequest, description: Description)
             rows, columns = plane.size
             side = pixels.shape[0] // rows
             frames = pixels.reshape(side, rows, side, columns).swapaxes(1, 2)
-            dataset = plane.dataset.copy()
-            dataset.file_meta = type(plane.dataset.file_meta)()
+            pydicom = importlib.import_module("pydicom.dataset")
+            dataset, dataset.file_meta = pydicom.Dataset(), pydicom.FileMetaDataset()
+            dataset.update(plane.dataset)
             dataset.file_meta.TransferSyntaxUID = EXPLICIT_LITTLE_ENDIAN
-            dataset.Rows, dataset.Columns, dataset.NumberOfFrames = rows, columns, side**2
-            dataset.BitsAllocated = 8 * frames.itemsize
-            dataset.PixelData = np.ascontiguousarray(frames, frames.dtype.newbyteorder("<")).tobytes()
+            data = np.ascontiguousarray(frames, frames.dtype.newbyteorder("<")).tobytes()
+            for keyword, vr, value in (  # new elements, as the dataset shares its own with the caller's
+                ("Rows", "US", rows),
+                ("Columns", "US", columns),
+                ("NumberOfFrames", "IS", side**2),
+                ("BitsAllocated", "US", 8 * frames.itemsize),
+                ("PixelData", "OW", data),
+            ):
+                dataset.add_new(keyword, vr, value)
             tiled[id(plane.dataset)] = dataset
     return [replace(plane, dataset=tiled.get(id(plane.dataset), plane.dataset)) for plane in planes]
 
