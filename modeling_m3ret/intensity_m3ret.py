@@ -75,13 +75,16 @@ def to_unit_range(
         return _make_scan(array, spacing, description, constant=array.min() == array.max())
 
     low, high = sorted(float(edge) * scale[0] + scale[1] for edge in (values.min(), values.max()))
-    if not max(abs(low), abs(high)) <= FLOAT32_MAX:  # also NaN
-        raise request.error("unsupported", "finite voxels", "NaN or infinite voxels", "Replace them before reading.")
+    largest = max(abs(low), abs(high))
+    if not largest <= FLOAT32_MAX:  # also NaN
+        expected, got = "finite voxels within the range of float32", "NaN, infinite or larger voxels"
+        raise request.error("unsupported", expected, got, "Replace them before reading.")
     if rule is None:
         fractions = values.dtype.kind == "f" or scale != (1.0, 0.0)
         rule = "unit range" if fractions and low >= 0 and high <= 1 else "percentiles"
     # percentiles do not depend on an offset, which float32 could not represent beside large values
-    offset = low if rule == "percentiles" and max(abs(low), abs(high)) > max(2**16, 2**10 * (high - low)) else 0.0
+    is_wide = values.dtype.itemsize > 2 or scale != (1.0, 0.0)
+    offset = low if rule == "percentiles" and is_wide and largest > 2**10 * (high - low) else 0.0
     array = _as_float32(values, scale, offset, may_overwrite)
     if request.intensity == "full range":
         array *= np.float32(1 / np.iinfo(values.dtype).max)

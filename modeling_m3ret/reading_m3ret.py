@@ -13,6 +13,7 @@ import io
 import math
 import os
 import re
+import sys
 import zipfile
 import zlib
 from contextlib import closing
@@ -52,9 +53,12 @@ NPZ_KEYS = ("hu", "image", "volume", "imgs")  # "hu" declares Hounsfield units; 
 VOXEL_TYPES = "bool, integer or floating-point voxels"
 CHANNEL_FORMATS = (None, "channels_first", "channels_last")
 EXIF_ORIENTATION = 0x0112
+IMAGEJ_STACK = re.compile(r"ImageJ=.*^images=(\d+)", re.DOTALL | re.MULTILINE)
 MIN_ASPECT = 1.01  # a ratio of pixel sides below this is rounding of the declared resolution
 # TIFF tags
-NEW_SUBFILE_TYPE, BITS_PER_SAMPLE, PHOTOMETRIC, STRIP_OFFSETS, SAMPLE_FORMAT = 254, 258, 262, 273, 339
+NEW_SUBFILE_TYPE, BITS_PER_SAMPLE, PHOTOMETRIC, DESCRIPTION, STRIP_OFFSETS, PLANAR = 254, 258, 262, 270, 273, 284
+SAMPLE_FORMAT = 339
+NATIVE_ORDER = {"I;16BS": "I;16S", "I;32BS": "I;32S", "F;32BF": "F;32F"} if sys.byteorder == "little" else {}
 STRIP_BYTE_COUNTS, TILE_OFFSETS, TILE_BYTE_COUNTS = 279, 324, 325
 
 
@@ -451,6 +455,8 @@ def _is_complete(data: bytes) -> bool:
         return b"\xff\xd9" in data[-1024:]
     if data.startswith(b"BM"):
         return int.from_bytes(data[2:6], "little") <= len(data)
+    if data.startswith(b"MM\0+"):  # Pillow reads BigTIFF in little-endian order only
+        return True
     if not data.startswith((b"II", b"MM")):
         return False
     from PIL import TiffImagePlugin
@@ -470,7 +476,7 @@ def _is_complete(data: bytes) -> bool:
 def _read_image(image: Any, request: ReadRequest) -> AnyScan:
     """Read a PIL image that is not loaded yet, but whose header is. Pages and animation frames become depth."""
     description: Description = {"format": (image.format or "image").lower()}
-    pages = _pages(image, description)
+    pages = _pages(image, request, description)
     if len(pages) > 1:
         pages = [pages[index] for index in request.select_frames(len(pages), description)]
     if image.tell() != pages[0]:
@@ -494,7 +500,7 @@ def _read_image(image: Any, request: ReadRequest) -> AnyScan:
     return to_unit_range(array, spacing, request, description, inverted=inverted)
 
 
-def _pages(image: Any, description: Description) -> list[int]:
+def _pages(image: Any, request: ReadRequest, description: Description) -> list[int]:
     """Return the indices of the pages or frames of an image, without previews, masks and reduced copies."""
     total, kind = getattr(image, "n_frames", 1), description["format"]
     pages = list(range(total))
@@ -502,6 +508,10 @@ def _pages(image: Any, description: Description) -> list[int]:
         pages = [image.tell() if kind == "heif" else 0]
     elif kind == "png" and image.info.get("default_image"):  # shown where animations are not supported
         pages = pages[1:]
+    elif kind == "tiff" and total == 1 and (images := IMAGEJ_STACK.match(str(image.tag_v2.get(DESCRIPTION, "")))):
+        if int(images.group(1)) > 1:  # all slices follow the first one, without pages of their own
+            expected, advice = "a page for each slice", "Save the stack again, with a page for each slice."
+            raise request.error("unsupported", expected, "an ImageJ stack in one page", advice)
     elif kind == "tiff" and total > 1:
         reduced = []
         for page in pages:
@@ -520,11 +530,11 @@ def _pixel_aspect(image: Any, turned: bool, description: Description) -> Spacing
     across, down = (float(value) for value in density[:2])
     if not (0 < across < math.inf and 0 < down < math.inf):
         return (None, None, None)
-    ratio = across / down if not turned else down / across  # height of a pixel as a multiple of its width
+    ratio = down / across if not turned else across / down  # width of a pixel as a multiple of its height
     if max(ratio, 1 / ratio) < MIN_ASPECT:
         return (None, None, None)
-    description["pixel_aspect"] = round(ratio, 4)
-    return (None, ratio, 1.0)
+    description["pixel_aspect_ratio"] = ratio
+    return (None, 1.0, ratio)
 
 
 def _image_pixels(image: Any, request: ReadRequest) -> tuple[np.ndarray, bool]:
@@ -533,19 +543,29 @@ def _image_pixels(image: Any, request: ReadRequest) -> tuple[np.ndarray, bool]:
     EXIF rotation and alpha are applied.
     """
     tags = getattr(image, "tag_v2", {})
+    bits, kind, planar = (int(np.ravel(tags.get(tag, 1))[0]) for tag in (BITS_PER_SAMPLE, SAMPLE_FORMAT, PLANAR))
+    if bits > 8 and planar == 2 and len(image.getbands()) > 1:  # which Pillow reads as bytes
+        raise request.error("unsupported", "interleaved colours, or 8 bits", "planes of colour of more than 8 bits")
+    if tags:  # libtiff returns native order, though Pillow takes some types for big-endian
+        image.tile = [
+            tile._replace(args=(NATIVE_ORDER.get(tile.args[0], tile.args[0]), *tile.args[1:]))
+            if tile.codec_name == "libtiff"
+            else tile
+            for tile in image.tile
+        ]
     if image.getexif().get(EXIF_ORIENTATION, 1) != 1:
         image = request.import_decoder("PIL.ImageOps", "pillow").exif_transpose(image)
     if image.mode == "1":
         return np.asarray(image.convert("L")), False
-    if image.mode in ("L", "F") or image.mode[0] == "I":  # "I", "I;16" and its byte orders
+    transparent = "transparency" in image.info and image.mode in ("P", "RGB", "L")
+    if (image.mode in ("L", "F") and not transparent) or image.mode[0] == "I":  # "I", "I;16" and its byte orders
         pixels = np.asarray(image)
-        bits, kind = (int(np.ravel(tags.get(tag, 1))[0]) for tag in (BITS_PER_SAMPLE, SAMPLE_FORMAT))
         if (bits, kind) == (32, 1) and image.mode == "I":  # Pillow reads uint32 as int32, and int8 as uint8
             pixels = pixels.view(np.uint32)
         elif (bits, kind) == (8, 2):
             pixels = pixels.view(np.int8)
         # Pillow inverts WhiteIsZero only for up to 8 bits
         return pixels, image.mode != "L" and tags.get(PHOTOMETRIC) == 0
-    if "A" in image.getbands() or "a" in image.getbands() or (image.mode == "P" and "transparency" in image.info):
+    if "A" in image.getbands() or "a" in image.getbands() or transparent:
         return blend_over_black(np.asarray(image.convert("RGBA"))), False
     return np.asarray(image if image.mode == "RGB" else image.convert("RGB")), False  # palette, CMYK, YCbCr, HSV

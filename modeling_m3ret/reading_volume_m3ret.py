@@ -10,15 +10,17 @@ from __future__ import annotations
 import io
 import math
 import re
+import struct
 import tempfile
 import zlib
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from .intensity_m3ret import blend_over_black, bytes_per_voxel, to_unit_range
-from .scan_m3ret import NIFTI_1, NIFTI_2, AnyScan, Description, ReadRequest, to_canonical_orientation
+from .scan_m3ret import NIFTI_1, NIFTI_2, AnyScan, Description, M3RetReadError, ReadRequest, to_canonical_orientation
 
 
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0])
@@ -65,7 +67,7 @@ def _make_scan(
 
 def _select_time(shape: tuple[int, ...], request: ReadRequest, description: Description) -> list[int]:
     """Return the indices along time to read: the frames of a single slice, or the first of several volumes."""
-    times = math.prod(shape[3:])
+    times = int(math.prod(shape[3:]))
     if times > 1 and min(shape[:3]) == 1:
         return request.select_frames(times, description)
     description["volumes"] = times
@@ -88,12 +90,23 @@ def read_nifti(data: bytes, request: ReadRequest) -> AnyScan:
     magic = head[4:8] if is_nifti_2 else head[344:348]
     if len(head) < (540 if is_nifti_2 else 348):
         raise request.error("damaged", "a complete NIfTI header", f"{len(head)} bytes")
-    header = nibabel.Nifti2Header(head) if is_nifti_2 else nibabel.Nifti1Header(head[:348])
-    shape, dtype, offset = header.get_data_shape(), header.get_data_dtype(), int(header["vox_offset"])
-    channels = len(dtype.names) if dtype.names else 1
-    if (dtype.kind not in "iuf" and channels == 1) or offset < 0:
+    is_pair = magic in (NIFTI_1[1], NIFTI_2[1])
+    header_class, size = (nibabel.Nifti2Header, 540) if is_nifti_2 else (nibabel.Nifti1Header, 348)
+    header_error = nibabel.spatialimages.HeaderDataError
+    header, dtype = header_class(head[:size], check=False), None
+    with suppress(KeyError, header_error):
+        dtype = header.get_data_dtype()
+    if dtype is None or (dtype.kind not in "iuf" and not dtype.names):
         raise request.error("unsupported", "integer, floating-point or RGB voxels", f"NIfTI voxels of type {dtype}")
-    if magic in (NIFTI_1[1], NIFTI_2[1]):
+    channels = len(dtype.names or (1,))
+    try:
+        header.check_fix()
+        shape, offset = header.get_data_shape(), int(header["vox_offset"])
+    except (header_error, ValueError, OverflowError) as error:
+        raise request.error("damaged", "a valid NIfTI header", type(error).__name__) from error
+    if offset < (0 if is_pair else size + 4):
+        raise request.error("damaged", "voxels after the NIfTI header", f"voxels at byte {offset}")
+    if is_pair:
         data = _read_nifti_pair(request)
     x, y, z = (*shape, 1, 1)[:3]
     description: Description = {"format": "nifti"}
@@ -117,8 +130,12 @@ def read_nifti(data: bytes, request: ReadRequest) -> AnyScan:
     request.check_size((end,), 1)
     request.check_ratio(end, len(data))
     raw = gunzip(data, end)
-    if len(raw) < end:
-        raise request.error("damaged", f"{end:,} bytes, as the NIfTI header declares", f"{len(raw):,}")
+    # all volumes of a plain file; of a compressed one only what is inflated
+    is_compressed = data[:2] == b"\x1f\x8b"
+    required = end if is_compressed else offset + math.prod(shape) * dtype.itemsize
+    available = len(raw if is_compressed else data)
+    if available < required:
+        raise request.error("damaged", f"{required:,} bytes, as the NIfTI header declares", f"{available:,}")
     flat = np.frombuffer(raw, dtype, count, offset)
     if channels > 1 or planes > 1:
         flat = flat.view(np.uint8)
@@ -186,7 +203,9 @@ def read_minc(data: bytes, request: ReadRequest) -> AnyScan:
             minc = request.import_decoder("nibabel.minc1", "nibabel").Minc1File(file)
     except KeyError as error:
         raise request.error("unsupported", "a MINC volume", f"{'HDF5' if is_hdf5 else 'NetCDF'} without one") from error
-    except OSError as error:
+    except M3RetReadError:
+        raise
+    except (OSError, ValueError, TypeError, IndexError, struct.error) as error:
         raise request.error("damaged", "a complete MINC volume", type(error).__name__) from error
     shape = tuple(image.shape)
     if len(shape) != 3 or minc.get_data_dtype().kind not in "iuf":
@@ -243,11 +262,11 @@ def read_itk(file: bytes | Path, request: ReadRequest) -> AnyScan:
         reader.SetFileName(str(path))
         try:
             reader.ReadImageInformation()
+            shape, channels = reader.GetSize(), reader.GetNumberOfComponents()
+            dtype = sitk.GetArrayFromImage(sitk.Image([1, 1], reader.GetPixelID(), channels)).dtype
         except RuntimeError as error:
-            raise request.error("damaged", f"a {kind} header", "a header that SimpleITK refuses") from error
-        shape, channels = reader.GetSize(), reader.GetNumberOfComponents()
+            raise request.error("unsupported", f"a {kind} header of SimpleITK", "another one") from error
         description: Description = {"format": kind}
-        dtype = np.dtype(sitk.GetArrayFromImage(sitk.Image([1] * 2, reader.GetPixelID(), channels)).dtype)
         is_colour = dtype == np.uint8 and channels in (3, 4)
         if dtype.kind not in "iuf" or not (channels == 1 or is_colour) or len(shape) > 4:
             got = f"{len(shape)} dimensions of {channels} values of type {dtype}"
@@ -275,7 +294,12 @@ def _split_header(data: bytes, kind: str, request: ReadRequest) -> tuple[bytes, 
     """Return the text of the header, and the name of the file with the voxels, None if they follow the header."""
     field, local = DATA_FIELDS[kind]
     if kind == "nrrd":
-        header = re.split(rb"\r?\n\r?\n", data, maxsplit=1)[0]
+        header, blank, _ = data.replace(b"\r\n", b"\n").partition(b"\n\n")
+        detached = re.search(rb"(?im)^data ?file\s*:", header)  # needs no blank line
+        if not blank and not detached:
+            raise request.error("damaged", "a complete NRRD header", "a header without its end")
+        if re.search(rb"(?im)^encoding\s*:\s*bz", header):
+            raise request.error("unsupported", "NRRD compressed by gzip", "NRRD compressed by bzip2")
     else:
         end = re.search(rb"(?m)^[ \t]*" + field + rb"[^\n]*", data)
         if end is None:
