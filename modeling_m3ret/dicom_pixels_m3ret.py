@@ -141,7 +141,9 @@ def _read_grey(frames: Sequence[Frame], is_volume: bool, request: ReadRequest, d
     # not depend on it.
     windows = [] if is_volume else _per_item(frames, lambda frame: (frame.window, frame.values), _voi_transform)
     rule = "percentiles"
-    if all(is_hounsfield(frame) for frame in frames):
+    if request.intensity in ("hounsfield", "percentiles"):  # the caller overrides the header, and no window applies
+        rule = request.intensity
+    elif all(is_hounsfield(frame) for frame in frames):
         rule = "hounsfield"
     elif windows and None not in windows:
         rule = "window"

@@ -91,8 +91,8 @@ class Folder(Source):
     def _read_manifest(self, root: Path) -> Iterator[Entry]:
         for row in read_manifest_rows(root):
             modality = row.modality or self.modality
-            split, licence = row.split or None, row.licence
-            yield Entry(row.id, (row.file,), modality, row.anatomy, row.labels, row.group, split, licence=licence)
+            scan = (row.id, (row.file,), modality, row.anatomy, row.labels, row.group, row.split or None)
+            yield Entry(*scan, licence=row.licence, intensity=row.intensity)
 
     def _scan_files(self, root: Path) -> Iterator[Entry]:
         series: dict[tuple[str, str, str], list[Path]] = defaultdict(list)  # of a series, a patient and a study

@@ -1,9 +1,10 @@
 """Collections of scans: a folder with a `manifest.csv`, a Parquet dataset in a folder or on the Hub, or the phantom.
 
 A manifest has one row per scan with the columns `id, file, modality, anatomy, label, group` and optionally `split`,
-`source` and `licence`; other columns are ignored. `file` is relative to the folder. `group` is the patient, or the
-video of a frame: scans of one group never count as matches of each other, and no group that is validated or tested on
-is trained on. A Parquet dataset has the schema of `schema.py`; its patient is the group, and its splits are retained.
+`source`, `licence` and `intensity`; other columns are ignored. `file` is relative to the folder. `group` is the
+patient, or the video of a frame: scans of one group never count as matches of each other, and no group that is
+validated or tested on is trained on. A Parquet dataset has the schema of `schema.py`; its patient is the group, and its
+splits are retained.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from .table import COLUMNS, MANIFEST, TableError, count_similar, read_manifest_r
 
 logger = logging.getLogger(__name__)
 
+NO_UNITS = (".nii", ".nii.gz", ".nrrd", ".nhdr", ".mha", ".mhd", ".npy")  # formats without a unit of intensity
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 
 
@@ -144,12 +146,17 @@ def read_manifest(folder: Path) -> list[Record]:
         if not row.modality:
             raise TableError(row.location, "a modality", "an empty cell", "Complete the row or remove it.")
         label = "|".join(row.labels)
-        group = row.group or row.id
-        records.append(
-            Record(row.id, row.file, row.modality, row.anatomy, label, group, split=row.split, source=row.source)
-        )
+        record = Record(row.id, row.file, row.modality, row.anatomy, label, row.group or row.id)
+        records.append(replace(record, split=row.split, source=row.source, intensity=row.intensity))
     if not records:
         raise TableError(folder / MANIFEST, "one row per scan", "none", "Add rows.")
+    undeclared = [r for r in records if r.modality == "ct" and not r.intensity and str(r.location).endswith(NO_UNITS)]
+    if undeclared:
+        logger.warning(
+            "%s: %d CT volumes are of formats that do not declare Hounsfield units, and are scaled by percentiles. If "
+            "they are in Hounsfield units, add a column intensity with the word hounsfield.",
+            *(folder / MANIFEST, len(undeclared)),
+        )
     return records
 
 

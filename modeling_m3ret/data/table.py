@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TextIO
 
+from ..intensity_m3ret import INTENSITIES
+from ..phantom import SYNTHETIC_SOURCE
 from .schema import SPLITS, CollectionError, UnknownWordError, clean, find_split, fold, parse_modality, parse_split
 
 
@@ -26,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.csv"
 COLUMNS = ("id", "file", "modality", "anatomy", "label", "group")
-OPTIONAL_COLUMNS = ("split", "source", "licence")
+OPTIONAL_COLUMNS = ("split", "source", "licence", "intensity")
 DELIMITERS = (",", ";", "\t")
 MAX_LINE_CHARACTERS = 2**20  # of a table: bounds the memory that a damaged or compressed table can take
 # Cells that pandas reads as missing, too: its `keep_default_na`.
@@ -61,6 +63,7 @@ class ManifestRow:
     split: str  # one of `SPLITS`, or empty
     source: str
     licence: str
+    intensity: str | None  # one of `INTENSITIES`, of a file that does not declare it
 
 
 def read_manifest_rows(folder: Path) -> Iterator[ManifestRow]:
@@ -90,6 +93,11 @@ def read_manifest_rows(folder: Path) -> Iterator[ManifestRow]:
             split = row["split"] and parse_split(row["split"])
         except UnknownWordError as error:
             raise TableError(location, error.expected, error.got, error.advice) from error
+        is_phantom_ct = modality == "ct" and row["source"] == SYNTHETIC_SOURCE  # in Hounsfield units in every format
+        intensity = fold(row["intensity"]) or ("hounsfield" if is_phantom_ct else None)
+        if intensity not in (None, *INTENSITIES):
+            advice = "Correct it, or leave the cell empty."
+            raise TableError(location, f"an intensity out of {', '.join(INTENSITIES)}", repr(intensity), advice)
         yield ManifestRow(
             location,
             row["id"],
@@ -97,7 +105,7 @@ def read_manifest_rows(folder: Path) -> Iterator[ManifestRow]:
             modality,
             fold(row["anatomy"]),
             tuple(dict.fromkeys(labels)),
-            *(row["group"], split, row["source"], row["licence"]),
+            *(row["group"], split, row["source"], row["licence"], intensity),
         )
         for name, cell in cells.items() if "split" not in cells else ():
             if name not in row and cell:
