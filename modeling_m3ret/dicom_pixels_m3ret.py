@@ -12,7 +12,7 @@ import math
 import struct
 from collections.abc import Callable, Iterable, Iterator, MutableSequence, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -42,6 +42,15 @@ class Frame:
     frame: int
     values: Any  # item with the rescale: a functional group of the frame, or the dataset itself
     window: Any  # item with the window or VOI LUT
+
+
+class Codestream(NamedTuple):
+    """Header of a compressed frame."""
+
+    rows: int
+    columns: int
+    bits: int | None  # per sample; None for RLE, which has no header
+    is_signed: bool | None  # None for JPEG and JPEG-LS, which have no sign
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,6 +165,8 @@ def _read_grey(frames: Sequence[Frame], is_volume: bool, request: ReadRequest, d
         pixels, bits = _used_bits(words, frame.dataset, precision)
         if rule == "8-bit" and bits > 8:
             raise request.error("damaged", "pixels of 8 bits, as the header declares", f"a codestream of {bits}")
+        if bits != frame.dataset.get("BitsStored") and precision is not None:
+            description["codestream_bits"] = bits
         mask = _padding_mask(words, pixels, bits, frame.dataset)
         if mask is not None:
             padding = np.zeros(array.shape, bool) if padding is None else padding
@@ -205,7 +216,7 @@ def _photometric(dataset: Any) -> str:
 def _decode(
     frames: Sequence[Frame], request: ReadRequest, description: Description
 ) -> Iterator[tuple[int, Frame, np.ndarray, int | None]]:
-    """Yield (index in `frames`, frame, words, bits of the codestream), file by file.
+    """Yield (index in `frames`, frame, words, bits per sample of the codestream), file by file.
 
     Words are `(H, W)` or `(H, W, 3)` RGB, with the unused bits of uncompressed pixels.
     """
@@ -219,10 +230,16 @@ def _decode(
         file_request = replace(request, name=frames[indices[0]].name)
         with file_request.translate_errors():
             numbers = [frames[index].frame for index in indices]
-            decoded, precisions = _decode_frames(dataset, numbers, file_request, description)
+            decoded, codestreams = decode_frames(dataset, numbers, file_request)
             for index, number, words in zip(indices, numbers, decoded, strict=True):
                 _check_frame_size(words.shape[:2], size, file_request)
-                yield index, frames[index], words, precisions[number] if precisions else None
+                _, _, bits, is_signed = codestreams[number] if codestreams else (0, 0, None, None)
+                if is_signed is not None and is_signed != bool(dataset.PixelRepresentation):
+                    description["codestream_sign"] = "differs from the header"
+                    if is_signed and bits and (words >> (bits - 1)).any():  # pydicom, GDCM and the codestream disagree
+                        expected = "a codestream without negative samples, as the header declares"
+                        raise file_request.error("damaged", expected, "negative samples")
+                yield index, frames[index], words, bits
 
 
 def _check_frame_size(size: tuple[int, ...], declared: tuple[int, int], request: ReadRequest) -> None:
@@ -231,25 +248,25 @@ def _check_frame_size(size: tuple[int, ...], declared: tuple[int, int], request:
         raise request.error("damaged", expected, f"{size[0]} x {size[1]}")
 
 
-def _decode_frames(
-    dataset: Any, frames: list[int], request: ReadRequest, description: Description
-) -> tuple[Iterable[np.ndarray], list[int | None]]:
-    """Decode frames of one dataset, given in ascending order. Also return the bits per sample of every codestream."""
+def decode_frames(
+    dataset: Any, frames: list[int], request: ReadRequest
+) -> tuple[Iterable[np.ndarray], list[Codestream]]:
+    """Decode frames of one dataset, given in ascending order. Also return the headers of all its codestreams."""
     syntax, total = transfer_syntax(dataset), int(dataset.get("NumberOfFrames") or 1)
     _check_pixel_description(dataset, syntax, request)
     options: dict[str, Any] = {"correct_unused_bits": False, "allow_excess_frames": False}  # `_used_bits` does
-    precisions: list[int | None] = []
+    codestreams: list[Codestream] = []
     if syntax.is_encapsulated:
-        precisions = _check_codestreams(dataset, total, request, description)
+        codestreams = _check_codestreams(dataset, total, request)
         options["planar_configuration"] = 0  # codestreams and decoders have an order of their own
     else:
         _check_length(dataset, total, request)
-    known = [precision for precision in precisions if precision is not None]
-    if known:  # decoders return samples as they are in the codestream
-        options["bits_stored"] = max(known)
-        options["bits_allocated"] = 8 if max(known) <= 8 else 16 if max(known) <= 16 else 32
-        if syntax == JPEG_EXTENDED and max(known) > 8:
-            return (_decode_jpeg_12bit(dataset, frame, total, max(known), request) for frame in frames), precisions
+    bits = max((codestream.bits or 0 for codestream in codestreams), default=0)
+    if bits:  # decoders return whole words of samples; GDCM aborts the process for unused bits in words of 8
+        size = 8 if bits <= 8 else 16 if bits <= 16 else 32
+        options |= {"bits_stored": size, "bits_allocated": size}
+    if syntax == JPEG_EXTENDED and bits > 8:
+        return (_decode_jpeg_12bit(dataset, frame, total, bits, request) for frame in frames), codestreams
     decoder = importlib.import_module("pydicom.pixels").get_decoder(syntax)
     if not decoder.is_available:
         advice = "Run `pip install pylibjpeg pylibjpeg-openjpeg python-gdcm`, or decompress the file."
@@ -258,9 +275,9 @@ def _decode_frames(
     plugin = "pillow" if syntax == JPEG_BASELINE and "pillow" in decoder.available_plugins else ""
     if len(frames) == total:  # all frames: one pass over the fragments
         pixels = decoder.as_array(dataset, decoding_plugin=plugin, **options)[0]
-        return pixels if total > 1 else [pixels], precisions
+        return pixels if total > 1 else [pixels], codestreams
     single = (decoder.as_array(dataset, index=frame, decoding_plugin=plugin, **options)[0] for frame in frames)
-    return single, precisions
+    return single, codestreams
 
 
 def _check_pixel_description(dataset: Any, syntax: Any, request: ReadRequest) -> None:
@@ -276,8 +293,10 @@ def _check_pixel_description(dataset: Any, syntax: Any, request: ReadRequest) ->
         expected = " or ".join(f"{', '.join(names)} with {count} sample(s)" for count, names in PHOTOMETRIC.items())
         raise request.error("unsupported", expected, f"another kind of pixels with {samples} sample(s)")
     allocated, stored = int(dataset.BitsAllocated), int(dataset.BitsStored)
-    if allocated not in (1, 8, 16, 32, 64) or (allocated == 1 and not syntax.is_little_endian):
+    if allocated not in (1, 8, 16, 32, 64):
         raise request.error("unsupported", "words of 1, 8, 16, 32 or 64 bits", f"BitsAllocated {allocated}")
+    if allocated == 1 and not syntax.is_little_endian and dataset["PixelData"].VR == "OW":
+        raise request.error("unsupported", "big-endian pixels of 1 bit as bytes", "pixels as words")
     in_words = not syntax.is_encapsulated or syntax == RLE
     high = int(dataset.get("HighBit") or stored - 1) if in_words else stored - 1
     if not 1 <= stored <= high + 1 <= allocated:
@@ -301,26 +320,26 @@ def _check_length(dataset: Any, total: int, request: ReadRequest) -> None:
         raise request.error("damaged", f"{size:,} bytes of pixels, as the header declares", f"{actual:,}")
 
 
-def _check_codestreams(dataset: Any, total: int, request: ReadRequest, description: Description) -> list[int | None]:
-    """Return the bits per sample of every codestream, None if it has no header (RLE).
+def _check_codestreams(dataset: Any, total: int, request: ReadRequest) -> list[Codestream]:
+    """Return the headers of all codestreams, after checking their number and size.
 
-    Decoders allocate what a codestream requests, whatever the DICOM header declares, so its size is checked first.
+    Decoders allocate what a codestream requests, whatever the DICOM header declares.
     """
     offsets = None
     if "ExtendedOffsetTable" in dataset and "ExtendedOffsetTableLengths" in dataset:
         offsets = (dataset.ExtendedOffsetTable, dataset.ExtendedOffsetTableLengths)
-    encaps, precisions, frame = importlib.import_module("pydicom.encaps"), [], b""
-    for frame in encaps.generate_frames(dataset.PixelData, number_of_frames=total, extended_offsets=offsets):
-        rows, columns, precision, is_signed = _codestream_header(frame)
-        if precision is not None:
-            _check_frame_size((rows, columns), (int(dataset.Rows), int(dataset.Columns)), request)
-            declared = (int(dataset.BitsStored), bool(dataset.PixelRepresentation))
-            if (precision, declared[1] if is_signed is None else is_signed) != declared:
-                description["codestream"] = "differs from the header in bits or sign"
-        precisions.append(precision)
-    if len(precisions) != total:
-        raise request.error("damaged", f"{total} frames, as the header declares", f"{len(precisions)} codestreams")
-    return precisions
+    encaps = importlib.import_module("pydicom.encaps")
+    frames = encaps.generate_frames(dataset.PixelData, number_of_frames=total, extended_offsets=offsets)
+    codestreams = [_read_codestream_header(frame) for frame in frames]
+    for codestream in codestreams:
+        if codestream.bits is not None:
+            _check_frame_size(codestream[:2], (int(dataset.Rows), int(dataset.Columns)), request)
+            limit = 16 if codestream.is_signed is None else 32  # of JPEG, and of the words of JPEG 2000
+            if not 1 <= codestream.bits <= limit:  # GDCM aborts the process
+                raise request.error("unsupported", f"samples of 1 to {limit} bits", f"samples of {codestream.bits}")
+    if len(codestreams) != total:
+        raise request.error("damaged", f"{total} frames, as the header declares", f"{len(codestreams)} codestreams")
+    return codestreams
 
 
 def transfer_syntax(dataset: Any) -> Any:
@@ -335,26 +354,24 @@ def transfer_syntax(dataset: Any) -> Any:
     return uid.ImplicitVRLittleEndian if implicit else uid.ExplicitVRLittleEndian
 
 
-def _codestream_header(frame: bytes) -> tuple[int, int, int | None, bool | None]:
-    """Return (rows, columns, bits per sample, sign) from a JPEG 2000 SIZ, JPEG SOF or JPEG-LS SOF marker.
-
-    Bits are None for other codestreams, such as RLE. The sign is None for JPEG and JPEG-LS, which have none.
-    """
+def _read_codestream_header(frame: bytes) -> Codestream:
+    """Read a JPEG 2000 SIZ, JPEG SOF or JPEG-LS SOF marker."""
     start = frame.find(b"\xff\x4f\xff\x51", 0, 4096)
     if start >= 0:
         right, bottom, left, top = struct.unpack_from(">4I", frame, start + 8)
         depth = frame[start + 42]
-        return bottom - top, right - left, (depth & 0x7F) + 1, bool(depth & 0x80)
+        return Codestream(bottom - top, right - left, (depth & 0x7F) + 1, bool(depth & 0x80))
     at = 2
     while frame[:2] == b"\xff\xd8" and at + 9 <= len(frame) and frame[at] == 0xFF:
         marker = frame[at + 1]
         if marker == 0xFF:  # fill byte
             at += 1
         elif marker == 0xF7 or (0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC)):
-            return *struct.unpack_from(">HH", frame, at + 5), frame[at + 4], None
+            bits, rows, columns = struct.unpack_from(">BHH", frame, at + 4)
+            return Codestream(rows, columns, bits, None)
         else:
             at += 2 + struct.unpack_from(">H", frame, at + 2)[0]
-    return 0, 0, None, None
+    return Codestream(0, 0, None, None)
 
 
 def _decode_jpeg_12bit(dataset: Any, frame: int, total: int, bits: int, request: ReadRequest) -> np.ndarray:
@@ -383,17 +400,18 @@ def _decode_jpeg_12bit(dataset: Any, frame: int, total: int, bits: int, request:
 def _used_bits(words: np.ndarray, dataset: Any, precision: int | None) -> tuple[np.ndarray, int]:
     """Return pixel values without the unused bits of their words (PS3.5 8.1.1), and their number of bits.
 
-    A codestream of another precision than the header's is right (PS3.5 8.2). If its additional bits are unused, it was
-    made from whole words, to which the header applies.
+    Samples of a codestream fill its low bits, whatever HighBit is, unless whole words were compressed. If they have
+    other bits than the header declares, the codestream is right (PS3.5 8.2).
     """
     if words.dtype.kind == "f" or int(dataset.BitsAllocated) == 1:
         return words, 1
     bits, size = int(dataset.BitsStored), 8 * words.dtype.itemsize
     high = int(dataset.get("HighBit") or bits - 1)
-    if precision is not None and not (bits < precision and bits <= high < precision):
-        if precision < bits or (words.astype(f"u{words.dtype.itemsize}") >> bits).any():
-            bits = precision
-        high = bits - 1
+    if precision is not None:
+        unsigned = words.astype(f"u{words.dtype.itemsize}")
+        if not bits <= high < precision or (unsigned & (2 ** (high + 1 - bits) - 1)).any():
+            bits = precision if precision < bits or (precision > bits and (unsigned >> bits).any()) else bits
+            high = bits - 1
     if bits == size:
         return words, bits
     return (words << (size - 1 - high)) >> (size - bits), bits

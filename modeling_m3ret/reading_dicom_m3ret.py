@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from .dicom_pixels_m3ret import PIXEL_KEYS, _decode_frames, in_plane_spacing, is_hounsfield, read_pixels
+from .dicom_pixels_m3ret import PIXEL_KEYS, decode_frames, in_plane_spacing, is_hounsfield, read_pixels
 from .dicom_planes_m3ret import Arrangement, Plane, arrange, frames_are_described, split_into_planes
 from .intensity_m3ret import to_unit_range
 from .reading_video_m3ret import read_video
@@ -296,7 +296,7 @@ def _untile(planes: list[Plane], request: ReadRequest, description: Description)
     for plane in {id(plane.dataset): plane for plane in planes if plane.is_tile}.values():
         file_request = replace(request, name=plane.name)
         with file_request.translate_errors():
-            pixels = np.asarray(next(iter(_decode_frames(plane.dataset, [0], file_request, description)[0])))
+            pixels = np.asarray(next(iter(decode_frames(plane.dataset, [0], file_request)[0])))
             rows, columns = plane.size
             side = pixels.shape[0] // rows
             frames = pixels.reshape(side, rows, side, columns).swapaxes(1, 2)
