@@ -58,6 +58,9 @@ ORDER = (
     *("InStackPositionNumber", "TemporalPositionIdentifier", "TriggerTime", "FrameReferenceTime", "EchoTime"),
     *("DiffusionBValue", "AcquisitionDateTime", "ContentDateTime", "InstanceNumber"),
 )
+# Each projection is an image of its own: CR, DX, mammography, intra-oral.
+PROJECTIONS = tuple(f"1.2.840.10008.5.1.4.1.1.1{tail}" for tail in ("", ".1", ".1.1", ".2", ".2.1", ".3", ".3.1"))
+MAX_DIRECTIONS = 64  # of planes that are compared with each other
 # Multi-frame images with one of these are not slices, even if they declare a spacing between slices.
 CLIP_ELEMENTS = (
     *("FrameTime", "FrameTimeVector", "CineRate", "RotationVector", "AngularViewVector", "TimeSlotVector"),
@@ -141,11 +144,12 @@ def split_into_planes(
             found = (group[sequence][0] for group in own for sequence in sequences if group.get(sequence))
             return next(found, dataset)
 
-        geometry, directions = item("PlanePositionSequence"), item("PlaneOrientationSequence")
+        geometry = item("PlanePositionSequence", "PlanePositionVolumeSequence")
+        directions = item("PlaneOrientationSequence")
         cosines = read_numbers(directions, "ImageOrientationPatient", 6)
         cosines = cosines or read_numbers(detector, "ImageOrientationPatient", 6)
         orientation = _unit_vectors(cosines) if cosines else None
-        corner = read_numbers(geometry, "ImagePositionPatient", 3)
+        corner = read_numbers(geometry, "ImagePositionPatient", 3) or read_numbers(geometry, "ImagePositionVolume", 3)
         corner = corner or read_numbers(detector, "ImagePositionPatient", 3)
         # The single position of a classic multi-frame image does not locate its frames.
         located = corner is not None and (geometry is not dataset or not is_multi_frame)
@@ -278,14 +282,14 @@ def arrange(planes: list[Plane], description: Description) -> Arrangement:
     """Select the planes of one scan from those of a series, and sort them.
 
     1. A stack is a set of parallel planes of one size, spacing, image type and stack ID, with or without positions. A
-       multi-frame file without positions is a stack of its own. The stack with the most planes is read; on a tie, an
-       original before a derived one, then the most axial one. Localisers come last.
+       multi-frame file without positions, and a radiograph, are a stack of their own. The stack with the most planes is
+       read; on a tie, an original before a derived one, then the most axial one. Localisers come last.
     2. Planes are placed along their normal by ImagePositionPatient, a vector of frame offsets, or SliceLocation.
        Positions that differ by rounding are one position. A plane that is stored twice is dropped.
     3. Planes at a single position are a clip. Otherwise they are a volume: of several acquisitions, echoes, phases or
        other repetitions, the first one that covers the volume is read (see `PHASES`).
     4. The frames of a clip, and planes without any position, are sorted by the first element of `ORDER` that they all
-       have and no two share; otherwise they keep the order of the input.
+       have and no two share, otherwise by the one with the most values. Planes of one value keep the input's order.
 
     Args:
         planes: at least one plane, in the order of the input.
@@ -318,7 +322,9 @@ def _largest_stack(planes: list[Plane], description: Description) -> list[Plane]
     one_each = len(frames_of_reference) == len(planes)  # software for removing identifiers may replace each of them
     stacks: dict[tuple[Any, ...], list[list[Plane]]] = defaultdict(list)
     for plane in planes:
-        is_loose = plane.position is None and int(plane.dataset.get("NumberOfFrames") or 1) > 1
+        is_multi_frame = int(plane.dataset.get("NumberOfFrames") or 1) > 1
+        is_projection = str(plane.dataset.get("SOPClassUID", "")) in PROJECTIONS
+        is_loose = plane.position is None and (is_multi_frame or is_projection)
         key = (
             plane.size,
             *(plane.dataset.get(name) for name in ("SamplesPerPixel", "PhotometricInterpretation")),
@@ -327,7 +333,7 @@ def _largest_stack(planes: list[Plane], description: Description) -> list[Plane]
             plane.position is None,
             plane.index if is_loose else None,
         )
-        stack = next((stack for stack in stacks[key] if _are_parallel(plane, stack[0])), None)
+        stack = next((stack for stack in stacks[key][-MAX_DIRECTIONS:] if _are_parallel(plane, stack[0])), None)
         if stack is None:
             stacks[key].append(stack := [])
         stack.append(plane)
@@ -364,6 +370,10 @@ def _heights(planes: list[Plane]) -> np.ndarray | None:
     """Return mm along the normal, or along an unknown direction; None if not all planes declare them."""
     if all(plane.position is not None and plane.orientation is not None for plane in planes):
         return np.array([plane.position @ planes[0].normal for plane in planes])
+    if all(plane.position is not None for plane in planes):  # along their line, towards left, back or head
+        positions = np.array([plane.position for plane in planes])
+        line = np.linalg.svd(positions - positions.mean(axis=0), full_matrices=False)[2][0]
+        return positions @ line * np.sign(line[np.abs(line).argmax()])
     if all(plane.offset is not None for plane in planes):
         return np.array([plane.offset for plane in planes])
     if any(int(plane.dataset.get("NumberOfFrames") or 1) > 1 for plane in planes):
@@ -376,7 +386,7 @@ def _tolerance(planes: list[Plane]) -> float:
     mm = [mm for mm in planes[0].spacing if mm]
     thickness = (planes[0].key("SliceThickness") or (0.0,))[0]
     thickness = thickness if isinstance(thickness, float) else 0.0
-    return max(EQUAL_POSITION * min(mm) if mm else 0.01, EQUAL_POSITION_OF_THICKNESS * thickness)
+    return max(EQUAL_POSITION * min(mm), min(EQUAL_POSITION_OF_THICKNESS * thickness, *mm)) if mm else 0.01
 
 
 def _cluster(values: np.ndarray, tolerance: float) -> np.ndarray:
@@ -389,23 +399,22 @@ def _cluster(values: np.ndarray, tolerance: float) -> np.ndarray:
 
 def _without_duplicates(planes: list[Plane], positions: np.ndarray) -> list[int]:
     """Return the indices of planes without copies: same position, number and times, and the same UID or pixels."""
-    count, kept = Counter(positions.tolist()), []
-    seen: dict[tuple[Any, ...], list[Plane]] = defaultdict(list)
-    for index, (plane, position) in enumerate(zip(planes, positions.tolist(), strict=True)):
-        if count[position] > 1:
-            key = (position, plane.frame, *(plane.key(name) for name in ORDER))
-            if any(_is_copy(plane, other) for other in seen[key]):
+    repeated = Counter(positions.tolist())
+    keys = [
+        (position, plane.frame, *(plane.key(name) for name in ORDER)) if repeated[position] > 1 else None
+        for plane, position in zip(planes, positions.tolist(), strict=True)
+    ]
+    count, kept = Counter(keys), []
+    seen: set[tuple[Any, ...]] = set()
+    for index, (plane, key) in enumerate(zip(planes, keys, strict=True)):
+        if key is not None and count[key] > 1:
+            marks = {(key, "uid", plane.value("SOPInstanceUID")), (key, "pixels", hash(plane.value("PixelData")))}
+            marks -= {(key, "uid", None), (key, "pixels", hash(None))}
+            if seen & marks:
                 continue
-            seen[key].append(plane)
+            seen |= marks
         kept.append(index)
     return kept
-
-
-def _is_copy(a: Plane, b: Plane) -> bool:
-    if a.index == b.index:
-        return False
-    same_uid = a.value("SOPInstanceUID") is not None and a.value("SOPInstanceUID") == b.value("SOPInstanceUID")
-    return same_uid or a.value("PixelData") == b.value("PixelData") is not None
 
 
 def _first_phase(
@@ -418,11 +427,12 @@ def _first_phase(
     is_volume = positions.max() > 0
     phases, selected_by = max(Counter(positions[chosen].tolist()).values()), []
     for name in ("ImagePositionPatient", *PHASES) if is_volume else ("ImagePositionPatient",):
-        groups = _groups(planes, chosen, name)
+        distinct = len(set(positions[chosen].tolist()))
+        can_decide = len(chosen) > distinct or name in ACQUISITIONS
+        groups = _groups(planes, chosen, name) if can_decide else []
         if len(groups) < 2:
             continue
         covered = [len(set(positions[group].tolist())) for group in groups]
-        distinct = len(set(positions[chosen].tolist()))
         if len(chosen) > distinct and max(covered) >= 0.9 * distinct:
             chosen = next(group for group, count in zip(groups, covered, strict=True) if count >= 0.9 * max(covered))
         elif name in ACQUISITIONS and _interleave(planes, heights, groups, name, len(chosen) > distinct):
@@ -496,13 +506,19 @@ def _interleave(
 
 
 def _order_keys(planes: list[Plane], positions: Sequence[int]) -> tuple[str, list[Any]]:
-    """Return the first element that all planes have and no two at one position share, and its values."""
+    """Return the element that sorts planes at one position (rule 4), and their sort keys."""
+    by_file = "input order" if len({plane.index for plane in planes}) > 1 else "frame number"
+    best, best_keys, most = by_file, [()] * len(planes), len(set(positions))
     for name in ORDER:
         keys = [plane.key(name) for plane in planes]
-        if None not in keys and len(set(zip(positions, keys, strict=True))) == len(keys):
-            return name, [_sortable(key) for key in keys]
-    name = "input order" if len({plane.index for plane in planes}) > 1 else "frame number"
-    return name, [(plane.index, plane.frame) for plane in planes]
+        distinct = len(set(zip(positions, keys, strict=True)))
+        if None not in keys and distinct > most:
+            best, best_keys, most = name, [_sortable(key) for key in keys], distinct
+        if most == len(planes):
+            break
+    if best != by_file and most < len(planes):
+        best = f"{best}, {by_file}"
+    return best, [(key, plane.index, plane.frame) for key, plane in zip(best_keys, planes, strict=True)]
 
 
 def _in_order(planes: list[Plane], description: Description) -> list[Plane]:
@@ -520,8 +536,9 @@ def _step(planes: list[Plane], heights: np.ndarray, description: Description) ->
         gaps = np.linalg.norm(np.diff(positions, axis=0), axis=1)
         line = (positions[-1] - positions[0]) / np.linalg.norm(positions[-1] - positions[0])
         step = line * np.median(gaps)
-        tilt = math.degrees(math.acos(min(1.0, float(line @ planes[0].normal))))
-        description["gantry_tilt_degrees"] = round(tilt, 1)
+        if planes[0].orientation is not None:
+            tilt = math.degrees(math.acos(min(1.0, float(line @ planes[0].normal))))
+            description["gantry_tilt_degrees"] = round(tilt, 1)
     distance = float(np.median(gaps))
     description["slices"] = len(planes)
     description["missing_slices"] = int((np.rint(gaps / distance) - 1).clip(0).sum())

@@ -46,6 +46,7 @@ NOT_SCANS = {
     "1.2.840.10008.5.1.4.1.1.11.": "a presentation state",
     "1.2.840.10008.5.1.4.1.1.88.": "a report or key object selection",
     "1.2.840.10008.5.1.4.1.1.104.": "an encapsulated document",
+    "1.2.840.10008.5.1.4.1.1.77.1.6": "a whole-slide image in tiles",
 }
 NOT_SCANS_BY_MODALITY = ("SEG", "RTSTRUCT", "RTPLAN", "PR", "SR", "KO", "REG", "DOC")
 LISTED_SERIES = 10  # in an error message
@@ -64,7 +65,10 @@ class _File:
     def series(self) -> tuple[float, str, str, str]:
         """Sort key of its series. Two patients are never in one, whatever their series are called."""
         number = str(self.dataset.get("SeriesNumber") or "")
-        names = (str(self.dataset.get(key) or "") for key in ("SeriesInstanceUID", "StudyInstanceUID", "PatientID"))
+        names = (
+            str(self.dataset.get(key) or "").strip(" \0")
+            for key in ("SeriesInstanceUID", "StudyInstanceUID", "PatientID")
+        )
         return (float(number) if number.isdecimal() else math.inf, *names)  # type: ignore[return-value]
 
 

@@ -91,6 +91,11 @@ def test_clip_that_crosses_midnight_is_in_order() -> None:
     np.testing.assert_array_equal(read_scan([files[index] for index in SHUFFLE]).array[0], FRAMES)
 
 
+def test_thickness_of_wrong_units_merges_no_slices() -> None:
+    scan = read_scan(slices(SliceThickness=2000))  # in micrometres
+    np.testing.assert_array_equal(scan.array[0], FRAMES)
+
+
 @pytest.mark.parametrize("drift", [1e-4, 0.02, 0.05])  # rounding; the last two move by up to a quarter of a pixel
 def test_positions_that_drift_are_one_position(drift: float) -> None:
     files = slices(gap=drift, start=5)
@@ -233,6 +238,16 @@ def test_frame_of_reference_of_each_file_is_no_stack() -> None:
     np.testing.assert_array_equal(read_scan(shuffled(files)).array[0], FRAMES)
 
 
+@pytest.mark.parametrize(
+    "sop", ["1.2.840.10008.5.1.4.1.1.1", "1.2.840.10008.5.1.4.1.1.1.1", "1.2.840.10008.5.1.4.1.1.1.2"]
+)
+def test_radiographs_of_one_series_are_not_frames_of_a_clip(sop: str) -> None:
+    views = with_values([dicom(frame, sop=sop) for frame in FRAMES[:3]], "InstanceNumber", [3, 1, 2])
+    scan = read_scan(views)
+    np.testing.assert_array_equal(scan.array[0], FRAMES[1:2])
+    assert (scan.description["stacks"], scan.description["slices_left_out"]) == (3, 2)
+
+
 def test_clips_of_one_series_are_not_joined() -> None:
     short, long = dicom(FRAMES[:2], sop=CINE, InstanceNumber=1), dicom(FRAMES, sop=CINE, InstanceNumber=2)
     still = dicom(FRAMES[0], sop=CINE, InstanceNumber=3)
@@ -337,13 +352,15 @@ def test_positions_rounded_differently_are_a_uniform_volume() -> None:
         ({"TriggerTime": ["0"] * 6, "InstanceNumber": range(6)}, "InstanceNumber", None),  # a time that all share
         ({"AcquisitionTime": [f"1000{k:02d}" for k in range(6)]}, "AcquisitionDateTime", None),
         ({"InstanceNumber": [1] * 6}, "input order", None),
+        ({"InstanceNumber": [1, 2, 3, 4, 4, 5]}, "InstanceNumber, input order", None),
+        ({"ImagePositionPatient": [[9, 9, 2 * k] for k in range(6)]}, "ImagePositionPatient", 2),  # no orientation
     ],
 )
 def test_order_without_positions(elements: dict[str, Any], order: str, spacing: float | None) -> None:
     files = [dicom(frame, PixelSpacing=[1, 1]) for frame in FRAMES]
     for keyword, values in elements.items():
         with_values(files, keyword, values)
-    scan = read_scan(files if order == "input order" else [files[index] for index in SHUFFLE])
+    scan = read_scan(files if "input order" in order else [files[index] for index in SHUFFLE])
     np.testing.assert_array_equal(scan.array[0], FRAMES)
     assert (scan.description["order"], scan.spacing) == (order, (spacing, 1, 1))
 
@@ -628,6 +645,7 @@ def test_tiny_frames_are_limited_in_number() -> None:
         ("1.2.840.10008.5.1.4.1.1.11.1", "PR", False),
         ("1.2.840.10008.5.1.4.1.1.88.59", "KO", False),
         ("1.2.840.10008.5.1.4.1.1.88.33", "SR", False),
+        ("1.2.840.10008.5.1.4.1.1.77.1.6", "SM", True),
     ],
 )
 def test_objects_beside_a_scan_are_not_scans(sop: str, modality: str, pixels: bool, tmp_path: Path) -> None:
