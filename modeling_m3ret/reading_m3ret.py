@@ -9,6 +9,7 @@ only NumPy; decoders are imported when a format needs them.
 
 from __future__ import annotations
 
+import gzip
 import io
 import math
 import os
@@ -29,7 +30,6 @@ from .reading_video_m3ret import read_video
 from .reading_volume_m3ret import VOLUME_READERS, gunzip, read_nifti
 from .scan_m3ret import (
     HEAD_BYTES,
-    RATIO_FLOOR,
     AnyScan,
     Description,
     M3RetReadError,
@@ -289,14 +289,15 @@ def _read_gzip(data: bytes, request: ReadRequest, containers: tuple[str, ...]) -
     try:
         if sniff(gunzip(data, HEAD_BYTES)) == "nifti":
             return read_nifti(data, request)  # which inflates no more than its header declares
-        limit = min(
-            request.limits.max_decoded_bytes, int(max(RATIO_FLOOR, request.limits.max_inflate_ratio * len(data)))
-        )
-        content = gunzip(data, limit + 1)
-    except (zlib.error, EOFError) as error:
+        size = 0
+        with gzip.open(io.BytesIO(data)) as stream:
+            while piece := stream.read(2**20):  # before memory is taken for all of them
+                size += len(piece)
+                request.check_size((size,), 1)
+                request.check_ratio(size, len(data))
+        content = gzip.decompress(data)
+    except (zlib.error, EOFError, gzip.BadGzipFile) as error:
         raise request.error("damaged", "a complete gzip file", type(error).__name__) from error
-    request.check_size((max(1, len(content)),), 1)
-    request.check_ratio(len(content), len(data))
     return _read_file(content, request, containers)
 
 

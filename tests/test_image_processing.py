@@ -131,6 +131,39 @@ def test_call_overrides_settings_and_rejects_invalid_ones() -> None:
         processor(volume, colour="blue")
 
 
+def test_channels_first_gives_the_rows_of_channels_last() -> None:
+    processor = M3RetImageProcessor(size=32)
+    batch = np.random.default_rng(0).integers(0, 255, (4, 40, 48, 3), dtype=np.uint8)
+    expected = processor([*batch])
+    first = torch.from_numpy(batch).permute(0, 3, 1, 2)
+    for given in (first, first.numpy(), [*first]):  # as for other image processors, a batch is a list of images
+        got = processor(given, input_data_format="channels_first")
+        assert torch.equal(got["grid_thw"], expected["grid_thw"])
+        assert torch.equal(got["pixel_values"], expected["pixel_values"])
+    clip = processor([first], input_data_format="channels_first")
+    assert torch.equal(clip["pixel_values"], processor(batch)["pixel_values"])
+    for ambiguous in (first, first[0]):
+        with pytest.raises(M3RetReadError, match="input_data_format"):
+            processor(ambiguous)
+
+
+def test_intensity_is_declared_per_call() -> None:
+    hounsfield = np.random.default_rng(0).normal(40, 20, (6, 32, 32)).astype(np.int16)
+    processor = M3RetImageProcessor(size=32)
+    declared = processor(hounsfield, intensity="hounsfield")["pixel_values"]
+    assert torch.equal(declared, processor({"volume": hounsfield, "intensity": "hounsfield"})["pixel_values"])
+    assert declared.abs().max() < 0.2  # soft tissue is near 0 HU, the middle of the range
+    assert processor(hounsfield)["pixel_values"].abs().max() == 1
+
+
+def test_colour_becomes_luma_for_one_channel() -> None:
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8))
+    processor = M3RetImageProcessor(size=32, num_channels=1)
+    rows, grey = (processor(image)["pixel_values"] for image in (picture, picture.convert("L")))
+    assert rows.shape == grey.shape
+    assert (rows - grey).abs().max() < 1.1 * 2 / 255  # Pillow rounds to 8 bits
+
+
 def test_frames_of_a_clip_are_selected_and_slices_of_a_volume_averaged() -> None:
     """Slices sample continuous tissue; frames of a video must not be blended."""
     alternating = np.zeros((1, 64, 32, 32), dtype=np.float32)

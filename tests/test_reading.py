@@ -5,17 +5,23 @@ from __future__ import annotations
 import gzip
 import io
 import pickle
+import struct
+import tempfile
+import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import av
+import fsspec
 import nibabel as nib
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from scan_files import nifti_bytes, reorient
+from pydicom.data import get_testdata_file
+from scan_files import dicom_bytes, nifti_bytes, reorient, series
 
 from modeling_m3ret.reading_m3ret import M3RetReadError, Scan, read_scan
 
@@ -24,6 +30,9 @@ RNG = np.random.default_rng(7)
 GREY = RNG.integers(0, 256, (12, 9), dtype=np.uint8)
 RGB = RNG.integers(0, 256, (12, 9, 3), dtype=np.uint8)
 NONE3 = (None, None, None)
+MR = RNG.integers(0, 3000, (12, 14, 10)).astype(np.int16)
+RAS = np.diag([1.0, 1.25, 1.4, 1.0])
+RAS[:3, 3] = [-20, 30, 5]
 
 
 def encode(image: Image.Image, kind: str, **options: Any) -> bytes:
@@ -99,6 +108,144 @@ def test_exif_orientation_is_applied() -> None:
     np.testing.assert_array_equal(scan.array[0, 0], np.rot90(GREY, -1))
 
 
+def tiff(
+    pixels: np.ndarray, order: str = "<", photometric: int = 1, *, big: bool = False, planar: bool = False, **tags: Any
+) -> bytes:
+    """Return an uncompressed TIFF of one strip per plane, written as TIFF 6.0 and BigTIFF define it.
+
+    `tags` are further SHORT values, or RATIONAL ones as pairs, by the name t<number>. `deflate` compresses the strips.
+    """
+    deflate, channels = tags.pop("deflate", False), pixels.shape[2] if pixels.ndim == 3 else 1
+    raw = pixels.astype(pixels.dtype.newbyteorder(order))
+    planes = [raw[..., channel] for channel in range(channels)] if planar else [raw]
+    strips = [zlib.compress(plane.tobytes()) if deflate else plane.tobytes() for plane in planes]
+    word, wide = ("Q", 8) if big else ("I", 4)
+    start = 16 if big else 8
+    offsets = [start + sum(map(len, strips[:index])) for index in range(len(strips))]
+    kind = {"u": 1, "i": 2, "f": 3}[pixels.dtype.kind]
+    values = {256: [pixels.shape[1]], 257: [pixels.shape[0]], 258: [pixels.itemsize * 8] * channels}
+    values |= {259: [8 if deflate else 1], 262: [photometric], 277: [channels], 278: [pixels.shape[0]]}
+    values |= {273: offsets, 279: [len(strip) for strip in strips], 284: [2 if planar else 1], 339: [kind] * channels}
+    values |= {int(name[1:]): value for name, value in tags.items()}
+    body = b"".join(strips) + b"\0" * (sum(map(len, strips)) % 2)
+    entries = b""
+    for tag, value in sorted(values.items()):
+        pair, long = isinstance(value[0], tuple), tag in (273, 279)
+        numbers = [n for item in value for n in item] if pair else value
+        data = struct.pack(order + ("I" if pair or long else "H") * len(numbers), *numbers)
+        if len(data) > wide:
+            body, data = body + data, struct.pack(order + word, start + len(body))
+        entries += struct.pack(order + "HH" + word, tag, 5 if pair else 4 if long else 3, len(value))
+        entries += data.ljust(wide, b"\0")
+    head = (b"II" if order == "<" else b"MM") + struct.pack(order + "H", 43 if big else 42)
+    head += struct.pack(order + ("HHQ" if big else "I"), *((8, 0) if big else ()), start + len(body))
+    return head + body + struct.pack(order + ("Q" if big else "H"), len(values)) + entries + bytes(wide)
+
+
+SAMPLES = [
+    RNG.integers(np.iinfo(kind).min, np.iinfo(kind).max, (12, 9), dtype=kind)
+    for kind in (np.int8, np.uint16, np.int16, np.int32, np.uint32)
+]
+SAMPLES.append(RNG.normal(100, 300, (12, 9)).astype(np.float32))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("pixels", SAMPLES, ids=lambda pixels: str(pixels.dtype))
+@pytest.mark.parametrize("deflate", [False, True])
+def test_tiff_of_any_type_has_its_values_or_is_unsupported(pixels: np.ndarray, order: str, deflate: bool) -> None:
+    for big in (False, True):
+        for white_is_zero in (False, True):
+            data = tiff(pixels, order, int(not white_is_zero), big=big, deflate=deflate)
+            expected = 1 - percentiles(pixels) if white_is_zero else percentiles(pixels)
+            try:
+                array = read_scan(data).array[0, 0]
+            except M3RetReadError as error:
+                reason = error.reason
+            else:
+                reason = np.testing.assert_allclose(array, expected, atol=1e-5)
+            assert reason in ((None, "unsupported") if order == ">" or white_is_zero else (None,))
+
+
+def test_tiff_layouts() -> None:
+    deep = RNG.integers(0, 65536, (12, 9, 3), dtype=np.uint16)
+    for order in "<>":
+        np.testing.assert_array_equal(read_scan(tiff(GREY, order, 0)).array[0, 0], 255 - GREY)
+        for planar in (False, True):
+            array = read_scan(tiff(RGB, order, 2, planar=planar)).array
+            np.testing.assert_array_equal(array[:, 0].transpose(1, 2, 0), RGB)
+        np.testing.assert_array_equal(read_scan(tiff(deep, order, 2)).array[:, 0].transpose(1, 2, 0), deep >> 8)
+        with pytest.raises(M3RetReadError) as caught:  # Pillow would read its planes as bytes
+            read_scan(tiff(deep, order, 2, planar=True))
+        assert caught.value.reason == "unsupported"
+
+
+def test_reduced_pages_of_a_tiff_are_left_out() -> None:
+    page, small = Image.fromarray(GREY), Image.fromarray(GREY).resize((4, 6))
+    small.encoderinfo = {"tiffinfo": {254: 1}}  # NewSubfileType: a reduced copy
+    data = encode(page, "TIFF", save_all=True, append_images=[small, page])
+    scan = read_scan(data)
+    np.testing.assert_array_equal(scan.array[0], [GREY, GREY])
+    assert scan.description["pages_left_out"] == 1
+
+
+def test_imagej_stack_without_pages_is_refused() -> None:
+    data = encode(Image.fromarray(GREY), "TIFF", tiffinfo={270: "ImageJ=1.54f\nimages=20\nslices=20\n"})
+    with pytest.raises(M3RetReadError) as caught:
+        read_scan(data)
+    assert caught.value.reason == "unsupported"
+
+
+@pytest.mark.parametrize(
+    ("data", "ratio"),  # width of a pixel / height, from pixels per inch across / down
+    [
+        (tiff(GREY, t282=[(204, 1)], t283=[(98, 1)], t296=[2]), 98 / 204),  # fax
+        (tiff(GREY, t282=[(2, 1)], t283=[(1, 1)], t296=[1]), 0.5),  # without a unit
+        (tiff(GREY, t282=[(72009, 1000)], t283=[(72, 1)], t296=[2]), None),  # rounded
+        (encode(Image.fromarray(GREY), "PNG", dpi=(72, 144)), 2.0),
+        (encode(Image.fromarray(GREY), "JPEG", dpi=(200, 100)), 0.5),
+        (encode(Image.fromarray(GREY), "JPEG", dpi=(300, 300)), None),
+        (encode(Image.fromarray(GREY), "BMP", dpi=(100, 50)), 0.5),
+    ],
+)
+def test_declared_resolution_gives_the_ratio_of_pixel_sides(data: bytes, ratio: float | None) -> None:
+    expected = NONE3 if ratio is None else (None, 1.0, pytest.approx(ratio, rel=1e-3))
+    assert read_scan(data).spacing == expected
+
+
+def test_rotation_swaps_the_sides_of_pixels() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    assert read_scan(encode(Image.fromarray(GREY), "JPEG", dpi=(200, 100), exif=exif)).spacing == (None, 1.0, 2.0)
+
+
+@pytest.mark.parametrize("kind", ["AVIF", "HEIF", "JPEG2000"])
+def test_pictures_in_further_formats_are_read_as_pictures(kind: str) -> None:
+    if kind == "HEIF":
+        pytest.importorskip("pillow_heif").register_heif_opener()
+    smooth = np.add.outer(np.arange(64) * 2, np.arange(48)).astype(np.uint8)
+    scan = read_scan(encode(Image.fromarray(np.stack([smooth, smooth, 255 - smooth], -1)), kind, quality=95))
+    assert scan.array.shape == (3, 1, 64, 48)
+    assert scan.description["format"] == kind.lower()
+    assert np.abs(scan.array[0, 0].astype(int) - smooth).max() < 20
+
+
+@pytest.mark.parametrize("kind", ["AVIF", "WEBP", "PNG"])
+def test_animations_have_all_frames(kind: str) -> None:
+    frames = [Image.fromarray(np.roll(np.tile(np.arange(64, dtype=np.uint8) * 3, (48, 1)), 9 * i, 1)) for i in range(5)]
+    colour = [Image.merge("RGB", (frame, frame.point(lambda v: 255 - v), frame)) for frame in frames]
+    options = {"lossless": True} if kind == "WEBP" else {}
+    scan = read_scan(encode(colour[0], kind, save_all=True, append_images=colour[1:], duration=90, **options))
+    assert scan.array.shape == (3, 5, 48, 64)
+    assert np.abs(scan.array[0].astype(int) - np.stack([np.asarray(frame) for frame in frames])).mean() < 6
+
+
+def test_default_image_of_an_animated_png_is_no_frame() -> None:
+    frames = [Image.fromarray(np.roll(RGB, i, 0)) for i in range(3)]
+    data = encode(Image.fromarray(RGB[::-1].copy()), "PNG", save_all=True, default_image=True, append_images=frames)
+    scan = read_scan(data)
+    np.testing.assert_array_equal(scan.array.transpose(1, 2, 3, 0), np.stack([np.asarray(f) for f in frames]))
+
+
 def test_pages_and_animation_frames_become_depth() -> None:
     pages = [Image.fromarray(RNG.integers(0, 256, (8, 6), dtype=np.uint8)) for _ in range(10)]
     for kind in ("TIFF", "GIF"):
@@ -129,6 +276,33 @@ def test_array_layouts(convert: Callable[[np.ndarray], Any]) -> None:
         np.testing.assert_array_equal(scan.array, expected)
         colour = scan.array.shape[0] == 3 and scan.array.dtype == np.uint8
         assert (scan.array.transpose(1, 2, 3, 0) if colour else scan.array).flags.c_contiguous
+
+
+def test_channels_first_is_declared_and_never_guessed() -> None:
+    first, clip_first = RGB.transpose(2, 0, 1), np.stack([RGB, RGB[::-1]]).transpose(0, 3, 1, 2)
+    for array in (first, clip_first, clip_first[:, :1]):
+        with pytest.raises(M3RetReadError) as caught:
+            read_scan(array)
+        assert caught.value.reason == "unsupported"
+        assert "input_data_format" in caught.value.advice
+    for given in (first, torch.from_numpy(first.copy())):
+        colour = read_scan(given, input_data_format="channels_first")
+        np.testing.assert_array_equal(colour.array, first[:, None])
+    frames = read_scan(clip_first, input_data_format="channels_first").array
+    np.testing.assert_array_equal(frames, clip_first.transpose(1, 0, 2, 3))
+    np.testing.assert_array_equal(read_scan(first, input_data_format="channels_last").array, first[None])  # slices
+    for unambiguous in (first[:1], first[..., None], GREY, np.stack([GREY] * 5)):
+        assert read_scan(unambiguous).array.shape[0] == 1
+    np.testing.assert_array_equal(read_scan(first[:1], input_data_format="channels_first").array, first[None, :1])
+    with pytest.raises(ValueError, match="input_data_format"):
+        read_scan(RGB, input_data_format="first")
+
+
+def test_column_of_a_row_decides_between_slices_and_colours() -> None:
+    slices = RGB.transpose(2, 0, 1)
+    np.testing.assert_array_equal(read_scan({"volume": slices}).array, slices[None])
+    with pytest.raises(M3RetReadError):
+        read_scan({"image": slices})
 
 
 def test_intensity_of_arrays_is_inferred_from_their_values() -> None:
@@ -180,7 +354,121 @@ def test_npz_key_declares_hounsfield_units(tmp_path: Path) -> None:
     np.testing.assert_array_equal(read_scan(tmp_path / "fortran.npy").array, read_scan(soft).array)
 
 
+# a CT with air; the same resampled to floats; an organ of it without air
+CT = RNG.normal(40, 20, (12, 14, 10)).round().astype(np.int16)
+CT[:, :4] = -1000
+SAME_CT = {"int16": CT, "float32": CT * np.float32(1.0001), "float64": CT + 0.25, "organ": CT[:, 5:]}
+
+
+@pytest.mark.parametrize("voxels", SAME_CT.values(), ids=SAME_CT)
+def test_hounsfield_units_are_declared_and_never_guessed(voxels: np.ndarray) -> None:
+    for source in (voxels, nifti_bytes(voxels, np.eye(4))):
+        guessed, declared = read_scan(source), read_scan(source, intensity="hounsfield")
+        assert guessed.description["intensity"].startswith("percentiles")
+        assert declared.description["intensity"].startswith("hounsfield")
+        expected = (voxels.astype(np.float64) + 1000).clip(0, 2000) / 2000
+        expected = expected if source is voxels else expected[::-1, ::-1].transpose(2, 1, 0)
+        np.testing.assert_allclose(declared.array[0], expected, atol=1e-6)
+    row = {"volume": voxels, "intensity": "percentiles"}  # what a row declares comes before the caller
+    assert read_scan(row, intensity="hounsfield").description["intensity"].startswith("percentiles")
+
+
+@pytest.mark.parametrize(("low", "high"), [(-4096, 4095), (-3142, 3142), (-900, 900), (-150, 150)])
+def test_phases_and_field_maps_are_no_hounsfield_units(low: int, high: int) -> None:
+    phase = RNG.integers(low, high, (12, 10, 6)).astype(np.int16)
+    for dtype in (np.int16, np.float32):
+        scan = read_scan(nifti_bytes(phase.astype(dtype), np.diag([-1.0, -1, 1, 1])))
+        np.testing.assert_allclose(scan.array[0], percentiles(phase.transpose(2, 1, 0)), atol=1e-5)
+
+
+def test_intensity_that_does_not_fit_is_refused() -> None:
+    for source, intensity in ((RGB, "hounsfield"), (GREY, "hounsfield"), (GREY, "full range"), (CT, "8-bit")):
+        with pytest.raises(M3RetReadError) as caught:
+            read_scan(source, intensity=intensity)
+        assert caught.value.reason == "unsupported"
+    with pytest.raises(ValueError, match="intensity"):
+        read_scan(GREY, intensity="HU")
+
+
+@pytest.mark.parametrize("values", [np.arange(99) + 2**30, np.arange(99) + 2.0**40, 1e3 + 1e-7 * np.arange(99)])
+def test_large_offsets_do_not_cost_precision(values: np.ndarray) -> None:
+    scan = read_scan(values.reshape(9, 11))
+    np.testing.assert_allclose(scan.array[0, 0].ravel(), percentiles(np.arange(99.0)), atol=1e-4)
+
+
 # ---------------------------------------------------------------------------------------------------- rows and the rest
+
+
+def test_file_objects_are_read_from_their_start_and_left_as_they_were(tmp_path: Path) -> None:
+    data, path = encode(Image.fromarray(RGB), "PNG"), tmp_path / "scan"
+    path.write_bytes(data)
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w") as file:
+        file.writestr("folder/image.png", data)
+    with (
+        zipfile.ZipFile(archive) as file,
+        path.open("rb") as opened,
+        tempfile.SpooledTemporaryFile() as written,
+        file.open("folder/image.png") as member,
+    ):
+        written.write(data)
+        opened.seek(7)
+        for source in (
+            opened,
+            written,
+            member,
+            io.BytesIO(data),
+            gzip.GzipFile(fileobj=io.BytesIO(gzip.compress(data))),
+        ):
+            position = source.tell()
+            np.testing.assert_array_equal(read_scan(source).array[:, 0].transpose(1, 2, 0), RGB)
+            assert source.tell() == position
+        for source in (zipfile.Path(file, "folder/image.png"), fsspec.open(str(path)), {"image": io.BytesIO(data)}):
+            np.testing.assert_array_equal(read_scan(source).array[:, 0].transpose(1, 2, 0), RGB)
+    for source in (opened, path.open(encoding="latin-1"), io.StringIO("text")):  # closed, and opened as text
+        with pytest.raises(M3RetReadError) as caught:
+            read_scan(source)
+        assert caught.value.reason == "unsupported"
+
+
+def zip_bytes(files: dict[str, bytes], method: int = zipfile.ZIP_DEFLATED) -> bytes:
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w", method) as archive:
+        for name, data in files.items():
+            archive.writestr(name, data)
+    return stream.getvalue()
+
+
+CLUTTER = {
+    "__MACOSX/series/._1": b"\0\5\x16\7" + bytes(90),
+    "series/.DS_Store": b"\0\0\0\1Bud1",
+    "Thumbs.db": b"\xd0\xcf",
+}
+
+
+@pytest.mark.parametrize("separator", ["/", "\\"])
+def test_zip_of_a_series_is_read_as_the_series(separator: str) -> None:
+    slices = [dicom_bytes(ds) for ds in series(MR, np.diag([-1.0, -1, 2, 1]))]
+    files = (
+        {f"series/{number}.dcm": data for number, data in enumerate(slices)} | CLUTTER | {"series/notes.json": b"{}"}
+    )
+    files["DICOMDIR"] = Path(get_testdata_file("DICOMDIR", download=False)).read_bytes()
+    scan = read_scan(zip_bytes({name.replace("/", separator): data for name, data in files.items()}))
+    np.testing.assert_array_equal(scan.array, read_scan(slices).array)
+    assert scan.description["files_ignored"] == 2
+
+
+def test_zip_and_gzip_of_one_file_are_read_as_the_file() -> None:
+    sources = [nifti_bytes(MR, RAS), encode(Image.fromarray(RGB), "PNG"), dicom_bytes(series(MR, RAS)[0])]
+    for data in sources:
+        expected = read_scan(data).array
+        packed = [
+            gzip.compress(data),
+            zip_bytes({"a/scan": data} | CLUTTER),
+            zip_bytes({"scan.gz": gzip.compress(data)}),
+        ]
+        for source in (*packed, zip_bytes({"scan": data}, zipfile.ZIP_LZMA)):
+            np.testing.assert_array_equal(read_scan(source).array, expected)
 
 
 def test_every_kind_of_source_gives_the_same_scan(tmp_path: Path) -> None:
@@ -216,10 +504,6 @@ def test_num_frames_below_one_is_not_a_read_error() -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------- NIfTI
-
-MR = RNG.integers(0, 3000, (12, 14, 10)).astype(np.int16)
-RAS = np.diag([1.0, 1.25, 1.4, 1.0])
-RAS[:3, 3] = [-20, 30, 5]
 
 
 @pytest.mark.parametrize("codes", ["RAS", "LPS", "LAS", "PIR", "SPL", "ASR", "IRP"])
@@ -267,6 +551,132 @@ def test_nifti_scaling_is_applied() -> None:
     assert scan.description["intensity"] == "hounsfield [-1000, 1000]"
     truth = nib.Nifti1Image.from_bytes(bytes(raw)).get_fdata()[::-1, ::-1].transpose(2, 1, 0)
     np.testing.assert_allclose(scan.array[0], (truth.clip(-1000, 1000) + 1000) / 2000, atol=1e-6)
+
+
+@pytest.mark.parametrize("singleton", [0, 1, 2])
+def test_single_slice_over_time_is_a_clip(singleton: int) -> None:
+    shape = [10, 12, 14]
+    shape[singleton] = 1
+    voxels = RNG.integers(0, 900, (*shape, 8)).astype(np.int16)
+    affine = np.diag([-1.0, -1, 1, 1])  # of an axial slice in the order of DICOM
+    frames = [read_scan(nifti_bytes(voxels[..., time], affine), intensity="hounsfield") for time in range(8)]
+    for given in (voxels, voxels[..., None], voxels[..., None, None, :]):
+        scan = read_scan(nifti_bytes(given, affine), intensity="hounsfield")
+        np.testing.assert_array_equal(scan.array, np.concatenate([frame.array for frame in frames], axis=1))
+        assert scan.spacing == (None, *frames[0].spacing[1:])
+        assert (scan.description["frames_total"], scan.description["frames_dropped"]) == (8, 0)
+    few = read_scan(nifti_bytes(voxels, affine), num_frames=2, intensity="hounsfield")
+    np.testing.assert_array_equal(few.array, scan.array[:, [2, 6]])  # centres of two segments
+
+
+@pytest.mark.parametrize("intent", [0, 1007, 2003])  # none; vector, as ITK writes colour; RGB
+def test_colour_as_the_fifth_dimension_is_colour(intent: int) -> None:
+    voxels = RNG.integers(0, 256, (6, 5, 4, 1, 3), dtype=np.uint8)
+    scan = read_scan(nifti_bytes(voxels, np.diag([-1.0, -1, 1, 1]), intent_code=intent))
+    np.testing.assert_array_equal(scan.array, voxels[:, :, :, 0].transpose(3, 2, 1, 0))
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "intent"),
+    [
+        ((6, 5, 4, 1, 3), np.float32, 1006),  # displacements
+        ((6, 5, 4, 1, 3), np.uint8, 1006),
+        ((6, 5, 4, 1, 3), np.float32, 0),
+        ((6, 5, 4, 1, 6), np.float32, 1005),  # symmetric matrices, of diffusion
+        ((6, 5, 4, 1, 2), np.uint8, 0),
+    ],
+)
+def test_vectors_are_no_scans(shape: tuple[int, ...], dtype: Any, intent: int) -> None:
+    with pytest.raises(M3RetReadError) as caught:
+        read_scan(nifti_bytes(np.ones(shape, dtype), np.eye(4), intent_code=intent))
+    assert caught.value.reason == "unsupported"
+
+
+@pytest.mark.parametrize(
+    "dtype", [np.int8, np.uint16, np.int32, np.uint32, np.int64, np.uint64, np.float32, np.float64]
+)
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_nifti_of_any_type_has_the_values_of_nibabel(dtype: Any, order: str) -> None:
+    image = nib.Nifti1Image((MR % 120).astype(dtype), RAS, nib.Nifti1Header(endianness=order), dtype=dtype)
+    truth = nib.as_closest_canonical(image).get_fdata()[::-1, ::-1].transpose(2, 1, 0)
+    np.testing.assert_allclose(read_scan(image.to_bytes()).array[0], percentiles(truth), atol=1e-5)
+
+
+@pytest.mark.parametrize(("slope", "intercept"), [(0, 5), (np.nan, 5), (np.inf, 0), (-2, 10), (0.5, -100)])
+def test_nifti_slope_is_read_as_by_nibabel(slope: float, intercept: float) -> None:
+    raw = bytearray(nifti_bytes(MR, np.diag([-1.0, -1, 1, 1])))
+    raw[112:120] = np.array([slope, intercept], "<f4").tobytes()
+    truth = nib.Nifti1Image.from_bytes(bytes(raw)).get_fdata().transpose(2, 1, 0)
+    np.testing.assert_allclose(read_scan(bytes(raw)).array[0], percentiles(truth), atol=1e-5)
+
+
+def test_voxels_that_are_not_a_number_are_padding() -> None:
+    voxels = MR.astype(np.float32)
+    voxels[:4] = np.nan
+    scan = read_scan(nifti_bytes(voxels, np.diag([-1.0, -1, 1, 1])))
+    expected = percentiles(voxels[4:]).transpose(2, 1, 0)
+    np.testing.assert_allclose(scan.array[0, :, :, 4:], expected, atol=1e-6)
+    assert not scan.array[0, :, :, :4].any()
+    assert read_scan(nifti_bytes(np.full_like(voxels, np.nan), np.eye(4))).description["constant"]
+
+
+def test_one_volume_is_the_same_scan_in_every_format(tmp_path: Path) -> None:
+    sitk = pytest.importorskip("SimpleITK")
+    angle = 0.2
+    affine = np.array([[-1.5, 0, 0], [0, np.cos(angle), -np.sin(angle)], [0, np.sin(angle), np.cos(angle)]])
+    affine = nib.affines.from_matvec(affine * [1, 1.2, 2.0], [10, 20, 30])
+    nib.save(nib.Nifti1Image(MR, affine), tmp_path / "scan.nii.gz")
+    nib.save(nib.Nifti1Pair(MR, affine), tmp_path / "pair.hdr")
+    nib.save(nib.MGHImage(MR, affine), tmp_path / "scan.mgz")
+    nib.save(nib.MGHImage(MR, affine), tmp_path / "scan.mgh")
+    image = sitk.GetImageFromArray(MR.transpose(2, 1, 0))
+    lps = np.diag([-1.0, -1, 1]) @ affine[:3, :3]
+    image.SetSpacing(np.linalg.norm(lps, axis=0).tolist())
+    image.SetDirection((lps / np.linalg.norm(lps, axis=0)).ravel().tolist())
+    for name in ("scan.nrrd", "scan.nhdr", "scan.mha", "detached.mhd"):
+        sitk.WriteImage(image, str(tmp_path / name))
+        sitk.WriteImage(image, str(tmp_path / f"packed_{name}"), useCompression=True)
+    expected = read_scan(tmp_path / "scan.nii.gz")
+    for path in [*tmp_path.glob("*.[nm][!i]*"), tmp_path / "pair.hdr", tmp_path / "pair.img"]:
+        scan = read_scan(path)
+        np.testing.assert_array_equal(scan.array, expected.array)
+        assert scan.spacing == pytest.approx(expected.spacing, rel=1e-5)
+        assert scan.description["plane"] == expected.description["plane"]
+    for header, voxels in (("detached.mhd", "detached.raw"), ("scan.nhdr", "scan.raw"), ("pair.hdr", "pair.img")):
+        files = {f"a/{name}": (tmp_path / name).read_bytes() for name in (header, voxels)}
+        np.testing.assert_array_equal(read_scan(zip_bytes(files)).array, expected.array)
+
+
+@pytest.mark.parametrize("name", ["tiny.mnc", "small.mnc", "minc2_1_scale.mnc", "minc2_baddim.mnc", "test.mgz"])
+def test_files_of_nibabel_are_read_as_by_nibabel(name: str) -> None:
+    pytest.importorskip("h5py")
+    path = Path(nib.__file__).parent / "tests" / "data" / name
+    if not path.is_file():
+        pytest.skip("needs the test data of nibabel")
+    image = nib.as_closest_canonical(nib.load(path))
+    truth = np.asarray(image.dataobj, dtype=np.float64)
+    truth = (truth[..., 0] if truth.ndim == 4 else truth)[::-1, ::-1].transpose(2, 1, 0)
+    scan = read_scan(path)
+    expected = truth if scan.description["intensity"] == "already in [0, 1]" else percentiles(truth)
+    np.testing.assert_allclose(scan.array[0], expected, atol=1e-5)
+    assert scan.spacing == pytest.approx(nib.affines.voxel_sizes(image.affine)[::-1], rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["colour.mha", "colour.nrrd", "colour.nii.gz"])
+def test_colour_and_time_of_simpleitk(name: str, tmp_path: Path) -> None:
+    sitk = pytest.importorskip("SimpleITK")
+    voxels = RNG.integers(0, 256, (4, 5, 6, 3), dtype=np.uint8)
+    sitk.WriteImage(sitk.GetImageFromArray(voxels, isVector=True), str(tmp_path / name))
+    np.testing.assert_array_equal(read_scan(tmp_path / name).array, voxels.transpose(3, 0, 1, 2))
+    sitk.WriteImage(sitk.GetImageFromArray(voxels / 9.0, isVector=True), str(tmp_path / f"field_{name}"))
+    with pytest.raises(M3RetReadError) as caught:
+        read_scan(tmp_path / f"field_{name}")
+    assert caught.value.reason == "unsupported"
+    volumes = [sitk.GetImageFromArray(RNG.integers(0, 900, (4, 5, 6)).astype(np.int16)) for _ in range(3)]
+    sitk.WriteImage(sitk.JoinSeries(volumes), str(tmp_path / f"time_{name}"))
+    scan = read_scan(tmp_path / f"time_{name}")
+    np.testing.assert_allclose(scan.array[0], percentiles(sitk.GetArrayFromImage(volumes[0])), atol=1e-6)
+    assert (scan.description["volumes"], scan.description["volume_index"]) == (3, 0)
 
 
 def test_nifti_data_types_and_dimensions() -> None:

@@ -135,6 +135,24 @@ def video(frames: np.ndarray) -> bytes:
         return path.read_bytes()
 
 
+def metaimage(data_file: str, size: str) -> bytes:
+    """Return the header of a MetaImage of int16."""
+    fields = f"ObjectType = Image\nNDims = 3\nDimSize = {size}\nElementType = MET_SHORT\n"
+    return f"{fields}ElementDataFile = {data_file}\n".encode()
+
+
+def nrrd(data_file: str, size: str) -> bytes:
+    """Return the header of an NRRD of int16, with a line that names a data file or none."""
+    fields = f"NRRD0004\ntype: short\ndimension: 3\nsizes: {size}\nendian: little\nencoding: raw\n"
+    return f"{fields}{data_file}\n".encode()
+
+
+def picture(kind: str) -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(RNG.integers(0, 256, (64, 64), dtype=np.uint8)).convert("RGB").save(stream, kind)
+    return stream.getvalue()
+
+
 class Planted:
     """An object that runs code when it is unpickled."""
 
@@ -191,6 +209,43 @@ BAD: dict[str, bytes | Callable[[], bytes]] = {
     "several.npz": lambda: (lambda s: (np.savez(s, a=GREY, b=GREY), s.getvalue())[1])(io.BytesIO()),
     "word.zip": zip_of("word/document.xml", b"<xml/>"),
     "cut.npz": zip_of("hu.npy", npy_claiming((4, 4)))[:-30],
+    "bomb.zip": lambda: zip_of("scan.nii", b"\0" * BOMB_SIZE),
+    "zip_in.zip": zip_of("scan.zip", zip_of("scan.nii", NIFTI)),
+    "encrypted.zip": (lambda z: z[:6] + b"\1" + z[7:].replace(b"PK\1\2\x14\3\x14\0\0", b"PK\1\2\x14\3\x14\0\1"))(
+        zip_of("scan.nii", NIFTI)
+    ),
+    "cut.zip": zip_of("scan.nii", NIFTI)[:-30],
+    "bomb_of.gz": lambda: gzip.compress(b"BM" + b"\0" * BOMB_SIZE),
+    "cut_checksum.nii.gz": gzip.compress(NIFTI)[:-5],
+    "bomb.mha": metaimage("LOCAL", "2000 2000 600"),
+    "bomb_under_the_limit.mha": metaimage("LOCAL", "500 500 300"),
+    "cut.mha": metaimage("LOCAL", "4 4 4") + bytes(100),
+    "no_data.mha": metaimage("LOCAL", "4 4 4").split(b"ElementDataFile")[0],
+    "bomb.nrrd": nrrd("", "2000 2000 600"),
+    "cut.nrrd": nrrd("", "4 4 4") + bytes(100),
+    "cut_header.nrrd": nrrd("", "4 4 4")[:40],
+    "path.mhd": metaimage("../secret.raw", "4 4 4"),
+    "absolute.mhd": metaimage("/etc/passwd", "4 4 4"),
+    "list.mhd": metaimage("LIST", "4 4 4"),
+    "pattern.mhd": metaimage("slice%d.raw 1 4 1", "4 4 4"),
+    "path.nhdr": nrrd("data file: ../secret.raw\n", "4 4 4"),
+    "absolute.nhdr": nrrd("data file: /etc/passwd\n", "4 4 4"),
+    "list.nhdr": nrrd("data file: LIST\n", "4 4 4"),
+    "twice.nhdr": nrrd("data file: a.raw\ndatafile: /etc/passwd\n", "4 4 4"),
+    "alone.nhdr": nrrd("data file: a.raw\n", "4 4 4"),
+    "cut.mgh": lambda: nib.MGHImage(MR, np.eye(4)).to_bytes()[:900],
+    "hdf5.mnc": b"\x89HDF\r\n\x1a\n" + bytes(100),
+    "analyze.hdr": struct.pack("<i", 348) + bytes(344),
+    "packets.txt": b"G" + b"a" * 187 + b"G" + b"a" * 400,
+    "offset.nii": NIFTI[:108] + struct.pack("<f", 0) + NIFTI[112:],
+    "type.nii": NIFTI[:70] + struct.pack("<h", 77) + NIFTI[72:],
+    "cut.tif": lambda: picture("TIFF")[:300],
+    "cut.webp": lambda: picture("WEBP")[:90],
+    "cut.avif": lambda: picture("AVIF")[:200],
+    "cut.jp2": lambda: picture("JPEG2000")[:200],
+    "picture.jls": b"\xff\xd8\xff\xf7" + bytes(100),
+    "picture.jxl": b"\xff\x0a" + bytes(100),
+    "report.pdf": b"%PDF-1.7 " + bytes(100),
     "not_a.mp4": b"\0\0\0\x20ftypisom" + b"\0" * 400,
     "cut.mp4": lambda: (lambda v: v[: len(v) // 2])(video(RNG.integers(0, 256, (12, 64, 64, 3), dtype=np.uint8))),
 }
@@ -357,6 +412,34 @@ def test_num_frames_brings_a_long_clip_within_limits(kind: str) -> None:
         ("large.png", "too_large"),
         ("bomb.nii.gz", "too_large"),
         ("larger_than_declared.dcm", "damaged"),
+        ("encrypted.zip", "unsupported"),
+        ("zip_in.zip", "unsupported"),
+        ("cut.zip", "damaged"),
+        ("cut.nii.gz", "damaged"),
+        ("cut_checksum.nii.gz", "damaged"),
+        ("bomb.mha", "too_large"),
+        ("bomb_under_the_limit.mha", "too_large"),
+        ("cut.mha", "damaged"),
+        ("no_data.mha", "damaged"),
+        ("cut.nrrd", "damaged"),
+        ("cut_header.nrrd", "damaged"),
+        ("path.nhdr", "unsupported"),
+        ("absolute.mhd", "unsupported"),
+        ("twice.nhdr", "unsupported"),
+        ("cut.mgh", "damaged"),
+        ("hdf5.mnc", "damaged"),
+        ("analyze.hdr", "unsupported"),
+        ("packets.txt", "unsupported"),
+        ("offset.nii", "damaged"),
+        ("type.nii", "unsupported"),
+        ("complex.nii", "unsupported"),
+        ("cut.png", "damaged"),
+        ("cut.tif", "damaged"),
+        ("cut.webp", "damaged"),
+        ("cut.avif", "damaged"),
+        ("cut.jp2", "damaged"),
+        ("picture.jls", "unsupported"),
+        ("picture.jxl", "unsupported"),
         ("cut.jpg", "damaged"),
     ],
 )
@@ -378,6 +461,23 @@ def test_damaged_files_of_pydicom_are_refused() -> None:
         with pytest.raises(M3RetReadError) as caught:
             read_scan(get_testdata_file(name, download=False))
         assert caught.value.file == name
+
+
+@pytest.mark.parametrize(
+    ("module", "package", "source"),
+    [
+        ("SimpleITK", "itk", metaimage("LOCAL", "4 4 4")),
+        ("h5py", "h5py", BAD["hdf5.mnc"]),
+        ("nibabel", "nibabel", NIFTI),
+        ("pillow_heif", "pillow-heif", b"\0\0\0\x18ftypmif1\0\0\0\0mif1heic" + bytes(200)),
+    ],
+)
+def test_missing_package_is_named(module: str, package: str, source: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(M3RetReadError) as caught:
+        read_scan(source)
+    assert caught.value.reason == "no_decoder"
+    assert package in caught.value.advice
 
 
 @pytest.mark.slow
