@@ -98,21 +98,22 @@ def _inspect(container: Any, disposition: Any, request: ReadRequest, description
             packets.append((time or 0, packet.is_discard, packet.is_keyframe, packet.is_corrupt))
     times, discarded, key_frames, corrupt = np.array(packets, np.int64).reshape(-1, 4).T
     shown = np.sort(times[discarded == 0])  # the edit list excludes the others
-    steps = np.diff(shown) if len(shown) > 1 else np.ones(1)
+    rate, base = float(stream.average_rate or 0), float(stream.time_base or 1)
+    steps = np.diff(shown) if len(shown) > 1 else np.array([1 / (rate * base) if rate else np.inf])
     kind, missing = container.format.name.split(",")[0], 0.0
     if kind == "mov":
         missing = len(stream.index_entries) - len(packets)
     elif kind == "avi":  # whose times are numbers of frames
         missing = stream.frames - 1 - times.max(initial=-1)
     elif kind == "matroska" and container.duration and len(container.streams) == 1:  # else the audio may be longer
-        missing = (container.duration / 1e6 / stream.time_base - times.max(initial=0)) / max(1, steps.max()) - 1.5
+        missing = (container.duration / 1e6 / base - times.max(initial=0)) / max(1, steps.max()) - 1.5
     if frame is None or corrupt.any() or missing > 0:
         raise request.error("damaged", "all frames that the container declares", "a truncated or corrupt video")
     request.check_pixels(frame.height, frame.width)
 
     deep_grey = frame.format.name.startswith("gray") and frame.format.components[0].bits > 8
     dtype = frame.to_ndarray().dtype if deep_grey else np.dtype(np.uint8)
-    description["fps"] = float(stream.average_rate or 0)
+    description["fps"] = rate
     if len(container.streams.video) > 1:
         description["video_streams"], description["video_stream"] = len(container.streams.video), stream.index
     if frame.interlaced_frame:

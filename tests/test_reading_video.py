@@ -122,6 +122,14 @@ def test_video_reads_without_decord(monkeypatch: pytest.MonkeyPatch) -> None:
     np.testing.assert_array_equal(without.array, with_decord.array)
 
 
+@pytest.mark.parametrize(
+    ("kind", "codec"), [("mp4", "libx264"), ("matroska", "ffv1"), ("webm", "libvpx"), ("avi", "mjpeg")]
+)
+def test_video_of_one_frame(kind: str, codec: str) -> None:
+    data = clip(kind, codec, frames=1, pixels="yuvj420p" if codec == "mjpeg" else "yuv420p")
+    np.testing.assert_array_equal(read_scan(data).array.transpose(1, 2, 3, 0), shown_by_ffmpeg(decoded(data)))
+
+
 TIMES = [0, 40, 80, 120, 600, 640, 1500, 1540, 1580, 1620, 1660, 3000, 3040, 3080, 3120, 3160]
 
 
