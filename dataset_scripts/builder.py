@@ -165,7 +165,7 @@ class ScanBuilder(GeneratorBasedBuilder):
         all_entries = list(self.source.entries(self.root))
         official = splits_of_patients((entry.patient, entry.split or "") for entry in all_entries)
         if similar := count_similar(entry.patient for entry in all_entries):
-            self.source.notes["patients who differ from another one in case or spaces only"] = similar
+            self.source.notes["patients who differ from another in case, spaces or zeros only"] = similar
         splits: dict[str, list[Entry]] = {split: [] for split in SPLITS}
         for entry in all_entries:
             split = entry.split or official.get(entry.patient) or self.pseudonyms.split(entry, self.options)

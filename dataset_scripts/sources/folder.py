@@ -18,7 +18,7 @@ AMBIGUOUS_NAMES = ("dr", "mg", "io", "px", "rg", "rf", "xa", "es")
 # Suffixes of file names in BIDS, the standard for folders of brain images (https://bids-specification.readthedocs.io)
 _BIDS_MRI = re.compile(r"sub-.*_(t1w|t2w|pdw|flair|t2star|inplanet1|inplanet2|bold|sbref|dwi|asl)\.nii(\.gz)?")
 # Segmentation masks, as nnU-Net, the Medical Segmentation Decathlon, BraTS, BIDS, FreeSurfer and others name them
-_MASK_FOLDER = re.compile(r"labels?|labels(tr|ts|val?)|gt|ground[ _-]?truth|segs?|segmentations?|.*masks?")
+_MASK_FOLDER = re.compile(r"labels?|labels(tr|ts|val?)|gt|ground[ _-]?truth|segs?|segmentations?|.*masks?([^a-z].*)?")
 _MASK_WORDS = "seg|segm|dseg|probseg|segmentations?|masks?|labels?|labelmap|gt|groundtruth|annotations?"
 _MASK_FILE = re.compile(
     rf"(.*[^a-z])?({_MASK_WORDS}|aseg|wmparc|ribbon)[ _.-]*\d*|({_MASK_WORDS})[^a-z].*|aparc.*|.*(mask|segmentation)s?"

@@ -12,14 +12,14 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ..hub import CACHE_FOLDER
 from .parquet import ParquetRow, Shards, hub_shards, local_shards, read_locations
-from .schema import CollectionError, clean, fold, parse_modality, require_words
+from .schema import CollectionError, UnknownWordError, clean, fold, parse_modality, require_words
 from .table import COLUMNS, MANIFEST, TableError, count_similar, read_manifest_rows, splits_of_patients
 
 
@@ -68,7 +68,7 @@ def open_collection(data: str | Path, *, stream: bool = False) -> list[Record]:
     splits = splits_of_patients((record.group, record.split) for record in records)
     if similar := count_similar(record.group for record in records):
         logger.warning(
-            "%s: %d patients differ from another one in case or spaces only, and count as different.", data, similar
+            "%s: %d patients differ from another in case, spaces or zeros only, and count as different.", data, similar
         )
     return [  # a scan without a split follows the other scans of its patient
         replace(record, split=splits[record.group]) if not record.split and record.group in splits else record
@@ -93,8 +93,15 @@ def _open(data: str | Path, stream: bool) -> list[Record]:
 
 
 def _read_parquet(shards: Shards) -> list[Record]:
+    try:
+        return list(_parquet_records(shards))
+    except UnknownWordError as error:
+        raise TableError(shards.name, error.expected, error.got, error.advice) from error
+
+
+def _parquet_records(shards: Shards) -> Iterator[Record]:
     spelling: dict[str, str] = {}  # as in a manifest
-    return [
+    yield from (
         Record(
             id=row["id"],
             location=location,
@@ -110,7 +117,7 @@ def _read_parquet(shards: Shards) -> list[Record]:
             is_clip=(row.get("spacing") or [None])[0] is None and row.get("intensity") != "hounsfield",
         )
         for location, split, row in read_locations(shards)
-    ]
+    )
 
 
 def _triple(values: Sequence[Any] | None) -> Any:

@@ -13,7 +13,7 @@ import os
 import re
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -66,7 +66,7 @@ class Shards:
 
 def local_shards(folder: Path) -> Shards:
     """Return the shards of a folder that `dataset_scripts/build.py` wrote or that was downloaded from the Hub."""
-    files = sorted(str(path) for path in (folder / "data").glob("*.parquet") if SHARD_NAME.fullmatch(path.name))
+    files = _select_shards(folder.name, [str(path) for path in (folder / "data").glob("*.parquet")])
     index = folder / INDEX
     return Shards(folder.name, files, index if index.is_file() else None)
 
@@ -107,15 +107,23 @@ def hub_shards(name: str, stream: bool) -> Shards:
             got = f"the Hub cannot be reached ({type(error).__name__}), and the cache holds no copy"
             raise CollectionError(f"{problem} {got}. {advice}") from missing
         logger.warning("%s: the Hub cannot be reached; the copy of commit %s in the cache is used.", name, folder.name)
-        return local_shards(folder)
+        return replace(local_shards(folder), name=name)
     if not stream:
-        return local_shards(Path(download()))
+        return replace(local_shards(Path(download())), name=name)
     names = [file.rfilename for file in info.siblings or []]
-    shards = sorted(name for name in names if name.startswith("data/") and SHARD_NAME.fullmatch(Path(name).name))
+    shards = _select_shards(repo_id, [name for name in names if re.fullmatch(r"data/[^/]+\.parquet", name)])
     index = None
     if INDEX in names:
         index = Path(hf_hub_download(repo_id, INDEX, repo_type="dataset", revision=info.sha))
     return Shards(name, [f"hf://datasets/{repo_id}@{info.sha}/{shard}" for shard in shards], index)
+
+
+def _select_shards(name: str, files: list[str]) -> list[str]:
+    """Return the files that are named as shards, sorted, and warn of others: a split "val" would be missed."""
+    shards = sorted(file for file in files if SHARD_NAME.fullmatch(_file_name(file)))
+    if ignored := len(files) - len(shards):
+        logger.warning("%s: %d files in data/ are ignored: expected SPLIT-00000-of-00000.parquet.", name, ignored)
+    return shards
 
 
 def read_locations(shards: Shards) -> Iterator[tuple[ParquetRow, str, dict[str, Any]]]:

@@ -46,7 +46,7 @@ class TableError(CollectionError):
         self.location, self.expected, self.got, self.advice = str(location), expected, got, advice
 
     def __str__(self) -> str:
-        return f"{self.location}: expected {self.expected}, got {self.got}. {self.advice}".rstrip(". ") + "."
+        return f"{self.location}: expected {self.expected}, got {self.got}. {self.advice}".rstrip()
 
 
 @dataclass(frozen=True)
@@ -224,6 +224,6 @@ def splits_of_patients(patients: Iterable[tuple[str, str]]) -> dict[str, str]:
 
 
 def count_similar(names: Iterable[str]) -> int:
-    """Return how many of these names differ from another one in case or spaces only, such as "P 1" and "p1"."""
-    spelled = Counter("".join(fold(name).split()) for name in {*names})
+    """Return how many of these names differ from another in case, spaces or zeros only: "P 1", "p1"; "01", "1.0"."""
+    spelled = Counter("".join(fold(name).split()).removesuffix(".0").lstrip("0") for name in {*names})
     return sum(count for count in spelled.values() if count > 1)

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..data.schema import require_words
+
 
 GROUP = 64  # consecutive rows that are represented by their best similarity at first
 APPROXIMATE_VALUES = 2**28  # approximate similarities held at a time: 0.5 GiB
@@ -51,8 +53,10 @@ def check_queries(queries: Tensor, dimension: int, k: int, patients: Sequence[st
         raise ValueError(f"queries do not match the index: expected (q, {dimension}), got {tuple(queries.shape)}.")
     if k < 1:
         raise ValueError(f"k must be positive: got {k}.")
-    if patients is not None and len(patients) != len(queries):
-        raise ValueError(f"query_patients does not match queries: expected {len(queries)}, got {len(patients)}.")
+    if patients is not None:
+        require_words("query_patients", patients)
+        if len(patients) != len(queries):
+            raise ValueError(f"query_patients does not match queries: expected {len(queries)}, got {len(patients)}.")
 
 
 @torch.autocast("cpu", enabled=False)  # autocast would change the precision that the error bounds assume

@@ -61,6 +61,8 @@ class MetadataFilter:
                 words = require_words(name, values)
                 if name == "modality":
                     words |= {modality for word in words if (modality := find_modality(word))}
+                elif name == "anatomy":
+                    words |= set(map(fold, words))  # as in a collection
                 object.__setattr__(self, name, words)
 
     def allowed_values(self) -> dict[str, Collection[str]]:

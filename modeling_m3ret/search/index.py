@@ -27,6 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..atomic_io import atomic_write_text, sync
+from ..data.schema import require_words
 from ..errors import InputError
 from ..model_facts import ModelFacts, sha256_of
 from .approximate import TARGET_RECALL, ApproximateSearch, ApproximateSettings, Method
@@ -176,7 +177,8 @@ class RetrievalIndex:
 
     def remove(self, ids: Collection[str]) -> RetrievalIndex:
         """Return a new index without these scans; unknown ids are ignored. An approximate index is built again."""
-        remaining = ~np.asarray(pc.is_in(self.metadata.column("id"), value_set=pa.array(list(ids), pa.string())))
+        removed = pa.array(sorted(require_words("ids", ids)), pa.string())
+        remaining = ~np.asarray(pc.is_in(self.metadata.column("id"), value_set=removed))
         gallery = self.embeddings[torch.from_numpy(np.flatnonzero(remaining))]
         approximate = None
         if self.approximate and len(gallery):

@@ -23,6 +23,7 @@ import torch
 from pymilvus import DataType, MilvusClient
 from torch import Tensor
 
+from ..data.schema import require_words
 from ..model_facts import ModelFacts
 from .approximate import TARGET_RECALL, RecallSample
 from .exact import Hits, check_queries
@@ -278,7 +279,7 @@ class MilvusIndex:
 
     def remove(self, ids: Collection[str]) -> MilvusIndex:
         """Remove the scans of these ids for all who search the collection; unknown ids are ignored."""
-        for digests in _digest_lists(ids):
+        for digests in _digest_lists(require_words("ids", ids)):
             self.client.delete(self.collection, filter=f"id_digest in {digests}")
         return self
 

@@ -282,9 +282,10 @@ def test_patient_never_crosses_a_split(tmp_path: Path, caplog: pytest.LogCapture
 
 
 def test_patients_who_may_be_one_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    records = read_rows(tmp_path, *(f"{n},1.png,ct,a,l,{name}," for n, name in enumerate(["P 1", "p1", "P2", "P 1 "])))
-    assert [record.group for record in records] == ["P 1", "p1", "P2", "P 1"]
-    assert len(caplog.records) == 1
+    names = ["P 1", "p1", "P2", "P 1 ", "01", "1.0"]
+    records = read_rows(tmp_path, *(f"{n},1.png,ct,a,l,{name}," for n, name in enumerate(names)))
+    assert [record.group for record in records] == ["P 1", "p1", "P2", "P 1", "01", "1.0"]
+    assert caplog.records[0].args[1] == 4  # type: ignore[index]
     assert "P2" not in caplog.text
 
 

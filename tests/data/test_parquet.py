@@ -108,6 +108,27 @@ def test_modality_names_come_from_the_file(dataset: Path) -> None:
     assert [record.modality for record in open_collection(dataset)] == ["ct", "xray"]
 
 
+@pytest.mark.parametrize(
+    ("word", "modality"), [("MRI ", "mri"), ("X-ray", "xray"), ("mrri", None), ("", None), (None, None)]
+)
+def test_words_of_a_dataset_are_read_as_in_a_manifest(tmp_path: Path, word: str | None, modality: str | None) -> None:
+    (tmp_path / "data").mkdir()
+    columns = {"id": ["a"], "patient": ["p"], "modality": pa.array([word], pa.string()), "anatomy": ["Chest "]}
+    pq.write_table(pa.table(columns | {"labels": [["Nodule", "nodule "]]}), tmp_path / TRAIN)
+    if modality is None:
+        with pytest.raises(CollectionError, match=tmp_path.name):
+            open_collection(tmp_path)
+        return
+    record = open_collection(tmp_path)[0]
+    assert (record.modality, record.anatomy, record.label) == (modality, "chest", "Nodule")
+
+
+def test_files_that_are_not_named_as_shards_are_pointed_out(dataset: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (dataset / VALIDATION).rename(dataset / VALIDATION.replace("validation", "val"))
+    assert {record.split for record in open_collection(dataset)} == {"train"}
+    assert len(caplog.records) == 1
+
+
 def test_a_folder_without_shards_is_refused(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     with pytest.raises(CollectionError, match=tmp_path.name):

@@ -223,7 +223,7 @@ def planted_files() -> dict[str, bytes]:
         "cine.dcm": dated_dicom(np.stack([GREY, GREY[:, ::-1]]), sop=CINE, Modality="US"),
         "broken.dcm": dated_dicom(GREY, Modality="CR")[:-300],
     }
-    folder = f"ct {PLANTED}/{DATE}"
+    folder = f"ct/{PLANTED}/{DATE}"
     return {f"{folder}/{PLANTED} {name}": data for name, data in files.items()} | {
         f"{folder}/series/{UID}.{number}": data for number, data in enumerate(slices)
     }

@@ -8,6 +8,7 @@ import copy
 import functools
 import gzip
 import io
+import re
 import struct
 import warnings
 import zipfile
@@ -55,14 +56,9 @@ def variants(text: str = PLANTED) -> list[bytes]:
 
 def inflated(data: bytes) -> Iterator[bytes]:
     """Yield the decompressed content of every zlib or gzip stream in the data."""
-    for start in range(len(data) - 1):
-        if (data[start] == 0x78 and (data[start] << 8 | data[start + 1]) % 31 == 0) or data[
-            start : start + 2
-        ] == b"\x1f\x8b":
-            try:
-                yield zlib.decompressobj(47).decompress(data[start:], 2**22)
-            except zlib.error:
-                continue
+    for found in re.finditer(rb"\x1f\x8b|\x78[\x01\x5e\x9c\xda]", data):
+        with contextlib.suppress(zlib.error):
+            yield zlib.decompressobj(47).decompress(data[found.start() :], 2**22)
 
 
 def holds(data: bytes, text: str = PLANTED) -> bool:

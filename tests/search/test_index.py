@@ -113,6 +113,14 @@ def test_filter_that_means_nothing_is_refused(index: RetrievalIndex, where: dict
     assert near in str(raised.value)
 
 
+@pytest.mark.parametrize("patients", ["p0", [0, 1], "patient-0", {"p0": 1, "p1": 2}])
+def test_patients_and_ids_that_are_no_list_of_words_are_refused(index: RetrievalIndex, patients: Any) -> None:
+    with pytest.raises(InputError):
+        index.search(embeddings()[:2], 3, query_patients=patients)
+    with pytest.raises(InputError):
+        index.remove(patients)
+
+
 def test_words_of_a_filter_may_be_spelled_in_any_case(index: RetrievalIndex) -> None:
     for one, other in (({"modality": ["CT"]}, {"modality": ["ct"]}), ({"anatomy": [" Head"]}, {"anatomy": ["head"]})):
         hits = [index.search(embeddings()[:1], 3, where=MetadataFilter(**where)).rows for where in (one, other)]
