@@ -24,6 +24,10 @@ WRONG_VALUE = re.compile(
 )
 
 
+# jsonargparse reads 1e5 as a float and has no public way to convert it: the error says what to write
+FLOAT_FOR_INTEGER = re.compile(r"expected int\b.*, got ([\d.]+(?:e\+?\d{1,2})?)\.", re.IGNORECASE | re.DOTALL)
+
+
 class CommandLine(jsonargparse.ArgumentParser):
     """`argparse.ArgumentParser` with typed options, dataclasses and YAML files, whose errors are one line.
 
@@ -37,11 +41,15 @@ class CommandLine(jsonargparse.ArgumentParser):
 
     def __init__(self, description: str | None, prog: str | None = None):
         super().__init__(prog=prog, usage="%(prog)s [options]", description=description, formatter_class=_Help)
+        self.allow_abbrev = False
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if wrong_value := WRONG_VALUE.fullmatch(message):
             key, expected, value = wrong_value.groups()
             message = f"{key}: expected {expected.replace('typing.Literal', 'one of ')}, got {value}."
+        number = FLOAT_FOR_INTEGER.search(message)
+        if number and (value := float(number[1])).is_integer():
+            message += f" Write {int(value)}."
         exit_with_error(self.prog, f"{message} (see --help)")
 
 

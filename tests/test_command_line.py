@@ -35,6 +35,10 @@ def parser() -> CommandLine:
     [
         (["--stesp", "3"], "--stesp"),
         (["--steps", "many"], "steps: expected int, got many"),
+        (["--steps", "1e5"], "Write 100000."),
+        (["--steps=2.0"], "Write 2."),
+        (["--steps", "2.5"], "steps: expected int, got 2.5. (see"),
+        (["--step", "3"], "--step"),  # options are not abbreviated
         (["--config", "nowhere.yaml"], "nowhere.yaml"),
     ],
 )
