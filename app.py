@@ -17,60 +17,43 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 
 import torch
+from jsonargparse.typing import restricted_number_type
 
-from modeling_m3ret.command_line import exit_with_error, user_errors
+from modeling_m3ret.command_line import CommandLine, user_errors
 from modeling_m3ret.errors import InputError
 from modeling_m3ret.hub import load_pretrained
-from modeling_m3ret.space.gallery import open_gallery
+from modeling_m3ret.space.gallery import check_gallery, open_gallery
 from modeling_m3ret.space.isolation import IsolatedReaders
 
 
 QUICKSTART_CONFIG = "configs/smoke.yaml"
 
 
-class ArgumentParser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        exit_with_error(self.prog, f"{message} (see --help)")
+Port = restricted_number_type("Port", int, [(">=", 1), ("<=", 65535)])
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = ArgumentParser("app.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--model", help="checkpoint folder or Hub id (default: the newest folder m3ret-* in the current folder)"
-    )
-    parser.add_argument(
-        "--gallery",
-        metavar="DATASET|INDEX",
-        help="folder with a manifest.csv, Parquet dataset (folder or ORG/NAME), phantom[:SUBJECTS[:SEED]], or folder "
-        "of an index, whose scans can be found but not displayed (default: synthetic scans, and those of pydicom-data)",
-    )
-    parser.add_argument("--port", type=int, help="port of the server (default: the first free one from 7860)")
-    parser.add_argument(
-        "--share", action="store_true", help="also create a public Gradio address (default: this machine only)"
-    )
-    parser.add_argument(
-        "--auth", type=_user_and_password, metavar="USER:PASSWORD", help="require a login (default: no login)"
-    )
-    parser.add_argument(
-        "--quickstart", action="store_true", help="train a small checkpoint if there is none (default: report an error)"
-    )
-    parser.add_argument(
-        "--push_to_hub", metavar="ORG/SPACE", help="publish app, model and index instead (default: serve locally)"
-    )
-    return parser.parse_args(argv)
-
-
-def _user_and_password(text: str) -> tuple[str, str]:
-    user, _, password = text.partition(":")
-    if not user or not password:
-        raise argparse.ArgumentTypeError("expected USER:PASSWORD")
-    return user, password
+    parser = CommandLine(__doc__, prog="app.py")
+    add = parser.add_argument
+    add("--model", type=str, help="checkpoint folder or Hub id; by default the newest m3ret-* here")
+    add("--gallery", type=str, help="dataset (folder, ORG/NAME or phantom) or folder of an index; by default a demo")
+    add("--show_labels", action="store_true", help="show all labels; by default only known medical words")
+    add("--port", type=Port, help="port of the server; by default the first free one from 7860")
+    add("--share", action="store_true", help="also create a public Gradio address; by default this machine only")
+    add("--auth", type=str, help="USER:PASSWORD of a login; by default no login")
+    add("--quickstart", action="store_true", help="train a small checkpoint if there is none")
+    add("--push_to_hub", type=str, help="ORG/SPACE to publish app, model and index to, instead of serving them")
+    arguments = parser.parse_args(argv)
+    if arguments.auth is not None:
+        arguments.auth = tuple(arguments.auth.split(":", 1))
+        if len(arguments.auth) != 2 or not all(arguments.auth):  # the value is a secret
+            parser.error("auth: expected USER:PASSWORD, got a value without one of them.")
+    return arguments
 
 
 def newest_checkpoint(folder: Path = Path()) -> Path | None:
@@ -118,11 +101,12 @@ def find_checkpoint(model: str | None, quickstart: bool) -> str:
 
 def main() -> None:
     arguments = parse_arguments()
+    check_gallery(arguments.gallery)  # before a model is trained or loaded
     name = find_checkpoint(arguments.model, arguments.quickstart)
     model, processor = load_pretrained(name)
     if torch.cuda.is_available():
         model.to("cuda")
-    gallery = open_gallery(arguments.gallery, model, processor, name)
+    gallery = open_gallery(arguments.gallery, model, processor, name, arguments.show_labels)
     if arguments.push_to_hub:
         from modeling_m3ret.space.publishing import push_space
 

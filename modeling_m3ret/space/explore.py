@@ -121,7 +121,7 @@ class ExplorePage:
     def show(self, row: int | None, colour: str) -> dict[Any, Any]:
         """Draw the map, coloured by `modality` or `anatomy`, and describe the selected scan."""
         gallery = self.service.gallery
-        names = [name or "" for name in gallery.index.metadata.column(colour).to_pylist()]  # may be null
+        names = gallery.visible.column(colour).to_pylist()
         if colour == "modality":
             names = [modality_name(name) for name in names]
         shown: dict[Any, Any] = {self.map: self._gallery_map().draw(names, row), self.thumbnail: None, self.facts: ""}

@@ -3,7 +3,7 @@
 A gallery is embedded once and cached under `HF_HOME/m3ret/galleries`, in a folder whose name is a hash of the model and
 the scans; an interrupted run is resumed. The index identifies a scan by its position in the collection, and a patient
 by the position of the patient's first scan, so no file of a gallery holds a name of a file or a person; names of scans
-that cannot be read are not stored either. Visitors see the row of a scan and nothing else that identifies it.
+that cannot be read are not stored either. Visitors see the row of a scan and what `visible.py` lets them see.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -36,6 +37,7 @@ from ..search.exact import Hits
 from ..search.filters import MetadataFilter
 from ..search.index import CURRENT, RetrievalIndex, check_model, damaged
 from ..search.thumbnails import THUMBNAIL_SIZE, thumbnail_embedder, to_image
+from .visible import SAMPLE_SOURCE, visible_columns
 
 
 DEMO = "phantom:48:1"  # six subjects per class, with another seed than the phantom that models are trained on
@@ -74,19 +76,20 @@ class Gallery:
     records: Sequence[Record] | None = None  # one per row of the index; None if the scans cannot be opened
     thumbnails: pa.ChunkedArray | None = None  # WebP picture of each row
     collection: str | None = None  # name by which the records can be opened on another machine
+    show_labels: bool = False  # whether visitors see modality, anatomy and labels as they are, see `visible.py`
 
     def __len__(self) -> int:
         return len(self.index)
 
+    @cached_property
+    def visible(self) -> pa.Table:
+        """The columns modality, anatomy, labels and source as visitors may see them."""
+        return visible_columns(self.index.metadata, self.show_labels)
+
     def facts(self, row: int) -> Facts:
         """Return what visitors may see of a scan."""
-        (values,) = self.index.metadata.slice(row, 1).to_pylist()
-        return Facts(
-            modality=values["modality"] or "",
-            anatomy=values["anatomy"] or "",
-            labels=values["labels"] or [],
-            source=values["source"] or "",
-        )
+        (values,) = self.visible.slice(row, 1).to_pylist()
+        return cast(Facts, values)
 
     def thumbnail(self, row: int) -> Image.Image | None:
         """Return the thumbnail of a scan, or None if the gallery has none."""
@@ -96,8 +99,8 @@ class Gallery:
             return image.convert("RGB")
 
     def names(self, column: str) -> list[str]:
-        """Return the distinct values of a metadata column, sorted, without empty ones."""
-        return sorted(name for name in set(self.index.metadata.column(column).to_pylist()) if name)
+        """Return the distinct values of a visible column, sorted, without empty ones."""
+        return sorted(set(self.visible.column(column).to_pylist()) - {""})
 
     def search(
         self,
@@ -134,15 +137,25 @@ class Gallery:
         if self.thumbnails is not None:
             with atomic_write(folder / THUMBNAILS) as stream:
                 pq.write_table(pa.table({"webp": self.thumbnails}), stream, compression="none")
-        atomic_write_text(folder / ABOUT, json.dumps({"collection": self.collection}))
+        about = {"collection": self.collection} | ({"show_labels": True} if self.show_labels else {})
+        atomic_write_text(folder / ABOUT, json.dumps(about))
 
 
-def open_gallery(source: str | None, model: M3RetModel, processor: M3RetImageProcessor, name: str) -> Gallery:
+def check_gallery(source: str | None) -> None:
+    """Raise a `CollectionError` if `open_gallery` would find no such gallery. Needs no model."""
+    if source is not None and not (Path(source) / CURRENT).is_file():
+        open_collection(source)
+
+
+def open_gallery(
+    source: str | None, model: M3RetModel, processor: M3RetImageProcessor, name: str, show_labels: bool = False
+) -> Gallery:
     """Open a gallery, and embed it if needed, with a model of this name.
 
     Args:
         source: folder of an index, or a collection as `open_collection` takes it. None opens the gallery published with
             this Space, or the demo if there is none.
+        show_labels: whether visitors see modality, anatomy and labels as they are. Published galleries state it too.
 
     Raises:
         IndexFormatError: if the index is damaged or of another model.
@@ -151,13 +164,17 @@ def open_gallery(source: str | None, model: M3RetModel, processor: M3RetImagePro
     if source is None and (Path(PUBLISHED) / ABOUT).is_file():
         source = PUBLISHED
     if source is not None and (Path(source) / CURRENT).is_file():
-        return _load(Path(source), model_facts(model, processor, name))
+        gallery = _load(Path(source), model_facts(model, processor, name))
+        gallery.show_labels |= show_labels
+        return gallery
     collection = source or DEMO
     records = open_collection(collection)
     if source is None:
         records = [*records, *sample_records()]
     portable = None if Path(collection).exists() else collection
-    return embed_gallery(records, model, processor, name, portable)
+    gallery = embed_gallery(records, model, processor, name, portable)
+    gallery.show_labels = show_labels
+    return gallery
 
 
 def embed_gallery(
@@ -225,7 +242,7 @@ def sample_records() -> list[Record]:
         return []
     folder = Path(next(iter(found.submodule_search_locations))) / "data"
     return [
-        Record(f"pydicom-data-{number}", folder / file, modality, anatomy, "", "", source="pydicom-data (real)")
+        Record(f"pydicom-data-{number}", folder / file, modality, anatomy, "", "", source=SAMPLE_SOURCE)
         for number, (file, (modality, anatomy)) in enumerate(SAMPLES.items())
         if (folder / file).is_file()
     ]
@@ -235,9 +252,10 @@ def _load(folder: Path, facts: ModelFacts, records: Sequence[Record] | None = No
     index = RetrievalIndex.load(folder)
     # names may differ: folders are renamed, and a Space names its model anew
     check_model(folder, replace(index.facts, model=facts.model), facts)
-    collection = None
+    about: dict[str, Any] = {}
     if (folder / ABOUT).is_file():
-        collection = json.loads((folder / ABOUT).read_text(encoding="utf-8"))["collection"]
+        about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
+    collection = about.get("collection")
     thumbnails = None
     if (folder / THUMBNAILS).is_file():
         thumbnails = pq.read_table(folder / THUMBNAILS).column("webp")
@@ -252,7 +270,7 @@ def _load(folder: Path, facts: ModelFacts, records: Sequence[Record] | None = No
             expected = f"expected at least {max(positions) + 1} scans, got {len(records)}."
             raise damaged(folder, f"the collection {collection} does not match the index: {expected}")
         records = [records[position] for position in positions]
-    return Gallery(index, records, thumbnails, collection)
+    return Gallery(index, records, thumbnails, collection, bool(about.get("show_labels")))
 
 
 def _metadata(records: Sequence[Record], readable: Sequence[Record]) -> pa.Table:

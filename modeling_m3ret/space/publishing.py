@@ -1,6 +1,6 @@
 """Publish app, model and index as a private Hugging Face Space: `app.py --push_to_hub ORG/SPACE`.
 
-No pixel of a local gallery is uploaded, only its embeddings with modality, anatomy, labels and source. A gallery with a
+No pixel of a local gallery is uploaded, only its embeddings with what visitors may see (`visible.py`). A gallery with a
 public name (the phantom, or a data set on the Hub) is opened by that name on the Space.
 """
 
@@ -25,6 +25,7 @@ from ..phantom import SYNTHETIC_SOURCE
 from ..search.index import RetrievalIndex
 from .gallery import PUBLISHED, Gallery
 from .pages import model_card
+from .visible import visible_columns
 
 
 MODEL_FOLDER = "m3ret-space"  # app.py finds it as the newest checkpoint
@@ -32,7 +33,7 @@ MODEL_FOLDER = "m3ret-space"  # app.py finds it as the newest checkpoint
 REQUIREMENTS = (
     "torch", "transformers", "accelerate", "datasets", "huggingface-hub", "faiss-cpu", "numpy", "scipy", "pyarrow",
     "pillow", "nibabel", "pydicom", "python-gdcm", "decord", "av", "tqdm", "safetensors", "filelock", "tenacity",
-    "jsonargparse", "pebble", "cachetools",
+    "jsonargparse", "pebble", "cachetools", "markdown-it-py",
 )  # fmt: skip
 
 
@@ -108,23 +109,29 @@ def publishable(gallery: Gallery) -> Gallery:
     """Return the part of a gallery that may be uploaded.
 
     Of a gallery with a public name these are the scans of that collection, with thumbnails if they are synthetic. Of
-    any other gallery it is the index, with ids and patients replaced by numbers.
+    any other gallery it is the index, with ids and patients replaced by numbers. Metadata that visitors may not see is
+    not uploaded.
     """
-    index = gallery.index
+    index, thumbnails = gallery.index, None
     if gallery.collection is None:
-        return Gallery(RetrievalIndex(index.embeddings, pseudonymise(index.metadata), index.facts, index.approximate))
-    collection_size = len(open_collection(gallery.collection))
-    ids = index.metadata.column("id").to_pylist()
-    rows = [row for row, id in enumerate(ids) if int(id) < collection_size]
-    index = index.remove({id for id in ids if int(id) >= collection_size})  # samples that the Space may not have
-    is_synthetic = set(index.metadata.column("source").to_pylist()) <= {SYNTHETIC_SOURCE}
-    thumbnails = gallery.thumbnails.take(pa.array(rows)) if gallery.thumbnails is not None and is_synthetic else None
-    return Gallery(index, None, thumbnails, gallery.collection)
+        keys = pseudonyms(index.metadata)
+    else:
+        collection_size = len(open_collection(gallery.collection))
+        ids = index.metadata.column("id").to_pylist()
+        rows = [row for row, id in enumerate(ids) if int(id) < collection_size]
+        index = index.remove({id for id in ids if int(id) >= collection_size})  # samples that the Space may not have
+        is_synthetic = set(index.metadata.column("source").to_pylist()) <= {SYNTHETIC_SOURCE}
+        if gallery.thumbnails is not None and is_synthetic:
+            thumbnails = gallery.thumbnails.take(pa.array(rows))
+        keys = {name: index.metadata.column(name).to_pylist() for name in ("id", "patient")}
+    visible = visible_columns(index.metadata, gallery.show_labels)
+    metadata = pa.table(keys | {name: visible.column(name) for name in visible.column_names})
+    published = RetrievalIndex(index.embeddings, metadata, index.facts, index.approximate)
+    return Gallery(published, None, thumbnails, gallery.collection, gallery.show_labels)
 
 
-def pseudonymise(metadata: pa.Table) -> pa.Table:
-    """Replace ids and patients by numbers in order of appearance, since an index may contain real names."""
+def pseudonyms(metadata: pa.Table) -> dict[str, list[str]]:
+    """Return the columns id and patient as numbers in order of appearance, since an index may contain real names."""
     numbers: dict[str, str] = {"": ""}
     patients = [numbers.setdefault(name or "", str(len(numbers))) for name in metadata.column("patient").to_pylist()]
-    columns = {name: metadata.column(name) for name in metadata.column_names}
-    return pa.table(columns | {"id": [str(row) for row in range(len(metadata))], "patient": patients})
+    return {"id": [str(row) for row in range(len(metadata))], "patient": patients}

@@ -13,6 +13,7 @@ from typing import Any
 
 import gradio as gr
 
+from ..errors import InputError
 from ..search.filters import MetadataFilter
 from .endpoints import HEAVY, PRIVATE, show_errors
 from .service import DEFAULT_HITS, MAX_HITS, HitFacts, Query, SearchService
@@ -121,7 +122,7 @@ class SearchPage:
         self.query_outputs = [*query_outputs, *hit_outputs, *viewer.close_outputs]
         event: dict[str, Any] = {"show_progress_on": self.grid, **PRIVATE, **HEAVY}  # not over the status line
         self.files.upload(show_errors(self._search_files), [self.files, *self.options], self.query_outputs, **event)
-        modality_of_row = self.service.gallery.index.metadata.column("modality").to_pylist()
+        modality_of_row = self.service.gallery.visible.column("modality").to_pylist()
         for modality, button in self.examples.items():
             search_row = functools.partial(self.search_row, modality_of_row.index(modality))
             button.click(show_errors(search_row), self.options, self.query_outputs, **event)
@@ -145,7 +146,7 @@ class SearchPage:
     def search_row(self, row: int | None, *options: Any) -> dict[Any, Any]:
         """Search with a scan of the gallery. Values of `query_outputs`."""
         if row is None:
-            raise ValueError("Select a scan first.")
+            raise InputError("Select a scan first.")
         return self._new_query(self.service.query_of_row(row), *options)
 
     def _new_query(self, query: Query, *options: Any) -> dict[Any, Any]:
@@ -199,6 +200,8 @@ class SearchPage:
 
     def _open(self, selected: gr.SelectData, query: Query, hits: list[HitFacts], *open_inputs: Any) -> dict[Any, Any]:
         index = selected.index if isinstance(selected.index, int) else selected.index[0]  # of the table: row, column
+        if not 0 <= index < len(hits):
+            raise InputError("This result is not shown any more. Select another one.")
         return self.viewer.open(query, hits[index]["item"], *open_inputs)
 
 

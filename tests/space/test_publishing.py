@@ -133,8 +133,17 @@ def test_the_card_of_a_model_on_the_hub_is_included(tmp_path: Path, monkeypatch:
     assert (tmp_path / "space" / "m3ret-space" / "README.md").read_text() == CARD
 
 
-def test_ids_and_patients_of_an_index_become_numbers() -> None:
-    table = pa.table({"id": ["smith-1", "smith-2", "doe-1"], "patient": ["smith", "smith", ""], "modality": ["ct"] * 3})
+def test_names_in_an_index_are_not_published(tmp_path: Path) -> None:
+    table = pa.table(
+        {
+            "id": ["smith-1", "smith-2", "doe-1"],
+            "patient": ["smith", "smith", ""],
+            "modality": ["ct", "ct", "smith"],
+            "anatomy": ["chest", "smith", ""],
+            "labels": [["nodule", "smith"], [], ["smith"]],
+            "source": ["CT-RATE", "/data/smith", ""],
+        }
+    )
     index = RetrievalIndex.build(torch.eye(3), table, ModelFacts("m", "r", "p"))
     published = publishable(Gallery(index)).index.metadata
     assert published.column("id").to_pylist() == ["0", "1", "2"]
@@ -142,6 +151,12 @@ def test_ids_and_patients_of_an_index_become_numbers() -> None:
     assert one == two != ""
     assert unknown == ""
     assert "smith" not in str(published.to_pydict())
+    assert published.column("labels").to_pylist() == [["nodule"], [], []]
+    assert published.column("source").to_pylist() == ["CT-RATE", "", ""]
+    shown = publishable(Gallery(index, show_labels=True))
+    assert shown.index.metadata.column("labels").to_pylist() == table.column("labels").to_pylist()
+    shown.save(tmp_path)
+    assert json.loads((tmp_path / "gallery.json").read_text())["show_labels"], "the Space shows them too"
 
 
 @pytest.mark.parametrize(("source", "has_thumbnails"), [("phantom (synthetic)", True), ("a hospital", False)])
