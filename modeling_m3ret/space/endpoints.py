@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import functools
 import html
+import logging
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -14,10 +16,13 @@ from typing import Any
 
 import gradio as gr
 
+from ..errors import InputError
 from ..reading_m3ret import M3RetReadError
 from ..search.filters import MetadataFilter
-from .service import DEFAULT_HITS, MAX_HITS, Query, ScanExpiredError, SearchService
+from .service import DEFAULT_HITS, MAX_HITS, Query, SearchService
 
+
+logger = logging.getLogger(__name__)
 
 # keyword arguments of events
 HEAVY: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 2}  # the number of cores of a small server
@@ -27,17 +32,22 @@ PRIVATE: dict[str, Any] = {"api_visibility": "private"}
 
 
 def show_errors(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap an event handler so that visitors see the message of an expected error.
+    """Wrap an event handler so that visitors see the message of an expected error, and no other message.
 
-    Gradio renders messages as HTML. They are escaped because they contain file names.
+    Gradio renders messages as HTML. They are escaped because they contain file names. An unexpected error is logged
+    without its message, which may hold the name of a file or text of its header.
     """
 
     @functools.wraps(function)
     def handler(*args: Any, **kwargs: Any) -> Any:
         try:
             return function(*args, **kwargs)
-        except (M3RetReadError, ScanExpiredError, ValueError) as error:
-            raise gr.Error(html.escape(str(error)), print_exception=False) from error
+        except (M3RetReadError, InputError) as error:
+            raise gr.Error(html.escape(str(error)), print_exception=False) from None
+        except Exception as error:
+            frames = "".join(traceback.format_tb(error.__traceback__))
+            logger.error("%s in an event of the page:\n%s", type(error).__name__, frames)
+            raise gr.Error("The server failed to answer. Please try again.", print_exception=False) from None
 
     return handler
 
@@ -72,20 +82,22 @@ def add_endpoints(service: SearchService) -> None:
             return {"embedding": query.embedding.tolist(), "query": scan, **asdict(service.gallery.index.facts)}
 
     def similar(
-        item: float, k: float, modalities: list[str] | None, anatomies: list[str] | None, other_subjects: bool
+        item: float | None, k: float, modalities: list[str] | None, anatomies: list[str] | None, other_subjects: bool
     ) -> dict[str, Any]:
         """Find the scans most similar to a scan of the gallery, given by its `item` number.
 
         With `other_subjects`, scans of the same patient are excluded.
         """
         where = MetadataFilter(modality=modalities or None, anatomy=anatomies or None)
+        if item is None:
+            raise InputError("item: expected the number of a scan, got none.")
         query = service.query_of_row(int(item))
         return {"hits": service.search(query, int(k), where, exclude_same_patient=bool(other_subjects))}
 
     gallery = service.gallery
     with gr.Column(visible=False):
         files = gr.File(label="files", file_count="multiple")
-        item = gr.Number(label="item", precision=0, value=0)
+        item = gr.Number(label="item", precision=0, value=0, minimum=0, maximum=len(gallery) - 1)
         k = gr.Slider(1, MAX_HITS, value=DEFAULT_HITS, step=1, label="k")
         modalities = gr.Dropdown(gallery.names("modality"), value=[], multiselect=True, label="modalities")
         anatomies = gr.Dropdown(gallery.names("anatomy"), value=[], multiselect=True, label="anatomies")

@@ -6,6 +6,7 @@ servers.
 
 from __future__ import annotations
 
+import html
 import os
 import re
 import shutil
@@ -18,6 +19,7 @@ from typing import Any
 import gradio as gr
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
+from markdown_it import MarkdownIt
 from starlette.middleware import Middleware
 
 from .endpoints import add_endpoints
@@ -29,6 +31,7 @@ from .uploads import UPLOAD_BYTES, start_sweeper
 
 
 MAX_QUEUE = 64  # waiting visitors; further ones are asked to retry
+SHARE_ASSETS = "https://gradio.s3-us-west-2.amazonaws.com"  # with a public address, Gradio's scripts come from here
 MAX_SESSIONS = 1000  # whose state is stored, the latest ones; each takes at least 0.125 MB
 STYLE = """
 .gradio-container {max-width: 1280px !important; width: 100% !important; margin: 0 auto !important}
@@ -72,7 +75,7 @@ def build(service: SearchService, model_name: str) -> gr.Blocks:
             with gr.Tab("Explore", id="explore", elem_id="explore") as explore:
                 ExplorePage(service, search, explore, tabs)
             with gr.Tab("About", id="about", elem_id="about"):
-                gr.Markdown(about(model_name), elem_id="card")
+                gr.HTML(about(model_name), elem_id="card", elem_classes=["prose"])
         add_endpoints(service)
     return page
 
@@ -107,7 +110,8 @@ def serve(
     page.queue(max_size=MAX_QUEUE, default_concurrency_limit=8)
     if wait:
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # stop like Ctrl-C when a container is stopped
-    gate = Middleware(RequestGate, folder=Path(page.GRADIO_CACHE), upload_bytes=upload_bytes)
+    assets = SHARE_ASSETS if share else ""
+    gate = Middleware(RequestGate, Path(page.GRADIO_CACHE), upload_bytes, page, assets)
     stop_sweeper = start_sweeper(Path(page.GRADIO_CACHE), page.temp_file_sets, service.close_idle)
     try:
         _, address, public_address = page.launch(
@@ -142,10 +146,17 @@ def _share_message(public_address: str | None, address: str, has_password: bool)
 
 
 def about(model_name: str) -> str:
-    """Return the "About" tab in Markdown: the notice and the model card."""
+    """Return the "About" tab in HTML: the notice and the model card.
+
+    HTML in the card is left out, and so are images, which could be loaded from other servers.
+    """
     card = re.sub(r"\A---\n.*?\n---\n", "", model_card(model_name), flags=re.DOTALL).strip()
-    card = re.sub(r"!(?=\[)|<img[^>]*>", "", card)  # images could be loaded from other servers
-    return NOTICE + (card if card else "This checkpoint has no model card.")
+    markdown = MarkdownIt("commonmark").enable("table")
+    for kind in ("html_block", "html_inline"):
+        markdown.add_render_rule(kind, lambda *_: "")
+    markdown.add_render_rule("image", lambda _, tokens, index, *__: html.escape(tokens[index].content))
+    rendered: str = markdown.render(NOTICE + (card if card else "This checkpoint has no model card."))
+    return rendered
 
 
 def model_card(model_name: str) -> str:

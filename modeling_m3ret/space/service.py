@@ -24,6 +24,7 @@ from cachetools import TTLCache
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..errors import InputError
 from ..image_processing_m3ret import M3RetImageProcessor
 from ..modeling_m3ret import M3RetModel
 from ..reading_m3ret import M3RetReadError, Scan
@@ -48,7 +49,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-class ScanExpiredError(LookupError):
+class ScanExpiredError(InputError):
     """An uploaded scan is no longer in memory."""
 
 
@@ -116,9 +117,9 @@ class SearchService:
         return query
 
     def query_of_row(self, row: int) -> Query:
-        """Return a scan of the gallery as a query. Raises `ValueError` if the gallery has no such row."""
+        """Return a scan of the gallery as a query. Raises `InputError` if the gallery has no such row."""
         if not 0 <= row < len(self.gallery):
-            raise ValueError(f"item does not exist: expected a number from 0 to {len(self.gallery) - 1}, got {row}.")
+            raise InputError(f"item does not exist: expected a number from 0 to {len(self.gallery) - 1}, got {row}.")
         return Query(key_of_row(row), row, self.gallery.index.embeddings[row].float())
 
     def close(self, query: Query) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
+from ..errors import InputError
 from ..reading_m3ret import Scan
 from .endpoints import HEAVY, LIGHT, PRIVATE, QUIET, show_errors
 from .gallery import Facts
@@ -262,7 +263,7 @@ def _describe_region(scan: Scan, region: Region) -> str:
 
 def _require_hit(query: Query | None, row: int | None) -> tuple[Query, int]:
     if query is None or row is None:
-        raise ValueError("Select a hit first.")
+        raise InputError("Select a hit first.")
     return query, row
 
 

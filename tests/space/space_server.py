@@ -92,13 +92,31 @@ def small_gallery(folder: Path, records: list[Record]) -> tuple[M3RetModel, M3Re
 
 @contextmanager
 def serving(
-    folder: Path, upload_bytes: int = 2**25, auth: tuple[str, str] | None = None, subjects: int = SUBJECTS
+    folder: Path,
+    upload_bytes: int = 2**25,
+    auth: tuple[str, str] | None = None,
+    subjects: int = SUBJECTS,
+    show_labels: bool = False,
 ) -> Iterator[SpaceServer]:
     pytest.importorskip("gradio", reason="the Space needs gradio: pip install m3ret[app]")
+    records = small_phantom(folder / "secret-ward", subjects)
+    with serving_records(folder, records, upload_bytes, auth, show_labels) as space:
+        yield space
+
+
+@contextmanager
+def serving_records(
+    folder: Path,
+    records: list[Record],
+    upload_bytes: int = 2**25,
+    auth: tuple[str, str] | None = None,
+    show_labels: bool = False,
+) -> Iterator[SpaceServer]:
+    """Serve a gallery of these records, with `folder` as the checkpoint."""
     from modeling_m3ret.space.pages import build, serve
 
-    records = small_phantom(folder / "secret-ward", subjects)
     model, processor, gallery = small_gallery(folder / "galleries", records)
+    gallery.show_labels = show_labels
     service = SearchService(model, processor, gallery, IsolatedReaders(seconds=TIMEOUT))
     page = build(service, str(folder))
     try:
@@ -107,6 +125,18 @@ def serving(
     finally:
         page.close()
         shutil.rmtree(os.environ.pop("GRADIO_TEMP_DIR"), ignore_errors=True)
+
+
+def routes_of(router: Any) -> set[tuple[str, str]]:
+    """Return methods and paths of a router and of the routers that it includes."""
+    routes = set()
+    for route in router.routes:
+        inner = getattr(route, "original_router", None)
+        if inner is not None:
+            routes |= routes_of(inner)
+        else:
+            routes |= {(method, route.path) for method in getattr(route, "methods", None) or ()}
+    return routes
 
 
 def screenshot_folder(default: Path) -> Path:

@@ -34,7 +34,7 @@ WIDE, NARROW = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SpaceServer]:
     pytest.importorskip("playwright.sync_api", reason="drives the browser: pip install playwright")
     find_browser()
-    with serving(tmp_path_factory.mktemp("space"), UPLOAD_BYTES) as space:
+    with serving(tmp_path_factory.mktemp("space"), UPLOAD_BYTES, show_labels=True) as space:
         yield space
 
 
@@ -58,7 +58,9 @@ def context(browser: Any) -> Any:
 
 @pytest.fixture
 def open_page(context: Any, server: SpaceServer, requested: list[str]) -> Iterator[Any]:
-    pages = []
+    """Open the page in a new tab. What its content security policy forbids must not be missed."""
+    pages: list[Any] = []
+    violations: list[str] = []
 
     def open_new(viewport: dict[str, int] = WIDE, scheme: str = "light") -> Any:
         page = context.new_page()
@@ -67,6 +69,7 @@ def open_page(context: Any, server: SpaceServer, requested: list[str]) -> Iterat
         page.set_viewport_size(viewport)
         page.emulate_media(color_scheme=scheme)
         page.on("request", lambda request: requested.append(request.url))
+        page.on("console", lambda message: violations.append(message.text) if "Policy" in message.text else None)
         page.goto(server.address)
         page.locator("#upload").wait_for()
         return page
@@ -74,6 +77,7 @@ def open_page(context: Any, server: SpaceServer, requested: list[str]) -> Iterat
     yield open_new
     for page in pages:
         page.close()
+    assert violations == []
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 import tempfile
 import threading
@@ -18,7 +19,7 @@ import httpx
 import numpy as np
 import pytest
 import torch
-from space_server import HTML_LABEL, TIMEOUT, SpaceServer, serving
+from space_server import TIMEOUT, SpaceServer, routes_of, serving
 
 from modeling_m3ret.space import request_gate
 from modeling_m3ret.space.uploads import delete_old_files
@@ -118,9 +119,7 @@ def test_a_file_that_cannot_be_read_is_an_error_that_names_it(client: Any, tmp_p
             client.predict([upload(tmp_path / name)], 3, [], [], False, api_name="/search")
 
 
-def test_html_is_data_in_a_label_and_escaped_in_a_message(client: Any, tmp_path: Path) -> None:
-    hits = client.predict(1, 30, [], [], False, api_name="/similar")["hits"]
-    assert HTML_LABEL in [label for hit in hits for label in hit["labels"]]
+def test_html_in_a_file_name_is_escaped_in_a_message(client: Any, tmp_path: Path) -> None:
     path = tmp_path / "<b onclick=alert(1)>.png"
     path.write_text("not an image")
     with pytest.raises(Exception, match=r"\.png") as raised:
@@ -154,19 +153,190 @@ def test_an_upload_is_refused_by_its_declared_size(server: SpaceServer, monkeypa
     assert status(content=form, headers=boundary) == 200
 
 
-def test_routes_that_the_page_does_not_need_are_closed(
-    server: SpaceServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+# routes of Gradio that the page, its endpoints and Gradio's clients use
+OPEN_ROUTES = {
+    "/", "/config", "/config/", "/assets/{path:path}", "/static/{path:path}", "/svelte/{path:path}", "/theme.css",
+    "/favicon.ico", "/robots.txt", "/manifest.json", "/pwa_icon", "/pwa_icon/{size}", "/logout",
+    "/gradio_api/info", "/gradio_api/info/", "/gradio_api/user", "/gradio_api/user/", "/gradio_api/token",
+    "/gradio_api/token/", "/gradio_api/app_id", "/gradio_api/app_id/", "/gradio_api/login_check",
+    "/gradio_api/login_check/", "/gradio_api/theme.css", "/gradio_api/startup-events", "/gradio_api/upload_progress",
+    "/gradio_api/queue/data", "/gradio_api/heartbeat/{session_hash}", "/gradio_api/file={path_or_url:path}",
+    "/gradio_api/call/{api_name}/{event_id}", "/gradio_api/call/v2/{api_name}/{event_id}",
+    "/login", "/login/", "/gradio_api/upload", "/gradio_api/cancel", "/gradio_api/reset", "/gradio_api/reset/",
+    "/gradio_api/queue/join", "/gradio_api/call/{api_name}", "/gradio_api/call/{api_name}/",
+    "/gradio_api/call/v2/{api_name}", "/gradio_api/call/v2/{api_name}/",
+}  # fmt: skip
+
+
+def test_routes_that_the_page_does_not_need_are_closed(server: SpaceServer, tmp_path: Path) -> None:
+    """All routes of the installed Gradio. Those that are refused say so and hold no connection, as dev/reload did."""
+    closed = set()
+    with httpx.Client(base_url=server.address, timeout=TIMEOUT) as visitor:
+        for method, path in sorted(routes_of(server.page.server_app)):
+            with visitor.stream(method, re.sub(r"{[^}]*}", "1", path)) as answer:
+                refused = answer.status_code == 404 and "accepts no requests" in (
+                    "" if "heartbeat" in path else answer.read().decode()
+                )
+            if refused or method == "HEAD":
+                closed.add(path)
+            else:
+                assert path in OPEN_ROUTES, (method, path)
+    assert {"/gradio_api/dev/reload", "/gradio_api/run/{api_name}", "/gradio_api/proxy={url_path:path}"} <= closed
+    assert {
+        "/gradio_api/component_server",
+        "/gradio_api/process_recording",
+        "/monitoring",
+        "/gradio_api/runs",
+    } <= closed
+    for method in ("PUT", "DELETE", "PATCH", "OPTIONS"):
+        assert httpx.request(method, f"{server.address}gradio_api/upload", timeout=TIMEOUT).status_code == 404
+
+
+def test_a_recording_is_not_written(server: SpaceServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Otherwise recordings would stay in the temporary folder, and some files would be read into memory."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     for route in ("process_recording", "component_server", "component_server/", "vibe-edit", "stream/1", "no_such"):
         answer = httpx.post(f"{server.address}gradio_api/{route}", files={"file": ("a", b"1" * 2000)}, timeout=TIMEOUT)
         assert answer.status_code == 404, route
-    assert httpx.put(f"{server.address}gradio_api/upload", content=b"1", timeout=TIMEOUT).status_code == 404
     assert not list(tmp_path.iterdir())
     monkeypatch.setattr(request_gate, "MAX_BODY_BYTES", 100)
     answer = httpx.post(f"{server.address}gradio_api/call/similar", json={"data": ["1" * 100]}, timeout=TIMEOUT)
     assert answer.status_code == 413
+
+
+def test_pages_and_files_state_what_a_browser_may_do_with_them(server: SpaceServer) -> None:
+    """A page runs the scripts that it came with, a file runs none. Hugging Face shows Spaces in a frame."""
+    with httpx.Client(base_url=server.address, timeout=TIMEOUT) as visitor:
+        files = {"files": ("evil.html", b"<script>alert(1)</script>")}
+        (path,) = visitor.post("/gradio_api/upload", files=files).json()
+        answers = [visitor.get(route) for route in ("/", "/config", f"/gradio_api/file={path}", "/no-such-route")]
+        answers.append(visitor.post("/gradio_api/call/similar", json={"data": []}))
+    for answer in answers:
+        assert answer.headers["x-content-type-options"] == "nosniff"
+        assert "referrer-policy" in answer.headers
+        assert "x-frame-options" not in answer.headers, "would close the frame of a Space"
+    page, _, file, *_ = (directives(answer.headers["content-security-policy"]) for answer in answers)
+    assert page["default-src"] == ["'none'"]
+    assert "'unsafe-inline'" not in page["script-src"]
+    assert {"'self'", "https://huggingface.co"} <= set(page["frame-ancestors"])
+    assert page["form-action"] == page["base-uri"] == ["'self'"]
+    assert "sandbox" in file
+    assert file["default-src"] == ["'none'"]
+    assert answers[2].headers["content-disposition"].startswith("attachment")
+
+
+def directives(policy: str) -> dict[str, list[str]]:
+    return {words[0]: words[1:] for words in (directive.split() for directive in policy.split(";")) if words}
+
+
+NOT_ITEMS = [-1, 10**9, 10**30, 1.5, True, "3", "", [0], {"a": 1}]
+NOT_COUNTS = [0, -1, 49, 1e9, 2.5, False, "8", None, [8]]
+NOT_CHOICES = ["ct", [1], [["ct"]], [None], ["CT "], ["doe"], 3, True, {"ct": 1}]
+
+
+@pytest.mark.parametrize(
+    ("position", "wrong"),
+    [(0, NOT_ITEMS), (1, NOT_COUNTS), (2, NOT_CHOICES), (3, NOT_CHOICES), (4, [0, 1, "true", None, []])],
+)
+def test_a_value_of_the_wrong_type_or_range_is_refused(position: int, wrong: list[Any], server: SpaceServer) -> None:
+    names = ("item", "k", "modalities", "anatomies", "other_subjects")
+    with httpx.Client(base_url=f"{server.address}gradio_api/", timeout=TIMEOUT) as visitor:
+        for value in wrong:
+            data = [0, 3, [], [], False]
+            data[position] = value
+            answers = [visitor.post("call/similar", json={"data": data})]
+            answers.append(visitor.post("call/v2/similar", json=dict(zip(names, data, strict=True))))
+            for answer in answers:
+                assert answer.status_code == 422, value
+                (refused,) = (detail for detail in answer.json()["detail"] if not detail["is_valid"])
+                assert refused["parameter_name"] == names[position]
+
+
+@pytest.mark.parametrize(
+    ("body", "content_type", "status"),
+    [
+        (b"", "application/json", 400),
+        (b"{", "application/json", 400),
+        (b"\xff\xfe\x00", "application/json", 400),
+        (b"null", "application/json", 400),
+        (b"[]", "application/json", 400),
+        (b'"x"', "application/json", 400),
+        (b"{}", "application/json", 400),
+        (b'{"data": 1}', "application/json", 400),
+        (b'{"data": {}}', "application/json", 400),
+        (b'{"data": []}', "application/json", 400),
+        (b'{"data": [0, 3, [], [], false, 1]}', "application/json", 400),
+        (b'{"data": [NaN, 3, [], [], false]}', "application/json", 400),
+        (b'{"data": [Infinity, 3, [], [], false]}', "application/json", 400),
+        (b'{"data": [1e999, 3, [], [], false]}', "application/json", 422),
+        (b'{"data": [' + b"9" * 5000 + b", 3, [], [], false]}", "application/json", 400),
+        (b"[" * 100_000, "application/json", 400),
+        (b'{"data": [0, 3, [], [], false], "batched": true}', "application/json", 400),
+        (b'{"data": [0, 3, [], [], false], "session_hash": "../x"}', "application/json", 400),
+        (b'{"data": [0, 3, [], [], false], "session_hash": 3}', "application/json", 400),
+        (b'{"data": [0, 3, [], [], false], "trigger_id": -5}', "application/json", 400),
+        (b'{"data": [0, 3, [], [], false]}', "text/plain", 415),
+        (b'{"data": [0, 3, [], [], false]}', "", 415),
+        (b"data=1", "application/x-www-form-urlencoded", 415),
+        (b"<data/>", "application/xml", 415),
+    ],
+)
+def test_a_malformed_request_is_refused(body: bytes, content_type: str, status: int, server: SpaceServer) -> None:
+    headers = {"Content-Type": content_type}
+    for route in ("call/similar", "call/v2/similar"):
+        answer = httpx.post(f"{server.address}gradio_api/{route}", content=body, headers=headers, timeout=TIMEOUT)
+        by_name = route == "call/v2/similar"  # where {} asks for the default of every value
+        assert answer.status_code == status or (by_name and (body == b"{}" or 400 <= answer.status_code < 500))
+        assert "Traceback" not in answer.text
+    answer = httpx.post(f"{server.address}gradio_api/queue/join", content=body, headers=headers, timeout=TIMEOUT)
+    assert 400 <= answer.status_code < 500
+
+
+@pytest.mark.parametrize("index", [-1, 10**4, 10**30, 1.0, True, None, "0", [], [0], {"a": 0}])
+def test_an_event_that_does_not_exist_is_refused(index: Any, server: SpaceServer) -> None:
+    body = {"data": [], "session_hash": "s", "fn_index": index}
+    answer = httpx.post(f"{server.address}gradio_api/queue/join", json=body, timeout=TIMEOUT)
+    assert answer.status_code in (400, 404)
+    answer = httpx.post(f"{server.address}gradio_api/call/{index}", json=body, timeout=TIMEOUT)
+    assert answer.status_code in (400, 404)
+    private = httpx.post(f"{server.address}gradio_api/call/_redraw", json={"data": [None] * 14}, timeout=TIMEOUT)
+    assert private.status_code == 404, "an event of the page is no endpoint"
+
+
+@pytest.mark.parametrize(
+    "selected", [-1, -(10**9), 1.5, True, None, "0", [], [-1, 0], [0, -1], [0, 1, 2], [[0], 0], {"a": 0}, "missing"]
+)
+def test_a_selection_that_does_not_exist_is_refused(selected: Any, server: SpaceServer) -> None:
+    with httpx.Client(base_url=server.address, timeout=TIMEOUT) as visitor:
+        config = visitor.get("/config").json()
+        (grid,) = (part["id"] for part in config["components"] if part["props"].get("elem_id") == "grid")
+        (event,) = (event for event in config["dependencies"] if [grid, "select"] in event["targets"])
+        values = {part["id"]: part["props"].get("value") for part in config["components"]}
+        body = {"fn_index": event["id"], "session_hash": "s", "data": [values[id] for id in event["inputs"]]}
+        data = {"value": None} if selected == "missing" else {"index": selected, "value": None}
+        answer = visitor.post("/gradio_api/queue/join", json=body | {"event_data": data})
+    assert answer.status_code == 400
+
+
+def test_a_malformed_upload_is_refused(server: SpaceServer) -> None:
+    before = set(server.uploads.rglob("*"))
+    multipart = "multipart/form-data"
+    for content_type in (
+        "",
+        "text/plain",
+        "application/json",
+        multipart,
+        f"{multipart}; boundary=",
+        f"{multipart}; boundary=b",
+    ):
+        for body in (b"", b"x", b"--b\r\n", b"--b\r\nContent-Disposition: form-data\r\n\r\nx\r\n--b--\r\n"):
+            headers = {"Content-Type": content_type}
+            answer = httpx.post(f"{server.address}gradio_api/upload", content=body, headers=headers, timeout=TIMEOUT)
+            assert 400 <= answer.status_code < 500 or answer.json() == [], (content_type, body)
+    many = [("files", (f"{number}.png", b"x")) for number in range(1100)]
+    assert httpx.post(f"{server.address}gradio_api/upload", files=many, timeout=TIMEOUT).status_code == 400
+    files = [path for path in set(server.uploads.rglob("*")) - before if path.is_file() and path.stat().st_size > 1]
+    assert files == []
 
 
 def test_a_url_is_not_downloaded(server: SpaceServer) -> None:
@@ -184,9 +354,9 @@ def test_a_url_is_not_downloaded(server: SpaceServer) -> None:
         address = f"http://127.0.0.1:{elsewhere.server_port}"
         for url in (f"{address}/a.png", "HTTPS://example.org/a.png"):
             file = {"path": url, "meta": {"_type": "gradio.FileData"}}
-            for route, body in (("call/embed", {"data": [[file]]}), ("run/embed", {"data": [{"deep": [file]}]})):
-                answer = httpx.post(f"{server.address}gradio_api/{route}", json=body, timeout=TIMEOUT)
-                assert answer.status_code == 400
+            for body in ({"data": [[file]]}, {"data": [{"deep": [file]}]}, {"data": [file]}, {"data": [url]}):
+                answer = httpx.post(f"{server.address}gradio_api/call/embed", json=body, timeout=TIMEOUT)
+                assert answer.status_code == 422
         httpx.get(f"{address}/last", timeout=TIMEOUT)
         elsewhere.shutdown()
         thread.join()
@@ -235,13 +405,13 @@ def test_only_uploaded_files_are_read(server: SpaceServer) -> None:
             str(path),
         ):
             answer = httpx.post(f"{server.address}gradio_api/call/embed", json={"data": [[file]]}, timeout=TIMEOUT)
-            if answer.status_code != 200:
-                continue
-            event = answer.json()["event_id"]
-            stream = httpx.get(f"{server.address}gradio_api/call/embed/{event}", timeout=TIMEOUT).text
-            assert "event: error" in stream, file
-            assert "event: complete" not in stream, file
-            assert "root:" not in stream
+            assert answer.status_code == 422
+            assert "root:" not in answer.text
+    (server.uploads / "link.png").symlink_to("/etc/passwd")
+    file = {"path": str(server.uploads / "link.png"), "meta": {"_type": "gradio.FileData"}}
+    answer = httpx.post(f"{server.address}gradio_api/call/embed", json={"data": [[file]]}, timeout=TIMEOUT)
+    assert answer.status_code == 422
+    assert httpx.get(f"{server.address}gradio_api/file={file['path']}", timeout=TIMEOUT).status_code == 404
 
 
 def test_uploads_and_rendered_images_are_deleted_when_they_are_old(client: Any, server: SpaceServer) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import httpx
 import pytest
-from space_server import HTML_LABEL, TIMEOUT, SpaceServer, browsing, find_browser, screenshot_folder, serving
+from space_server import HTML_LABEL, TIMEOUT, SpaceServer, browsing, find_browser, routes_of, screenshot_folder, serving
 
 
 pytestmark = pytest.mark.slow
@@ -38,18 +38,6 @@ def logged_in(server: SpaceServer) -> Iterator[httpx.Client]:
         answer = visitor.post("/login", data={"username": USER, "password": PASSWORD})
         assert answer.json() == {"success": True}
         yield visitor
-
-
-def routes_of(router: Any) -> set[tuple[str, str]]:
-    """Return methods and paths of a router and of the routers that it includes."""
-    routes = set()
-    for route in router.routes:
-        inner = getattr(route, "original_router", None)
-        if inner is not None:
-            routes |= routes_of(inner)
-        else:
-            routes |= {(method, route.path) for method in getattr(route, "methods", None) or ()}
-    return routes
 
 
 @pytest.mark.parametrize(
@@ -94,7 +82,7 @@ def test_endpoints_require_a_login(server: SpaceServer) -> None:
         with pytest.raises(Exception, match=r"(?i)auth|credentials|log"):
             Client(server.address, auth=credentials, verbose=False)
     for name, data in (("search", [[], 3, [], [], False]), ("embed", [[]]), ("similar", [0, 3, [], [], False])):
-        for route in (f"call/{name}", f"run/{name}", f"api/{name}", f"call/v2/{name}"):
+        for route in (f"call/{name}", f"call/v2/{name}", "queue/join"):
             answer = httpx.post(f"{server.address}gradio_api/{route}", json={"data": data}, timeout=TIMEOUT)
             assert answer.status_code == 401, route
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -31,15 +32,60 @@ def test_the_model_card_is_shown_without_its_header_and_images(tmp_path: Path) -
     card = (
         "---\nlicense: mit\n---\n# Model\n\nmAP 0.5 ![a curve](https://example.org/a.png) ![b][1]\n\n"
         "<img\nsrc='https://example.org/b.png'> end\n\n[1]: https://example.org/c.png\n"
+        "\n| a | b |\n|---|---|\n| 1 < 2 | x |\n"
     )
     (tmp_path / "README.md").write_text(card, encoding="utf-8")
     shown = about(str(tmp_path))
     assert model_card(str(tmp_path)) == card
-    assert "# Model\n\nmAP 0.5 [a curve](" in shown
+    assert "<h1>Model</h1>" in shown
+    assert "mAP 0.5 a curve" in shown
     assert "license" not in shown
-    assert "![" not in shown
     assert "<img" not in shown
+    assert "example.org" not in shown
     assert " end" in shown
+    assert "<td>1 &lt; 2</td>" in shown
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<form action=https://example.org><input name=p><button>Log in</button></form>",
+        "text <form\naction='//example.org'> text",
+        "<script>alert(1)</script>",
+        "a<script src=//example.org/a.js></script>",
+        "<iframe src=//example.org></iframe>",
+        "<svg/onload=alert(1)>",
+        "<b onclick=alert(1)>x</b>",
+        "<details open ontoggle=alert(1)>\n\ntext\n\n</details>",
+        "<!-- <form> -->",
+        "[x](javascript:alert(1))",
+        "[x](JaVaScRiPt&colon;alert(1))",
+        "[x](&#x6A;avascript:alert(1))",
+        "<javascript:alert(1)>",
+        "[x][1]\n\n[1]: vbscript:x",
+        "[x](data:text/html;base64,PHNjcmlwdD4=)",
+        "![x](//example.org/a.png)",
+        "![<form>](a.png)",
+        '[x](https://example.org/"onclick=alert(1))',
+        "<style>@import url(//example.org)</style>",
+        "<base href=//example.org>",
+        "<meta http-equiv=refresh content=0>",
+    ],
+)
+def test_a_card_can_neither_run_scripts_nor_ask_for_input(text: str, tmp_path: Path) -> None:
+    """Elements and attributes are those that a browser would find: html.parser is the independent reader."""
+    (tmp_path / "README.md").write_text(f"---\nlicense: mit\n---\n# Model\n\n{text}\n", encoding="utf-8")
+    found: list[tuple[str, dict[str, str | None]]] = []
+
+    class Parser(HTMLParser):
+        def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+            found.append((tag, dict(attributes)))
+
+    Parser().feed(about(str(tmp_path)))
+    assert {tag for tag, _ in found} <= {"h1", "h2", "p", "a", "em", "strong", "code", "pre", "ul", "ol", "li"}
+    for _, attributes in found:
+        assert attributes.keys() <= {"href", "title"}
+        assert (attributes.get("href") or "https:").startswith("https:")
 
 
 def test_a_checkpoint_without_a_card_has_an_about_tab(tmp_path: Path) -> None:

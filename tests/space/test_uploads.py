@@ -253,8 +253,8 @@ def test_uploads_in_progress_count_towards_the_disk_space(tmp_path: Path, monkey
             if message["type"] == "http.response.start":
                 statuses.append(message["status"])
 
-        gate = request_gate.RequestGate(app, tmp_path, upload_bytes=50)
-        headers = [(b"content-length", b"40")]
+        gate = request_gate.RequestGate(app, tmp_path, 50, page=None)
+        headers = [(b"content-length", b"40"), (b"content-type", b"multipart/form-data; boundary=x")]
         scope = {"type": "http", "method": "POST", "path": "/gradio_api/upload", "headers": headers}
         first = asyncio.create_task(gate(scope, None, send))
         await started.wait()
