@@ -410,7 +410,10 @@ def _used_bits(words: np.ndarray, dataset: Any, precision: int | None) -> tuple[
     if precision is not None:
         unsigned = words.astype(f"u{words.dtype.itemsize}")
         if not bits <= high < precision or (unsigned & (2 ** (high + 1 - bits) - 1)).any():
-            bits = precision if precision < bits or (precision > bits and (unsigned >> bits).any()) else bits
+            shift = max(0, size - bits)
+            is_extended = bool(((words << shift) >> shift == words).all())  # by its sign
+            if precision < bits or not (is_extended or not (unsigned >> bits).any()):
+                bits = precision
             high = bits - 1
     if bits == size:
         return words, bits
