@@ -267,18 +267,24 @@ def read_itk(file: bytes | Path, request: ReadRequest) -> AnyScan:
         except RuntimeError as error:
             raise request.error("unsupported", f"a {kind} header of SimpleITK", "another one") from error
         description: Description = {"format": kind}
-        is_colour = dtype == np.uint8 and channels in (3, 4)
-        if dtype.kind not in "iuf" or not (channels == 1 or is_colour) or len(shape) > 4:
+        is_list = len(shape) < 4 and re.search(rb"(?im)^kinds\s*:.*\blist\b", header) is not None  # volumes, as values
+        is_colour = dtype == np.uint8 and channels in (3, 4) and not is_list
+        if dtype.kind not in "iuf" or not (channels == 1 or is_colour or is_list) or len(shape) > 4:
             got = f"{len(shape)} dimensions of {channels} values of type {dtype}"
             raise request.error("unsupported", "grey or 8-bit RGB voxels in up to four dimensions", got)
         request.check_size((*shape, channels), bytes_per_voxel(dtype))
-        request.check_ratio(math.prod(shape) * channels * dtype.itemsize, size)
+        decoded = math.prod(shape) * channels * dtype.itemsize
+        request.check_ratio(decoded, size)
+        if re.search(rb"(?m)^CompressedData\s*[=:]\s*[TtYy1]", header):
+            _check_deflated(data[len(header) + 1 :] if voxel_file is None else content or b"", decoded, request)
         try:
             array = sitk.GetArrayFromImage(reader.Execute())
         except RuntimeError as error:
             raise request.error("damaged", f"complete {kind} voxels", "data that SimpleITK refuses") from error
     array = array if channels > 1 else array[..., None]
     array = array[None] if len(shape) == 2 else array
+    if is_list:
+        array, shape = np.moveaxis(array, -1, 0)[..., None], (*array.shape[2::-1], channels)
     array = array if len(shape) == 4 else array[None]  # (T, z, y, x, C)
     array = blend_over_black(array) if channels == 4 else array
     times = _select_time((*array.shape[3:0:-1], len(array)), request, description)
@@ -316,9 +322,26 @@ def _split_header(data: bytes, kind: str, request: ReadRequest) -> tuple[bytes, 
     return header, name
 
 
+def _check_deflated(data: bytes, size: int, request: ReadRequest) -> None:
+    """Refuse a zlib stream that does not inflate to `size` bytes, which SimpleITK does not notice."""
+    stream, inflated = zlib.decompressobj(), 0
+    try:
+        for start in range(0, len(data), 4096):
+            inflated += len(stream.decompress(data[start : start + 4096]))
+            if stream.eof or inflated > size:
+                break
+    except zlib.error:
+        inflated = 0
+    if not stream.eof or inflated != size:
+        raise request.error(
+            "damaged", f"{size:,} bytes of voxels, compressed by zlib", "another or an incomplete stream"
+        )
+
+
 def _itk_steps(reader: Any, header: bytes, description: Description) -> np.ndarray | None:
     """Return the steps of a SimpleITK image in RAS millimetres, or None if its header declares no spacing."""
-    if not re.search(rb"(?im)^[ \t]*(space directions|spacings|elementspacing|elementsize)\s*[:=]", header):
+    spacing = re.search(rb"(?im)^[ \t]*(?:space directions|spacings|elementspacing|elementsize)\s*[:=](.*)$", header)
+    if spacing is None or b"nan" in spacing.group(1).lower():
         return None
     description["affine"] = "header"
     dimension = reader.GetDimension()

@@ -679,6 +679,40 @@ def test_colour_and_time_of_simpleitk(name: str, tmp_path: Path) -> None:
     assert (scan.description["volumes"], scan.description["volume_index"]) == (3, 0)
 
 
+# of NRRD: spacing along D, H, W, and the flips of D, H, W from the file, http://teem.sourceforge.net/nrrd/format.html
+NRRD_HEADERS = {
+    "": (NONE3, (1, 1, 1)),
+    "spacings: 1 2 3\n": ((3, 2, 1), (1, 1, 1)),
+    "spacings: nan nan nan\n": (NONE3, (1, 1, 1)),
+    "space: RAS\nspace directions: (1,0,0) (0,1,0) (0,0,2)\n": ((2, 1, 1), (1, -1, -1)),
+    "space: left-anterior-superior\nspace directions: (1,0,0) (0,1,0) (0,0,-2)\n": ((2, 1, 1), (-1, -1, 1)),
+    'space: LPS\nspace directions: (1,0,0) (0,1,0) (0,0,2)\nspace units: "cm" "cm" "cm"\n': ((20, 10, 10), (1, 1, 1)),
+}
+
+
+@pytest.mark.parametrize("header", NRRD_HEADERS)
+def test_nrrd_is_oriented_as_its_space_declares(header: str) -> None:
+    pytest.importorskip("SimpleITK")
+    voxels = RNG.integers(0, 900, (4, 5, 6)).astype(np.int16)
+    fixed = "NRRD0004\ntype: short\ndimension: 3\nsizes: 6 5 4\nendian: little\nencoding: raw\n"
+    scan = read_scan(f"{fixed}{header}\n".encode() + voxels.tobytes())
+    spacing, flips = NRRD_HEADERS[header]
+    assert scan.spacing == (NONE3 if spacing == NONE3 else pytest.approx(spacing))
+    expected = voxels[tuple(slice(None, None, flip) for flip in flips)]
+    np.testing.assert_allclose(scan.array[0], percentiles(expected), atol=1e-6)
+
+
+def test_list_axis_of_nrrd_is_a_number_of_volumes() -> None:
+    pytest.importorskip("SimpleITK")
+    volumes = RNG.integers(0, 256, (4, 5, 6, 3), dtype=np.uint8)  # not colour, though they are three of 8 bits
+    fixed = "NRRD0004\ntype: uchar\ndimension: 4\nsizes: 3 6 5 4\nencoding: raw\nkinds: list space space space\n"
+    scan = read_scan(
+        f"{fixed}space: LPS\nspace directions: none (1,0,0) (0,1,0) (0,0,1)\n\n".encode() + volumes.tobytes()
+    )
+    np.testing.assert_array_equal(scan.array[0], volumes[..., 0])
+    assert scan.description["volumes"] == 3
+
+
 def test_nifti_data_types_and_dimensions() -> None:
     four = RNG.integers(0, 900, (6, 5, 4, 3)).astype(np.float32)
     scan = read_scan(nifti_bytes(four, np.eye(4)), num_frames=2)  # volumes are read whole

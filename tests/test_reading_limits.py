@@ -220,6 +220,8 @@ BAD: dict[str, bytes | Callable[[], bytes]] = {
     "bomb.mha": metaimage("LOCAL", "2000 2000 600"),
     "bomb_under_the_limit.mha": metaimage("LOCAL", "500 500 300"),
     "cut.mha": metaimage("LOCAL", "4 4 4") + bytes(100),
+    "corrupt_zlib.mha": metaimage("LOCAL", "4 4 4").replace(b"Element", b"CompressedData = True\nElement", 1)
+    + bytes(128),
     "no_data.mha": metaimage("LOCAL", "4 4 4").split(b"ElementDataFile")[0],
     "bomb.nrrd": nrrd("", "2000 2000 600"),
     "cut.nrrd": nrrd("", "4 4 4") + bytes(100),
@@ -421,6 +423,7 @@ def test_num_frames_brings_a_long_clip_within_limits(kind: str) -> None:
         ("bomb_under_the_limit.mha", "too_large"),
         ("cut.mha", "damaged"),
         ("no_data.mha", "damaged"),
+        ("corrupt_zlib.mha", "damaged"),
         ("cut.nrrd", "damaged"),
         ("cut_header.nrrd", "damaged"),
         ("path.nhdr", "unsupported"),
