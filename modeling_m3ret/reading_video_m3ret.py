@@ -118,7 +118,8 @@ def _inspect(container: Any, disposition: Any, request: ReadRequest, description
         description["video_streams"], description["video_stream"] = len(container.streams.video), stream.index
     if frame.interlaced_frame:
         description["interlaced"] = True
-    if kind in ("mov", "matroska") and steps.max() > 1.5 * steps.min() + 1:  # a difference of 1 is rounding
+    is_regular = steps.max() <= 1.5 * steps.min() + 1  # a difference of 1 is rounding
+    if kind in ("mov", "matroska") and not is_regular:
         description["variable_frame_rate"] = True
     context, matrix = stream.codec_context, _display_matrix(frame)
     ordered = context.codec.canonical_name in ("h264", "hevc") and kind != "avi"  # stored and shown order are known
@@ -127,6 +128,8 @@ def _inspect(container: Any, disposition: Any, request: ReadRequest, description
         and len(shown) == len(packets)
         and 4 * key_frames.sum() <= len(packets)  # otherwise `_changes_size` takes as long as decoding all frames
         and kind not in ("mpeg", "mpegts")
+        and is_regular  # decord seeks by time, and to what the index calls key frames
+        and (kind not in ("mov", "avi") or sum(e.is_keyframe for e in stream.index_entries) == key_frames.sum())
         and (ordered or not context.has_b_frames)
         and frame.format.name in DECORD_FORMATS
         and frame.height % 2 == frame.width % 2 == 0
