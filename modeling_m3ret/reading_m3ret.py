@@ -171,6 +171,8 @@ def _read(source: Any, request: ReadRequest) -> AnyScan:
     if hasattr(source, "detach") and hasattr(source, "cpu"):  # a torch tensor; NumPy has no bfloat16
         source = source.detach().cpu()
         source = source.float() if str(source.dtype) == "torch.bfloat16" else source
+    if np.ma.is_masked(source):
+        raise request.error("unsupported", "an array without masked voxels", "a mask", "Fill the masked voxels.")
     if hasattr(source, "__array__"):
         return _read_array(np.asarray(source), request, {"format": "array"})
     expected = "a path, bytes, open file, image, array, DICOM series or dataset row"
@@ -485,6 +487,7 @@ def _read_image(image: Any, request: ReadRequest) -> AnyScan:
     width, height = image.size
     request.check_pixels(height, width)
     request.check_size((len(pages), height, width), 4)
+    spacing = _pixel_aspect(image, description)
     frames, inverted = [], False
     for page in pages:
         if page != pages[0]:
@@ -497,7 +500,6 @@ def _read_image(image: Any, request: ReadRequest) -> AnyScan:
         frames = [np.repeat(frame[..., None], 3, axis=2) if frame.ndim == 2 else frame for frame in frames]
     array = frames[0][None] if len(frames) == 1 else np.stack(frames)
     array = array[None] if array.ndim == 3 else array.transpose(3, 0, 1, 2)
-    spacing = _pixel_aspect(image, turned=array.shape[2:] != (height, width), description=description)
     return to_unit_range(array, spacing, request, description, inverted=inverted)
 
 
@@ -524,14 +526,17 @@ def _pages(image: Any, request: ReadRequest, description: Description) -> list[i
     return pages
 
 
-def _pixel_aspect(image: Any, turned: bool, description: Description) -> Spacing:
+def _pixel_aspect(image: Any, description: Description) -> Spacing:
     """Return the spacing that a declared resolution implies: the ratio of the sides, as the scale is that of print."""
+    if image.format == "TIFF" and not {282, 283} <= set(image.tag_v2):  # Pillow makes up the other one
+        return (None, None, None)
     keys = ("dpi", "resolution", "aspect", "jfif_density") if image.format else ()  # a derived image is resampled
     density = next((image.info[key] for key in keys if image.info.get(key)), (1, 1))
     across, down = (float(value) for value in density[:2])
     if not (0 < across < math.inf and 0 < down < math.inf):
         return (None, None, None)
-    ratio = down / across if not turned else across / down  # width of a pixel as a multiple of its height
+    turned = image.getexif().get(EXIF_ORIENTATION, 1) > 4  # by 90 degrees
+    ratio = across / down if turned else down / across  # width of a pixel as a multiple of its height
     if max(ratio, 1 / ratio) < MIN_ASPECT:
         return (None, None, None)
     description["pixel_aspect_ratio"] = ratio

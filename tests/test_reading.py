@@ -200,6 +200,7 @@ def test_imagej_stack_without_pages_is_refused() -> None:
     [
         (tiff(GREY, t282=[(204, 1)], t283=[(98, 1)], t296=[2]), 98 / 204),  # fax
         (tiff(GREY, t282=[(2, 1)], t283=[(1, 1)], t296=[1]), 0.5),  # without a unit
+        (tiff(GREY, t282=[(100, 1)]), None),  # of one axis only
         (tiff(GREY, t282=[(72009, 1000)], t283=[(72, 1)], t296=[2]), None),  # rounded
         (encode(Image.fromarray(GREY), "PNG", dpi=(72, 144)), 2.0),
         (encode(Image.fromarray(GREY), "JPEG", dpi=(200, 100)), 0.5),
@@ -215,7 +216,12 @@ def test_declared_resolution_gives_the_ratio_of_pixel_sides(data: bytes, ratio: 
 def test_rotation_swaps_the_sides_of_pixels() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
-    assert read_scan(encode(Image.fromarray(GREY), "JPEG", dpi=(200, 100), exif=exif)).spacing == (None, 1.0, 2.0)
+    for pixels in (GREY, GREY[:9]):
+        jpeg = encode(Image.fromarray(pixels), "JPEG", dpi=(200, 100), exif=exif)
+        for data in (jpeg, tiff(pixels, t274=[6], t282=[(200, 1)], t283=[(100, 1)], t296=[2])):
+            scan = read_scan(data)
+            assert scan.spacing == (None, 1.0, 2.0)
+            assert scan.array.shape[2:] == pixels.shape[::-1]
 
 
 @pytest.mark.parametrize("kind", ["AVIF", "HEIF", "JPEG2000"])

@@ -34,6 +34,9 @@ BODY_PARTS = (
 )
 BODY_PART_SYNONYMS = {"cspine": "spine", "tspine": "spine", "lspine": "spine", "ssspine": "spine"}
 NON_SCAN_SUFFIXES = (
+    ".img",  # voxels that are read with the header beside them
+    ".raw",
+    ".zraw",
     ".csv",
     ".tsv",
     ".txt",

@@ -37,7 +37,7 @@ from .embedding import MAX_TOKENS, Embedded, Embedder, embed_records, encoder_em
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 2  # of the shard files; part of the cache key
+FORMAT = 3  # of the shard files, and of what is read from a scan; part of the cache key
 SHARD_SCANS = 512  # scans that are embedded again after an interruption: some minutes of CTs on a CPU
 
 
