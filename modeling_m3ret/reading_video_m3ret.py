@@ -51,8 +51,8 @@ def decode_video(file: bytes | Path, request: ReadRequest, description: Descript
     av = request.import_decoder("av", "av")
     with _open(file, request) as container:
         track = _inspect(container, av.stream.Disposition, request, description)
-    use_decord = track.fits_decord and not _changes_size(file, track, request)
-    frames, total = None, track.total
+    use_decord = track.fits_decord and (track.key_frames == 1 or not _changes_size(file, track, request))
+    frames, total, passes = None, track.total, 0
     while frames is None:
         indices = request.select_frames(total, description)
         request.check_size((len(indices), *track.frame_shape), track.dtype.itemsize)
@@ -60,6 +60,9 @@ def decode_video(file: bytes | Path, request: ReadRequest, description: Descript
             frames = _decode_with_decord(file, track, indices)
         if frames is None:
             frames, decoded = _decode_with_av(file, track, indices, request)
+            passes += 1
+            if decoded != total and passes > 1:
+                raise request.error("damaged", f"{total} frames, as in a first pass", f"{decoded}")
             if decoded != total:  # some packets hold no picture that can be shown, or two
                 frames, total = None, decoded
     return _apply_display_matrix(frames, track, request, description)
@@ -75,7 +78,8 @@ class _Track:
     dtype: np.dtype
     aspect: float
     display_matrix: tuple[int, int, int, int] | None  # a, b, c, d: a stored (x, y) is shown at (ax + cy, bx + dy)
-    fits_decord: bool
+    key_frames: int
+    fits_decord: bool  # unless its size changes
 
 
 def _inspect(container: Any, disposition: Any, request: ReadRequest, description: Description) -> _Track:
@@ -143,6 +147,7 @@ def _inspect(container: Any, disposition: Any, request: ReadRequest, description
         dtype,
         1 / float(stream.sample_aspect_ratio or 1),
         matrix,
+        int(key_frames.sum()),
         fits_decord,
     )
 
@@ -227,7 +232,7 @@ def _apply_display_matrix(
         a, b, c, d = track.display_matrix
         right, down, swapped = (c, b, True) if min(abs(b), abs(c)) > max(abs(a), abs(d)) else (a, d, False)
         rest = (a, d) if swapped else (b, c)
-        if max(map(abs, rest)) > 0.02 * min(abs(right), abs(down)):  # ffmpeg tolerates one degree
+        if max(map(abs, rest)) >= 0.02 * min(abs(right), abs(down)):  # ffmpeg tolerates one degree
             raise request.error("unsupported", "a rotation by a multiple of 90 degrees", "another rotation")
         frames = frames.transpose(0, 2, 1, 3) if swapped else frames
         frames = frames[:, :: 1 if down > 0 else -1, :: 1 if right > 0 else -1]
