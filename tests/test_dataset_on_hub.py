@@ -201,29 +201,6 @@ def test_checkpoints_are_evaluated_on_a_split_of_a_data_set_on_the_hub(pushed: P
     assert str(tmp_path) not in (tmp_path / "table" / "metrics.json").read_text()
 
 
-COUNT = """
-import sys
-from modeling_m3ret.data.collection import open_collection
-from modeling_m3ret.data.schema import CollectionError
-try:
-    records = open_collection(sys.argv[1], stream=sys.argv[2] == "True")
-    print(sorted((record.id, record.split) for record in records), len(records[0].open()) > 0)
-except CollectionError as error:
-    print(type(error).__name__, sys.argv[1] in str(error))
-"""
-
-
-@pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("cut_off", [{"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:9"}])
-def test_data_set_in_the_cache_opens_without_the_hub(pushed: Pushed, cut_off: dict[str, str], stream: bool) -> None:
-    command = [sys.executable, "-c", COUNT]
-    online = run([*command, pushed.name, "False"], pushed.environment, ROOT)
-    assert "test" in online
-    assert run([*command, pushed.name, str(stream)], pushed.environment | cut_off, ROOT) == online
-    typo = run([*command, "data/typo", str(stream)], pushed.environment | cut_off, ROOT)
-    assert typo.split() == ["CollectionError", "True"]
-
-
 def test_unknown_data_set_is_reported_by_name_in_one_line(pushed: Pushed, tmp_path: Path) -> None:
     options = ["--config", str(ROOT / "configs/smoke.yaml"), "--data", "unknown/unknown"]
     command = [sys.executable, str(ROOT / "train.py"), *options]

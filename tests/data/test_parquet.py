@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -127,6 +128,27 @@ def test_files_that_are_not_named_as_shards_are_pointed_out(dataset: Path, caplo
     (dataset / VALIDATION).rename(dataset / VALIDATION.replace("validation", "val"))
     assert {record.split for record in open_collection(dataset)} == {"train"}
     assert len(caplog.records) == 1
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_dataset_in_the_cache_opens_without_the_hub(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, stream: bool
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    cached, commit = tmp_path / "datasets--org--name", "0" * 40
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text(commit)
+    shutil.copytree(dataset / "data", cached / "snapshots" / commit / "data")
+    expected = [(record.id, record.split) for record in open_collection(dataset)]
+    assert [(record.id, record.split) for record in open_collection("org/name", stream=stream)] == expected
+    assert len(caplog.records) == 1
+    (cached / "snapshots" / commit / TRAIN).rename(
+        cached / "snapshots" / commit / TRAIN.replace("of-00001", "of-00002")
+    )
+    for name in ("org/name", "org/other", "org/name@v2"):  # downloaded in part, another, another revision
+        with pytest.raises(CollectionError, match=name):
+            open_collection(name, stream=stream)
 
 
 def test_a_folder_without_shards_is_refused(tmp_path: Path) -> None:
