@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from .dicom_pixels_m3ret import PIXEL_KEYS, decode_frames, in_plane_spacing, is_hounsfield, read_pixels
+from .dicom_pixels_m3ret import PIXEL_KEYS, decode_frames, in_plane_spacing, is_hounsfield, read_numbers, read_pixels
 from .dicom_planes_m3ret import Arrangement, Plane, arrange, frames_are_described, split_into_planes
 from .intensity_m3ret import to_unit_range
 from .reading_video_m3ret import read_video
@@ -62,14 +62,15 @@ class _File:
     is_clip: bool  # of several frames that are not placed in space, or a video stream
 
     @property
-    def series(self) -> tuple[float, str, str, str]:
-        """Sort key of its series. Two patients are never in one, whatever their series are called."""
-        number = str(self.dataset.get("SeriesNumber") or "")
-        names = (
-            str(self.dataset.get(key) or "").strip(" \0")
-            for key in ("SeriesInstanceUID", "StudyInstanceUID", "PatientID")
-        )
-        return (float(number) if number.isdecimal() else math.inf, *names)  # type: ignore[return-value]
+    def series(self) -> tuple[str, ...]:
+        """What identifies its series. Two patients are never in one, whatever their series are called."""
+        keys = ("SeriesInstanceUID", "StudyInstanceUID", "PatientID")
+        return tuple(str(self.dataset.get(key) or "").strip(" \0") for key in keys)
+
+    @property
+    def series_number(self) -> float:
+        number = read_numbers(self.dataset, "SeriesNumber", 1)
+        return number[0] if number else math.inf
 
 
 def read_folder(folder: Path, request: ReadRequest) -> AnyScan:
@@ -197,10 +198,13 @@ def _is_video(dataset: Any) -> bool:
 
 def _select_series(files: list[_File], request: ReadRequest, description: Description) -> list[_File]:
     """Return the files of the series that `request.series` selects; without it, refuse several."""
-    members: dict[tuple[float, str, str, str], list[_File]] = defaultdict(list)
-    for file in files:
-        members[file.series].append(file)
-    series = [members[key] for key in sorted(members)]
+    found = dict.fromkeys(file.series for file in files)
+    members: dict[tuple[str, ...], list[_File]] = defaultdict(list)
+    for file in files:  # one that lacks a patient or study is of the series that it can only be of
+        fitting = [key for key in found if key != file.series and _may_be_of(file.series, key)]
+        members[fitting[0] if len(fitting) == 1 else file.series].append(file)
+    ranks = {key: (min(file.series_number for file in group), key) for key, group in members.items()}
+    series = [members[key] for key in sorted(members, key=ranks.__getitem__)]
     choices = [f"{index} ({_describe(group)})" for index, group in enumerate(series[:LISTED_SERIES])]
     choices += ["..."] * (len(series) > LISTED_SERIES)
     wanted = request.series
@@ -211,7 +215,7 @@ def _select_series(files: list[_File], request: ReadRequest, description: Descri
     elif isinstance(wanted, int):
         matching = [wanted] if 0 <= wanted < len(series) else []
     else:
-        matching = [index for index, group in enumerate(series) if group[0].series[1] == wanted]
+        matching = [index for index, group in enumerate(series) if group[0].series[0] == wanted]
     if len(matching) != 1:
         advice = f'Choose one with `series`: its UID, "largest", or its index out of {", ".join(choices)}.'
         got = f"{len(matching)} series" if matching else "none with this UID or index"
@@ -219,6 +223,11 @@ def _select_series(files: list[_File], request: ReadRequest, description: Descri
     if len(series) > 1:
         description["series_total"], description["series_index"] = len(series), matching[0]
     return series[matching[0]]
+
+
+def _may_be_of(series: tuple[str, ...], other: tuple[str, ...]) -> bool:
+    """Return whether the keys of two series have one UID, and the first lacks what they differ in."""
+    return series[0] == other[0] and all(part in ("", whole) for part, whole in zip(series, other, strict=True))
 
 
 def _describe(files: list[_File]) -> str:
@@ -276,9 +285,9 @@ def _read_video_stream(dataset: Any, request: ReadRequest, description: Descript
     encaps = importlib.import_module("pydicom.encaps")
     stream = b"".join(encaps.generate_frames(dataset.PixelData, number_of_frames=1))
     head = next(split_into_planes(dataset, [0], request.name, 0, request))
+    mm = head.spacing if head.spacing[0] else in_plane_spacing(dataset, description)
     scan = read_video(stream, request)
     scan.description.update({**description, "format": "dicom video"})
-    mm = head.spacing if head.spacing[0] else in_plane_spacing(dataset, description)
     return replace(scan, spacing=(None, *mm)) if request.spacing is None and mm[0] else scan
 
 

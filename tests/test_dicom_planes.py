@@ -303,6 +303,20 @@ def test_patients_and_studies_are_never_joined(keyword: str) -> None:
     assert read_scan(files, series=1).array.shape[1] == 3
 
 
+def test_file_without_a_patient_or_study_joins_the_only_series_it_can_be_of() -> None:
+    files = slices(StudyInstanceUID="1.5")
+    del files[0].StudyInstanceUID, files[1].PatientID
+    np.testing.assert_array_equal(read_scan(files).array[0], FRAMES)
+    files[5].PatientID = "another"
+    with pytest.raises(M3RetReadError):
+        read_scan(files)
+
+
+def test_index_of_a_series_follows_the_series_number() -> None:
+    files = slices(FRAMES[:2], series="1.2.1", SeriesNumber=10) + slices(series="1.2.2", SeriesNumber=9)
+    assert [read_scan(files, series=index).array.shape[1] for index in (0, 1)] == [6, 2]
+
+
 # ------------------------------------------------------------------------------------------------------ decimal strings
 
 
