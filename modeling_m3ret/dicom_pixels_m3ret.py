@@ -284,7 +284,9 @@ def _check_pixel_description(dataset: Any, syntax: Any, request: ReadRequest) ->
     """Refuse pixels that the standard does not define (PS3.3 C.7.6.3), or that pydicom decodes without a conversion."""
     if "PixelData" not in dataset:
         return
-    keys = ("BitsAllocated", "BitsStored", "PixelRepresentation", "PhotometricInterpretation")
+    keys = ["BitsAllocated", "BitsStored", "PixelRepresentation", "PhotometricInterpretation"]
+    if dataset.get("SamplesPerPixel") == 3 and not syntax.is_encapsulated:
+        keys.append("PlanarConfiguration")
     missing = [key for key in keys if dataset.get(key) in (None, "")]
     if missing:
         raise request.error("damaged", "an image with " + ", ".join(keys), "one without " + ", ".join(missing))
@@ -446,6 +448,9 @@ def _rescale(item: Any) -> tuple[float, float] | None:
 
 def _modality_transform(frame: Frame, request: ReadRequest) -> Transform | None:
     """Return the function from stored to measured values (PS3.3 C.11.1), or None if they are equal."""
+    for keyword in ("RescaleSlope", "RescaleIntercept"):
+        if frame.values.get(keyword) is not None and read_numbers(frame.values, keyword, 1) is None:
+            raise request.error("damaged", f"a finite {keyword}", "one that is not a number")
     rescale = _rescale(frame.values)
     if rescale is None:
         table = _read_lut(frame.values.ModalityLUTSequence[0], "LUT", frame.dataset, _stored_range(frame.dataset))

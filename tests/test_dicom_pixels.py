@@ -249,6 +249,7 @@ def test_float_pixels_are_read_and_their_padding_is_ignored(dtype: type) -> None
         ({"Rows": 5}, "damaged"),  # pixel data hold two frames
         ({"BitsAllocated": 8, "BitsStored": 8, "HighBit": 7}, "damaged"),
         ({"RescaleSlope": 0, "RescaleIntercept": 3}, "unsupported"),
+        ({"RescaleSlope": "NaN", "RescaleIntercept": 0}, "damaged"),
     ],
 )
 def test_pixels_that_are_not_defined_are_refused(elements: dict[str, Any], reason: str) -> None:
@@ -531,6 +532,7 @@ def test_uncompressed_ybr_becomes_rgb() -> None:
     assert refusal(dicom(ybr, PhotometricInterpretation="YBR_FULL_422")) == "damaged"  # not subsampled
     assert refusal(dicom(ybr.astype(np.uint16), PhotometricInterpretation="YBR_FULL")) == "unsupported"
     assert refusal(dicom(ybr, PixelRepresentation=1)) == "unsupported"
+    assert refusal(dicom(ybr, PlanarConfiguration=None)) == "damaged"
 
 
 def test_planar_configuration_of_jpeg_has_no_meaning() -> None:
