@@ -1,8 +1,9 @@
 """Start worker processes cheaply, and end them together with the process that started them.
 
 Workers are forked from a server process that has already imported the heavy modules (multiprocessing's forkserver).
-DataLoader workers are forked from the training process instead; `block_sigterm_in_workers` keeps a SIGTERM that is sent
-to the whole process group from ending them before the run has saved.
+DataLoader workers are forked from the training process instead, unless another start method is chosen;
+`block_sigterm_in_workers` keeps a SIGTERM that is sent to the whole process group from ending them before the run has
+saved.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator, Sequence
+from multiprocessing import resource_tracker
 from multiprocessing.context import BaseContext
 
 import torch
@@ -45,20 +47,25 @@ def exit_with_parent() -> None:
     """End this process as soon as the process that started it ends, whatever it is doing.
 
     Without this, the workers of a killed process would keep running and could write into the files of the next run.
+    A SIGTERM ends it, too, although a forkserver that a loader started may have passed on its mask.
     """
+    if HAS_SIGWAITINFO:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     threading.Thread(target=_exit_after_parent, daemon=True).start()
 
 
 @contextlib.contextmanager
 def block_sigterm_in_workers() -> Iterator[None]:
-    """Block SIGTERM in all threads of the processes forked inside this block, threads started by libraries included.
+    """Block SIGTERM in all threads of the processes started inside this block, threads started by libraries included.
 
-    Each of these processes must call `exit_on_sigterm_from_parent`. Has no effect where the sender of a signal is
-    unknown (macOS, Windows).
+    Each of these processes must call `exit_on_sigterm_from_parent`. A forkserver that is started inside this block
+    passes the mask on. Processes of one that ran before block SIGTERM by that call, but not in threads that libraries
+    started on import. Has no effect where the sender of a signal is unknown (macOS, Windows).
     """
     if not HAS_SIGWAITINFO:
         yield
         return
+    resource_tracker.ensure_running()  # before Python 3.12, starting it unblocks SIGTERM
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     try:
         yield
@@ -67,17 +74,20 @@ def block_sigterm_in_workers() -> Iterator[None]:
 
 
 def exit_on_sigterm_from_parent() -> None:
-    """End this process, forked inside `block_sigterm_in_workers`, on a SIGTERM from its parent only.
+    """End this process, started inside `block_sigterm_in_workers`, on a SIGTERM from its parent only.
 
     A scheduler sends SIGTERM to all processes of a run. The parent handles it, and needs its workers until it has
     saved.
     """
     if HAS_SIGWAITINFO:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # a forkserver may have passed on no mask
         threading.Thread(target=_wait_for_sigterm_from_parent, daemon=True).start()
 
 
 def _wait_for_sigterm_from_parent() -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+    parent = multiprocessing.parent_process()  # not os.getppid(), which may be a forkserver
+    assert parent is not None
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent.pid:
         pass
     os._exit(0)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from modeling_m3ret.worker_process import initialise_worker, worker_context
+from modeling_m3ret.worker_process import HAS_SIGWAITINFO, initialise_worker, worker_context
 
 
 pytestmark = pytest.mark.slow  # starts processes
@@ -55,3 +55,34 @@ def test_worker_ends_with_a_killed_parent(tmp_path: Path) -> None:
     )
     assert ran.returncode == -signal.SIGKILL
     assert int(ran.stdout) > 0  # the worker had started
+
+
+AFTER_A_LOADER = """
+import signal, sys, time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import active_children, forkserver, get_context
+from modeling_m3ret.worker_process import block_sigterm_in_workers, exit_with_parent, initialise_worker
+if __name__ == "__main__":
+    context = get_context("forkserver")
+    with block_sigterm_in_workers():
+        forkserver.ensure_running()
+    for function in (exit_with_parent, initialise_worker):
+        pool = ProcessPoolExecutor(1, mp_context=context, initializer=function)
+        pool.submit(time.sleep, 0).result()
+        (worker,) = active_children()
+        worker.terminate()
+        worker.join(300)
+        assert worker.exitcode == -signal.SIGTERM, worker.exitcode
+    print("ended")
+"""
+
+
+@pytest.mark.skipif(not HAS_SIGWAITINFO, reason="a loader blocks no signal on this platform")
+def test_workers_of_pools_end_on_sigterm_although_a_loader_started_the_forkserver(tmp_path: Path) -> None:
+    script = tmp_path / "after.py"
+    script.write_text(AFTER_A_LOADER)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    ran = subprocess.run(
+        [sys.executable, script], env=environment, stdout=subprocess.PIPE, text=True, check=True, timeout=900
+    )
+    assert ran.stdout == "ended\n"

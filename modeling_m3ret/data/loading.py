@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from ..cpu import keep_freed_memory
 from ..image_processing_m3ret import M3RetImageProcessor
 from ..reading_m3ret import M3RetReadError, Scan
-from ..worker_process import block_sigterm_in_workers, exit_on_sigterm_from_parent
+from ..worker_process import HAS_SIGWAITINFO, block_sigterm_in_workers, exit_on_sigterm_from_parent
 from .collection import Record
 from .parquet import Blocks, process_reader
 from .sampler import SeededBatchSampler
@@ -201,6 +201,8 @@ class PackLoader(DataLoader[Pack]):
     """A data loader whose workers survive a SIGTERM to the process group, so that the run can save first."""
 
     def __init__(self, dataset: Dataset[Pack], num_workers: int, **options: Any):
+        if num_workers and HAS_SIGWAITINFO:  # on Linux: forks start at once. Python 3.14 would use a forkserver
+            options.setdefault("multiprocessing_context", "fork")
         super().__init__(
             dataset,
             num_workers=num_workers,

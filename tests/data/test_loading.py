@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import subprocess
+import sys
 from itertools import islice
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from modeling_m3ret.data.collection import Record, open_collection
 from modeling_m3ret.data.loading import (
     MAX_CONSECUTIVE_FAILURES,
     Pack,
+    PackLoader,
     RandomViews,
     WholeScans,
     embedding_loader,
@@ -61,11 +64,14 @@ def are_equal(first: Pack, second: Pack) -> bool:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not HAS_SIGWAITINFO, reason="the sender of a signal is unknown on this platform")
-def test_workers_exit_on_a_sigterm_of_their_parent_only(records: list[Record]) -> None:
+@pytest.mark.parametrize("start_method", ["", "fork", "spawn"])
+def test_workers_exit_on_a_sigterm_of_their_parent_only(records: list[Record], start_method: str) -> None:
     """A scheduler signals the whole process group, and the run still saves; a failed run terminates its workers."""
     views = RandomViews(records, PROCESSOR, views=[ViewKind(1)])
     others = multiprocessing.active_children()
-    packs = iter(training_loader(views, SeededBatchSampler(["ct"] * len(records), 2, seed=0), 1))
+    batches = SeededBatchSampler(["ct"] * len(records), 2, seed=0)
+    options = {"multiprocessing_context": start_method} if start_method else {}
+    packs = iter(PackLoader(views, 1, batch_sampler=batches, **options))
     next(packs)
     (worker,) = [child for child in multiprocessing.active_children() if child not in others]
     subprocess.run(["kill", "-TERM", str(worker.pid)], check=True)
@@ -75,6 +81,39 @@ def test_workers_exit_on_a_sigterm_of_their_parent_only(records: list[Record]) -
     worker.terminate()
     worker.join(timeout=60)
     assert not worker.is_alive()
+
+
+FORKSERVER = """
+import subprocess, sys
+from multiprocessing import active_children
+from pathlib import Path
+from modeling_m3ret import M3RetImageProcessor
+from modeling_m3ret.data.collection import Record
+from modeling_m3ret.data.loading import PackLoader, WholeScans
+if __name__ == "__main__":
+    records = [Record("0", Path(sys.argv[1]), "ct", "a", "l", "p")] * 40
+    options = {"multiprocessing_context": "forkserver", "persistent_workers": True}
+    packs = iter(PackLoader(WholeScans(records, M3RetImageProcessor(size=48)), 1, **options))
+    next(packs)
+    (worker,) = active_children()
+    subprocess.run(["kill", "-TERM", str(worker.pid)], check=True)
+    assert len(list(packs)) == 39
+    assert worker.is_alive()
+    worker.terminate()
+    worker.join(timeout=60)
+    assert not worker.is_alive()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not HAS_SIGWAITINFO, reason="the sender of a signal is unknown on this platform")
+def test_workers_of_a_forkserver_exit_on_a_sigterm_of_their_parent_only(records: list[Record], tmp_path: Path) -> None:
+    """In a process of its own, in which no forkserver runs yet."""
+    script = tmp_path / "forkserver.py"
+    script.write_text(FORKSERVER)
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, str(script), str(records[0].location)]
+    subprocess.run(command, env=environment, check=True, timeout=600)
 
 
 @pytest.mark.slow
