@@ -148,7 +148,8 @@ def choose_visible(
     device = noise.device
     counts = torch.tensor(patch_counts, device=device)
     scan = torch.arange(len(patch_counts), device=device).repeat_interleave(counts, output_size=noise.shape[0])
-    shuffled = (scan + noise.double()).argsort()  # rows of scan 0 in random order, then of scan 1, ...
+    shuffled = noise.argsort()
+    shuffled = shuffled[scan[shuffled].argsort(stable=True)]  # rows of scan 0 in random order, then of scan 1, ...
     rank = torch.arange(noise.shape[0], device=device) - (counts.cumsum(0) - counts)[scan]
     is_visible = rank < torch.tensor(visible_counts, device=device)[scan]
     return shuffled[is_visible], shuffled[~is_visible], visible_counts

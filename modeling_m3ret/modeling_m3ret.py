@@ -367,7 +367,7 @@ class M3RetWhitening(nn.Module):
             shrinkage: e as a fraction of the largest variance. Small variances are noise, and some are zero if there
                 are fewer scans than dimensions. On phantom scans, 0.001 to 0.1 changed mAP by at most 0.02.
         """
-        pooled = pooled.double()
+        pooled = pooled.cpu().double()  # MPS has no float64
         centred = pooled - pooled.mean(0)
         variances, directions = torch.linalg.eigh(centred.T @ centred / len(pooled))
         scale = (variances.clamp(min=0) + shrinkage * variances[-1].clamp(min=1e-12)).rsqrt()
