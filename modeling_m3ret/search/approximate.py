@@ -15,7 +15,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..atomic_io import atomic_write, atomic_write_text, read_or_create_secret
 from ..hub import CACHE_FOLDER
-from .exact import Hits, search_exactly
+from .exact import Hits, exact_scores, search_exactly
 
 
 logger = logging.getLogger(__name__)
@@ -35,6 +35,7 @@ TRAINING_ROWS_PER_CELL = 64  # for k-means; faiss warns below 39 and uses at mos
 CANDIDATE_FACTORS = (10, 20, 40, 80)  # tried in this order for rabitq: candidates per hit that are compared exactly
 MIN_GAIN = 0.001  # gain of recall per doubling of the probes below which more candidates are tried instead
 MAX_HNSW_CANDIDATES = 4096
+ROUNDING = 1e-6  # between float32 scores of equal vectors that another program computed
 BLOCK_ROWS = 65536
 
 
@@ -55,9 +56,13 @@ class ApproximateSettings:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> ApproximateSettings:
-        """Read what `to_dict` returned; unknown or missing keys are a TypeError."""
+        """Read what `to_dict` returned; unknown or missing keys are a TypeError, wrong values a ValueError."""
         names = {key: name for name, key in DISK_KEYS.items()}
-        return cls(**{names.get(key, key): value for key, value in values.items()})
+        settings = cls(**{names.get(key, key): value for key, value in values.items()})
+        numbers = [value for name, value in asdict(settings).items() if name != "method"]
+        if settings.method not in get_args(Method) or not all(isinstance(number, int | float) for number in numbers):
+            raise ValueError(f"expected the settings of an approximate index, got {values}")
+        return settings
 
 
 # keys in the index's files that differ from the fields' names: those of older versions, so that their files can be read
@@ -70,18 +75,16 @@ class RecallSample:
     def __init__(self, gallery: Tensor):
         sample = torch.randperm(len(gallery), generator=torch.Generator().manual_seed(0))[:RECALL_QUERIES]
         self.queries = gallery[sample].float()
-        self.neighbours = min(10, len(gallery) - 1)
-        if self.neighbours > 0:
-            itself = [row[None] for row in sample]
-            self.truth = search_exactly(gallery, self.queries, self.neighbours, itself).rows
+        self.itself = sample if len(gallery) > 1 else torch.full((1,), -1)  # a single scan is its own neighbour
+        self.neighbours = min(10, max(1, len(gallery) - 1))
+        excluded = [row[row >= 0] for row in self.itself[:, None]]
+        self.last_score = search_exactly(gallery, self.queries, self.neighbours, excluded).scores[:, -1:]
 
     def recall(self, search: Callable[[Tensor, int], Hits]) -> float:
-        """Return the fraction of exact neighbours that `search(queries, k)` finds; 1 for a gallery of one scan."""
-        if self.neighbours < 1:
-            return 1.0
-        found = search(self.queries, self.neighbours + 1).rows  # each query finds itself, too
-        hits = sum(len(set(a.tolist()) & set(b.tolist())) for a, b in zip(self.truth, found, strict=True))
-        return hits / self.truth.numel()
+        """Return the fraction of exact neighbours, or rows as similar, that `search(queries, k)` finds."""
+        found = search(self.queries, self.neighbours + 1)  # each query finds itself, too
+        right = (found.scores >= self.last_score - ROUNDING) & (found.rows != self.itself[:, None])
+        return float(right.sum(1).clamp(max=self.neighbours).sum() / (self.neighbours * len(self.queries)))
 
 
 @dataclass
@@ -146,16 +149,28 @@ class ApproximateSearch:
         )
 
     def search(self, queries: Tensor, k: int, excluded: list[Tensor] | None = None) -> Hits:
-        """Return the k most similar rows that the index finds, with exact scores; see `search_exactly`."""
+        """Return the k most similar rows that the index finds, with exact scores; see `search_exactly`.
+
+        A query is searched exactly if the index finds less than k rows although there are more, or more rows of the
+        last hit's score than fit, as in a gallery with many equal rows.
+        """
         wanted = k + max(map(len, excluded or ()), default=0)
-        candidates = min(len(self.gallery), wanted * self.settings.candidate_factor)
+        candidates = min(len(self.gallery), (wanted + 1) * self.settings.candidate_factor)
         _, found = self.index.search(_numpy(queries), candidates, params=self._parameters(candidates))
         hits = Hits.empty(len(queries), k)
+        incomplete = []
         for index, rows in enumerate(torch.from_numpy(found)):
-            rows = rows[rows >= 0].sort().values
+            rows, allowed = rows[rows >= 0], len(self.gallery)
             if excluded is not None:
-                rows = rows[~torch.isin(rows, excluded[index])]
-            hits.set_best(index, self.gallery[rows].float() @ queries[index].float(), rows)
+                rows, allowed = rows[~torch.isin(rows, excluded[index])], allowed - len(excluded[index])
+            scores = exact_scores(self.gallery, rows, queries[index].float())
+            hits.set_best(index, scores, rows)
+            if len(rows) < allowed and (scores >= hits.scores[index, -1]).sum() != k:
+                incomplete.append(index)
+        if incomplete:
+            of_incomplete = None if excluded is None else [excluded[index] for index in incomplete]
+            exact = search_exactly(self.gallery, queries[incomplete], k, of_incomplete)
+            hits.scores[incomplete], hits.rows[incomplete] = exact.scores, exact.rows
         return hits
 
     def _parameters(self, candidates: int) -> Any:

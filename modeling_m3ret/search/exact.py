@@ -16,12 +16,14 @@ import torch
 from torch import Tensor
 
 from ..data.schema import require_words
+from ..errors import InputError
 
 
 GROUP = 64  # consecutive rows that are represented by their best similarity at first
 APPROXIMATE_VALUES = 2**28  # approximate similarities held at a time: 0.5 GiB
 # bytes of the gallery per product: bfloat16 blocks fit the last-level cache, float32 ones a core's own cache
 BLOCK_BYTES = {torch.bfloat16: 12 * 2**20, torch.float32: 3 * 2**19}
+SCORED_ROWS = 65536  # rows that are copied at a time: in a gallery of equal rows all are candidates
 FEW_QUERIES = 4  # up to this number each query reads the gallery by itself; more queries share each block
 # largest errors of rounding to nearest (IEEE 754): relative for a value, absolute for a similarity, which is at most 1
 FLOAT16_RESULT_ERROR = 2.0**-12
@@ -42,21 +44,31 @@ class Hits:
         return cls(torch.full((queries, k), -torch.inf), torch.full((queries, k), -1, dtype=torch.int64))
 
     def set_best(self, query: int, scores: Tensor, rows: Tensor) -> None:
-        """Set the hits of one query to the k best of some rows; rows of equal score keep their order."""
+        """Set the hits of one query to the k best of some rows."""
+        rows, ascending = rows.sort()
+        scores = scores[ascending]
         order = torch.argsort(scores, descending=True, stable=True)[: self.rows.shape[1]]
         self.scores[query, : len(order)], self.rows[query, : len(order)] = scores[order], rows[order]
 
 
 def check_queries(queries: Tensor, dimension: int, k: int, patients: Sequence[str] | None = None) -> None:
-    """Raise ValueError unless queries are `(q, dimension)`, k is positive, and patients, if given, are q."""
+    """Raise InputError unless queries are `(q, dimension)` with a direction, k is positive, and patients are q."""
     if queries.ndim != 2 or queries.shape[1] != dimension:
-        raise ValueError(f"queries do not match the index: expected (q, {dimension}), got {tuple(queries.shape)}.")
+        raise InputError(f"queries do not match the index: expected (q, {dimension}), got {tuple(queries.shape)}.")
     if k < 1:
-        raise ValueError(f"k must be positive: got {k}.")
+        raise InputError(f"k must be positive: got {k}.")
     if patients is not None:
         require_words("query_patients", patients)
         if len(patients) != len(queries):
-            raise ValueError(f"query_patients does not match queries: expected {len(queries)}, got {len(patients)}.")
+            raise InputError(f"query_patients does not match queries: expected {len(queries)}, got {len(patients)}.")
+    if not (queries.isfinite().all() and queries.ne(0).any(1).all()):
+        raise InputError("queries have no direction: expected finite embeddings that are not zero.")
+
+
+def exact_scores(gallery: Tensor, rows: Tensor, query: Tensor) -> Tensor:
+    """Return the similarities of some rows in float32. Unlike in a matrix product, equal rows have equal scores."""
+    blocks = [(gallery[block].float() * query).sum(1) for block in rows.split(SCORED_ROWS)]
+    return torch.cat(blocks) if blocks else torch.empty(0)
 
 
 @torch.autocast("cpu", enabled=False)  # autocast would change the precision that the error bounds assume
@@ -73,7 +85,7 @@ def search_exactly(
         allowed: `(n,)` bool, rows that may be found; None for all.
 
     Raises:
-        ValueError: if the shapes do not match or k is not positive.
+        InputError: if the shapes do not match, a query is zero or not finite, or k is not positive.
     """
     check_queries(queries, gallery.shape[1], k)
     hits = Hits.empty(len(queries), k)
@@ -90,7 +102,7 @@ def search_exactly(
         group_best = approximate.unflatten(1, (-1, GROUP)).amax(2)  # (q, groups)
         for index, query in enumerate(batch):
             candidates = _candidates(approximate[index], group_best[index], float(errors[index]), k)
-            hits.set_best(start + index, gallery[candidates].float() @ query, candidates)
+            hits.set_best(start + index, exact_scores(gallery, candidates, query), candidates)
     return hits
 
 

@@ -96,10 +96,9 @@ class RetrievalIndex:
             target_recall: recall@10 that an approximate search is tuned to.
 
         Raises:
-            ValueError: if the sizes do not match, ids are missing or repeated, or an embedding is zero or not finite.
+            InputError: if the sizes do not match, ids are missing or repeated, or an embedding is zero or not finite.
         """
-        gallery = normalize_to_float16(embeddings)
-        metadata = complete_metadata(metadata, len(gallery))
+        gallery, metadata = prepare_gallery(embeddings, metadata)
         if method == "auto":
             method = "exact" if len(gallery) <= EXACT_UP_TO else "rabitq"
         approximate = None
@@ -131,7 +130,7 @@ class RetrievalIndex:
             query_patients: patient of each query, whose scans are left out; "" leaves out none.
 
         Raises:
-            ValueError: if the shapes do not match or k is not positive.
+            InputError: if the shapes do not match, a query is zero or not finite, or k is not positive.
         """
         check_queries(queries, self.embeddings.shape[1], k, query_patients)
         queries = torch.nn.functional.normalize(queries.float(), dim=-1)
@@ -156,7 +155,7 @@ class RetrievalIndex:
 
     def lookup(self, rows: Tensor) -> list[dict[str, Any]]:
         """Return the metadata of rows that a search found; rows of -1 are skipped."""
-        return self.metadata.take(pa.array(rows[rows >= 0].flatten().tolist())).to_pylist()
+        return self.metadata.take(pa.array(rows[rows >= 0].flatten().tolist(), pa.int64())).to_pylist()
 
     @cached_property
     def _columns(self) -> dict[str, StringColumn]:
@@ -167,11 +166,11 @@ class RetrievalIndex:
     def add(self, embeddings: Tensor, metadata: pa.Table) -> RetrievalIndex:
         """Return a new index with further scans. An approximate index is not retrained, but tuned again.
 
-        Arguments and errors are those of `build`; an id that is in the index already is a ValueError.
+        Arguments and errors are those of `build`; an id that is in the index already is an InputError.
         """
-        added = RetrievalIndex.build(embeddings, metadata, self.facts, "exact")
-        gallery = torch.cat([self.embeddings, added.embeddings])
-        metadata = complete_metadata(pa.concat_tables([self.metadata, added.metadata]), len(gallery))
+        added, metadata = prepare_gallery(embeddings, metadata, self.embeddings.shape[1])
+        gallery = torch.cat([self.embeddings, added])
+        metadata = complete_metadata(pa.concat_tables([self.metadata, metadata]), len(gallery))
         approximate = self.approximate.extend(gallery) if self.approximate else None
         return RetrievalIndex(gallery, metadata, self.facts, approximate)
 
@@ -249,11 +248,13 @@ class RetrievalIndex:
         except Exception as error:  # the readers raise many types
             raise damaged(folder, f"cannot read the index ({type(error).__name__}).") from error
         shape = (manifest["scans"], manifest["dimension"])
-        if embeddings.shape != shape or embeddings.dtype != torch.float16 or len(metadata) != shape[0]:
+        matches = embeddings.shape == shape and embeddings.dtype == torch.float16 and len(metadata) == shape[0]
+        if not matches or metadata.schema != SCHEMA:
             raise damaged(
                 folder,
                 f"files do not match the manifest: expected embeddings {shape} torch.float16 and {shape[0]} rows of "
-                f"metadata, got {tuple(embeddings.shape)} {embeddings.dtype} and {len(metadata)} rows.",
+                f"metadata, got {tuple(embeddings.shape)} {embeddings.dtype} and {len(metadata)} rows with the columns "
+                f"{metadata.schema.names}.",
             )
         approximate = None
         if manifest["approximate"]:
@@ -278,22 +279,34 @@ def check_model(location: object, found: ModelFacts, expected: ModelFacts | None
         raise IndexFormatError(location, "other_model", details)
 
 
+def prepare_gallery(embeddings: Tensor, metadata: pa.Table, dimension: int | None = None) -> tuple[Tensor, pa.Table]:
+    """Return embeddings as float16 of norm 1 with their complete metadata.
+
+    Raises:
+        InputError: if they do not match each other or the dimension of an index, or cannot be searched.
+    """
+    gallery = normalize_to_float16(embeddings)
+    if dimension not in (None, gallery.shape[1]):
+        raise InputError(f"embeddings do not match: expected (n, {dimension}), got {tuple(gallery.shape)}.")
+    return gallery, complete_metadata(metadata, len(gallery))
+
+
 def normalize_to_float16(embeddings: Tensor) -> Tensor:
     """Return embeddings `(n, d)` as float16 of norm 1.
 
     Raises:
-        ValueError: if the shape is wrong, or an embedding is zero or not finite.
+        InputError: if the shape is wrong, or an embedding is zero or not finite.
     """
     if embeddings.ndim != 2:
-        raise ValueError(f"embeddings have a wrong shape: expected (n, d), got {tuple(embeddings.shape)}.")
+        raise InputError(f"embeddings have a wrong shape: expected (n, d), got {tuple(embeddings.shape)}.")
     if not embeddings.isfinite().all():
-        raise ValueError("embeddings are not finite: the model's weights may have diverged.")
+        raise InputError("embeddings are not finite: the model's weights may have diverged.")
     normalized = torch.empty(embeddings.shape, dtype=torch.float16)
     for start in range(0, len(embeddings), 65536):
         block = embeddings[start : start + 65536].float()
         norms = block.norm(dim=1, keepdim=True)
         if (norms == 0).any():
-            raise ValueError("an embedding is zero and cannot be normalised: remove its scan.")
+            raise InputError("an embedding is zero and cannot be normalised: remove its scan.")
         normalized[start : start + 65536] = (block / norms).half()
     return normalized
 
@@ -302,15 +315,15 @@ def complete_metadata(metadata: pa.Table, rows: int) -> pa.Table:
     """Return a table with exactly `COLUMNS` in the types of `SCHEMA`; missing columns are filled with empty values.
 
     Raises:
-        ValueError: if the number of rows or a column's type is wrong, or ids are missing or repeated.
+        InputError: if the number of rows or a column's type is wrong, or ids are missing or repeated.
     """
     if len(metadata) != rows:
-        raise ValueError(f"metadata does not match embeddings: expected {rows} rows, got {len(metadata)}.")
+        raise InputError(f"metadata does not match embeddings: expected {rows} rows, got {len(metadata)}.")
     if "id" not in metadata.column_names:
-        raise ValueError(f"metadata has no column id: got {metadata.column_names}.")
+        raise InputError(f"metadata has no column id: got {metadata.column_names}.")
     ids = metadata.column("id")
     if ids.null_count or len(pc.unique(ids)) != rows:
-        raise ValueError(f"ids must be unique and not null: got {len(pc.unique(ids))} different ids in {rows} rows.")
+        raise InputError(f"ids must be unique and not null: got {len(pc.unique(ids))} different ids in {rows} rows.")
     for column in COLUMNS:
         if column not in metadata.column_names:
             empty = pa.array([[] if column == "labels" else ""] * rows, SCHEMA.field(column).type)
@@ -320,7 +333,7 @@ def complete_metadata(metadata: pa.Table, rows: int) -> pa.Table:
         return metadata.cast(SCHEMA)  # a column of nulls only has a type of its own, which joins no other
     except pa.ArrowException as error:
         types = dict(zip(COLUMNS, map(str, metadata.schema.types), strict=True))
-        raise ValueError(
+        raise InputError(
             f"metadata has wrong column types: expected strings, and lists of strings in labels, got {types}."
         ) from error
 
@@ -332,6 +345,8 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         name = manifest["version"]
         if set(manifest["files"]) != {EMBEDDINGS, METADATA} or os.sep in name or ".." in name:
             raise ValueError("unexpected file names")  # never read files outside the folder
+        if not all(isinstance(manifest[key], int) for key in ("scans", "dimension")):
+            raise ValueError("unexpected sizes")
         ModelFacts(**manifest["model"])
         if manifest["approximate"]:
             ApproximateSettings.from_dict(manifest["approximate"])

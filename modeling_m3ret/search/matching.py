@@ -225,7 +225,7 @@ def _normalized(scan: ScanTokens) -> Tensor:
 def rerank(queries: Sequence[ScanTokens], hits: Hits, gallery: Sequence[ScanTokens] | Mapping[int, ScanTokens]) -> Hits:
     """Return the same hits ordered by late interaction, which replaces the score of the first search.
 
-    Mixing in the first score retrieved worse (docs/results.md). Equal scores keep the order of the first search.
+    Mixing in the first score retrieved worse (docs/results.md). Hits of equal score are in the order of their rows.
 
     Args:
         queries: tokens of the query of each row of the hits.

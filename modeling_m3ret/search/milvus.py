@@ -1,7 +1,8 @@
 """A search index in a Milvus collection, for galleries larger than one machine; searched like `RetrievalIndex`.
 
-A file of Milvus Lite serves tests and small galleries, a server large ones. Milvus holds the vectors that an index on
-disk holds (float16 of norm 1), so scores are the same.
+A file of Milvus Lite serves tests and small galleries, a server (2.3 or later) large ones. Milvus holds the vectors
+that an index on disk holds (float16 of norm 1) and returns those of hits: scores and the order of equal ones are the
+same.
 
 The primary key of a scan is its row. A property of the collection holds the manifest with the row at which the gallery
 ends, and searches look before that row only: an interrupted build or addition is never seen. Rows of removed scans stay
@@ -10,29 +11,33 @@ empty. Only one process at a time may change a collection; any number may search
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import logging
 import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import pyarrow as pa
 import torch
 from pymilvus import DataType, MilvusClient
+from pymilvus.exceptions import MilvusException
 from torch import Tensor
 
 from ..data.schema import require_words
+from ..errors import InputError
 from ..model_facts import ModelFacts
 from .approximate import TARGET_RECALL, RecallSample
-from .exact import Hits, check_queries
+from .exact import Hits, check_queries, exact_scores
 from .filters import MetadataFilter
-from .index import FORMAT, IndexFormatError, check_format, check_model, complete_metadata, normalize_to_float16
+from .index import FORMAT, IndexFormatError, check_format, check_model, prepare_gallery
 
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
+P = ParamSpec("P")
 
 PROPERTY = "m3ret"  # property of the collection that holds the manifest
 TOKEN_VARIABLE = "MILVUS_TOKEN"  # environment variable with "user:password" or an API key
@@ -42,6 +47,25 @@ MESSAGE_BYTES = 2**24  # a quarter of the 64 MB that Milvus allows per message, 
 METADATA_BYTES = 1024  # approximate size of a scan's metadata
 HIT_BYTES = 16  # a row and a score
 DIGEST_BYTES = 36  # in a list in an expression
+
+
+class MilvusServerError(InputError):
+    """Milvus does not answer, or refuses a request."""
+
+
+def server_errors(function: Callable[P, T]) -> Callable[P, T]:
+    """Decorate a function to raise MilvusServerError, in one line, for any error of Milvus."""
+
+    @functools.wraps(function)
+    def decorated(*arguments: P.args, **options: P.kwargs) -> T:
+        try:
+            return function(*arguments, **options)
+        except MilvusException as error:
+            reason = (str(error.message).strip().splitlines() or ["no reason"])[0]
+            problem = f"Milvus did not answer a request: {reason}. Check that the server runs, and its address."
+            raise MilvusServerError(problem) from error
+
+    return decorated
 
 
 @dataclass(frozen=True)
@@ -98,6 +122,7 @@ class MilvusIndex:
         return self.manifest.facts
 
     @classmethod
+    @server_errors
     def build(
         cls,
         embeddings: Tensor,
@@ -119,16 +144,16 @@ class MilvusIndex:
             target_recall: a warning is logged if the recall@10 of an approximate search is below it.
 
         Raises:
-            ValueError: as `RetrievalIndex.build`, if there is no scan, or if the collection exists.
+            InputError: as `RetrievalIndex.build`, if there is no scan, or if the collection exists.
+            MilvusServerError: if the server does not answer; so does every other method.
         """
-        vectors = normalize_to_float16(embeddings)
-        metadata = complete_metadata(metadata, len(vectors))
+        vectors, metadata = prepare_gallery(embeddings, metadata)
         if not len(vectors):  # a collection that ends at row 0 is unfinished
-            raise ValueError(f"cannot build the collection {collection}: expected at least one scan, got none.")
+            raise InputError(f"cannot build the collection {collection}: expected at least one scan, got none.")
         client = _connect(uri)
         if client.has_collection(collection):
             if _read_manifest(client, collection).end:
-                raise ValueError(f"{uri}: the collection {collection} exists. Choose another name or drop it.")
+                raise InputError(f"{uri}: the collection {collection} exists. Choose another name or drop it.")
             client.drop_collection(collection)
         manifest = Manifest(facts, vectors.shape[1], 0, method)
         client.create_collection(
@@ -141,8 +166,8 @@ class MilvusIndex:
         built._insert(vectors, metadata)
         client.flush(collection)
         string_indices, vector_index = client.prepare_index_params(), client.prepare_index_params()
-        for column in DIGEST_COLUMNS:
-            string_indices.add_index(f"{column}_digest", index_type="INVERTED")
+        for column in DIGEST_COLUMNS:  # a server chooses the type: INVERTED, or Trie before Milvus 2.4
+            string_indices.add_index(f"{column}_digest", index_type="INVERTED" if uri.endswith(".db") else "")
         build = dict(method.build or {})
         vector_index.add_index("embedding", index_type=method.index_type, metric_type="IP", params=build)
         client.create_index(collection, string_indices, sync=False)
@@ -161,6 +186,7 @@ class MilvusIndex:
         return built
 
     @classmethod
+    @server_errors
     def load(cls, uri: str, collection: str, expected: ModelFacts | None = None) -> MilvusIndex:
         """Open a collection, which must be of the `expected` model if that is given.
 
@@ -177,9 +203,9 @@ class MilvusIndex:
         client.load_collection(collection)
         return cls(client, collection, manifest)
 
+    @server_errors
     def __len__(self) -> int:
-        (counted,) = self.client.query(self.collection, filter=self._before_end(), output_fields=["count(*)"])
-        return int(counted["count(*)"])
+        return self._count(self._before_end())
 
     def close(self) -> None:
         """Close the connection, or the file, which only one process may have open."""
@@ -187,6 +213,7 @@ class MilvusIndex:
 
     # ---- search -----------------------------------------------------------------------------------------------------
 
+    @server_errors
     def search(
         self,
         queries: Tensor,
@@ -197,15 +224,16 @@ class MilvusIndex:
     ) -> Hits:
         """Return the k most similar scans of each query, as `RetrievalIndex.search` does.
 
-        Which of several scans with the score of the last hit are returned is not defined. Queries of one patient
-        share a request, so queries of many patients take many requests.
+        Queries of one patient share a request, so queries of many patients take many requests. If more scans have the
+        score of the last hit than fit, or an approximate search finds too few, scans are read in the order of their
+        rows until the hits are certain.
 
         Raises:
-            ValueError: if the shapes do not match, k is not in 1 to 16,384, or the filter is too long for a request.
+            InputError: if the shapes do not match, k is not in 1 to 16,384, or the filter is too long for a request.
         """
         check_queries(queries, self.manifest.dimension, k, query_patients)
         if k > MAX_HITS:
-            raise ValueError(f"k must be at most {MAX_HITS}: got {k}.")
+            raise InputError(f"k must be at most {MAX_HITS}: got {k}.")
         queries = torch.nn.functional.normalize(queries.float(), dim=-1)
         hits = Hits.empty(len(queries), k)
         queries_of: dict[str, list[int]] = {}
@@ -214,22 +242,45 @@ class MilvusIndex:
         expression = self._before_end() + (_expression(where) if where else "")
         for patient, indices in queries_of.items():
             condition = f'{expression} and patient_digest != "{_digest(patient)}"' if patient else expression
-            for batch in _batches(indices, max(4 * queries.shape[1], HIT_BYTES * k)):
+            for batch in _batches(indices, (4 * queries.shape[1] + HIT_BYTES) * (k + 1)):
                 found = self.client.search(
                     self.collection,
                     data=queries[batch].tolist(),
                     anns_field="embedding",
                     filter=condition,
-                    limit=k,
+                    limit=min(k + 1, MAX_HITS),  # the last one shows whether more scans have the score of the k-th
+                    output_fields=["row", "embedding"],
                     search_params={"metric_type": "IP", "params": dict(self.manifest.method.search or {})},
                 )
                 for index, entities in zip(batch, found, strict=True):
-                    entities = sorted(entities, key=lambda entity: entity["row"])
-                    scores = torch.tensor([entity["distance"] for entity in entities])
-                    rows = torch.tensor([entity["row"] for entity in entities], dtype=torch.int64)
-                    hits.set_best(index, scores, rows)
+                    known = _scores(entities, queries[index])
+                    _set_best(hits, index, known)
+                    last = float(hits.scores[index, -1])
+                    better = sum(score > last for score in known.values())
+                    tied = sum(score == last for score in known.values())
+                    short = len(known) <= k and self.manifest.method.index_type != "FLAT"
+                    if better + tied > k or (short and len(known) < self._count(condition)):
+                        self._read_in_order(known, queries[index], condition, last, k - better)
+                        _set_best(hits, index, known)
         return hits
 
+    def _read_in_order(self, known: dict[int, float], query: Tensor, condition: str, last: float, missing: int) -> None:
+        """Add scans to the known scores in the order of their rows, until `missing` have the score of the last hit."""
+        step = max(1, min(MAX_HITS, MESSAGE_BYTES // (4 * len(query))))
+        for start in range(0, self.manifest.end, step):
+            interval = f"{condition} and row >= {start} and row < {start + step}"
+            read = self.client.query(self.collection, filter=interval, output_fields=["row", "embedding"])
+            scores = _scores(read, query)
+            known |= scores
+            missing -= sum(score == last for score in scores.values())
+            if missing <= 0:
+                return
+
+    def _count(self, condition: str) -> int:
+        (counted,) = self.client.query(self.collection, filter=condition, output_fields=["count(*)"])
+        return int(counted["count(*)"])
+
+    @server_errors
     def lookup(self, rows: Tensor) -> list[dict[str, Any]]:
         """Return the metadata of rows that a search found; rows of -1 are skipped.
 
@@ -247,29 +298,24 @@ class MilvusIndex:
 
     # ---- changes ----------------------------------------------------------------------------------------------------
 
+    @server_errors
     def add(self, embeddings: Tensor, metadata: pa.Table) -> MilvusIndex:
         """Add scans and return the larger index. Indices that are open already do not see them.
 
         Raises:
-            ValueError: as `build`, if an id is in the index already, or if others added scans since this was opened.
+            InputError: as `build`, if an id is in the index already, or if others added scans since this was opened.
         """
-        vectors = normalize_to_float16(embeddings)
-        metadata = complete_metadata(metadata, len(vectors))
-        if vectors.shape[1] != self.manifest.dimension:
-            raise ValueError(
-                f"embeddings do not match the collection {self.collection}: "
-                f"expected (m, {self.manifest.dimension}), got {tuple(vectors.shape)}."
-            )
+        vectors, metadata = prepare_gallery(embeddings, metadata, self.manifest.dimension)
         end = _read_manifest(self.client, self.collection).end
         if end != self.manifest.end:
-            raise ValueError(
+            raise InputError(
                 f"the collection {self.collection} changed since it was opened: "
                 f"expected {self.manifest.end} rows, got {end}. Load it again."
             )
         for digests in _digest_lists(metadata.column("id").to_pylist()):
             condition = f"{self._before_end()} and id_digest in {digests}"
             if found := self.client.query(self.collection, filter=condition, output_fields=["metadata"], limit=1):
-                raise ValueError(f"ids must be unique: {found[0]['metadata']['id']} is in {self.collection} already.")
+                raise InputError(f"ids must be unique: {found[0]['metadata']['id']} is in {self.collection} already.")
         self.client.delete(self.collection, filter=f"row >= {self.manifest.end}")  # of an interrupted addition
         self._insert(vectors, metadata)
         manifest = replace(self.manifest, end=self.manifest.end + len(vectors), recall=None)
@@ -277,6 +323,7 @@ class MilvusIndex:
         larger._publish()
         return larger
 
+    @server_errors
     def remove(self, ids: Collection[str]) -> MilvusIndex:
         """Remove the scans of these ids for all who search the collection; unknown ids are ignored."""
         for digests in _digest_lists(require_words("ids", ids)):
@@ -298,6 +345,17 @@ class MilvusIndex:
 
     def _publish(self) -> None:
         self.client.alter_collection_properties(self.collection, {PROPERTY: self.manifest.to_json()})
+
+
+def _scores(entities: Sequence[Mapping[str, Any]], query: Tensor) -> dict[int, float]:
+    """Return the exact scores of scans that Milvus returned, by row. Milvus may round those of equal vectors apart."""
+    vectors = torch.tensor([entity["embedding"] for entity in entities]).reshape(len(entities), len(query))
+    scores = exact_scores(vectors, torch.arange(len(entities)), query)
+    return dict(zip((entity["row"] for entity in entities), scores.tolist(), strict=True))
+
+
+def _set_best(hits: Hits, query: int, known: Mapping[int, float]) -> None:
+    hits.set_best(query, torch.tensor([*known.values()]), torch.tensor([*known], dtype=torch.int64))
 
 
 def _connect(uri: str) -> MilvusClient:
@@ -337,7 +395,7 @@ def _expression(where: MetadataFilter) -> str:
     conditions += [f" and patient_digest not in {digests}" for digests in _digest_lists(where.excluded_patients)]
     expression = "".join(conditions)
     if len(expression) > MESSAGE_BYTES:
-        raise ValueError(
+        raise InputError(
             f"the filter is too long for Milvus: expected at most {MESSAGE_BYTES:,} characters, "
             f"got {len(expression):,}. Name fewer values."
         )

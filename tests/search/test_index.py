@@ -20,7 +20,8 @@ from modeling_m3ret.errors import InputError
 from modeling_m3ret.model_facts import ModelFacts
 from modeling_m3ret.search import approximate
 from modeling_m3ret.search import index as index_module
-from modeling_m3ret.search.approximate import ApproximateSearch
+from modeling_m3ret.search.approximate import ApproximateSearch, RecallSample
+from modeling_m3ret.search.exact import Hits
 from modeling_m3ret.search.filters import MetadataFilter
 from modeling_m3ret.search.index import IndexFormatError, RetrievalIndex
 
@@ -302,6 +303,83 @@ def test_approximate_index_of_a_few_scans_can_shrink_to_none_and_grow(method: st
     assert index.add(gallery, metadata(3)).search(gallery, k=1).rows.flatten().tolist() == [0, 1, 2]
 
 
+# ---- equal scans ----------------------------------------------------------------------------------------------------
+
+
+def degenerate(kind: str, rows: int) -> Tensor:
+    torch.manual_seed(0)
+    if kind == "one vector":
+        return torch.randn(1, 32).repeat(rows, 1)
+    if kind == "three vectors":
+        return torch.randn(3, 32)[torch.randint(3, (rows,))]
+    return torch.tensor([1.0, -1.0])[torch.arange(rows) % 2, None] * torch.randn(1, 32)  # opposite vectors
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kind", ["one vector", "three vectors", "opposite vectors"])
+@pytest.mark.parametrize("rows", [1, 9, 70, pytest.param(300, marks=pytest.mark.slow)])
+def test_gallery_of_equal_scans_gives_every_query_its_hits_in_order(method: str, kind: str, rows: int) -> None:
+    """The right hits come from Python's sort of all rows by descending score and ascending row."""
+    gallery = degenerate(kind, rows)
+    index = RetrievalIndex.build(gallery, metadata(rows), FACTS, method)
+    queries = torch.nn.functional.normalize(torch.cat([gallery[:2], -gallery[:1], torch.randn(2, 32)]), dim=1)
+    vectors = torch.nn.functional.normalize(gallery, dim=1).half().float()
+    for k in (1, 10, rows + 3):
+        for patients in (None, ["patient-0"] * len(queries)):
+            allowed = [row for row in range(rows) if patients is None or row // 3]
+            for query, found, scores in zip(queries, *_hits(index, queries, k, patients), strict=True):
+                similarity = (vectors * query).sum(1).tolist()
+                expected = sorted(allowed, key=lambda row: (-similarity[row], row))[:k]
+                assert [row for row in found.tolist() if row >= 0] == expected
+                assert scores[: len(expected)].tolist() == pytest.approx([similarity[row] for row in expected])
+    if index.approximate is not None:
+        assert index.approximate.settings.recall == 1  # and above, everything was found
+
+
+def _hits(index: RetrievalIndex, queries: Tensor, k: int, patients: list[str] | None) -> tuple[Tensor, Tensor]:
+    hits = index.search(queries, k, query_patients=patients)
+    return hits.rows, hits.scores
+
+
+@pytest.mark.parametrize("rows", [1, 2, 40])
+def test_recall_of_a_search_that_finds_nothing_is_zero(rows: int) -> None:
+    for kind in ("one vector", "three vectors"):
+        sample = RecallSample(torch.nn.functional.normalize(degenerate(kind, rows), dim=1).half())
+        assert sample.recall(lambda queries, k: Hits.empty(len(queries), k)) == 0
+
+
+def test_equally_similar_neighbours_count_as_found() -> None:
+    """A search may return other rows of the k-th score than the exact one does, but not less similar ones."""
+    gallery = torch.nn.functional.normalize(degenerate("opposite vectors", 40), dim=1).half()
+
+    def last_rows_first(queries: Tensor, k: int) -> Hits:
+        hits = Hits.empty(len(queries), k)
+        for index, query in enumerate(queries):
+            scores = gallery.float() @ query
+            hits.rows[index] = torch.tensor(
+                sorted(range(40), key=lambda row: (-round(float(scores[row]), 4), -row))[:k]
+            )
+            hits.scores[index] = scores[hits.rows[index]]
+        return hits
+
+    def least_similar(queries: Tensor, k: int) -> Hits:
+        hits = last_rows_first(-queries, k)
+        return Hits(-hits.scores, hits.rows)
+
+    assert RecallSample(gallery).recall(last_rows_first) == 1
+    assert RecallSample(gallery).recall(least_similar) == 0
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_queries_without_a_direction_are_refused(method: str) -> None:
+    index = build(60, method)
+    for value in (0.0, torch.nan, torch.inf):
+        queries = embeddings()[:3].clone()
+        queries[1] = value
+        with pytest.raises(InputError):
+            index.search(queries, 3)
+
+
 # ---- building and changing ------------------------------------------------------------------------------------------
 
 
@@ -348,7 +426,9 @@ def test_string_columns_of_any_type_can_be_added_to(values: pa.Array) -> None:
 
 def test_empty_index_finds_nothing_and_can_grow() -> None:
     empty = RetrievalIndex.build(torch.empty(0, 32), pa.table({"id": pa.array([], pa.string())}), FACTS)
-    assert empty.search(embeddings(1), 2).rows.tolist() == [[-1, -1]]
+    hits = empty.search(embeddings(1), 2)
+    assert hits.rows.tolist() == [[-1, -1]]
+    assert empty.lookup(hits.rows) == []
     assert empty.add(embeddings(3), metadata(3)).search(embeddings(3), 1).rows.flatten().tolist() == [0, 1, 2]
 
 
@@ -410,6 +490,12 @@ def damage(folder: Path, kind: str) -> None:
         file.unlink()
     elif kind == "no manifest":
         (folder / "current.json").unlink()
+    elif kind.startswith("without "):
+        manifest = json.loads((folder / "current.json").read_text())
+        del manifest[kind.removeprefix("without ")]
+        (folder / "current.json").write_text(json.dumps(manifest))
+    elif kind.startswith("current.json"):
+        (folder / "current.json").write_text(kind.removeprefix("current.json "))
     else:
         manifest = json.loads((folder / "current.json").read_text())
         manifest |= {"format": {"format": 99}, "path": {"version": "../../etc"}, "scans": {"scans": 7}}[kind]
@@ -428,6 +514,12 @@ def damage(folder: Path, kind: str) -> None:
         ("format", "unsupported", "current.json"),
         ("path", "damaged", "current.json"),
         ("scans", "damaged", None),
+        *((f"without {key}", "damaged", "current.json") for key in ("format", "version", "scans", "dimension")),
+        *((f"without {key}", "damaged", "current.json") for key in ("model", "files", "approximate")),
+        *(
+            (f"current.json {text}", "damaged", "current.json")
+            for text in ("", "{}", "[]", "null", "7", '{"format": 1')
+        ),
     ],
 )
 def test_damaged_index_is_refused(

@@ -203,10 +203,10 @@ def test_rerank_sorts_hits_by_late_interaction() -> None:
         rerank(queries[:1], Hits(torch.zeros(2, 4), rows), gallery)
 
 
-def test_rerank_keeps_the_order_of_equal_hits() -> None:
+def test_rerank_orders_equal_hits_by_row() -> None:
     query, twin = some_tokens(3, 4)
     found = rerank([query], Hits(torch.zeros(1, 3), torch.tensor([[2, 0, 1]])), [twin, twin, twin])
-    assert found.rows.tolist() == [[2, 0, 1]]
+    assert found.rows.tolist() == [[0, 1, 2]]
 
 
 # ---- in an evaluation ------------------------------------------------------------------------------------------------
