@@ -488,7 +488,7 @@ def _read_image(image: Any, request: ReadRequest) -> AnyScan:
     request.check_pixels(height, width)
     request.check_size((len(pages), height, width), 4)
     spacing = _pixel_aspect(image, description)
-    frames, inverted = [], False
+    frames, kinds = [], set()
     for page in pages:
         if page != pages[0]:
             image.seek(page)
@@ -496,6 +496,9 @@ def _read_image(image: Any, request: ReadRequest) -> AnyScan:
                 raise request.error("unsupported", "pages of one size", "pages of several sizes")
         pixels, inverted = _image_pixels(image, request)
         frames.append(pixels)
+        kinds.add((pixels.dtype, inverted))
+    if len(kinds) > 1:
+        raise request.error("unsupported", "pages of one type", "pages whose values mean different things")
     if len({frame.ndim for frame in frames}) > 1:  # an animation with grey and colour frames
         frames = [np.repeat(frame[..., None], 3, axis=2) if frame.ndim == 2 else frame for frame in frames]
     array = frames[0][None] if len(frames) == 1 else np.stack(frames)

@@ -188,6 +188,13 @@ def test_reduced_pages_of_a_tiff_are_left_out() -> None:
     assert scan.description["pages_left_out"] == 1
 
 
+def test_pages_of_several_types_are_refused() -> None:
+    deep = Image.fromarray(GREY.astype(np.uint16) * 200)
+    with pytest.raises(M3RetReadError) as caught:
+        read_scan(encode(Image.fromarray(GREY), "TIFF", save_all=True, append_images=[deep]))
+    assert caught.value.reason == "unsupported"
+
+
 def test_imagej_stack_without_pages_is_refused() -> None:
     data = encode(Image.fromarray(GREY), "TIFF", tiffinfo={270: "ImageJ=1.54f\nimages=20\nslices=20\n"})
     with pytest.raises(M3RetReadError) as caught:
