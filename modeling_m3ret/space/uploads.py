@@ -51,6 +51,8 @@ def read_upload(files: Sequence[Path], num_frames: int, scratch: Path, limits: R
     if len(files) > 1 or not _is_zip_of_files(file):
         return read_scan([*files] if len(files) > 1 else file, num_frames=num_frames, limits=limits)
     unpacked = _unpack(file, scratch, limits)
+    if len(unpacked) == 1 and _is_zip_of_files(unpacked[0]):
+        raise M3RetReadError(file.name, "unsupported", "a zip archive of one scan", "an archive inside an archive")
     try:
         return read_scan(unpacked[0] if len(unpacked) == 1 else scratch, num_frames=num_frames, limits=limits)
     except M3RetReadError as error:
