@@ -520,11 +520,14 @@ def test_series_agrees_with_simpleitk(tmp_path: Path) -> None:
 
 
 def siemens(name: str) -> Dataset:
-    """Return a mosaic of 48 slices that nibabel tests with."""
+    """Return a mosaic of 48 slices that nibabel tests with, whose voxels are zero, with voxels."""
     path = Path(nib.__file__).parent / "nicom" / "tests" / "data" / name
     if not path.is_file():
         pytest.skip("this nibabel has no test files")
-    return pydicom.dcmread(io.BytesIO(gzip.decompress(path.read_bytes())))
+    ds = pydicom.dcmread(io.BytesIO(gzip.decompress(path.read_bytes())))
+    values = np.random.default_rng(len(name)).integers(0, 4096, (ds.Rows, ds.Columns)).astype("<u2")
+    ds.PixelData = values.tobytes()
+    return ds
 
 
 @pytest.mark.filterwarnings("ignore:The DICOM readers")
