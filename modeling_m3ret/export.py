@@ -68,9 +68,8 @@ class DenseEmbedder(nn.Module):
         volumes = pixel_values.index_select(2, slices)  # (B, C, T*t, H, W)
         rows = patchify(volumes, config.patch_depth, config.patch_size).flatten(0, 1)  # (P, C*t*p*p)
         coordinates = grid_coordinates((T, H // config.patch_size, W // config.patch_size), device)  # (T*H*W, 3)
-        # one group of B equal scans; the order serves mixed packs and training only
         prefix = config.num_prefix_tokens
-        layout = PackLayout(order=[], prefix=prefix, groups=[(B, prefix + coordinates.shape[0])])
+        layout = PackLayout(((B, prefix + coordinates.shape[0]),), prefix)
         pooled = self.model.embed_rows(rows, coordinates.repeat(B, 1), layout)
         return nn.functional.normalize(self.model.whitening(pooled), dim=-1)
 

@@ -11,14 +11,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.utils.generic import ModelOutput, can_return_tuple
 
 from .configuration_m3ret import M3RetConfig
-from .modeling_m3ret import M3RetLayer, M3RetModel, M3RetPreTrainedModel, rotary_tables
-from .packing_m3ret import PackLayout, patch_coordinates
+from .modeling_m3ret import M3RetLayer, M3RetModel, M3RetPreTrainedModel, drop_path_rates, rotary_tables
+from .packing_m3ret import Movable, PackLayout, patch_coordinates
 
 
 class M3RetDecoder(M3RetPreTrainedModel):
@@ -43,40 +45,101 @@ class M3RetDecoder(M3RetPreTrainedModel):
         if module is self:
             init.trunc_normal_(self.mask_token, mean=0.0, std=self.config.initializer_range)
 
-    def forward(
-        self,
-        prefix: Tensor,
-        visible_patches: Tensor,
-        visible: Tensor,
-        masked: Tensor,
-        coordinates: Tensor,
-        patch_counts: Sequence[int],
-    ) -> Tensor:
+    def forward(self, encoded: Tensor, layout: PackLayout, coordinates: Tensor) -> Tensor:
         """Predict the pixels of the masked patches: `(M, C*t*p*p)`.
 
+        Mask tokens follow the encoded tokens of their scan: coordinates alone carry the position.
+
         Args:
-            prefix: encoded CLS and registers `(B, prefix, d)`.
-            visible_patches: encoded visible patches `(K, d)`.
-            visible: their rows in the pack, int64 `(K,)`.
-            masked: rows of the masked patches in the pack, int64 `(M,)`.
-            coordinates: `(P, 3)`, from `patch_coordinates`.
-            patch_counts: visible and masked patches of each scan together.
+            encoded: CLS, registers and visible patches of each scan `(N - M, d)`.
+            layout: arrangement of the scans, with the encoded tokens as first tokens and M masked patches.
+            coordinates: of all tokens by position, `(N, 3)`.
         """
-        prefix, visible_patches = self.input_proj(prefix), self.input_proj(visible_patches)
-        rows = self.mask_token.to(visible_patches.dtype).repeat(coordinates.shape[0], 1)
-        rows = rows.index_copy(0, visible, visible_patches)  # (P, width)
-        layout = PackLayout.from_patch_counts(patch_counts, prefix.shape[1])
         config = self.config
-        rotary = rotary_tables(
-            layout.join(coordinates.new_zeros(*prefix.shape[:2], 3), coordinates),
-            config.decoder_hidden_size // config.decoder_num_attention_heads,
-            float(config.rope_theta),
-        )
-        tokens = layout.join(prefix, rows)
+        encoded = self.input_proj(encoded)
+        masks = self.mask_token.to(encoded.dtype).expand(len(coordinates) - len(encoded), -1)
+        heads = config.decoder_num_attention_heads
+        rotary = rotary_tables(coordinates, config.decoder_hidden_size // heads, float(config.rope_theta))
+        tokens = layout.join(encoded, masks)
         for layer in self.layers:
             tokens = layer(tokens, layout, rotary)
-        _, rows = layout.split(tokens)
-        return self.output_proj(self.norm(rows[masked]))
+        _, masked = layout.split(tokens, len(masks))
+        return self.output_proj(self.norm(masked))
+
+
+@dataclass(frozen=True)
+class MaskPlan(Movable):
+    """Indices for masked autoencoding of one pack, see `plan_masks`.
+
+    Attributes:
+        visible: rows of the visible patches in the pack, scan after scan, int64 `(K,)`.
+        masked: rows of the masked patches, int64 `(M,)`.
+        visible_coordinates: of the visible patches, `(K, 3)`.
+        encoder: layout of the visible patches.
+        decoded: indices of the encoder's tokens that the decoder gets; None for all.
+        decoder: layout of these tokens and the masked patches.
+        coordinates: of the decoder's tokens by position, `(N, 3)`.
+        row_weights: weight of each masked patch in the loss, float32 `(M,)`.
+        weight: number of scans, or of patches, that the loss averages over.
+    """
+
+    visible: Tensor
+    masked: Tensor
+    visible_coordinates: Tensor
+    encoder: PackLayout
+    decoded: Tensor | None
+    decoder: PackLayout
+    coordinates: Tensor
+    row_weights: Tensor
+    weight: int
+
+
+def plan_masks(
+    grids: Sequence[tuple[int, int, int]], noise: Tensor, config: M3RetConfig, is_decoded: np.ndarray | None = None
+) -> MaskPlan:
+    """Mask patches at `config.mask_ratio`, and lay out encoder and decoder. All tensors are on the CPU.
+
+    Args:
+        grids: patches of each scan along depth, height and width.
+        noise: float `(P,)` in [0, 1), see `choose_visible`.
+        config: the encoder's.
+        is_decoded: bool `(B,)`, whether a scan is masked and decoded; by default all are.
+    """
+    counts = np.asarray(grids).prod(1)
+    is_decoded = np.ones(len(counts), dtype=bool) if is_decoded is None else is_decoded
+    prefix, ratios = config.num_prefix_tokens, config.mask_ratio * is_decoded
+    visible, masked, visible_counts = choose_visible(noise, counts, ratios)
+    masked_counts = (counts - visible_counts)[is_decoded]
+    encoder = PackLayout.from_patch_counts(visible_counts, prefix)
+    if config.drop_path_rate > 0:
+        encoder = encoder.sample_subsets(drop_path_rates(config), noise)
+
+    # encoded tokens of the decoded scans, by position of the encoder
+    order = np.arange(len(counts)) if encoder.order is None else encoder.order.numpy()
+    lengths = visible_counts + prefix
+    taken = order[is_decoded[order]]
+    starts = np.zeros(len(counts), dtype=np.int64)
+    starts[taken] = lengths[taken].cumsum() - lengths[taken]
+    decoder = PackLayout.from_patch_counts(masked_counts, lengths[is_decoded], starts[is_decoded])
+    decoded = None
+    if not is_decoded.all():
+        decoded = torch.from_numpy(np.flatnonzero(is_decoded[order].repeat(lengths[order])))
+
+    coordinates = patch_coordinates(grids, noise.device)
+    encoded = encoder.join(coordinates.new_zeros(len(counts), prefix, 3), coordinates[visible])
+    encoded = encoded if decoded is None else encoded[decoded]
+    row_weights, weight = loss_weights(masked_counts, config.loss_weighting)
+    return MaskPlan(
+        visible=visible,
+        masked=masked,
+        visible_coordinates=coordinates[visible],
+        encoder=encoder,
+        decoded=decoded,
+        decoder=decoder,
+        coordinates=decoder.join(encoded, coordinates[masked]),
+        row_weights=row_weights,
+        weight=weight,
+    )
 
 
 @dataclass
@@ -111,32 +174,25 @@ class M3RetForPreTraining(M3RetPreTrainedModel):
         pass it to make the mask reproducible.
         """
         rows, grids = self.m3ret.prepare_rows(pixel_values, grid_thw)
-        counts = [math.prod(grid) for grid in grids]
-        coordinates = patch_coordinates(grids, rows.device)
-        noise = torch.rand(rows.shape[0], device=rows.device) if noise is None else noise
-        config = self.config
-        visible, masked, visible_counts = choose_visible(noise, counts, [config.mask_ratio] * len(counts))
+        grids = grids if grid_thw is not None else grids * len(pixel_values)
+        noise = torch.rand(rows.shape[0]) if noise is None else noise.cpu()
+        return self.predict(rows, plan_masks(grids, noise, self.config).to(rows.device), **kwargs)
 
-        layout = PackLayout.from_patch_counts(visible_counts, config.num_prefix_tokens)
-        tokens, _ = self.m3ret.encode(rows[visible], coordinates[visible], layout, **kwargs)
-        prefix, patches = layout.split(tokens)
-        predicted = self.decoder(prefix, patches, visible, masked, coordinates, counts)  # (M, C*t*p*p)
-
-        target = self.m3ret.embeddings.repeat_slices(rows[masked])
-        masked_counts = [count - num_visible for count, num_visible in zip(counts, visible_counts, strict=True)]
-        loss, weight = masked_patch_loss(predicted, target, masked_counts, config.norm_pixel_eps, config.loss_weighting)
-        return M3RetForPreTrainingOutput(loss=loss, logits=predicted, masked=masked, weight=weight)
+    def predict(self, rows: Tensor, plan: MaskPlan, **kwargs: Any) -> M3RetForPreTrainingOutput:
+        """Predict the masked patches of a pack of `rows` and compute the loss."""
+        tokens, _ = self.m3ret.encode(rows[plan.visible], plan.visible_coordinates, plan.encoder, **kwargs)
+        predicted = self.decoder(tokens, plan.decoder, plan.coordinates)  # (M, C*t*p*p)
+        loss = masked_patch_loss(predicted, rows[plan.masked], plan.row_weights, self.config)
+        return M3RetForPreTrainingOutput(loss=loss, logits=predicted, masked=plan.masked, weight=plan.weight)
 
 
-def choose_visible(
-    noise: Tensor, patch_counts: Sequence[int], mask_ratios: Sequence[float]
-) -> tuple[Tensor, Tensor, list[int]]:
+def choose_visible(noise: Tensor, patch_counts: ArrayLike, mask_ratios: ArrayLike) -> tuple[Tensor, Tensor, np.ndarray]:
     """Select the visible patches of each scan: those of lowest noise.
 
     Of n patches of a scan, round(n * mask ratio) are masked, but at least one stays visible.
 
     Args:
-        noise: float `(P,)` in [0, 1).
+        noise: float `(P,)` in [0, 1), on the CPU.
         patch_counts: patches of each scan.
         mask_ratios: mask ratio of each scan.
 
@@ -144,58 +200,63 @@ def choose_visible(
         Rows of the visible patches, int64 `(K,)`, and of the masked patches, int64 `(M,)`, both scan after scan; and
         the number of visible patches of each scan.
     """
-    visible_counts = [max(1, n - round(n * ratio)) for n, ratio in zip(patch_counts, mask_ratios, strict=True)]
-    device = noise.device
-    counts = torch.tensor(patch_counts, device=device)
-    scan = torch.arange(len(patch_counts), device=device).repeat_interleave(counts, output_size=noise.shape[0])
-    shuffled = noise.argsort()
-    shuffled = shuffled[scan[shuffled].argsort(stable=True)]  # rows of scan 0 in random order, then of scan 1, ...
-    rank = torch.arange(noise.shape[0], device=device) - (counts.cumsum(0) - counts)[scan]
-    is_visible = rank < torch.tensor(visible_counts, device=device)[scan]
-    return shuffled[is_visible], shuffled[~is_visible], visible_counts
+    counts = np.asarray(patch_counts)
+    visible_counts = np.maximum(1, counts - np.rint(counts * np.asarray(mask_ratios)).astype(np.int64))
+    scan = np.arange(len(counts)).repeat(counts)
+    shuffled = np.lexsort((noise.numpy(), scan))  # rows of scan 0 in random order, then of scan 1, ...
+    rank = np.arange(len(scan)) - (counts.cumsum() - counts)[scan]
+    is_visible = rank < visible_counts[scan]
+    return torch.from_numpy(shuffled[is_visible]), torch.from_numpy(shuffled[~is_visible]), visible_counts
 
 
-def normalise_patches(rows: Tensor, eps: float) -> Tensor:
+def normalise_patches(rows: Tensor, eps: float, patch_values: int | None = None) -> Tensor:
     """Normalise each patch to mean 0 and unbiased variance 1: (x - mean) / sqrt(var + eps), as in MAE, section 3.
 
     Computed in float32 as a layer norm, in one pass over memory. Layer norm uses the biased variance, which is
-    (n - 1) / n of the unbiased one.
+    (n - 1) / n of the unbiased one. `patch_values` is n if rows hold the values of a patch once instead of several
+    times, by default their width.
     """
-    n = rows.shape[-1]
+    n = patch_values or rows.shape[-1]
     biased = (n - 1) / n
-    gain = torch.full((n,), math.sqrt(biased), device=rows.device)
-    return nn.functional.layer_norm(rows.float(), (n,), weight=gain, eps=eps * biased)
+    gain = torch.full((rows.shape[-1],), math.sqrt(biased), device=rows.device)
+    return nn.functional.layer_norm(rows.float(), gain.shape, weight=gain, eps=eps * biased)
 
 
-def masked_patch_loss(
-    predicted: Tensor, target: Tensor, masked_counts: Sequence[int], eps: float, weighting: str
-) -> tuple[Tensor, int]:
-    """Return the mean squared error of the predictions against normalised pixels, and its weight.
+def loss_weights(masked_counts: ArrayLike, weighting: str) -> tuple[Tensor, int]:
+    """Return the weight of each masked patch in the loss, float32 `(M,)` with sum 1, and the weight of the loss.
 
-    The weight is the number of scans, or of patches, that the error averages over. Weighted by it, the mean loss of
+    The latter is the number of scans, or of patches, that the loss averages over. Weighted by it, the mean loss of
     several packs equals the loss of one large pack.
 
     Args:
-        predicted: `(M, C*t*p*p)`, scan after scan.
-        target: pixels of the same patches, not yet normalised.
         masked_counts: masked patches of each scan.
-        eps: added to the variance of a patch, see `normalise_patches`.
         weighting: `"scan"` averages over the masked patches of each scan, then over the scans that have any. `"patch"`
             averages over all masked patches.
-
-    Returns:
-        A float32 scalar and the weight.
     """
-    by_scan = [count for count in masked_counts if count]
-    weight = sum(by_scan) if weighting == "patch" else len(by_scan)
-    errors = nn.functional.mse_loss(predicted.float(), normalise_patches(target, eps), reduction="none").mean(
-        -1
-    )  # (M,)
-    if not by_scan:  # every scan is a single patch: a zero gradient, which other ranks can add to theirs
-        return predicted.sum() * 0, weight
-    if weighting == "patch":
-        return errors.mean(), weight
-    return torch.stack([scan.mean() for scan in errors.split(by_scan)]).mean(), weight
+    counts = np.asarray(masked_counts, dtype=np.int64)
+    weight = int(counts.sum() if weighting == "patch" else np.count_nonzero(counts))
+    of_scan = 1.0 if weighting == "patch" else 1 / counts.clip(1)
+    weights = np.broadcast_to(of_scan, counts.shape).repeat(counts) / max(1, weight)
+    return torch.from_numpy(weights.astype(np.float32)), weight
+
+
+def masked_patch_loss(predicted: Tensor, target: Tensor, row_weights: Tensor, config: M3RetConfig) -> Tensor:
+    """Return the weighted mean squared error of the predictions against normalised pixels, a float32 scalar.
+
+    Without masked patches it is 0, with a zero gradient that other ranks can add to theirs.
+
+    Args:
+        predicted: `(M, C*t*p*p)`.
+        target: pixels of the same patches, not yet normalised; compact rows `(M, C*p*p)` count for every slice.
+        row_weights: `(M,)`, see `loss_weights`.
+        config: sets the shape of a patch, and what is added to its variance.
+    """
+    # the statistics of equal slices are those of one slice, up to the factor (n - 1) / n of the unbiased variance
+    normalised = normalise_patches(target, config.norm_pixel_eps, config.patch_values)
+    pixels = normalised.unflatten(1, (config.num_channels, -1, config.patch_size**2))
+    predicted = predicted.float().unflatten(1, (config.num_channels, config.patch_depth, config.patch_size**2))
+    squares = nn.functional.mse_loss(predicted, pixels.expand_as(predicted), reduction="none")
+    return squares.sum((1, 2, 3)) @ (row_weights / config.patch_values)
 
 
 __all__ = ["M3RetForPreTraining"]

@@ -9,8 +9,11 @@ checkpoint and imports nothing else of the project.
 
 from __future__ import annotations
 
+import functools
+import importlib
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,7 +28,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_m3ret import M3RetConfig
-from .packing_m3ret import PackLayout, patch_coordinates, patchify
+from .packing_m3ret import PackLayout, ScanSubset, grid_coordinates, patch_coordinates, patchify, put, take
 
 
 def rotary_tables(coordinates: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
@@ -57,6 +60,38 @@ def rotate(heads: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
     return torch.addcmul(heads * cosines, torch.cat([second, first], dim=-1), sines)
 
 
+class _RotateQueriesAndKeys(torch.autograd.Function):
+    """Split `(N, 3, heads, head_dim)` into rotated queries, rotated keys, and values.
+
+    Autograd would fill two tensors of the size of the input with zeros and add them. The gradient of a rotation is the
+    rotation by the opposite angle.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, cosines: Tensor, sines: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.save_for_backward(cosines, sines)
+        query, key = rotate(qkv[:, :2], cosines, sines).unbind(1)
+        return query, key, qkv[:, 2]
+
+    @staticmethod
+    def backward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, None, None]:
+        cosines, sines = ctx.saved_tensors
+        gradient = torch.stack([query, key, value], dim=1)
+        rotated = gradient[:, :2]
+        swapped = torch.cat(rotated.chunk(2, dim=-1)[::-1], dim=-1)
+        rotated.mul_(cosines).addcmul_(swapped, sines, value=-1)
+        return gradient, None, None
+
+
+@functools.cache
+def variable_length_attention() -> Callable[..., Tensor] | None:
+    """Return PyTorch's attention over scans of different lengths in one call, for CUDA; None in older versions."""
+    try:
+        return importlib.import_module("torch.nn.attention.varlen").varlen_attn
+    except ImportError:
+        return None
+
+
 def eager_attention_forward(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scaling: float, dropout: float, **kwargs: Any
 ) -> tuple[Tensor, Tensor]:
@@ -82,9 +117,11 @@ class M3RetAttention(nn.Module):
     def project_qkv(self, tokens: Tensor, cosines: Tensor, sines: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Project `(N, d)` to queries, keys and values `(N, heads, head_dim)`; queries and keys are rotated."""
         qkv = self.qkv(tokens).view(-1, 3, self.num_heads, self.head_dim)
-        tables = (table.to(qkv.dtype)[:, None, None] for table in (cosines, sines))
-        query, key = rotate(qkv[:, :2], *tables).unbind(1)
-        return query, key, qkv[:, 2]
+        tables = [table.to(qkv.dtype)[:, None, None] for table in (cosines, sines)]
+        if torch.compiler.is_compiling():  # fuses these operations and their gradients
+            query, key = rotate(qkv[:, :2], *tables).unbind(1)
+            return query, key, qkv[:, 2]
+        return _RotateQueriesAndKeys.apply(qkv, *tables)
 
     def forward(
         self, tokens: Tensor, layout: PackLayout, rotary: tuple[Tensor, Tensor], **kwargs: Any
@@ -103,14 +140,18 @@ class M3RetAttention(nn.Module):
             "scaling": self.scaling,
             "is_causal": False,
         }
-        if "flash" in implementation and not layout.is_uniform:
-            # one variable-length kernel for all scans: (1, heads, N, head_dim) and the first token of each scan
-            lengths = layout.lengths
-            starts = torch.tensor([0, *lengths], dtype=torch.int32, device=tokens.device).cumsum(0, dtype=torch.int32)
-            kwargs |= {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts}
-            kwargs |= {"max_length_q": max(lengths), "max_length_k": max(lengths)}
-            mixed, weights = attend(self, *(x.transpose(0, 1)[None] for x in (query, key, value)), **kwargs)
-            return self.out_proj(mixed.reshape(N, d)), None
+        if len(layout.groups) > 1 and layout.starts is not None:
+            longest = layout.groups[-1][1]
+            kernel = variable_length_attention() if implementation == "sdpa" and query.is_cuda else None
+            if kernel and query.dtype in (torch.bfloat16, torch.float16) and not kwargs["dropout"]:
+                starts, lengths = (layout.starts, layout.starts), (longest, longest)
+                mixed = kernel(query, key, value, *starts, *lengths, scale=self.scaling)  # (N, heads, head_dim)
+                return self.out_proj(mixed.reshape(N, d)), None
+            if "flash" in implementation:  # the same in one call of another library: (1, heads, N, head_dim)
+                kwargs |= {"cu_seq_lens_q": layout.starts, "cu_seq_lens_k": layout.starts}
+                kwargs |= {"max_length_q": longest, "max_length_k": longest}
+                mixed, _ = attend(self, *(x.transpose(0, 1)[None] for x in (query, key, value)), **kwargs)
+                return self.out_proj(mixed.reshape(N, d)), None
 
         # PyTorch's fused CPU attention is slow in bfloat16: forward and backward took 5 times as long as the explicit
         # form for 64 crops of 41 tokens, 1.3 times for 1,600 tokens. Above 2,048 the weights need too much memory.
@@ -124,7 +165,7 @@ class M3RetAttention(nn.Module):
             mixed, weights = attend(self, *(x.transpose(1, 2) for x in group), **kwargs)
             outputs.append(mixed.reshape(-1, d))
             all_weights.append(weights)
-        attended = outputs[0] if layout.is_uniform else torch.cat(outputs)
+        attended = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
         return self.out_proj(attended), None if without_weights or weights is None else tuple(all_weights)
 
 
@@ -135,9 +176,9 @@ class M3RetLayerScale(nn.Module):
         super().__init__()
         self.gain = nn.Parameter(torch.full((hidden_size,), float(config.layer_scale_init)))
 
-    def forward(self, tokens: Tensor, branch: Tensor) -> Tensor:
-        """Return `tokens + branch * gain`, in one pass over memory."""
-        return torch.addcmul(tokens, branch.to(tokens.dtype), self.gain)
+    def forward(self, tokens: Tensor, branch: Tensor, rescale: float = 1.0) -> Tensor:
+        """Return `tokens + branch * gain * rescale`, in one pass over memory."""
+        return torch.addcmul(tokens, branch.to(tokens.dtype), self.gain if rescale == 1 else self.gain * rescale)
 
 
 class M3RetMLP(nn.Module):
@@ -157,14 +198,11 @@ class M3RetLayer(GradientCheckpointingLayer):
     """Pre-norm transformer block (ViT, arXiv 2010.11929) with stochastic depth per scan (arXiv 1603.09382).
 
     In training, each branch skips an exact fraction of the scans of a pack, drawn at random, and runs on the others
-    only, as in DINOv2 (arXiv 2304.07193, section 4). Skipped scans cost nothing.
+    only, as in DINOv2 (arXiv 2304.07193, section 4). Skipped scans cost nothing. `PackLayout.sample_subsets` draws.
     """
 
-    def __init__(
-        self, config: M3RetConfig, hidden_size: int, num_heads: int, intermediate_size: int, drop_path: float = 0.0
-    ):
+    def __init__(self, config: M3RetConfig, hidden_size: int, num_heads: int, intermediate_size: int):
         super().__init__()
-        self.drop_path = drop_path
         self.attention_norm = nn.LayerNorm(hidden_size, eps=config.layer_norm_eps)
         self.attention = M3RetAttention(config, hidden_size, num_heads)
         self.attention_scale = M3RetLayerScale(config, hidden_size)
@@ -173,33 +211,46 @@ class M3RetLayer(GradientCheckpointingLayer):
         self.mlp_scale = M3RetLayerScale(config, hidden_size)
 
     def forward(
-        self, tokens: Tensor, layout: PackLayout, rotary: tuple[Tensor, Tensor], cls_only: bool = False, **kwargs: Any
+        self,
+        tokens: Tensor,
+        layout: PackLayout,
+        rotary: tuple[Tensor, Tensor],
+        cls_only: bool = False,
+        subsets: tuple[ScanSubset | None, ScanSubset | None] = (None, None),
+        **kwargs: Any,
     ) -> Tensor:
-        """Apply the block: `(N, d)` -> `(N, d)` by position, or with `cls_only` the CLS tokens only, `(B, d)`."""
+        """Apply the block: `(N, d)` -> `(N, d)` by position, or with `cls_only` the CLS tokens only, `(B, d)`.
+
+        Attention and MLP run on the scans of `subsets`, by default on all.
+        """
         if cls_only:
-            return self.forward_cls(tokens, layout, rotary)
-        sampled = self._sample_scans(layout)
-        if sampled is None:
+            return self.forward_cls(tokens, layout, rotary, subsets)
+        of_attention, of_mlp = subsets
+        if of_attention is None:
             attended, _ = self.attention(self.attention_norm(tokens), layout, rotary, **kwargs)
             tokens = self.attention_scale(tokens, attended)
         else:
-            indices = layout.token_indices(sampled, tokens.device)
-            tables = (rotary[0].index_select(0, indices), rotary[1].index_select(0, indices))
-            normed = self.attention_norm(tokens.index_select(0, indices))
-            attended, _ = self.attention(normed, layout.subset(sampled), tables, **kwargs)
-            tokens = self._add_branch(tokens, indices, attended, self.attention_scale, len(layout.order) / len(sampled))
-        sampled = self._sample_scans(layout)
-        if sampled is None:
+            running, others = take(tokens, of_attention.tokens)
+            tables = (rotary[0].index_select(0, of_attention.tokens), rotary[1].index_select(0, of_attention.tokens))
+            attended, _ = self.attention(self.attention_norm(running), of_attention.layout, tables, **kwargs)
+            running = self.attention_scale(running, attended, of_attention.rescale)
+            tokens = put(others, of_attention.tokens, running)
+        if of_mlp is None:
             return self.mlp_scale(tokens, self.feed_forward(tokens))
-        indices = layout.token_indices(sampled, tokens.device)
-        branch = self.feed_forward(tokens.index_select(0, indices))
-        return self._add_branch(tokens, indices, branch, self.mlp_scale, len(layout.order) / len(sampled))
+        running, others = take(tokens, of_mlp.tokens)
+        return put(others, of_mlp.tokens, self.mlp_scale(running, self.feed_forward(running), of_mlp.rescale))
 
-    def forward_cls(self, tokens: Tensor, layout: PackLayout, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    def forward_cls(
+        self,
+        tokens: Tensor,
+        layout: PackLayout,
+        rotary: tuple[Tensor, Tensor],
+        subsets: tuple[ScanSubset | None, ScanSubset | None] = (None, None),
+    ) -> Tensor:
         """Apply the block and return the CLS tokens only: `(N, d)` -> `(B, d)` by position.
 
         Keys and values are computed for all tokens; queries, output and MLP for the CLS tokens only. This is about one
-        sixth of the work.
+        sixth of the work. Branches run on all scans and are then multiplied by the weights of `subsets`.
         """
         attention, normed = self.attention, self.attention_norm(tokens)
         heads = (attention.num_heads, attention.head_dim)
@@ -207,9 +258,8 @@ class M3RetLayer(GradientCheckpointingLayer):
         bias = attention.qkv.bias
         query_bias, key_value_bias = (None, None) if bias is None else bias.split([d, 2 * d])
         query_weight, key_value_weight = attention.qkv.weight.split([d, 2 * d])
-        cls_normed = torch.cat([group[:, 0] for group in layout.split_groups(normed)])  # (B, d)
         # CLS has coordinates of zero, so its query needs no rotation
-        query = nn.functional.linear(cls_normed, query_weight, query_bias).view(-1, *heads)
+        query = nn.functional.linear(layout.first_tokens(normed), query_weight, query_bias).view(-1, *heads)
         key, value = nn.functional.linear(normed, key_value_weight, key_value_bias).view(-1, 2, *heads).unbind(1)
         key = rotate(key, *(table.to(key.dtype)[:, None] for table in rotary))
         attended = []
@@ -218,10 +268,10 @@ class M3RetLayer(GradientCheckpointingLayer):
             weights = ((q * attention.scaling)[:, :, None] @ k.permute(0, 2, 3, 1)).softmax(-1)  # (scans, heads, 1, L)
             weights = nn.functional.dropout(weights, attention.config.attention_dropout, self.training)
             attended.append((weights @ v.transpose(1, 2)).flatten(1))  # (scans, d)
-        branch = attention.out_proj(torch.cat(attended))
-        cls = torch.cat([group[:, 0] for group in layout.split_groups(tokens)])
-        cls = self.attention_scale(cls, self._drop_scans(branch, layout))
-        return self.mlp_scale(cls, self._drop_scans(self.feed_forward(cls), layout))
+        attended, feed = attention.out_proj(torch.cat(attended)), self.feed_forward
+        cls, (of_attention, of_mlp) = layout.first_tokens(tokens), subsets
+        cls = self.attention_scale(cls, attended if of_attention is None else attended * of_attention.weight)
+        return self.mlp_scale(cls, feed(cls) if of_mlp is None else feed(cls) * of_mlp.weight)
 
     def feed_forward(self, tokens: Tensor) -> Tensor:
         """Return the MLP branch before its gain: `(N, d)` -> `(N, d)`."""
@@ -235,27 +285,6 @@ class M3RetLayer(GradientCheckpointingLayer):
         attention = self.attention
         attention.project_qkv = torch.compile(attention.project_qkv, dynamic=True)  # type: ignore[method-assign]
         self.feed_forward = torch.compile(self.feed_forward, dynamic=True)  # type: ignore[method-assign]
-
-    def _drop_scans(self, branch: Tensor, layout: PackLayout) -> Tensor:
-        """Zero the dropped scans of a branch with one vector per scan `(B, d)` and rescale the others."""
-        if (sampled := self._sample_scans(layout)) is None:
-            return branch
-        weight = torch.zeros(len(branch), 1)
-        weight[sampled] = len(branch) / len(sampled)
-        return branch * weight.to(branch)
-
-    def _sample_scans(self, layout: PackLayout) -> list[int] | None:
-        """Return the ascending positions of the scans that a branch runs on, or None for all."""
-        if not self.training or self.drop_path == 0:
-            return None
-        scans = len(layout.order)
-        count = max(1, scans - round(scans * self.drop_path))
-        return None if count == scans else sorted(torch.randperm(scans)[:count].tolist())
-
-    @staticmethod
-    def _add_branch(tokens: Tensor, indices: Tensor, branch: Tensor, scale: M3RetLayerScale, rescale: float) -> Tensor:
-        """Add a branch to the tokens it ran on, rescaled so that its expectation over draws is unchanged."""
-        return tokens.index_add(0, indices, branch.to(tokens.dtype) * (scale.gain * rescale))
 
 
 class M3RetPreTrainedModel(PreTrainedModel):
@@ -375,17 +404,22 @@ class M3RetWhitening(nn.Module):
         self.matrix.copy_((scale[:, None] * directions.T)[-len(self.matrix) :])
 
 
+def drop_path_rates(config: M3RetConfig) -> list[float]:
+    """Return the stochastic depth rate of each layer: linear in depth from 0, as in DeiT and DINO."""
+    return [
+        config.drop_path_rate * layer / max(config.num_hidden_layers - 1, 1)
+        for layer in range(config.num_hidden_layers)
+    ]
+
+
 class M3RetEncoder(M3RetPreTrainedModel):
     """Stack of transformer blocks over a pack of tokens."""
 
     def __init__(self, config: M3RetConfig):
         super().__init__(config)
-        depth = config.num_hidden_layers
-        # linear in depth, as in DeiT and DINO: the first layer drops nothing
-        rates = [config.drop_path_rate * layer / max(depth - 1, 1) for layer in range(depth)]
         self.layers = nn.ModuleList(
-            M3RetLayer(config, config.hidden_size, config.num_attention_heads, config.intermediate_size, rate)
-            for rate in rates
+            M3RetLayer(config, config.hidden_size, config.num_attention_heads, config.intermediate_size)
+            for _ in range(config.num_hidden_layers)
         )
         self.post_init()
 
@@ -395,9 +429,10 @@ class M3RetEncoder(M3RetPreTrainedModel):
         self, tokens: Tensor, layout: PackLayout, rotary: tuple[Tensor, Tensor], cls_only: bool = False, **kwargs: Any
     ) -> BaseModelOutput:
         """Run all layers: `(N, d)` -> `(N, d)` by position, or with `cls_only` the CLS tokens only, `(B, d)`."""
-        for layer in self.layers[:-1]:
-            tokens = layer(tokens, layout, rotary, **kwargs)
-        tokens = self.layers[-1](tokens, layout, rotary, cls_only, **kwargs)
+        subsets = layout.subsets or ((None, None),) * len(self.layers)
+        for layer, of_layer in zip(self.layers[:-1], subsets, strict=False):
+            tokens = layer(tokens, layout, rotary, False, of_layer, **kwargs)
+        tokens = self.layers[-1](tokens, layout, rotary, cls_only, subsets[-1], **kwargs)
         return BaseModelOutput(last_hidden_state=tokens)
 
 
@@ -456,19 +491,19 @@ class M3RetModel(M3RetPreTrainedModel):
             ValueError: if `pixel_values` and `grid_thw` have wrong or inconsistent shapes.
         """
         dense = grid_thw is None
-        rows, grids = self.prepare_rows(pixel_values, grid_thw)
-        layout = PackLayout.from_patch_counts([math.prod(grid) for grid in grids], self.config.num_prefix_tokens)
-        tokens, encoded = self.encode(rows, patch_coordinates(grids, rows.device), layout, **kwargs)
+        rows, coordinates, layout = self.lay_out(pixel_values, grid_thw)
+        tokens, encoded = self.encode(rows, coordinates, layout, **kwargs)
 
         def arrange(state: Tensor) -> Tensor:
-            return state.unflatten(0, (len(grids), -1)) if dense else layout.to_caller_order(state)
+            return state.unflatten(0, layout.groups[0]) if dense else layout.to_caller_order(state)
 
         attentions: Any = encoded.attentions  # for each layer one tensor per group
         if attentions is not None and dense:
             attentions = tuple(weights[0] for weights in attentions)
         elif attentions is not None:
             by_position = [[weights for group in layer for weights in group] for layer in attentions]
-            attentions = tuple(tuple(layer[position] for position in layout.positions) for layer in by_position)
+            positions = range(layout.scans) if layout.positions is None else layout.positions.tolist()
+            attentions = tuple(tuple(layer[position] for position in positions) for layer in by_position)
         hidden_states: Any = encoded.hidden_states  # None for each layer that the caller does not select
         if hidden_states is not None:
             hidden_states = tuple(state if state is None else arrange(state) for state in hidden_states)
@@ -484,17 +519,13 @@ class M3RetModel(M3RetPreTrainedModel):
 
         Args and errors are those of `forward`.
         """
-        rows, grids = self.prepare_rows(pixel_values, grid_thw)
-        layout = PackLayout.from_patch_counts([math.prod(grid) for grid in grids], self.config.num_prefix_tokens)
-        return self.embed_rows(rows, patch_coordinates(grids, rows.device), layout)
+        return self.embed_rows(*self.lay_out(pixel_values, grid_thw))
 
     def embed_rows(self, rows: Tensor, coordinates: Tensor, layout: PackLayout) -> Tensor:
         """Embed patch rows `(P, C*t*p*p)` at `coordinates (P, 3)`, as `embed` does: `(B, pooled)`."""
         is_cls = self.config.pooling == "cls"
         tokens, _ = self.encode(rows, coordinates, layout, cls_only=is_cls)
-        if not is_cls:
-            return self.pool(tokens, layout)
-        return tokens if layout.is_uniform else tokens[layout.positions]
+        return layout.scans_to_caller_order(tokens) if is_cls else self.pool(tokens, layout)
 
     def get_image_features(self, pixel_values: Tensor, grid_thw: Tensor | None = None, **kwargs: Any) -> Tensor:
         """Return the retrieval embedding: `pooler_output`, whitened and L2-normalised.
@@ -514,8 +545,22 @@ class M3RetModel(M3RetPreTrainedModel):
         """Split a packed output `(N, d)` into the tokens `(L, d)` of each scan: CLS, registers, patches."""
         return list(last_hidden_state.split((grid_thw.prod(-1) + self.config.num_prefix_tokens).tolist()))
 
+    def lay_out(self, pixel_values: Tensor, grid_thw: Tensor | None) -> tuple[Tensor, Tensor, PackLayout]:
+        """Return the patch rows, their coordinates and the layout of either form of input, as `encode` takes them.
+
+        For dense input no operation depends on the batch size, so that one compiled graph serves all.
+        """
+        prefix = self.config.num_prefix_tokens
+        rows, grids = self.prepare_rows(pixel_values, grid_thw)
+        if grid_thw is None:
+            coordinates = grid_coordinates(grids[0], rows.device)
+            B = pixel_values.shape[0]
+            return rows, coordinates.repeat(B, 1), PackLayout(((B, prefix + coordinates.shape[0]),), prefix)
+        layout = PackLayout.from_patch_counts([math.prod(grid) for grid in grids], prefix)
+        return rows, patch_coordinates(grids, rows.device), layout.to(rows.device)
+
     def prepare_rows(self, pixel_values: Tensor, grid_thw: Tensor | None) -> tuple[Tensor, list[tuple[int, int, int]]]:
-        """Validate either form of input and return its patch rows and the grid of each scan.
+        """Validate either form of input and return its patch rows and the grid of each scan, of dense input only one.
 
         Rows are `(P, C*t*p*p)`, or compact `(P, C*p*p)` for dense images `(B, C, H, W)` and `(B, C, 1, H, W)`. Args and
         errors are those of `forward`.
@@ -549,9 +594,9 @@ class M3RetModel(M3RetPreTrainedModel):
                 f"got {tuple(pixel_values.shape)}. Pass packed pixel_values together with grid_thw"
             )
         volumes = pixel_values if pixel_values.ndim == 5 else pixel_values[:, :, None]
-        B, _, D, H, W = volumes.shape
-        grids = [(-(-D // config.patch_depth), H // config.patch_size, W // config.patch_size)] * B
-        return patchify(volumes, 1 if D == 1 else config.patch_depth, config.patch_size).flatten(0, 1), grids
+        _, _, D, H, W = volumes.shape
+        grid = (-(-D // config.patch_depth), H // config.patch_size, W // config.patch_size)
+        return patchify(volumes, 1 if D == 1 else config.patch_depth, config.patch_size).flatten(0, 1), [grid]
 
     def encode(
         self, rows: Tensor, coordinates: Tensor, layout: PackLayout, **kwargs: Any
@@ -561,35 +606,34 @@ class M3RetModel(M3RetPreTrainedModel):
         Args:
             rows: `(P, C*t*p*p)`, scan after scan, or compact rows of images `(P, C*p*p)`.
             coordinates: `(P, 3)`, from `patch_coordinates`.
-            layout: arrangement of the scans, from the number of rows of each.
+            layout: arrangement of the scans, from the number of rows of each. Its subsets are drawn here if it has
+                none and the encoder trains with stochastic depth.
             kwargs: passed to the attention implementation.
 
         Returns:
             The normalised tokens `(N, d)` by position, and the output of the layers before the norm.
         """
-        patches = self.embeddings(rows)  # (P, d)
-        scans = sum(scans for scans, _ in layout.groups)
+        patches, scans, config = self.embeddings(rows), layout.scans, self.config  # (P, d)
         tokens = layout.join(self.embeddings.prefix_tokens(scans).to(patches.dtype), patches)  # (N, d)
-        prefix_coordinates = coordinates.new_zeros(scans, layout.prefix, 3)
-        config = self.config
-        rotary = rotary_tables(
-            layout.join(prefix_coordinates, coordinates),
-            config.hidden_size // config.num_attention_heads,
-            float(config.rope_theta),
-        )
+        positions = layout.join(coordinates.new_zeros(scans, layout.prefix, 3), coordinates)
+        rotary = rotary_tables(positions, config.hidden_size // config.num_attention_heads, float(config.rope_theta))
+        if not self.training or config.drop_path_rate == 0:
+            layout = replace(layout, subsets=())
+        elif not layout.subsets:
+            layout = layout.sample_subsets(drop_path_rates(config), torch.rand(8)).to(rows.device)
         output = self.encoder(tokens, layout, rotary, **kwargs)
         return self.norm(output.last_hidden_state), output
 
     def pool(self, tokens: Tensor, layout: PackLayout) -> Tensor:
         """Pool normalised tokens `(N, d)` by position to `(B, pooled)` in the caller's order."""
-        groups = layout.split_groups(tokens)  # (scans, L, d) each
         if self.config.pooling == "cls":
-            pooled = torch.cat([group[:, 0] for group in groups])
-        elif self.config.pooling == "mean":
-            pooled = torch.cat([group[:, layout.prefix :].mean(1) for group in groups])
-        else:
-            pooled = torch.cat([mean_and_std(group[:, layout.prefix :]) for group in groups])
-        return pooled if layout.is_uniform else pooled[layout.positions]
+            return layout.scans_to_caller_order(layout.first_tokens(tokens))
+        pool = mean_and_std if self.config.pooling == "statistics" else functools.partial(torch.mean, dim=1)
+        pooled = []
+        for group in layout.split_groups(tokens):  # (scans, L, d)
+            _, patches = group.split([layout.prefix, group.shape[1] - layout.prefix], dim=1)
+            pooled.append(pool(patches))
+        return layout.scans_to_caller_order(torch.cat(pooled))
 
 
 __all__ = ["M3RetModel", "M3RetPreTrainedModel"]

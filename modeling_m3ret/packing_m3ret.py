@@ -13,10 +13,12 @@ This file is copied into every checkpoint and imports nothing else of the projec
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import groupby
-from typing import NamedTuple
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 
@@ -67,84 +69,238 @@ def grid_coordinates(grid: tuple[int, int, int], device: torch.device) -> Tensor
 
 def patch_coordinates(grids: Sequence[tuple[int, int, int]], device: torch.device) -> Tensor:
     """Return the `grid_coordinates` of all scans of a pack, scan after scan: `(P, 3)` float32."""
-    coordinates = {grid: grid_coordinates(grid, device) for grid in dict.fromkeys(grids)}  # once for each distinct grid
-    return torch.cat([coordinates[grid] for grid in grids])
+    grids = np.asarray(grids, dtype=np.int64).reshape(-1, 3)
+    counts = grids.prod(1)
+    _, H, W = sizes = np.repeat(grids, counts, axis=0).T  # (P,) each
+    patch = np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts)  # index within the scan
+    indices = np.stack([patch // (H * W), patch // W % H, patch % W], axis=1).astype(np.float32)
+    coordinates = (2 * indices + 1) / sizes.T.astype(np.float32) - 1
+    return torch.from_numpy(coordinates).to(device, non_blocking=True)
 
 
-class PackLayout(NamedTuple):
+class _Permute(torch.autograd.Function):
+    """Reorder rows. The gradient is reordered by the inverse, without a zero-filled buffer, scatter or atomic sum."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse)
+        return rows.index_select(0, order)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return gradient.index_select(0, *ctx.saved_tensors), None, None
+
+
+class _Take(torch.autograd.Function):
+    """Return some rows, and all rows for `_Put` alone, which replaces those taken."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(indices)
+        return rows.index_select(0, indices), rows.view_as(rows)
+
+    @staticmethod
+    def backward(ctx: Any, of_taken: Tensor, of_rows: Tensor) -> tuple[Tensor, None]:
+        return of_rows.index_copy(0, *ctx.saved_tensors, of_taken), None
+
+
+class _Put(torch.autograd.Function):
+    """Replace the rows that `_Take` returned. Their gradient with respect to the replaced values is left to `_Take`."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, indices: Tensor, values: Tensor) -> Tensor:
+        ctx.save_for_backward(indices)
+        return rows.index_copy(0, indices, values)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, Tensor]:
+        return gradient, None, gradient.index_select(0, *ctx.saved_tensors)
+
+
+def permute(rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+    """Return `rows[order]`, given the inverse of the permutation."""
+    return _Permute.apply(rows, order, inverse)
+
+
+def take(rows: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+    """Return `rows[indices]`, for distinct indices, and `rows` to be passed to `put` with the same indices."""
+    return _Take.apply(rows, indices)
+
+
+def put(rows: Tensor, indices: Tensor, values: Tensor) -> Tensor:
+    """Return a copy of the second result of `take` with the rows at `indices` replaced."""
+    return _Put.apply(rows, indices, values)
+
+
+class Movable:
+    """A frozen dataclass of tensors, other values, and such dataclasses."""
+
+    def to(self, device: torch.device | str) -> Any:
+        """Return a copy whose tensors are on `device`."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Any:
+        """Return a copy in pinned memory, from which a GPU can copy while it computes."""
+        return self._map(Tensor.pin_memory)
+
+    def _map(self, function: Any) -> Any:
+        def apply(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                return function(value)
+            if isinstance(value, Movable):
+                return value._map(function)
+            return tuple(map(apply, value)) if isinstance(value, tuple) else value
+
+        return replace(self, **{entry.name: apply(getattr(self, entry.name)) for entry in fields(self)})
+
+
+@dataclass(frozen=True)
+class ScanSubset(Movable):
+    """Scans of a pack on which a residual branch runs: stochastic depth (arXiv 1603.09382) that skips the others."""
+
+    layout: PackLayout  # of the scans that run, for attention only
+    tokens: Tensor  # indices of their tokens in the pack, int64, ascending
+    weight: Tensor  # (B, 1) float32 by position: 1 / fraction of scans that run, and 0 for the others
+    rescale: float  # 1 / fraction of scans that run
+
+
+@dataclass(frozen=True)
+class PackLayout(Movable):
     """Arrangement of the tokens in a pack: scans sorted by length, so that attention can batch scans of equal length.
 
-    Each scan contributes its prefix tokens (CLS and registers), then its patches. The *position* of a scan is its index
-    in the sorted pack; its index in the batch is the *caller's order*.
+    Each scan contributes its first tokens (CLS and registers; in a decoder, the encoded tokens), then its patches. The
+    *position* of a scan is its index in the sorted pack; its index in the batch is the *caller's order*. All indices
+    are made at once on the CPU, in the loader during training; the number of operations does not depend on B.
 
     Attributes:
-        order: index in the batch of the scan at each position, shortest scan first.
-        prefix: number of prefix tokens of each scan.
-        groups: `(scans, L)` for each run of scans of equal length.
+        groups: `(scans, L)` for each run of scans of equal length, shortest first.
+        prefix: number of first tokens of each scan, 0 if it varies.
+        order: index in the batch of the scan at each position, int64 `(B,)`. None, like all tensors below, if no scan
+            differs in its number of first tokens or patches: positions and the caller's order are then the same.
+        positions: position of each scan, int64 `(B,)`: the inverse of `order`.
+        joining: index in `[first tokens, patches]` of each token by position, int64 `(N,)`.
+        splitting: inverse of `joining`.
+        starts: index of the first token of each scan by position, then N, int32 `(B + 1,)`.
+        subsets: for each layer, the scans on which attention and MLP run, None for all.
     """
 
-    order: list[int]
+    groups: tuple[tuple[int, int], ...]
     prefix: int
-    groups: list[tuple[int, int]]
+    order: Tensor | None = None
+    positions: Tensor | None = None
+    joining: Tensor | None = None
+    splitting: Tensor | None = None
+    starts: Tensor | None = None
+    subsets: tuple[tuple[ScanSubset | None, ScanSubset | None], ...] = ()
 
     @classmethod
-    def from_patch_counts(cls, patch_counts: Sequence[int], prefix: int) -> PackLayout:
-        """Lay out scans of these numbers of patches, each with `prefix` prefix tokens."""
-        order = sorted(range(len(patch_counts)), key=lambda scan: patch_counts[scan])  # stable
-        groups = [(len(list(run)), prefix + count) for count, run in groupby(sorted(patch_counts))]
-        return cls(order, prefix, groups)
+    def from_patch_counts(
+        cls, patch_counts: ArrayLike, prefix: int | ArrayLike, first_starts: ArrayLike | None = None
+    ) -> PackLayout:
+        """Lay out scans of these numbers of patches.
+
+        Args:
+            patch_counts: patches of each scan.
+            prefix: first tokens of each scan; one number if all have the same.
+            first_starts: index of the first token of each scan in the first tokens that `join` gets; by default they
+                are in the caller's order.
+        """
+        patches = np.asarray(patch_counts, dtype=np.int64)
+        first = np.broadcast_to(np.asarray(prefix, dtype=np.int64), patches.shape)
+        B, lengths = len(patches), first + patches
+        if B and (first == first[0]).all() and (patches == patches[0]).all():
+            return cls(((B, int(lengths[0])),), int(first[0]))
+        order = lengths.argsort(kind="stable")
+        starts = np.concatenate([[0], lengths[order].cumsum()])
+        scan = order.repeat(lengths[order])  # of each token by position
+        token = np.arange(len(scan)) - starts[:-1].repeat(lengths[order])  # index within its scan
+        first_starts = first.cumsum() - first if first_starts is None else np.asarray(first_starts)
+        patch_starts = first.sum() + patches.cumsum() - patches - first
+        joining = np.where(token < first[scan], first_starts[scan], patch_starts[scan]) + token
+        sizes, scans = np.unique(lengths, return_counts=True)
+        indices = (order, order.argsort(), joining, joining.argsort(), starts.astype(np.int32))
+        groups = tuple(zip(scans.tolist(), sizes.tolist(), strict=True))
+        return cls(groups, prefix if isinstance(prefix, int) else 0, *map(torch.from_numpy, indices))
 
     @property
-    def is_uniform(self) -> bool:
-        """True if all scans have the same length. Positions and the caller's order are then the same."""
-        return len(self.groups) == 1
+    def scans(self) -> int:
+        """Number of scans, B."""
+        return sum(scans for scans, _ in self.groups)
 
     @property
-    def lengths(self) -> list[int]:
+    def lengths(self) -> np.ndarray:
         """Tokens of the scan at each position."""
-        return [length for scans, length in self.groups for _ in range(scans)]
+        scans, lengths = zip(*self.groups, strict=True)
+        return np.repeat(lengths, scans)
 
-    @property
-    def positions(self) -> list[int]:
-        """Position of each scan, in the caller's order: the inverse of `order`."""
-        return sorted(range(len(self.order)), key=lambda position: self.order[position])
+    def join(self, first: Tensor, patches: Tensor) -> Tensor:
+        """Join first tokens `(B, prefix, d)` or `(first tokens of all scans, d)` and patches `(P, d)` to `(N, d)`.
 
-    def join(self, prefix: Tensor, rows: Tensor) -> Tensor:
-        """Join prefix tokens `(B, prefix, d)` and patches `(P, d)` in the caller's order to `(N, d)` by position."""
-        if self.is_uniform:
-            return torch.cat([prefix, rows.view(prefix.shape[0], -1, rows.shape[-1])], dim=1).flatten(0, 1)
-        lengths = self.lengths
-        scans = rows.split([lengths[position] - self.prefix for position in self.positions])
-        return torch.cat([piece for scan in self.order for piece in (prefix[scan], scans[scan])])
+        The result is by position. Patches, and first tokens unless `first_starts` was given, are in the caller's order.
+        """
+        if self.joining is None or self.splitting is None:
+            ((B, L),) = self.groups
+            scans = (first.reshape(B, self.prefix, -1), patches.reshape(B, L - self.prefix, first.shape[-1]))
+            return torch.cat(scans, dim=1).flatten(0, 1)
+        return permute(torch.cat([first.flatten(0, -2), patches]), self.joining, self.splitting)
 
-    def split(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Undo `join`: `(N, d)` by position to `(B, prefix, d)` and `(P, d)` in the caller's order."""
-        if self.is_uniform:
-            (scans,) = self.split_groups(tokens)
-            return scans[:, : self.prefix], scans[:, self.prefix :].flatten(0, 1)
-        pieces = self.split_scans(tokens)
-        return torch.stack([piece[: self.prefix] for piece in pieces]), torch.cat([p[self.prefix :] for p in pieces])
+    def split(self, tokens: Tensor, patches: int) -> tuple[Tensor, Tensor]:
+        """Undo `join`: `(N, d)` by position to the first tokens of all scans `(N - P, d)` and the `P` patches."""
+        if self.joining is None or self.splitting is None:
+            ((B, L),) = self.groups
+            first, rest = tokens.unflatten(0, (B, L)).split([self.prefix, L - self.prefix], dim=1)
+            return first.flatten(0, 1), rest.flatten(0, 1)
+        first, rest = permute(tokens, self.splitting, self.joining).split([len(tokens) - patches, patches])
+        return first, rest
 
     def split_groups(self, tokens: Tensor) -> list[Tensor]:
         """Return one view `(scans, L, ...)` of tokens `(N, ...)` by position for each group of equal lengths."""
-        chunks = tokens.split([scans * length for scans, length in self.groups])
+        chunks = tokens.split([scans * length for scans, length in self.groups]) if len(self.groups) > 1 else [tokens]
         return [chunk.unflatten(0, group) for chunk, group in zip(chunks, self.groups, strict=True)]
 
-    def split_scans(self, tokens: Tensor) -> list[Tensor]:
-        """Return the tokens `(L, ...)` of each scan in the caller's order, given `(N, ...)` by position."""
-        sorted_scans = tokens.split(self.lengths)
-        return [sorted_scans[position] for position in self.positions]
+    def first_tokens(self, tokens: Tensor) -> Tensor:
+        """Return the first token, CLS, of each scan: `(N, d)` -> `(B, d)`, both by position."""
+        if self.starts is None:
+            return tokens.unflatten(0, self.groups[0])[:, 0]
+        return take(tokens, self.starts[:-1].long())[0]
 
-    def subset(self, positions: Sequence[int]) -> PackLayout:
-        """Return the layout of the scans at these positions, given in ascending order."""
-        lengths = self.lengths
-        return PackLayout.from_patch_counts([lengths[position] - self.prefix for position in positions], self.prefix)
-
-    def token_indices(self, positions: Sequence[int], device: torch.device) -> Tensor:
-        """Return the indices in `(N, ...)` of the tokens of the scans at these positions, as one int64 vector."""
-        tokens = torch.arange(sum(self.lengths)).split(self.lengths)
-        return torch.cat([tokens[position] for position in positions]).to(device, non_blocking=True)
+    def scans_to_caller_order(self, scans: Tensor) -> Tensor:
+        """Reorder one row per scan: `(B, d)` by position -> `(B, d)` in the caller's order."""
+        if self.order is None or self.positions is None:
+            return scans
+        return permute(scans, self.positions, self.order)
 
     def to_caller_order(self, tokens: Tensor) -> Tensor:
         """Reorder tokens: `(N, d)` by position -> `(N, d)` with the scans in the caller's order."""
-        return tokens if self.is_uniform else torch.cat(self.split_scans(tokens))
+        if self.order is None or self.positions is None:
+            return tokens
+        positions = self.positions.cpu()
+        scans = torch.arange(len(tokens)).split(self.lengths.tolist())
+        return tokens[torch.cat([scans[position] for position in positions]).to(tokens.device)]
+
+    def sample_subsets(self, rates: Sequence[float], noise: Tensor) -> PackLayout:
+        """Return this layout with random scans for attention and MLP of each layer to run on.
+
+        Args:
+            rates: fraction of the scans that each layer skips; at least one scan runs.
+            noise: at least eight random numbers on the CPU, which seed the draw. The result depends on nothing else, so
+                it is the same in every loader worker and in a resumed run.
+        """
+        lengths, sizes = self.lengths, np.array([scans for scans, _ in self.groups])
+        B, scan = len(lengths), np.arange(len(lengths)).repeat(lengths)  # scan of each token
+        generator = np.random.default_rng(np.frombuffer(noise[:8].numpy().tobytes(), dtype=np.uint32))
+        ranks = generator.random((len(rates), 2, B)).argsort(-1).argsort(-1)
+
+        def subset(runs: np.ndarray) -> ScanSubset | None:  # (B,) bool
+            if runs.all():
+                return None
+            rescale = B / runs.sum()
+            scans = np.add.reduceat(runs, sizes.cumsum() - sizes)
+            groups = tuple((int(n), L) for n, (_, L) in zip(scans, self.groups, strict=True) if n)
+            starts = np.concatenate([[0], lengths[runs].cumsum()]).astype(np.int32)
+            layout = PackLayout(groups, self.prefix, starts=torch.from_numpy(starts))
+            weight = torch.from_numpy((runs * rescale).astype(np.float32))[:, None]
+            return ScanSubset(layout, torch.from_numpy(np.flatnonzero(runs[scan])), weight, float(rescale))
+
+        running = [ranks[layer] < max(1, B - round(B * rate)) for layer, rate in enumerate(rates)]  # (2, B) each
+        return replace(self, subsets=tuple((subset(attention), subset(mlp)) for attention, mlp in running))

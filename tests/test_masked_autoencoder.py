@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
 from modeling_m3ret import M3RetForPreTraining
-from modeling_m3ret.masked_autoencoder_m3ret import choose_visible, masked_patch_loss, normalise_patches
+from modeling_m3ret.masked_autoencoder_m3ret import choose_visible, loss_weights, masked_patch_loss, normalise_patches
 from modeling_m3ret.packing_m3ret import patchify
 
 
@@ -19,9 +19,9 @@ def test_mask_ratio_is_exact_in_every_scan(ratio: float) -> None:
     counts = [1, 12, 9, 49, 200]
     visible, masked, visible_counts = choose_visible(torch.rand(sum(counts)), counts, [ratio] * 5)
     assert sorted([*visible.tolist(), *masked.tolist()]) == list(range(sum(counts)))
-    assert visible_counts == [max(1, count - round(count * ratio)) for count in counts]
+    assert visible_counts.tolist() == [max(1, count - round(count * ratio)) for count in counts]
     first = 0
-    for scan, count in zip(visible.split(visible_counts), counts, strict=True):  # scan after scan
+    for scan, count in zip(visible.split(visible_counts.tolist()), counts, strict=True):  # scan after scan
         assert int(scan.min()) >= first
         assert int(scan.max()) < first + count
         first += count
@@ -62,7 +62,8 @@ def test_loss_equals_that_of_transformers_vitmae() -> None:
     # ViTMAE orders a patch's values height, width, channel; ours are channel, height, width
     predicted = output.logits[0, masked].view(-1, 256, 3).transpose(1, 2).flatten(1)
     target = patchify(image[:, :, None], 1, 16)[0][masked]
-    loss, _ = masked_patch_loss(predicted, target, [12], 1e-6, "scan")
+    weights, _ = loss_weights([12], "scan")
+    loss = masked_patch_loss(predicted, target, weights, tiny_config(patch_depth=1))
     assert loss.item() == pytest.approx(output.loss.item(), rel=1e-5)
 
 
@@ -79,10 +80,26 @@ def test_scan_weighting_gives_every_scan_the_same_weight() -> None:
 
 def test_patch_weighting_gives_every_patch_the_same_weight() -> None:
     """Squared errors 1 and 1 in one scan and 4 in another average to 2 by patch and to (1 + 4) / 2 by scan."""
-    target = torch.randn(3, 8)
+    config = tiny_config()
+    target = torch.randn(3, 3072)
     predicted = normalise_patches(target, 1e-6) + torch.tensor([1.0, 1.0, 2.0])[:, None]
-    assert masked_patch_loss(predicted, target, [2, 1], 1e-6, "patch") == (pytest.approx(2), 3)
-    assert masked_patch_loss(predicted, target, [2, 1], 1e-6, "scan") == (pytest.approx(2.5), 2)
+    for weighting, expected, weight in (("patch", 2, 3), ("scan", 2.5, 2)):
+        weights, of_pack = loss_weights([2, 0, 1], weighting)
+        assert of_pack == weight
+        assert masked_patch_loss(predicted, target, weights, config).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_loss_of_compact_rows_equals_that_of_repeated_slices() -> None:
+    """Against the formula in float64: every pixel counts once for each of the four slices of a patch."""
+    compact, predicted = torch.randn(5, 768) * 3 + 1, torch.randn(5, 3072)
+    repeated = compact.view(5, 3, 1, 256).expand(-1, -1, 4, -1).flatten(1)
+    weights, _ = loss_weights([2, 3], "scan")
+    exact = repeated.double()
+    exact = (exact - exact.mean(1, keepdim=True)) / (exact.var(1, keepdim=True) + 1e-6).sqrt()
+    errors = (predicted - exact).square().mean(1)
+    expected = (errors[:2].mean() + errors[2:].mean()).item() / 2
+    for target in (compact, repeated):
+        assert masked_patch_loss(predicted, target, weights, tiny_config()).item() == pytest.approx(expected, rel=1e-6)
 
 
 def test_dense_and_packed_images_give_the_same_loss() -> None:

@@ -13,7 +13,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from modeling_m3ret import M3RetConfig, M3RetModel
 from modeling_m3ret.modeling_m3ret import rotary_tables, rotate
-from modeling_m3ret.packing_m3ret import PackLayout, patch_coordinates, patchify
+from modeling_m3ret.packing_m3ret import PackLayout, patch_coordinates, patchify, permute, put, take
 
 
 # depth, height and width in voxels; all grids differ, and some depths do not fill their last patch
@@ -194,11 +194,11 @@ def test_rotary_equals_multiplication_of_complex_numbers() -> None:
 def test_layout_splits_what_it_joined() -> None:
     counts = [3, 1, 3, 5, 1]
     layout = PackLayout.from_patch_counts(counts, prefix=2)
-    assert layout.groups == [(2, 3), (2, 5), (1, 7)]
+    assert layout.groups == ((2, 3), (2, 5), (1, 7))
     prefix, rows = torch.randn(5, 2, 4), torch.randn(sum(counts), 4)
     joined = layout.join(prefix, rows)
-    split_prefix, split_rows = layout.split(joined)
-    assert torch.equal(split_prefix, prefix)
+    split_prefix, split_rows = layout.split(joined, sum(counts))
+    assert torch.equal(split_prefix, prefix.flatten(0, 1))
     assert torch.equal(split_rows, rows)
     expected = torch.cat([torch.cat(scan) for scan in zip(prefix, rows.split(counts), strict=True)])
     assert torch.equal(layout.to_caller_order(joined), expected)
@@ -286,21 +286,75 @@ def test_gradient_checkpointing_gives_the_same_gradients() -> None:
 def test_stochastic_depth_drops_an_exact_fraction_and_rescales_the_rest() -> None:
     """At a rate of 1/3, one of three scans is dropped, and the branch of the others is multiplied by 3/2."""
     layer = make_model().encoder.layers[-1].train()
-    layer.drop_path = 1 / 3
     layout = PackLayout.from_patch_counts([4, 2, 4], prefix=1)
     tokens, rotary = torch.randn(13, 48), rotary_tables(torch.rand(13, 3), 12, 100.0)
     layer.mlp_scale.gain.zero_()  # leaves the attention branch only
     attended = layer.attention(layer.attention_norm(tokens), layout, rotary)[0] * layer.attention_scale.gain
     counts = torch.zeros(3)
     for _ in range(300):
-        added = layer(tokens, layout, rotary) - tokens
+        (subsets,) = layout.sample_subsets([1 / 3], torch.rand(8)).subsets
+        added = layer(tokens, layout, rotary, subsets=subsets) - tokens
         dropped = [not added[start:stop].any() for start, stop in ((0, 3), (3, 8), (8, 13))]
         assert sum(dropped) == 1
         counts += torch.tensor(dropped)
         ran = added.abs().sum(1) > 0
         assert largest_difference(added[ran], 1.5 * attended[ran]) <= 1e-5
     assert largest_difference(counts, torch.full((3,), 100)) <= 41  # 5 standard errors of 300 draws
-    assert largest_difference(layer.eval()(tokens, layout, rotary), tokens + attended) <= 1e-5
+    assert largest_difference(layer(tokens, layout, rotary), tokens + attended) <= 1e-5
+
+
+def test_stochastic_depth_depends_on_its_noise_alone_and_has_no_effect_in_evaluation() -> None:
+    model = make_model(drop_path_rate=0.5)
+    rows, grids = pack(make_scans())
+    with torch.no_grad():
+        expected = model(rows, grids).pooler_output
+        layout = PackLayout.from_patch_counts(grids.prod(-1).numpy(), 5).sample_subsets([0, 0.25, 0.5], torch.rand(8))
+        coordinates = patch_coordinates(grids.tolist(), rows.device)
+        assert torch.equal(model.embed_rows(rows, coordinates, layout), expected)
+        model.train()
+        first, second = (model.embed_rows(rows, coordinates, layout) for _ in range(2))
+        assert torch.equal(first, second)
+        assert not torch.equal(first, expected)
+        torch.manual_seed(0)
+        first = model(rows, grids).pooler_output
+        torch.manual_seed(0)
+        assert torch.equal(first, model(rows, grids).pooler_output)
+
+
+def test_gradients_of_permutations_and_subsets_equal_those_of_indexing() -> None:
+    """Against autograd's own indexing, in float64."""
+    rows = torch.randn(9, 4, dtype=torch.float64, requires_grad=True)
+    order, indices = torch.randperm(9), torch.tensor([1, 4, 7])
+    weights = torch.randn(9, 4, dtype=torch.float64)
+
+    def ours(rows: Tensor) -> Tensor:
+        some, others = take(permute(rows, order, order.argsort()), indices)
+        return put(others, indices, some.sin())
+
+    def reference(rows: Tensor) -> Tensor:
+        moved = rows[order]
+        return moved.index_copy(0, indices, moved[indices].sin())
+
+    assert torch.equal(ours(rows), reference(rows))
+    (gradient,) = torch.autograd.grad((ours(rows) * weights).sum(), rows)
+    (expected,) = torch.autograd.grad((reference(rows) * weights).sum(), rows)
+    assert largest_difference(gradient, expected) <= 1e-12
+
+
+def test_gradient_of_the_rotation_equals_that_of_its_definition() -> None:
+    attention = make_model().double().encoder.layers[0].attention
+    tokens, tables = torch.randn(7, 48, dtype=torch.float64), rotary_tables(torch.rand(7, 3), 12, 100.0)
+    tables = tuple(table.double() for table in tables)
+    weights = torch.randn(3, 7, 4, 12, dtype=torch.float64)
+
+    def gradient(qkv: tuple[Tensor, ...]) -> Tensor:
+        loss = sum((part * weight).sum() for part, weight in zip(qkv, weights, strict=True))
+        return torch.autograd.grad(loss, attention.qkv.weight)[0]
+
+    split = attention.qkv(tokens).view(7, 3, 4, 12)
+    query, key = rotate(split[:, :2], *(table[:, None, None] for table in tables)).unbind(1)
+    expected = gradient((query, key, split[:, 2]))
+    assert largest_difference(gradient(attention.project_qkv(tokens, *tables)), expected) <= 1e-12
 
 
 @pytest.mark.parametrize("pooling", ["cls", "mean", "statistics"])
@@ -322,16 +376,16 @@ def test_embed_equals_pooler_output_and_its_gradients(pooling: str) -> None:
 @torch.no_grad()
 def test_stochastic_depth_of_the_cls_only_layer_drops_an_exact_fraction() -> None:
     layer = make_model().encoder.layers[-1].train()
-    layer.drop_path = 1 / 3
     layout = PackLayout.from_patch_counts([4, 2, 4], prefix=1)
+    (subsets,) = layout.sample_subsets([1 / 3], torch.rand(8)).subsets
     tokens = torch.randn(13, 48)
     layer.mlp_scale.gain.zero_()
     # CLS tokens have coordinates of zero, as in every pack
     rotary = rotary_tables(
         torch.rand(13, 3) * torch.tensor([0, 1, 1, 0, 1, 1, 1, 1, 0, 1, 1, 1, 1])[:, None], 12, 100.0
     )
-    whole = layer.eval()(tokens, layout, rotary)[[0, 3, 8]] - tokens[[0, 3, 8]]
-    added = layer.train()(tokens, layout, rotary, True) - tokens[[0, 3, 8]]
+    whole = layer(tokens, layout, rotary)[[0, 3, 8]] - tokens[[0, 3, 8]]
+    added = layer(tokens, layout, rotary, True, subsets) - tokens[[0, 3, 8]]
     dropped = added.abs().sum(1) == 0
     assert int(dropped.sum()) == 1
     assert largest_difference(added[~dropped], 1.5 * whole[~dropped]) <= 1e-5

@@ -2,13 +2,15 @@
 
 An objective is a module that maps a pack to its loss and the scalars to log. It has `views` of a scan; `model`,
 all weights, which `save` writes to `weights_file` in a checkpoint; `encoder`, the one to publish, `encoder_name` in
-`model`; `trained_encoder`, the one with gradients; and `after_step`, called after each optimiser step.
+`model`; `trained_encoder`, the one with gradients; and `after_step`, called after each optimiser step. Its `plan` makes
+all indices of a pack from its grids and noise; loader workers call it, so that the training process need not.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from safetensors.torch import save_file
@@ -17,12 +19,15 @@ from transformers.dynamic_module_utils import custom_object_save
 
 from ..configuration_m3ret import M3RetConfig
 from ..data.views import GLOBAL_CROPS, LOCAL_CROPS, Jitter, ViewKind
-from ..masked_autoencoder_m3ret import M3RetDecoder, M3RetForPreTraining
+from ..masked_autoencoder_m3ret import M3RetDecoder, M3RetForPreTraining, MaskPlan, plan_masks
 from ..modeling_m3ret import M3RetLayer, M3RetModel
 from .distributed import rank_weight
 from .run_config import RunConfig
-from .simdino import SimDINO, SimDINOLoss, teacher_momentum
+from .simdino import SimDINO, SimDINOLoss, ViewPlan, teacher_momentum
 from .warm_start import load_initial
+
+
+Grid = tuple[int, int, int]  # patches of a scan along depth, height and width
 
 
 class MaskedAutoencoding(nn.Module):
@@ -44,8 +49,21 @@ class MaskedAutoencoding(nn.Module):
     def trained_encoder(self) -> M3RetModel:
         return self.model.m3ret
 
-    def forward(self, pixel_values: Tensor, grid_thw: Tensor, noise: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        output = self.model(pixel_values, grid_thw, noise=noise)
+    @property
+    def plan(self) -> Callable[[Sequence[Grid], Tensor], MaskPlan]:
+        return partial(plan_masks, config=self.encoder.config)
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        grid_thw: Tensor | None = None,
+        noise: Tensor | None = None,
+        plan: MaskPlan | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        if plan is None:
+            output = self.model(pixel_values, grid_thw, noise=noise)
+        else:
+            output = self.model.predict(pixel_values, plan)
         return output.loss * rank_weight(output.weight, pixel_values.device), {}
 
     def after_step(self, step: int, steps: int) -> None:
@@ -91,8 +109,18 @@ class SelfDistillation(nn.Module):
     def trained_encoder(self) -> M3RetModel:
         return self.model.student
 
-    def forward(self, pixel_values: Tensor, grid_thw: Tensor, noise: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        terms = self.model(pixel_values, grid_thw, noise)
+    @property
+    def plan(self) -> Callable[[Sequence[Grid], Tensor], ViewPlan]:
+        return self.model.plan
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        grid_thw: Tensor | None = None,
+        noise: Tensor | None = None,
+        plan: ViewPlan | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        terms = self.model(pixel_values, grid_thw, noise, plan)
         logged = {name: getattr(terms, name) for name in ("compression", "expansion_share", "collapsed_share")}
         if terms.patch_agreement is not None:
             logged["patch_agreement"] = terms.patch_agreement

@@ -11,15 +11,17 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..masked_autoencoder_m3ret import M3RetDecoder, choose_visible, masked_patch_loss
-from ..modeling_m3ret import M3RetModel
-from ..packing_m3ret import PackLayout, patch_coordinates
+from ..configuration_m3ret import M3RetConfig
+from ..masked_autoencoder_m3ret import M3RetDecoder, MaskPlan, loss_weights, masked_patch_loss, plan_masks
+from ..modeling_m3ret import M3RetModel, drop_path_rates
+from ..packing_m3ret import Movable, PackLayout, patch_coordinates, take
 from .distributed import count_over_ranks, rank_weight, sum_over_ranks
 
 
@@ -163,6 +165,7 @@ class SimDINO(nn.Module):
         if decoder is not None and patch_weight > 0:
             raise ValueError("decoder and patch_weight: expected one of them, got both. Each masks the global views.")
         self.loss, self.views, self.patch_weight = loss, views, patch_weight
+        self.plan = ViewPlanner(encoder.config, views, self.global_views, decoder is not None, patch_weight > 0)
         config = encoder.config
         if patch_weight > 0:  # replaces pixels, so the encoder needs no mask token
             self.mask_patch = nn.Parameter(torch.zeros(1, config.patch_values // config.patch_depth))
@@ -178,89 +181,68 @@ class SimDINO(nn.Module):
         self.teacher.eval()
         return self
 
-    def forward(self, pixel_values: Tensor, grid_thw: Tensor, noise: Tensor | None = None) -> SimDINOTerms:
+    def forward(
+        self,
+        pixel_values: Tensor,
+        grid_thw: Tensor | None = None,
+        noise: Tensor | None = None,
+        plan: ViewPlan | None = None,
+    ) -> SimDINOTerms:
         """Compute all terms of a pack.
 
         Args:
-            pixel_values: float `(P, C*t*p*p)`, the V views of a scan one after the other.
+            pixel_values: float `(P, C*t*p*p)` or compact `(P, C*p*p)`, the V views of a scan one after the other.
             grid_thw: int64 `(B*V, 3)`.
-            noise: float `(P,)` in [0, 1), for the masks; drawn here if None.
+            noise: float `(P,)` in [0, 1), for masks and stochastic depth; drawn here if None.
+            plan: what `self.plan` makes of the grids and the noise, instead of these.
         """
-        scans, rest = divmod(len(grid_thw), self.views)
-        if rest:
-            raise ValueError(f"grid_thw: expected a multiple of {self.views} views, got {len(grid_thw)}.")
-        noise = torch.rand(len(pixel_values), device=pixel_values.device) if noise is None else noise
-        is_global = torch.arange(len(grid_thw), device=grid_thw.device) % self.views < self.global_views
-        in_global = is_global.repeat_interleave(grid_thw.prod(-1), output_size=len(pixel_values))
-        teacher_inputs = (pixel_values[in_global], grid_thw[is_global])
+        rows = pixel_values
+        if plan is None:
+            assert grid_thw is not None
+            rows, grids = self.student.prepare_rows(pixel_values, grid_thw)
+            noise = torch.rand(len(rows)) if noise is None else noise.cpu()
+            plan = self.plan(grids, noise).to(rows.device)
         reconstruction = agreement = None
-        if self.decoder is not None:
-            pooled, reconstruction = self._masked_student(pixel_values, grid_thw, noise, is_global)
-        elif self.patch_weight == 0:
-            pooled = self.student.embed(pixel_values, grid_thw)
+        if plan.masks is not None:
+            pooled, reconstruction = self._masked_student(rows, plan.masks)
+        elif plan.hidden is None:
+            pooled = self.student.embed_rows(rows, plan.coordinates, plan.student)
         else:
-            hidden = torch.zeros_like(in_global)
-            hidden[in_global], masked_counts = block_masks(noise[in_global], teacher_inputs[1])
-            mask_row = self.mask_patch.to(pixel_values.dtype)
-            if pixel_values.shape[1] != mask_row.shape[1]:
+            mask_row = self.mask_patch.to(rows.dtype)
+            if rows.shape[1] != mask_row.shape[1]:
                 mask_row = self.student.embeddings.repeat_slices(mask_row)
-            student_rows = torch.where(hidden[:, None], mask_row, pixel_values)
-            pooled, patches = _pooled_and_patches(self.student, student_rows, grid_thw)
+            student_rows = torch.where(plan.is_hidden, mask_row, rows)
+            pooled, patches = _pooled_and_patches(self.student, student_rows, plan.coordinates, plan.student)
         with torch.no_grad():
-            if self.patch_weight == 0:
-                teacher = self.teacher.embed(*teacher_inputs)
+            teacher_inputs = (rows[plan.global_rows], plan.coordinates[plan.global_rows], plan.teacher)
+            if plan.hidden is None:
+                teacher = self.teacher.embed_rows(*teacher_inputs)
             else:
                 teacher, teacher_patches = _pooled_and_patches(self.teacher, *teacher_inputs)
-                target = self.teacher_head(teacher_patches[hidden[in_global]])
+                target = self.teacher_head(teacher_patches[plan.hidden_global])
             teacher = self.teacher_head(teacher)
-        student_views = self.student_head(pooled).view(scans, self.views, -1).transpose(0, 1)
-        teacher_views = teacher.view(scans, self.global_views, -1).transpose(0, 1)
+        student_views = self.student_head(pooled).unflatten(0, (-1, self.views)).transpose(0, 1)
+        teacher_views = teacher.unflatten(0, (-1, self.global_views)).transpose(0, 1)
         terms = self.loss(student_views, teacher_views)
-        if self.patch_weight > 0:
-            cosines = (self.student_head(patches[hidden]) * target).sum(-1)  # (masked patches,)
-            by_view = cosines.split([count for count in masked_counts if count])
-            zero = cosines.sum() * 0  # keeps the graph if no view was masked: DDP expects a gradient on every rank
-            agreement = torch.stack([view.mean() for view in by_view]).mean() if len(by_view) else zero
+        if plan.hidden is not None:
+            hidden, _ = take(patches, plan.hidden)
+            cosines = (self.student_head(hidden) * target).sum(-1)  # (masked patches,)
+            agreement = cosines @ plan.hidden_weights  # mean over the masked views; without any 0, with its gradient
             # a view without a mask contributes 0, as published; weighted over ranks like the compression
-            fraction = len(by_view) / len(masked_counts) * rank_weight(len(masked_counts), cosines.device)
+            views = plan.teacher.scans
+            fraction = plan.masked_views / views * rank_weight(views, cosines.device)
             terms = replace(terms, loss=terms.loss - self.patch_weight * fraction * agreement)
-            agreement = agreement * rank_weight(len(by_view), cosines.device)
+            agreement = agreement * rank_weight(plan.masked_views, cosines.device)
         return replace(terms, reconstruction=reconstruction, patch_agreement=agreement)
 
-    def _masked_student(
-        self, rows: Tensor, grid_thw: Tensor, noise: Tensor, is_global: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def _masked_student(self, rows: Tensor, plan: MaskPlan) -> tuple[Tensor, Tensor]:
         """Return pooled views `(B*V, d)`, the global ones masked, and the loss of predicting the masked patches."""
         assert self.decoder is not None
-        config = self.student.config
-        grids = [(t, h, w) for t, h, w in grid_thw.tolist()]
-        counts = [math.prod(grid) for grid in grids]
-        ratios = [config.mask_ratio if of_global else 0.0 for of_global in is_global.tolist()]
-        coordinates = patch_coordinates(grids, rows.device)
-        visible, _, visible_counts = choose_visible(noise, counts, ratios)
-        layout = PackLayout.from_patch_counts(visible_counts, config.num_prefix_tokens)
-        tokens, _ = self.student.encode(rows[visible], coordinates[visible], layout)
-        prefix, patches = layout.split(tokens)
-
-        # the decoder gets the global views alone, so rows of the pack become rows among the global views
-        in_global = is_global.repeat_interleave(grid_thw.prod(-1), output_size=len(rows))
-        global_row = in_global.cumsum(0) - 1  # row of the pack -> row among the global views
-        seen = in_global[visible]
-        hidden = in_global.clone()
-        hidden[visible] = False
-        masked = hidden.nonzero()[:, 0]
-        global_counts, global_visible = (
-            [count for count, of_global in zip(all_counts, is_global.tolist(), strict=True) if of_global]
-            for all_counts in (counts, visible_counts)
-        )
-        visible_row, masked_row = global_row[visible[seen]], global_row[masked]
-        predicted = self.decoder(
-            prefix[is_global], patches[seen], visible_row, masked_row, coordinates[in_global], global_counts
-        )
-        masked_counts = [count - visible for count, visible in zip(global_counts, global_visible, strict=True)]
-        target = self.student.embeddings.repeat_slices(rows[masked])
-        loss, weight = masked_patch_loss(predicted, target, masked_counts, config.norm_pixel_eps, config.loss_weighting)
-        return self.student.pool(tokens, layout), loss * rank_weight(weight, rows.device)
+        tokens, _ = self.student.encode(rows[plan.visible], plan.visible_coordinates, plan.encoder)
+        decoded, _ = (tokens, None) if plan.decoded is None else take(tokens, plan.decoded)
+        predicted = self.decoder(decoded, plan.decoder, plan.coordinates)
+        loss = masked_patch_loss(predicted, rows[plan.masked], plan.row_weights, self.student.config)
+        return self.student.pool(tokens, plan.encoder), loss * rank_weight(plan.weight, rows.device)
 
     @torch.no_grad()
     def update_teacher(self, momentum: float) -> None:
@@ -270,12 +252,81 @@ class SimDINO(nn.Module):
         torch._foreach_lerp_(teacher, student, 1 - momentum)
 
 
-def _pooled_and_patches(encoder: M3RetModel, rows: Tensor, grid_thw: Tensor) -> tuple[Tensor, Tensor]:
+def _pooled_and_patches(
+    encoder: M3RetModel, rows: Tensor, coordinates: Tensor, layout: PackLayout
+) -> tuple[Tensor, Tensor]:
     """Return pooled views `(B, d)` and their normalised patch tokens `(P, d)`."""
-    grids = [(t, h, w) for t, h, w in grid_thw.tolist()]
-    layout = PackLayout.from_patch_counts([math.prod(grid) for grid in grids], encoder.config.num_prefix_tokens)
-    tokens, _ = encoder.encode(rows, patch_coordinates(grids, rows.device), layout)
-    return encoder.pool(tokens, layout), layout.split(tokens)[1]
+    tokens, _ = encoder.encode(rows, coordinates, layout)
+    return encoder.pool(tokens, layout), layout.split(tokens, len(rows))[1]
+
+
+@dataclass(frozen=True)
+class ViewPlan(Movable):
+    """Indices for SimDINO on one pack of views.
+
+    Attributes:
+        student: layout of all views.
+        teacher: layout of the global views.
+        coordinates: of all patches, `(P, 3)`.
+        global_rows: rows of the global views' patches in the pack, int64.
+        masks: for a decoder, the masks of the student's global views.
+        hidden: for the patch term, rows of the hidden patches in the pack; else None, like all below.
+        hidden_global: the same patches, as indices in `global_rows`.
+        is_hidden: whether a patch is hidden, bool `(P, 1)`.
+        hidden_weights: weight of each hidden patch in the mean over views of the mean over a view's hidden patches.
+        masked_views: number of views with hidden patches.
+    """
+
+    student: PackLayout
+    teacher: PackLayout
+    coordinates: Tensor
+    global_rows: Tensor
+    masks: MaskPlan | None = None
+    hidden: Tensor | None = None
+    hidden_global: Tensor | None = None
+    is_hidden: Tensor | None = None
+    hidden_weights: Tensor | None = None
+    masked_views: int = 0
+
+
+@dataclass(frozen=True)
+class ViewPlanner:
+    """Make the `ViewPlan` of a pack, in a loader worker or in the training process."""
+
+    config: M3RetConfig  # of the encoder
+    views: int  # of each scan, global ones first
+    global_views: int
+    decodes: bool  # whether a decoder predicts masked patches
+    hides: bool  # whether the patch term hides blocks
+
+    def __call__(self, grids: Sequence[tuple[int, int, int]], noise: Tensor) -> ViewPlan:
+        """Return the plan of views of these grids, with `noise (P,)` for their masks and stochastic depth."""
+        if len(grids) % self.views:
+            raise ValueError(f"grid_thw: expected a multiple of {self.views} views, got {len(grids)}.")
+        counts, prefix = np.asarray(grids).prod(1), self.config.num_prefix_tokens
+        is_global = np.arange(len(grids)) % self.views < self.global_views
+        global_rows = torch.from_numpy(np.flatnonzero(is_global.repeat(counts)))
+        student = PackLayout.from_patch_counts(counts, prefix)
+        if self.config.drop_path_rate > 0 and not self.decodes:
+            student = student.sample_subsets(drop_path_rates(self.config), noise)
+        teacher = PackLayout.from_patch_counts(counts[is_global], prefix)
+        plan = ViewPlan(student, teacher, patch_coordinates(grids, noise.device), global_rows)
+        if self.decodes:
+            return replace(plan, masks=plan_masks(grids, noise, self.config, is_global))
+        if not self.hides:
+            return plan
+        hidden, masked_counts = block_masks(noise[global_rows], np.asarray(grids)[is_global])
+        is_hidden = torch.zeros(len(noise), 1, dtype=torch.bool)
+        is_hidden[global_rows[hidden]] = True
+        weights, masked_views = loss_weights(masked_counts, "scan")
+        return replace(
+            plan,
+            hidden=global_rows[hidden],
+            hidden_global=hidden.nonzero()[:, 0],
+            is_hidden=is_hidden,
+            hidden_weights=weights,
+            masked_views=masked_views,
+        )
 
 
 # DINOv2's published values, also in SimDINOv2: fraction of global views that are masked, and of their patches
@@ -283,7 +334,7 @@ MASKED_VIEWS = 0.5
 MASKED_PATCHES = (0.1, 0.5)
 
 
-def block_masks(noise: Tensor, grid_thw: Tensor) -> tuple[Tensor, list[int]]:
+def block_masks(noise: Tensor, grid_thw: Tensor | np.ndarray) -> tuple[Tensor, np.ndarray]:
     """Draw one block mask in about half of the views. Return the masked patches, bool `(P,)`, and counts per view.
 
     The noise of a view's first patch decides whether the view is masked and how much of it. The block is centred on the
@@ -291,25 +342,23 @@ def block_masks(noise: Tensor, grid_thw: Tensor) -> tuple[Tensor, list[int]]:
     of one patch is not masked.
 
     Args:
-        noise: float `(P,)` in [0, 1).
+        noise: float `(P,)` in [0, 1), on the CPU.
         grid_thw: int64 `(B, 3)`.
     """
-    grids = [(t, h, w) for t, h, w in grid_thw.tolist()]
-    counts = [math.prod(grid) for grid in grids]
-    coordinates = patch_coordinates(grids, noise.device)
-    hidden = torch.zeros(len(noise), dtype=torch.bool, device=noise.device)
-    masked_counts = []
+    grids, values = np.asarray(grid_thw), noise.numpy()
+    counts = grids.prod(1)
+    starts, view = counts.cumsum() - counts, np.arange(len(counts)).repeat(counts)  # view of each patch
     minimum, maximum = MASKED_PATCHES
-    starts = [0, *accumulate(counts)][:-1]
-    for start, count, first in zip(starts, counts, noise[starts].tolist(), strict=True):
-        ratio = minimum + (maximum - minimum) * first / MASKED_VIEWS
-        masked = max(1, round(count * ratio)) if first < MASKED_VIEWS and count > 1 else 0
-        masked_counts.append(masked)
-        if masked:
-            view = slice(start, start + count)
-            distance = (coordinates[view] - coordinates[start + int(noise[view].argmax())]).abs().amax(-1)
-            hidden[start + distance.argsort(stable=True)[:masked]] = True
-    return hidden, masked_counts
+    first = values[starts].astype(np.float64)
+    masked = np.rint(counts * (minimum + (maximum - minimum) * first / MASKED_VIEWS)).astype(np.int64).clip(1)
+    masked = np.where((first < MASKED_VIEWS) & (counts > 1), masked, 0)
+    centres = np.lexsort((values, view))[starts + counts - 1]  # patch of highest noise of each view
+    coordinates = patch_coordinates(grids, noise.device).numpy()
+    distance = np.abs(coordinates - coordinates[centres][view]).max(1)
+    nearest = np.lexsort((distance, view))  # stable
+    hidden = np.zeros(len(values), dtype=bool)
+    hidden[nearest] = np.arange(len(values)) - starts[view] < masked[view]
+    return torch.from_numpy(hidden), masked
 
 
 def teacher_momentum(step: int, steps: int, start: float = 0.996) -> float:
