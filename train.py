@@ -120,7 +120,7 @@ def main() -> None:
     views = RandomViews(
         training, processor, views=objective.views, seed=config.seed, cache_bytes=cache_bytes, blocks=blocks
     )
-    packs = iter(training_loader(views, batches, config.num_workers))
+    packs = iter(training_loader(views, batches, config.num_workers, objective.plan))
 
     # ---- training loop ----------------------------------------------------------------------------------------------
     last_step = min(config.steps, config.stop_after or config.steps)

@@ -6,8 +6,8 @@ A scan that cannot be read does not stop a run: the batch lists its index and er
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import KW_ONLY, dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..cpu import keep_freed_memory
 from ..image_processing_m3ret import M3RetImageProcessor
+from ..packing_m3ret import Movable, split_into_patches
 from ..reading_m3ret import M3RetReadError, Scan
 from ..worker_process import HAS_SIGWAITINFO, block_sigterm_in_workers, exit_on_sigterm_from_parent
 from .collection import Record
@@ -30,28 +31,37 @@ from .views import ViewKind, random_crop, random_flip, random_intensity
 MAX_CONSECUTIVE_FAILURES = 16
 
 
+# makes all indices that an objective needs for a pack from its grids and noise, see `pretraining.objectives`
+Planner = Callable[[Sequence[tuple[int, int, int]], Tensor], Movable]
+
+
 @dataclass
-class Pack:
+class Pack(Movable):
     """A batch of resized scans or views, as workers send it to the training process; without arguments, an empty one.
 
     It holds each voxel once. The model's rows repeat a grey image twelve times (three channels, four slices), so they
     are made on the device by `inputs`.
     """
 
-    values: Tensor = field(default_factory=lambda: torch.empty(0))  # voxels of all scans, float32, concatenated
-    shapes: list[tuple[int, ...]] = field(default_factory=list)  # (1 or 3, D, H, W) of each scan
+    values: Tensor = field(default_factory=lambda: torch.empty(0))  # voxels of all scans patch by patch, float32
+    shapes: list[tuple[int, ...]] = field(default_factory=list)  # (1 or 3, D, H, W), D = 1 or filled to whole patches
     scans: list[int] = field(default_factory=list)  # index of each scan in the records
     noise: Tensor | None = None  # (P,) random numbers in [0, 1) for MAE's mask, in training only
     failures: list[tuple[int, str]] = field(default_factory=list)  # index and message of each scan that was not read
+    plan: Movable | None = None  # what the objective's planner made of the pack
+    blocks: Tensor | None = None  # indices of `row_blocks` with compact images, if there is a plan
 
     @classmethod
-    def from_scan(cls, index: int, volume: Tensor, noise: Tensor | None = None) -> Pack:
+    def from_scan(cls, index: int, volume: Tensor, processor: M3RetImageProcessor, noise: Tensor | None = None) -> Pack:
         """Return a pack of one scan `(1 or 3, D, H, W)`, the one of the record `index`."""
-        return cls(volume.flatten(), [(*volume.shape,)], [index], noise)
+        C, D, H, W = volume.shape
+        depth = 1 if D == 1 else processor.patch_depth
+        patches = split_into_patches(volume[None], depth, processor.patch_size)
+        return cls(patches.flatten(), [(C, patches.shape[1] * depth, H, W)], [index], noise)
 
     @classmethod
     def concatenate(cls, packs: Sequence[Pack]) -> Pack:
-        """Return one pack with the scans of several, in their order."""
+        """Return one pack with the scans of several, in their order, and without a plan."""
         noises = [pack.noise for pack in packs if pack.noise is not None]
         return cls(
             values=torch.cat([pack.values for pack in packs]),
@@ -61,10 +71,35 @@ class Pack:
             failures=[failure for pack in packs for failure in pack.failures],
         )
 
+    def planned(self, plan: Planner, processor: M3RetImageProcessor) -> Pack:
+        """Return this pack with everything that depends on its grids and noise alone, made by `plan`."""
+        assert self.noise is not None
+        grids = [processor.grid_shape(shape) for shape in self.shapes]
+        return replace(self, plan=plan(grids, self.noise), blocks=self.row_blocks(processor, compact_images=True))
+
+    def row_blocks(self, processor: M3RetImageProcessor, compact_images: bool) -> Tensor:
+        """Return indices of blocks of p*p values, one channel of one slice of a patch: int64 `(P, C, t)`.
+
+        A grey scan has one block for all channels, and an image one for all slices, or with `compact_images` t = 1 if
+        all scans are images.
+        """
+        channels, D, H, W = np.array(self.shapes).T
+        p, images = processor.patch_size, D == 1
+        slices = np.where(images, 1, processor.patch_depth)
+        patches, blocks = D // slices * (H // p) * (W // p), channels * slices  # of a scan, of a patch
+        scan = np.arange(len(patches)).repeat(patches)  # of each patch
+        first = blocks[scan].cumsum() - blocks[scan]  # block of each patch
+        depth = 1 if compact_images and images.all() else processor.patch_depth
+        channel = np.where(channels > 1, slices, 0)[:, None, None] * np.arange(processor.num_channels)[:, None]
+        slice_in_patch = np.where(images, 0, 1)[:, None, None] * np.arange(depth)
+        return torch.from_numpy(first[:, None, None] + (channel + slice_in_patch)[scan])
+
     def inputs(
         self, processor: M3RetImageProcessor, device: torch.device | str = "cpu", compact_images: bool = False
-    ) -> dict[str, Tensor]:
-        """Return the inputs of the model.
+    ) -> dict[str, Any]:
+        """Return the inputs of the model, or of the objective that planned the pack.
+
+        The number of operations does not depend on the number of scans.
 
         Args:
             processor: processor with the model's patch size.
@@ -72,12 +107,16 @@ class Pack:
             compact_images: if all scans are images, hold each slice once, which is embedded at a quarter of the cost.
 
         Returns:
-            `pixel_values (P, C*t*p*p)`, or `(P, C*p*p)` for compact images; `grid_thw (B, 3)`; and `noise (P,)` if the
-            pack has any.
+            `pixel_values (P, C*t*p*p)`, or `(P, C*p*p)` for compact images; and the `plan` if the pack has one, else
+            `grid_thw (B, 3)`, and `noise (P,)` if the pack has any.
         """
-        volumes = self.values.to(device, non_blocking=True).split([math.prod(shape) for shape in self.shapes])
-        views = [volume.view(shape) for volume, shape in zip(volumes, self.shapes, strict=True)]
-        rows, grids = processor.pack(views, compact_images)
+        planned = compact_images and self.blocks is not None
+        indices = self.blocks if planned else self.row_blocks(processor, compact_images)
+        blocks = self.values.to(device, non_blocking=True).view(-1, processor.patch_size**2)
+        rows = blocks.index_select(0, indices.flatten().to(device, non_blocking=True)).view(len(indices), -1)
+        if self.plan is not None:
+            return {"pixel_values": rows, "plan": self.plan.to(device)}
+        grids = torch.tensor([processor.grid_shape(shape) for shape in self.shapes], device=device)
         inputs = {"pixel_values": rows, "grid_thw": grids}
         return inputs if self.noise is None else inputs | {"noise": self.noise.to(device, non_blocking=True)}
 
@@ -96,7 +135,7 @@ class WholeScans(Dataset[Pack]):
     def __getitem__(self, index: int) -> Pack:
         try:
             scan = self.processor.read(self.records[index].open(), series=self.series)
-            return Pack.from_scan(index, self.processor.resize(scan))
+            return Pack.from_scan(index, self.processor.resize(scan), self.processor)
         except M3RetReadError as error:
             return Pack(failures=[(index, str(error))])
 
@@ -152,7 +191,7 @@ class RandomViews(Dataset[Pack]):
         if kind.jitter:
             volume = random_intensity(volume, kind.jitter, generator)
         noise = generator.random(math.prod(self.processor.grid_shape(volume.shape)), dtype=np.float32)
-        return Pack.from_scan(index, volume, torch.from_numpy(noise))
+        return Pack.from_scan(index, volume, self.processor, torch.from_numpy(noise))
 
     def _read(self, index: int) -> Scan:
         if index in self._cache:
@@ -200,13 +239,19 @@ def expected_tokens(
 class PackLoader(DataLoader[Pack]):
     """A data loader whose workers survive a SIGTERM to the process group, so that the run can save first."""
 
-    def __init__(self, dataset: Dataset[Pack], num_workers: int, **options: Any):
+    def __init__(
+        self,
+        dataset: Dataset[Pack],
+        num_workers: int,
+        collate_fn: Callable[[Sequence[Pack]], Pack] = Pack.concatenate,
+        **options: Any,
+    ):
         if num_workers and HAS_SIGWAITINFO:  # on Linux: forks start at once. Python 3.14 would use a forkserver
             options.setdefault("multiprocessing_context", "fork")
         super().__init__(
             dataset,
             num_workers=num_workers,
-            collate_fn=Pack.concatenate,
+            collate_fn=collate_fn,
             worker_init_fn=_initialise_worker,
             # a loader draws a seed when it starts: taken from the global generator, a resumed run would draw one more
             generator=torch.Generator(),
@@ -218,9 +263,24 @@ class PackLoader(DataLoader[Pack]):
             return super().__iter__()
 
 
-def training_loader(dataset: RandomViews, batches: SeededBatchSampler, num_workers: int) -> PackLoader:
-    """Return a loader of endless packs of random views."""
-    return PackLoader(dataset, num_workers, batch_sampler=batches, persistent_workers=num_workers > 0)
+@dataclass
+class PlanningCollator:
+    """Concatenate packs and plan the result, in the worker."""
+
+    plan: Planner
+    processor: M3RetImageProcessor
+
+    def __call__(self, packs: Sequence[Pack]) -> Pack:
+        return Pack.concatenate(packs).planned(self.plan, self.processor)
+
+
+def training_loader(
+    dataset: RandomViews, batches: SeededBatchSampler, num_workers: int, plan: Planner | None = None
+) -> PackLoader:
+    """Return a loader of endless packs of random views, planned by an objective's `plan`."""
+    collate = Pack.concatenate if plan is None else PlanningCollator(plan, dataset.processor)
+    options = {"persistent_workers": num_workers > 0, "pin_memory": torch.cuda.is_available()}
+    return PackLoader(dataset, num_workers, collate, batch_sampler=batches, **options)
 
 
 def embedding_loader(dataset: WholeScans, batch_size: int, num_workers: int) -> PackLoader:

@@ -98,7 +98,8 @@ class SliceDataset(WholeScans):
             scan = self.processor.read(self.records[index].open())
         except M3RetReadError as error:
             return Pack(failures=[(index, str(error))])
-        return Pack.from_scan(index, self.transform.resize(scan, self.processor.num_frames))
+        volume = self.transform.resize(scan, self.processor.num_frames)
+        return Pack(volume.flatten(), [(*volume.shape,)], [index])
 
 
 def embed_with_baseline(

@@ -32,6 +32,8 @@ from modeling_m3ret.data.sampler import SeededBatchSampler
 from modeling_m3ret.data.schema import CollectionError, features
 from modeling_m3ret.data.views import CropRanges, ViewKind
 from modeling_m3ret.evaluation.table import evaluate
+from modeling_m3ret.pretraining.objectives import build_objective
+from modeling_m3ret.pretraining.run_config import RunConfig
 from modeling_m3ret.search.embedding import embed_records, pixel_embedder
 from modeling_m3ret.worker_process import HAS_SIGWAITINFO
 
@@ -114,6 +116,38 @@ def test_workers_of_a_forkserver_exit_on_a_sigterm_of_their_parent_only(records:
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
     command = [sys.executable, str(script), str(records[0].location)]
     subprocess.run(command, env=environment, check=True, timeout=600)
+
+
+def test_rows_of_a_pack_are_those_of_the_processor() -> None:
+    """Grey and coloured images, clips and volumes; alone and mixed; with a depth that does not fill its last patch."""
+    grey, colour = torch.randn(1, 1, 32, 48), torch.randn(3, 1, 16, 32)
+    volume, clip = torch.randn(1, 6, 32, 32), torch.randn(3, 4, 16, 48)
+    for volumes in ([grey], [grey, colour, grey], [volume], [clip, grey], [grey, volume, colour, clip, volume]):
+        pack = Pack.concatenate([Pack.from_scan(index, v, PROCESSOR) for index, v in enumerate(volumes)])
+        for compact in (False, True):
+            inputs = pack.inputs(PROCESSOR, compact_images=compact)
+            rows, grids = PROCESSOR.pack(volumes, compact)
+            assert torch.equal(inputs["pixel_values"], rows)
+            assert torch.equal(inputs["grid_thw"], grids)
+
+
+@pytest.mark.parametrize("objective", ["mae", "simdino", "mae+simdino", "patch term"])
+def test_planned_packs_give_the_loss_of_their_grids_and_noise(records: list[Record], objective: str) -> None:
+    settings = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96}
+    decoder = {"decoder_hidden_size": 36, "decoder_num_hidden_layers": 1, "decoder_num_attention_heads": 3}
+    patch_term = {"objective": "simdino", "patch_weight": 1.0}
+    run = {"preset": "vitt", "local_views": 1, "model": settings | decoder | {"drop_path_rate": 0.5}}
+    built, _ = build_objective(
+        RunConfig(**run | (patch_term if objective == "patch term" else {"objective": objective}))
+    )
+    built.train()
+    views = RandomViews(records, PROCESSOR, views=built.views, seed=3)
+    planned, plain = (
+        next(iter(training_loader(views, SeededBatchSampler(["ct"] * len(records), 4, seed=3), 0, plan)))
+        for plan in (built.plan, None)
+    )
+    with_plan = built(**planned.inputs(PROCESSOR, compact_images=True))[0]
+    assert torch.equal(with_plan, built(**plain.inputs(PROCESSOR, compact_images=True))[0])
 
 
 @pytest.mark.slow
