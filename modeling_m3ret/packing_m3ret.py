@@ -240,8 +240,8 @@ class PackLayout(Movable):
         """
         if self.joining is None or self.splitting is None:
             ((B, L),) = self.groups
-            scans = (first.reshape(B, self.prefix, -1), patches.reshape(B, L - self.prefix, first.shape[-1]))
-            return torch.cat(scans, dim=1).flatten(0, 1)
+            first = first if first.ndim == 3 else first.unflatten(0, (B, self.prefix))
+            return torch.cat([first, patches.unflatten(0, (B, L - self.prefix))], dim=1).flatten(0, 1)
         return permute(torch.cat([first.flatten(0, -2), patches]), self.joining, self.splitting)
 
     def split(self, tokens: Tensor, patches: int) -> tuple[Tensor, Tensor]:
