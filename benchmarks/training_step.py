@@ -4,6 +4,7 @@
     python benchmarks/training_step.py mae                          # ViTMAEForPreTraining of transformers
     python benchmarks/training_step.py mixed                        # ours on the batch padded to its longest scan
     python benchmarks/training_step.py memory --preset vitb         # peak memory, with and without checkpointing
+    python benchmarks/training_step.py scaling --preset vitt        # cost of a step against scans and tokens
 
 Rounds are interleaved. The medians of the times and of the ratios of speeds, round by round, are printed with the
 smallest and the largest ratio.
@@ -16,6 +17,7 @@ import importlib
 import multiprocessing
 import resource
 import sys
+import time
 import types
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -27,11 +29,13 @@ from pathlib import Path
 import timing
 import torch
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
 from modeling_m3ret import M3RetConfig, M3RetForPreTraining, M3RetImageProcessor, M3RetModel
 from modeling_m3ret.cpu import prepare_cpu
-from modeling_m3ret.pretraining.objectives import compile_layers
+from modeling_m3ret.data.loading import Pack
+from modeling_m3ret.pretraining.objectives import build_objective, compile_layers
 from modeling_m3ret.pretraining.optimisation import build_optimiser
 from modeling_m3ret.pretraining.run_config import RunConfig
 from modeling_m3ret.pretraining.simdino import SimDINO, SimDINOLoss
@@ -189,14 +193,62 @@ def measure_memory(preset: str, batch: int, dtype: torch.dtype | None, checkpoin
     print(f"checkpointing {checkpointing!s:5}  {peak:6.2f} GiB  {taken[-1]:6.1f} s a step", flush=True)
 
 
+def profiled(step: Step) -> tuple[int, int]:
+    """Return the number of operators that a step calls, and the bytes that it allocates."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step()
+    events = profiler.profiler.kineto_results.events()
+    allocated = sum(event.nbytes() for event in events if event.name() == "[memory]" and event.nbytes() > 0)
+    return sum(event.name().startswith("aten::") for event in events), allocated
+
+
+def measure_scaling(preset: str, dtype: torch.dtype | None, rounds: int) -> None:
+    """Print the cost of forward and backward of each objective against scans and tokens, on mixed views.
+
+    It includes what the training process does to the packs of the loader. Time is that of the processor, which depends
+    least on other processes.
+    """
+    prepare_cpu()
+    processor = M3RetImageProcessor()
+    print("objective scans tokens operators MB/scan ms/scan ms/1000-tokens", flush=True)
+    for name, scans in product(("mae", "simdino"), (16, 64, 256)):
+        run = RunConfig(objective=name, preset=preset, local_views=4)
+        objective = build_objective(run)[0].train()
+        shapes = [(128, 128), (112, 144), (64, 64), (64, 64), (48, 80), (80, 48)]
+        volumes = [torch.randn(1, 1, *shape) for _ in range(scans) for shape in shapes]
+        noises = [torch.rand(height // 16 * (width // 16)) for _ in range(scans) for height, width in shapes]
+        views = [Pack.from_scan(0, *view) for view in zip(volumes, [processor] * len(volumes), noises, strict=True)]
+        pack = Pack.concatenate(views).planned(objective.plan, processor)
+
+        def step(objective: nn.Module = objective, pack: Pack = pack) -> None:
+            with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
+                loss, _ = objective(**pack.inputs(processor, compact_images=True))
+            loss.backward()
+
+        step()
+        taken = []
+        for _ in range(rounds):
+            started = time.process_time()
+            step()
+            taken.append(time.process_time() - started)
+        operators, allocated = profiled(step)
+        tokens, milliseconds = sum(map(len, noises)), min(taken) * 1e3
+        costs = f"{allocated / scans / 1e6:.2f} {milliseconds / scans:.2f} {milliseconds / tokens * 1e3:.1f}"
+        print(f"{name:9} {scans:5} {tokens:6} {operators:9} {costs}", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("benchmark", choices=["simdino", "mae", "mixed", "memory"], help="what to measure, see above")
+    parser.add_argument(
+        "benchmark", choices=["simdino", "mae", "mixed", "memory", "scaling"], help="what to measure, see above"
+    )
     parser.add_argument("--reference", type=Path, help="clone of the public SimDINO, for `simdino`")
     parser.add_argument("--preset", choices=["vitt", "vits", "vitb"], default="vits", help="size of the model")
     parser.add_argument("--batch", type=int, default=8, help="images per batch")
     parser.add_argument("--rounds", type=int, default=5, help="repetitions of each measurement")
-    parser.add_argument("--precision", choices=list(PRECISIONS), default="fp32", help="precision, for `memory`")
+    parser.add_argument(
+        "--precision", choices=list(PRECISIONS), default="fp32", help="precision, for `memory` and `scaling`"
+    )
     arguments = parser.parse_args()
     preset, batch, rounds = arguments.preset, arguments.batch, arguments.rounds
     if arguments.benchmark == "simdino":
@@ -220,6 +272,8 @@ def main() -> None:
     elif arguments.benchmark == "mixed":
         makers = {f"ours {form}": partial(our_mae, preset, MIXED, form == "packed") for form in ("packed", "padded")}
         compare(makers, "ours padded", rounds)
+    elif arguments.benchmark == "scaling":
+        measure_scaling(preset, PRECISIONS[arguments.precision], rounds)
     else:  # the peak is that of a process, so each case runs in its own
         for checkpointing in (False, True):
             with ProcessPoolExecutor(1, PROCESSES) as pool:

@@ -13,16 +13,18 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.dynamic_module_utils import custom_object_save
+from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
 from ..configuration_m3ret import M3RetConfig
 from ..data.views import GLOBAL_CROPS, LOCAL_CROPS, Jitter, ViewKind
 from ..masked_autoencoder_m3ret import M3RetDecoder, M3RetForPreTraining, MaskPlan, plan_masks
-from ..modeling_m3ret import M3RetLayer, M3RetModel
+from ..modeling_m3ret import M3RetLayer, M3RetModel, variable_length_attention
 from .distributed import rank_weight
-from .run_config import RunConfig
+from .run_config import ConfigError, RunConfig
 from .simdino import SimDINO, SimDINOLoss, ViewPlan, teacher_momentum
 from .warm_start import load_initial
 
@@ -148,11 +150,12 @@ def build_objective(run: RunConfig) -> tuple[Objective, M3RetConfig]:
     with rate 0.1, as published. `run.model` overrides both.
 
     Raises:
+        ConfigError: if `run.attn_implementation` is not installed.
         WarmStartError: if the checkpoint `run.initial` cannot be used.
     """
     preset = getattr(M3RetConfig, run.preset)
     defaults = {} if run.objective == "mae" else {"pooling": "cls", "drop_path_rate": 0.1}
-    config = preset(**(defaults | run.model))
+    config = preset(**(defaults | run.model), attn_implementation=attention_implementation(run))
     objective = (MaskedAutoencoding if run.objective == "mae" else SelfDistillation)(run, config)
     if run.initial and not run.resume:  # --resume loads all weights later
         load_initial(objective.model, config, objective.weights_file, run.initial)
@@ -161,6 +164,22 @@ def build_objective(run: RunConfig) -> tuple[Objective, M3RetConfig]:
     if run.compile_layers:
         compile_layers(objective)
     return objective, config
+
+
+def attention_implementation(run: RunConfig) -> str:
+    """Return the attention of a run, as set or by what is installed.
+
+    Raises:
+        ConfigError: if the one that is set is not installed.
+    """
+    is_installed = {"flash_attention_2": is_flash_attn_2_available, "flash_attention_3": is_flash_attn_3_available}
+    if run.attn_implementation is None:
+        needs_library = run.precision == "bf16" and torch.cuda.is_available() and variable_length_attention() is None
+        return "flash_attention_2" if needs_library and is_flash_attn_2_available() else "sdpa"
+    if not is_installed.get(run.attn_implementation, lambda: True)():
+        problem = f"{run.attn_implementation} is not installed. Set null, or install flash-attn."
+        raise ConfigError("attn_implementation", problem)
+    return run.attn_implementation
 
 
 def compile_layers(model: nn.Module) -> None:

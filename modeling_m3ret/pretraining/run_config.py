@@ -169,6 +169,9 @@ class OptimisationOptions:
     precision: Literal["no", "bf16"] | None = None
     """Mixed precision: bf16, or no for float32 (quote "no" in YAML); null follows `accelerate launch`. fp16 is not
     supported, because its loss scale is not saved in checkpoints."""
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3"] | None = None
+    """Attention kernels, by their names in transformers. null chooses: on CUDA one variable-length kernel for packs of
+    mixed lengths, of PyTorch or else of flash-attn, where one is installed; otherwise one call for each length."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more compute."""
     compile_layers: bool = False
@@ -219,6 +222,7 @@ PATHS = ("data", "initial", "output_dir", "run_dir", "push_to_hub")
 MAY_CHANGE_ON_RESUME = (
     *("output_dir", "run_dir", "data", "initial", "num_workers", "cache_gib", "log_every", "report_to"),
     *("evaluate_every", "save_every", "keep_last", "resume", "restart", "stop_after", "push_to_hub"),
+    "attn_implementation",
 )
 # names in checkpoints of earlier versions -> today's
 RENAMED_KEYS = {"flip_part": "flip_probability", "slice_part": "single_slice_probability"}

@@ -11,7 +11,11 @@ import torch.distributed as dist
 from processes import in_ranks
 from test_modeling import make_scans, pack
 from torch._dynamo.utils import counters
+from torch.profiler import ProfilerActivity, profile
 
+from modeling_m3ret import M3RetImageProcessor
+from modeling_m3ret.data.loading import Pack
+from modeling_m3ret.pretraining import objectives
 from modeling_m3ret.pretraining.objectives import build_objective
 from modeling_m3ret.pretraining.run_config import ConfigError, RunConfig
 
@@ -116,6 +120,55 @@ def test_ranks_with_different_numbers_of_scans_give_the_gradient_of_one_rank(tmp
         assert (mean - gradient).norm() / gradient.norm() <= 1e-3, name  # 0.0004 seen, from the order of float32 sums
         for key, number in numbers.items():
             assert (first[name][1][key] + second[name][1][key]) / 2 == pytest.approx(number, rel=1e-4), (name, key)
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [
+        ("simdino", (8, 32)),
+        *(pytest.param(name, (16, 64, 256), marks=pytest.mark.slow) for name in ("simdino", *OBJECTIVES)),
+    ],
+)
+def test_operators_of_a_step_do_not_depend_on_the_number_of_scans(name: str, sizes: tuple[int, ...]) -> None:
+    """And the bytes that it allocates are proportional to them; with stochastic depth, on views of four shapes."""
+    processor = M3RetImageProcessor()
+    run = RunConfig(
+        **(
+            {"preset": "vitt", "local_views": 2}
+            | OBJECTIVES.get(name, {"objective": name})
+            | {"model": TINY | {"drop_path_rate": 0.2}}
+        )
+    )
+    built = build_objective(run)[0].train()
+    costs = {}
+    for scans in sizes:
+        volumes = [torch.randn(1, 1, *shape) for shape in ((48, 48), (32, 64), (32, 32), (16, 48))] * scans
+        views = [
+            Pack.from_scan(0, volume, processor, torch.rand(volume.shape[2] * volume.shape[3] // 256))
+            for volume in volumes
+        ]
+        pack = Pack.concatenate(views).planned(built.plan, processor)
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            loss, _ = built(**pack.inputs(processor, compact_images=True))
+            loss.backward()
+        events = profiler.profiler.kineto_results.events()
+        memory = sum(event.nbytes() for event in events if event.name() == "[memory]" and event.nbytes() > 0)
+        costs[scans] = sum(event.name().startswith("aten::") for event in events), memory / scans
+    (fewest, allocated), *others = costs.values()
+    for operators, of_more in others:
+        assert operators == pytest.approx(fewest, rel=0.02)
+        assert of_more <= 1.02 * allocated
+
+
+def test_attention_is_chosen_by_the_run_and_what_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = {"preset": "vitt", "model": TINY}
+    assert build_objective(RunConfig(**run))[1]._attn_implementation == "sdpa"
+    eager, _ = build_objective(RunConfig(**run, attn_implementation="eager"))
+    assert eager.encoder.config._attn_implementation == "eager"
+    monkeypatch.setattr(objectives, "is_flash_attn_2_available", lambda: False)
+    with pytest.raises(ConfigError) as error:
+        build_objective(RunConfig(**run, attn_implementation="flash_attention_2"))
+    assert error.value.key == "attn_implementation"
 
 
 def test_patch_term_is_logged_and_refused_for_mae() -> None:
