@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -67,7 +67,7 @@ class M3RetDecoder(M3RetPreTrainedModel):
         return self.output_proj(self.norm(masked))
 
 
-@dataclass(frozen=True)
+@dataclass
 class MaskPlan(Movable):
     """Indices for masked autoencoding of one pack, see `plan_masks`.
 
@@ -176,13 +176,13 @@ class M3RetForPreTraining(M3RetPreTrainedModel):
         rows, grids = self.m3ret.prepare_rows(pixel_values, grid_thw)
         grids = grids if grid_thw is not None else grids * len(pixel_values)
         noise = torch.rand(rows.shape[0]) if noise is None else noise.cpu()
-        return self.predict(rows, plan_masks(grids, noise, self.config).to(rows.device), **kwargs)
+        return self.predict(rows, plan_masks(grids, noise, cast(M3RetConfig, self.config)).to(rows.device), **kwargs)
 
     def predict(self, rows: Tensor, plan: MaskPlan, **kwargs: Any) -> M3RetForPreTrainingOutput:
         """Predict the masked patches of a pack of `rows` and compute the loss."""
         tokens, _ = self.m3ret.encode(rows[plan.visible], plan.visible_coordinates, plan.encoder, **kwargs)
         predicted = self.decoder(tokens, plan.decoder, plan.coordinates)  # (M, C*t*p*p)
-        loss = masked_patch_loss(predicted, rows[plan.masked], plan.row_weights, self.config)
+        loss = masked_patch_loss(predicted, rows[plan.masked], plan.row_weights, cast(M3RetConfig, self.config))
         return M3RetForPreTrainingOutput(loss=loss, logits=predicted, masked=plan.masked, weight=plan.weight)
 
 

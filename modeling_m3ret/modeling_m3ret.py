@@ -14,7 +14,7 @@ import importlib
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -620,7 +620,7 @@ class M3RetModel(M3RetPreTrainedModel):
         if not self.training or config.drop_path_rate == 0:
             layout = replace(layout, subsets=())
         elif not layout.subsets:
-            layout = layout.sample_subsets(drop_path_rates(config), torch.rand(8)).to(rows.device)
+            layout = layout.sample_subsets(drop_path_rates(cast(M3RetConfig, config)), torch.rand(8)).to(rows.device)
         output = self.encoder(tokens, layout, rotary, **kwargs)
         return self.norm(output.last_hidden_state), output
 

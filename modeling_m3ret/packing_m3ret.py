@@ -67,14 +67,15 @@ def grid_coordinates(grid: tuple[int, int, int], device: torch.device) -> Tensor
     return torch.cartesian_prod(*axes)
 
 
-def patch_coordinates(grids: Sequence[tuple[int, int, int]], device: torch.device) -> Tensor:
+def patch_coordinates(grids: ArrayLike, device: torch.device) -> Tensor:
     """Return the `grid_coordinates` of all scans of a pack, scan after scan: `(P, 3)` float32."""
-    grids = np.asarray(grids, dtype=np.int64).reshape(-1, 3)
-    counts = grids.prod(1)
-    _, H, W = sizes = np.repeat(grids, counts, axis=0).T  # (P,) each
+    sizes = np.asarray(grids, dtype=np.int64).reshape(-1, 3)  # (B, 3)
+    counts = sizes.prod(1)
+    sizes = np.repeat(sizes, counts, axis=0)  # (P, 3)
+    _, H, W = sizes.T
     patch = np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts)  # index within the scan
     indices = np.stack([patch // (H * W), patch // W % H, patch % W], axis=1).astype(np.float32)
-    coordinates = (2 * indices + 1) / sizes.T.astype(np.float32) - 1
+    coordinates = (2 * indices + 1) / sizes.astype(np.float32) - 1
     return torch.from_numpy(coordinates).to(device, non_blocking=True)
 
 
@@ -101,7 +102,8 @@ class _Take(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, of_taken: Tensor, of_rows: Tensor) -> tuple[Tensor, None]:
-        return of_rows.index_copy(0, *ctx.saved_tensors, of_taken), None
+        (indices,) = ctx.saved_tensors
+        return of_rows.index_copy(0, indices, of_taken), None
 
 
 class _Put(torch.autograd.Function):
@@ -132,8 +134,9 @@ def put(rows: Tensor, indices: Tensor, values: Tensor) -> Tensor:
     return _Put.apply(rows, indices, values)
 
 
+@dataclass
 class Movable:
-    """A frozen dataclass of tensors, other values, and such dataclasses."""
+    """A dataclass of tensors, other values, and such dataclasses."""
 
     def to(self, device: torch.device | str) -> Any:
         """Return a copy whose tensors are on `device`."""
@@ -154,7 +157,7 @@ class Movable:
         return replace(self, **{entry.name: apply(getattr(self, entry.name)) for entry in fields(self)})
 
 
-@dataclass(frozen=True)
+@dataclass
 class ScanSubset(Movable):
     """Scans of a pack on which a residual branch runs: stochastic depth (arXiv 1603.09382) that skips the others."""
 
@@ -164,7 +167,7 @@ class ScanSubset(Movable):
     rescale: float  # 1 / fraction of scans that run
 
 
-@dataclass(frozen=True)
+@dataclass
 class PackLayout(Movable):
     """Arrangement of the tokens in a pack: scans sorted by length, so that attention can batch scans of equal length.
 
@@ -218,9 +221,15 @@ class PackLayout(Movable):
         patch_starts = first.sum() + patches.cumsum() - patches - first
         joining = np.where(token < first[scan], first_starts[scan], patch_starts[scan]) + token
         sizes, scans = np.unique(lengths, return_counts=True)
-        indices = (order, order.argsort(), joining, joining.argsort(), starts.astype(np.int32))
-        groups = tuple(zip(scans.tolist(), sizes.tolist(), strict=True))
-        return cls(groups, prefix if isinstance(prefix, int) else 0, *map(torch.from_numpy, indices))
+        return cls(
+            groups=tuple(zip(scans.tolist(), sizes.tolist(), strict=True)),
+            prefix=prefix if isinstance(prefix, int) else 0,
+            order=torch.from_numpy(order),
+            positions=torch.from_numpy(order.argsort()),
+            joining=torch.from_numpy(joining),
+            splitting=torch.from_numpy(joining.argsort()),
+            starts=torch.from_numpy(starts.astype(np.int32)),
+        )
 
     @property
     def scans(self) -> int:

@@ -110,8 +110,8 @@ class Pack(Movable):
             `pixel_values (P, C*t*p*p)`, or `(P, C*p*p)` for compact images; and the `plan` if the pack has one, else
             `grid_thw (B, 3)`, and `noise (P,)` if the pack has any.
         """
-        planned = compact_images and self.blocks is not None
-        indices = self.blocks if planned else self.row_blocks(processor, compact_images)
+        planned = self.blocks if compact_images else None
+        indices = self.row_blocks(processor, compact_images) if planned is None else planned
         blocks = self.values.to(device, non_blocking=True).view(-1, processor.patch_size**2)
         rows = blocks.index_select(0, indices.flatten().to(device, non_blocking=True)).view(len(indices), -1)
         if self.plan is not None:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import torch
 from safetensors.torch import save_file
@@ -53,7 +54,7 @@ class MaskedAutoencoding(nn.Module):
 
     @property
     def plan(self) -> Callable[[Sequence[Grid], Tensor], MaskPlan]:
-        return partial(plan_masks, config=self.encoder.config)
+        return partial(plan_masks, config=cast(M3RetConfig, self.encoder.config))
 
     def forward(
         self,

@@ -13,6 +13,7 @@ import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import cast
 
 import numpy as np
 import torch
@@ -165,7 +166,8 @@ class SimDINO(nn.Module):
         if decoder is not None and patch_weight > 0:
             raise ValueError("decoder and patch_weight: expected one of them, got both. Each masks the global views.")
         self.loss, self.views, self.patch_weight = loss, views, patch_weight
-        self.plan = ViewPlanner(encoder.config, views, self.global_views, decoder is not None, patch_weight > 0)
+        planned = cast(M3RetConfig, encoder.config)
+        self.plan = ViewPlanner(planned, views, self.global_views, decoder is not None, patch_weight > 0)
         config = encoder.config
         if patch_weight > 0:  # replaces pixels, so the encoder needs no mask token
             self.mask_patch = nn.Parameter(torch.zeros(1, config.patch_values // config.patch_depth))
@@ -205,7 +207,7 @@ class SimDINO(nn.Module):
         reconstruction = agreement = None
         if plan.masks is not None:
             pooled, reconstruction = self._masked_student(rows, plan.masks)
-        elif plan.hidden is None:
+        elif plan.hidden is None or plan.is_hidden is None:
             pooled = self.student.embed_rows(rows, plan.coordinates, plan.student)
         else:
             mask_row = self.mask_patch.to(rows.dtype)
@@ -241,7 +243,7 @@ class SimDINO(nn.Module):
         tokens, _ = self.student.encode(rows[plan.visible], plan.visible_coordinates, plan.encoder)
         decoded, _ = (tokens, None) if plan.decoded is None else take(tokens, plan.decoded)
         predicted = self.decoder(decoded, plan.decoder, plan.coordinates)
-        loss = masked_patch_loss(predicted, rows[plan.masked], plan.row_weights, self.student.config)
+        loss = masked_patch_loss(predicted, rows[plan.masked], plan.row_weights, cast(M3RetConfig, self.student.config))
         return self.student.pool(tokens, plan.encoder), loss * rank_weight(plan.weight, rows.device)
 
     @torch.no_grad()
@@ -260,7 +262,7 @@ def _pooled_and_patches(
     return encoder.pool(tokens, layout), layout.split(tokens, len(rows))[1]
 
 
-@dataclass(frozen=True)
+@dataclass
 class ViewPlan(Movable):
     """Indices for SimDINO on one pack of views.
 
