@@ -344,7 +344,8 @@ class MilvusIndex:
             self.client.insert(self.collection, entities)
 
     def _publish(self) -> None:
-        self.client.alter_collection_properties(self.collection, {PROPERTY: self.manifest.to_json()})
+        for _ in range(2):  # a Milvus 2.3 server that is killed forgets the last change of a collection's properties
+            self.client.alter_collection_properties(self.collection, {PROPERTY: self.manifest.to_json()})
 
 
 def _scores(entities: Sequence[Mapping[str, Any]], query: Tensor) -> dict[int, float]:

@@ -23,6 +23,16 @@ module = pytest.importorskip("modeling_m3ret.search.milvus", reason=NO_MILVUS, e
 milvus = pytest.importorskip("milvus", reason="pip install m3ret[test] on Linux x86-64")
 
 
+class Config(milvus.MilvusServerConfig):
+    """Configuration whose check of a port ignores connections of a server that was stopped a moment ago."""
+
+    def try_bind_port(self, port: int) -> socket.socket | None:
+        try:
+            return socket.create_server(("127.0.0.1", port))
+        except OSError:
+            return None
+
+
 class Server:
     """A server on a free port, whose data outlive a restart."""
 
@@ -38,7 +48,7 @@ class Server:
         return f"http://127.0.0.1:{self.port}"
 
     def start(self) -> None:
-        self.server = milvus.MilvusServer(milvus.MilvusServerConfig(data_dir=str(self.folder), proxy_port=self.port))
+        self.server = milvus.MilvusServer(Config(data_dir=str(self.folder), proxy_port=self.port))
         self.server.start()
 
     def stop(self) -> None:
