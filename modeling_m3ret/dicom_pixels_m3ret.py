@@ -1,8 +1,8 @@
 """Decode the pixels of DICOM frames and scale them as their headers declare.
 
-Pixel data, modality and VOI LUTs, windows, padding, palettes and photometric interpretation (DICOM PS3.3, sections
-C.7.6.3, C.7.9 and C.11). This file travels inside every checkpoint and imports only NumPy; pydicom and GDCM are
-imported when a file needs them.
+Handles pixel data, modality and VOI LUTs, windows, padding, palettes and photometric interpretation (DICOM PS3.3,
+sections C.7.6.3, C.7.9 and C.11). This file is copied into every checkpoint and imports only NumPy; pydicom and GDCM
+are imported when a file needs them.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def in_plane_spacing(dataset: Any, description: Description) -> tuple[float | No
     """Return the spacing between rows and columns in mm of an image without `PixelSpacing`.
 
     It is that of the scanned film or of the ultrasound regions, if all of them agree. If only the ratio of a pixel's
-    height to its width is known, it is returned as (ratio, 1.0) and added to the description, which tells it from mm.
+    height to its width is known, it is returned as (ratio, 1.0), and the description records that it is not in mm.
     """
     sides = _read_pair(dataset, "NominalScannedPixelSpacing")
     if sides is None and dataset.get("SequenceOfUltrasoundRegions"):
@@ -138,7 +138,8 @@ def _read_colour(frames: Sequence[Frame], request: ReadRequest, description: Des
                 colours_of = frame.dataset, _read_palette(frame.dataset, request)
             pixels = np.stack([_look_up(pixels, first, colour) for first, colour in colours_of[1]], axis=-1)
         elif bits != depth or frame.dataset.get("PixelRepresentation"):
-            raise request.error("unsupported", f"unsigned colours of {depth} bits, as the header declares", "others")
+            expected = f"unsigned colour of {depth} bits, as the header declares"
+            raise request.error("unsupported", expected, "signed samples or another depth")
         array[:, index] = pixels.transpose(2, 0, 1)
     if dtype != np.uint8:
         array /= 2.0**depth - 1
@@ -187,7 +188,7 @@ def _read_grey(frames: Sequence[Frame], is_volume: bool, request: ReadRequest, d
 
 
 def _per_item(frames: Sequence[Frame], items: Callable[[Frame], tuple[Any, ...]], make: Callable[[Frame], Any]) -> Any:
-    """Return `make(frame)` of all frames, computed once for frames that share their items of the header."""
+    """Return `make(frame)` for all frames, computed once for frames that share these items of the header."""
     made: dict[tuple[int, ...], Any] = {}
     keys = [tuple(map(id, items(frame))) for frame in frames]
     for key, frame in zip(keys, frames, strict=True):
@@ -218,7 +219,7 @@ def _decode(
 ) -> Iterator[tuple[int, Frame, np.ndarray, int | None]]:
     """Yield (index in `frames`, frame, words, bits per sample of the codestream), file by file.
 
-    Words are `(H, W)` or `(H, W, 3)` RGB, with the unused bits of uncompressed pixels.
+    Words are `(H, W)` or `(H, W, 3)` RGB. Those of uncompressed pixels still hold their unused bits.
     """
     size = (int(frames[0].dataset.Rows), int(frames[0].dataset.Columns))
     indices_of: dict[int, list[int]] = {}
@@ -254,15 +255,15 @@ def decode_frames(
     """Decode frames of one dataset, given in ascending order. Also return the headers of all its codestreams."""
     syntax, total = transfer_syntax(dataset), int(dataset.get("NumberOfFrames") or 1)
     _check_pixel_description(dataset, syntax, request)
-    options: dict[str, Any] = {"correct_unused_bits": False, "allow_excess_frames": False}  # `_used_bits` does
+    options: dict[str, Any] = {"correct_unused_bits": False, "allow_excess_frames": False}
     codestreams: list[Codestream] = []
     if syntax.is_encapsulated:
         codestreams = _check_codestreams(dataset, total, request)
-        options["planar_configuration"] = 0  # codestreams and decoders have an order of their own
+        options["planar_configuration"] = 0  # decoders return interleaved samples, whatever the header declares
     else:
         _check_length(dataset, total, request)
     bits = max((codestream.bits or 0 for codestream in codestreams), default=0)
-    if bits:  # decoders return whole words of samples; GDCM aborts the process for unused bits in words of 8
+    if bits:  # decoders return whole words, and GDCM aborts the process if a word of 8 bits has unused ones
         size = 8 if bits <= 8 else 16 if bits <= 16 else 32
         options |= {"bits_stored": size, "bits_allocated": size}
     if syntax == JPEG_EXTENDED and bits > 8:
@@ -307,7 +308,8 @@ def _check_pixel_description(dataset: Any, syntax: Any, request: ReadRequest) ->
     if photometric.startswith("YBR"):
         subsampled_rows = photometric == "YBR_FULL_422" and in_words and int(dataset.Columns) % 2
         if (in_words and (photometric[4:] in ("ICT", "RCT") or (stored, allocated) != (8, 8))) or subsampled_rows:
-            raise request.error("unsupported", "uncompressed YBR_FULL or YBR_FULL_422 of 8 bits", "other YBR pixels")
+            expected = "uncompressed YBR_FULL, or YBR_FULL_422 with even Columns, of 8 bits"
+            raise request.error("unsupported", expected, "other YBR pixels")
 
 
 def _check_length(dataset: Any, total: int, request: ReadRequest) -> None:
@@ -336,7 +338,7 @@ def _check_codestreams(dataset: Any, total: int, request: ReadRequest) -> list[C
     for codestream in codestreams:
         if codestream.bits is not None:
             _check_frame_size(codestream[:2], (int(dataset.Rows), int(dataset.Columns)), request)
-            limit = 16 if codestream.is_signed is None else 32  # of JPEG, and of the words of JPEG 2000
+            limit = 16 if codestream.is_signed is None else 32  # JPEG; words of JPEG 2000
             if not 1 <= codestream.bits <= limit:  # GDCM aborts the process
                 raise request.error("unsupported", f"samples of 1 to {limit} bits", f"samples of {codestream.bits}")
     if len(codestreams) != total:
@@ -402,8 +404,8 @@ def _decode_jpeg_12bit(dataset: Any, frame: int, total: int, bits: int, request:
 def _used_bits(words: np.ndarray, dataset: Any, precision: int | None) -> tuple[np.ndarray, int]:
     """Return pixel values without the unused bits of their words (PS3.5 8.1.1), and their number of bits.
 
-    Samples of a codestream fill its low bits, whatever HighBit is, unless whole words were compressed. If they have
-    other bits than the header declares, the codestream is right (PS3.5 8.2).
+    Samples of a codestream fill the low bits, whatever HighBit is, unless whole words were compressed. If their depth
+    differs from the header's, that of the codestream is used (PS3.5 8.2).
     """
     if words.dtype.kind == "f" or int(dataset.BitsAllocated) == 1:
         return words, 1
@@ -413,8 +415,8 @@ def _used_bits(words: np.ndarray, dataset: Any, precision: int | None) -> tuple[
         unsigned = words.astype(f"u{words.dtype.itemsize}")
         if not bits <= high < precision or (unsigned & (2 ** (high + 1 - bits) - 1)).any():
             shift = max(0, size - bits)
-            is_extended = bool(((words << shift) >> shift == words).all())  # by its sign
-            if precision < bits or not (is_extended or not (unsigned >> bits).any()):
+            is_sign_extended = bool(((words << shift) >> shift == words).all())
+            if precision < bits or not (is_sign_extended or not (unsigned >> bits).any()):
                 bits = precision
             high = bits - 1
     if bits == size:
@@ -433,7 +435,7 @@ def is_hounsfield(frame: Frame) -> bool:
 
 
 def _is_plain_8_bit(frame: Frame) -> bool:
-    """Return whether pixels are 8-bit unsigned without a rescale, so that they read as the same image in PNG does."""
+    """Return whether pixels are 8-bit unsigned without a rescale, so that the same image in PNG has equal values."""
     elements = (frame.dataset.get(key) for key in ("BitsAllocated", "BitsStored", "PixelRepresentation"))
     return tuple(elements) == (8, 8, 0) and _rescale(frame.values) == (1.0, 0.0)
 
@@ -450,7 +452,7 @@ def _modality_transform(frame: Frame, request: ReadRequest) -> Transform | None:
     """Return the function from stored to measured values (PS3.3 C.11.1), or None if they are equal."""
     for keyword in ("RescaleSlope", "RescaleIntercept"):
         if frame.values.get(keyword) is not None and read_numbers(frame.values, keyword, 1) is None:
-            raise request.error("damaged", f"a finite {keyword}", "one that is not a number")
+            raise request.error("damaged", f"a finite {keyword}", "another value")
     rescale = _rescale(frame.values)
     if rescale is None:
         table = _read_lut(frame.values.ModalityLUTSequence[0], "LUT", frame.dataset, _stored_range(frame.dataset))
@@ -463,7 +465,7 @@ def _modality_transform(frame: Frame, request: ReadRequest) -> Transform | None:
     def apply(values: np.ndarray) -> np.ndarray:
         if slope == 0 and values.any():  # slices of PET without counts have slope 0
             raise request.error("unsupported", "a rescale slope other than 0", "0, which removes all values")
-        return values.astype(np.float64) * slope + intercept  # large values cancel each other in float32
+        return values.astype(np.float64) * slope + intercept  # in float32, large values would cancel
 
     return None if rescale == (1.0, 0.0) else apply
 
@@ -504,7 +506,7 @@ def _read_lut(item: Any, name: str, dataset: Any, values: tuple[float, float]) -
 
     Args:
         item: dataset with the descriptor and the data.
-        name: keyword of both, without their ends.
+        name: keyword of both, without "Descriptor" and "Data".
         dataset: dataset of the image.
         values: lowest and highest value that the LUT can be applied to.
     """
@@ -535,7 +537,7 @@ def _read_palette(dataset: Any, request: ReadRequest) -> list[tuple[int, np.ndar
     descriptor = _read_descriptor(dataset, names[0], _stored_range(dataset))
     if descriptor and all(dataset.get(f"Segmented{name}Data") for name in names):
         count, first, bits = descriptor
-        if count > 2**bits:  # pydicom indexes entries in their own type
+        if count > 2**bits:  # pydicom computes indices in the data type of the entries, which would overflow
             raise request.error("unsupported", "a segmented palette of 16 bits or 256 entries", "a larger one")
         mapped = np.arange(count) + int(dataset[f"{names[0]}Descriptor"].value[1])
         palette = importlib.import_module("pydicom.pixels").apply_color_lut(mapped, dataset)
@@ -554,7 +556,7 @@ def _voi_transform(frame: Frame) -> Transform | None:
     item, table = frame.window, _read_voi_lut(frame)
     if table is not None:
         first, entries, _ = table
-        # A depth that does not fit the entries is wrong.
+        # The depth follows from the entries, because the declared one may be wrong.
         scaled = (entries / (2.0 ** int(entries.max()).bit_length() - 1 or 1)).astype(np.float32)
         return lambda values: _look_up(values, first, scaled)
     centres, widths = read_numbers(item, "WindowCenter", 1), read_numbers(item, "WindowWidth", 1)
@@ -562,7 +564,7 @@ def _voi_transform(frame: Frame) -> Transform | None:
     if centres is None or widths is None or function not in ("LINEAR", "LINEAR_EXACT", "SIGMOID"):
         return None
     centre, width = centres[0], widths[0]
-    if function == "LINEAR":  # the standard shifts it by half a value
+    if function == "LINEAR":  # PS3.3 C.11.2.1.2.1
         centre, width = centre - 0.5, width - 1
     if width < 0 or (width == 0 and function != "LINEAR"):
         return None

@@ -1,7 +1,7 @@
-"""Arrange the frames of one DICOM series: which belong together, and in which order.
+"""Select the frames of one scan from a DICOM series, and sort them.
 
-Geometry of frames (DICOM PS3.3, sections C.7.6.2, C.7.6.16, C.8.4.15 and C.8.8.3.2), stacks, repetitions in time and
-order. `arrange` documents the rules. This file travels inside every checkpoint and imports only NumPy.
+Handles the geometry of frames (DICOM PS3.3, sections C.7.6.2, C.7.6.16, C.8.4.15 and C.8.8.3.2), stacks, repetitions in
+time and order. `arrange` documents the rules. This file is copied into every checkpoint and imports only NumPy.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from .scan_m3ret import Description, ReadRequest
 
 EQUAL_SPACING = 0.005  # relative: decimal strings of one spacing differ by rounding (0.98 and 0.9766 mm)
 EQUAL_COSINES = 0.01  # about half a degree
-# Planes that are closer than a tenth of a pixel, or 2 % of their thickness, are at one position: no scanner moves on by
-# so little, but positions are rounded, and those of a cine may drift.
+# Planes that are closer than a tenth of a pixel, or 2 % of their thickness, are at one position: slices are never that
+# close, but positions are rounded, and those of a cine may drift.
 EQUAL_POSITION, EQUAL_POSITION_OF_THICKNESS = 0.1, 0.02
 EQUAL_NUMBERS = 0.001  # relative, of measured values such as echo times
 
@@ -46,12 +46,12 @@ IN_FUNCTIONAL_GROUPS = {
     "SliceThickness": (("PixelMeasuresSequence",), "SliceThickness"),
 }
 MEASURED = ("EchoTime", "DiffusionBValue", "TriggerTime", "FrameReferenceTime", "InversionTime", "FlipAngle", "KVP")
-# What tells images at one position apart, in the order in which it is tried.
+# Elements that distinguish images at one position, in the order in which they are tried.
 PHASES = (
     *("EchoTime", "EchoNumbers", "DiffusionBValue", "TemporalPositionIdentifier", "TriggerTime", "FrameReferenceTime"),
     *("InversionTime", "FlipAngle", "KVP", "ConvolutionKernel", "AcquisitionNumber", "DimensionIndexValues"),
 )
-# These tell acquisitions apart even where their slices lie between each other.
+# Elements that distinguish acquisitions even if the slices of one lie between those of another.
 ACQUISITIONS = ("EchoTime", "EchoNumbers", "DiffusionBValue", "KVP", "ConvolutionKernel", "AcquisitionNumber")
 # Order of frames without positions, or at one position: the first of these that all frames have and no two share.
 ORDER = (
@@ -77,7 +77,7 @@ class Plane(Frame):
     size: tuple[int, int]  # rows, columns
     position: np.ndarray | None  # of the first pixel
     orientation: np.ndarray | None  # (2, 3): direction along a row, direction down a column
-    offset: float | None  # of frames that are placed along a line of unknown direction
+    offset: float | None  # mm along a line of unknown direction; None if the frame is not placed along one
     placement: str  # element that declares position or offset
     spacing: tuple[float | None, float | None]  # between rows, between columns
     is_tile: bool = False  # of a mosaic; `frame` is the number of the tile
@@ -206,7 +206,11 @@ def _pixel_spacing(dataset: Any, measures: Any) -> tuple[float | None, float | N
 
 
 def _frame_offsets(dataset: Any) -> tuple[str, Callable[[int], float], bool] | None:
-    """Return what places frames along a line: keyword, mm of a frame, and whether these may be patient coordinates."""
+    """Return the element that places frames along a line, or None.
+
+    Returns:
+        Its keyword, a function from frame to mm, and whether these mm may be patient coordinates.
+    """
     frames = int(dataset.get("NumberOfFrames") or 1)
     for keyword in ("GridFrameOffsetVector", "SliceLocationVector"):
         if mm := read_numbers(dataset, keyword, frames):
@@ -247,7 +251,10 @@ def _mosaic_header(dataset: Any, request: ReadRequest) -> tuple[int, np.ndarray 
 
 
 def _split_mosaic(plane: Plane, tiles: int, normal: np.ndarray | None, request: ReadRequest) -> Iterator[Plane]:
-    """Yield the tiles of a mosaic, placed as in nibabel: ImagePositionPatient is that of a slice as large as it."""
+    """Yield the tiles of a mosaic.
+
+    As in nibabel, its ImagePositionPatient is the corner of a slice as large as the whole mosaic.
+    """
     side = math.isqrt(tiles - 1) + 1
     rows, columns = plane.size[0] // side, plane.size[1] // side
     if plane.size != (rows * side, columns * side) or not rows or not columns:
@@ -275,7 +282,7 @@ class Arrangement:
 
     planes: list[Plane]
     step: np.ndarray | None  # from a plane to the next in LPS mm: (3,), or (1,) if its direction is unknown
-    is_clip: bool  # known to be frames of one position
+    is_clip: bool  # whether the frames are known to share one position
 
 
 def arrange(planes: list[Plane], description: Description) -> Arrangement:

@@ -3,7 +3,7 @@
 What a dataset row, a caller or a header declares comes first; otherwise 8-bit images are divided by 255, and everything
 else is scaled by percentiles of the scan. Values are Hounsfield units only if that is declared: an organ of a CT has no
 air, and phases and field maps of MRI have values as low as air, so values alone cannot tell them apart. This file
-travels inside every checkpoint and imports only NumPy.
+is copied into every checkpoint and imports only NumPy.
 """
 
 from __future__ import annotations

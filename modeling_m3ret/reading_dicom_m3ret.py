@@ -2,7 +2,7 @@
 
 A single image, a cine or a whole series becomes one `Scan`. Here, files are parsed and one series is selected;
 `dicom_planes_m3ret` selects and sorts its frames, and `dicom_pixels_m3ret` decodes them. Nothing is decoded before the
-header has passed the limits. This file travels inside every checkpoint and imports only NumPy; pydicom is imported when
+header has passed the limits. This file is copied into every checkpoint and imports only NumPy; pydicom is imported when
 a file needs it.
 """
 
@@ -37,7 +37,7 @@ from .scan_m3ret import (
 
 EXPLICIT_LITTLE_ENDIAN, DEFLATED = "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.1.99"
 VIDEO = tuple(f"1.2.840.10008.1.2.4.{number}" for number in range(100, 109))  # MPEG-2, H.264, HEVC; also fragmentable
-BYTES_PER_FRAME = 4096  # bookkeeping of a frame, counted in full
+BYTES_PER_FRAME = 4096  # memory that is assumed for the metadata of a frame
 # Objects that describe or refer to scans: start of the SOP class (PS3.4, B.5), what they are.
 NOT_SCANS = {
     "1.2.840.10008.1.3.10": "a DICOMDIR",
@@ -59,11 +59,11 @@ class _File:
     name: str  # in messages
     dataset: Any
     frames: int
-    is_clip: bool  # of several frames that are not placed in space, or a video stream
+    is_clip: bool  # a video stream, or several frames without positions
 
     @property
     def series(self) -> tuple[str, ...]:
-        """What identifies its series. Two patients are never in one, whatever their series are called."""
+        """Series UID, study UID and patient. Scans of two patients are never one series, even if they share a UID."""
         keys = ("SeriesInstanceUID", "StudyInstanceUID", "PatientID")
         return tuple(str(self.dataset.get(key) or "").strip(" \0") for key in keys)
 
@@ -166,7 +166,7 @@ def _parse_files(sources: list[Any], request: ReadRequest, description: Descript
 
 
 def _kind_if_not_scan(dataset: Any) -> str:
-    """Return what a dataset is if it is no scan, otherwise an empty text."""
+    """Return what kind of object a dataset is if it is not a scan, otherwise an empty string."""
     sop_class, modality = str(dataset.get("SOPClassUID", "")), str(dataset.get("Modality", "")).strip().upper()
     if "DirectoryRecordSequence" in dataset:
         return "a DICOMDIR"
@@ -177,7 +177,7 @@ def _kind_if_not_scan(dataset: Any) -> str:
 
 
 def _checked_file(dataset: Any, request: ReadRequest) -> _File:
-    """Return a file after checking its size. Of a clip, only the frames that will be read count."""
+    """Return a file after checking its size. For a clip, only the frames that will be read count."""
     rows, columns, samples = int(dataset.Rows), int(dataset.Columns), int(dataset.get("SamplesPerPixel") or 1)
     frames = int(dataset.get("NumberOfFrames") or 1)
     request.check_pixels(rows, columns)
@@ -200,7 +200,7 @@ def _select_series(files: list[_File], request: ReadRequest, description: Descri
     """Return the files of the series that `request.series` selects; without it, refuse several."""
     found = dict.fromkeys(file.series for file in files)
     members: dict[tuple[str, ...], list[_File]] = defaultdict(list)
-    for file in files:  # one that lacks a patient or study is of the series that it can only be of
+    for file in files:  # a file that lacks a patient or study joins a series if only one fits
         fitting = [key for key in found if key != file.series and _may_be_of(file.series, key)]
         members[fitting[0] if len(fitting) == 1 else file.series].append(file)
     ranks = {key: (min(file.series_number for file in group), key) for key, group in members.items()}
@@ -226,7 +226,7 @@ def _select_series(files: list[_File], request: ReadRequest, description: Descri
 
 
 def _may_be_of(series: tuple[str, ...], other: tuple[str, ...]) -> bool:
-    """Return whether the keys of two series have one UID, and the first lacks what they differ in."""
+    """Return whether two series share their UID, and `series` has no value wherever it differs from `other`."""
     return series[0] == other[0] and all(part in ("", whole) for part, whole in zip(series, other, strict=True))
 
 
@@ -292,7 +292,7 @@ def _read_video_stream(dataset: Any, request: ReadRequest, description: Descript
 
 
 def _make_scan(arrangement: Arrangement, request: ReadRequest, description: Description) -> AnyScan:
-    """Decode sorted planes and scale them to [0, 1]. With a step they are a volume, which is oriented as well."""
+    """Decode sorted planes and scale them to [0, 1]. Planes with a step are a volume, which is oriented too."""
     planes = _untile(arrangement.planes, request, description)
     step = arrangement.step
     pixels = read_pixels(planes, step is not None, request, description)
@@ -318,7 +318,7 @@ def _untile(planes: list[Plane], request: ReadRequest, description: Description)
             dataset.update(plane.dataset)
             dataset.file_meta.TransferSyntaxUID = EXPLICIT_LITTLE_ENDIAN
             data = np.ascontiguousarray(frames, frames.dtype.newbyteorder("<")).tobytes()
-            for keyword, vr, value in (  # new elements, as the dataset shares its own with the caller's
+            for keyword, vr, value in (  # add new elements: existing ones are shared with the caller's dataset
                 ("Rows", "US", rows),
                 ("Columns", "US", columns),
                 ("NumberOfFrames", "IS", side**2),
@@ -333,7 +333,7 @@ def _untile(planes: list[Plane], request: ReadRequest, description: Description)
 def _orient(
     array: np.ndarray, plane: Plane, step: np.ndarray | None, description: Description
 ) -> tuple[np.ndarray, Spacing]:
-    """Bring a volume to the canonical orientation and return its spacing. Without one, keep the order as stored."""
+    """Return an array in the canonical orientation with its spacing; as stored if the orientation is unknown."""
     row_mm, column_mm = plane.spacing if plane.spacing[0] else in_plane_spacing(plane.dataset, description)
     if step is None or "pixel_aspect" in description:
         return array, (None, row_mm, column_mm)

@@ -3,7 +3,7 @@
 `read_scan` detects what a source is. Images, NumPy arrays and archives are read here, other formats in
 `reading_dicom_m3ret`, `reading_video_m3ret` and `reading_volume_m3ret`; `scan_m3ret` and `intensity_m3ret` bring all of
 them to one orientation and one intensity scale. Files are not trusted: sizes are checked before memory is allocated,
-nothing is unpickled, and every failure is an `M3RetReadError`. This file travels inside every checkpoint and imports
+nothing is unpickled, and every failure is an `M3RetReadError`. This file is copied into every checkpoint and imports
 only NumPy; decoders are imported when a format needs them.
 """
 
@@ -172,7 +172,7 @@ def _read(source: Any, request: ReadRequest) -> AnyScan:
         source = source.detach().cpu()
         source = source.float() if str(source.dtype) == "torch.bfloat16" else source
     if np.ma.is_masked(source):
-        raise request.error("unsupported", "an array without masked voxels", "a mask", "Fill the masked voxels.")
+        raise request.error("unsupported", "an array without masked voxels", "masked voxels", "Fill them first.")
     if hasattr(source, "__array__"):
         return _read_array(np.asarray(source), request, {"format": "array"})
     expected = "a path, bytes, open file, image, array, DICOM series or dataset row"
@@ -233,9 +233,9 @@ def _read_row(row: dict[str, Any], request: ReadRequest) -> AnyScan:
         raise request.error("unsupported", expected, f"a row with {len(media)} of them")
     intensity = row.get("intensity")
     if intensity not in (None, *INTENSITIES):
-        raise request.error("unsupported", f"the intensity null, {', '.join(INTENSITIES)}", "another value")
+        raise request.error("unsupported", f"an intensity of null, {', '.join(INTENSITIES)}", "another value")
     request = replace(request, intensity=intensity or request.intensity, spacing=_declared_spacing(row, request))
-    if media != ["image"] and request.input_data_format is None:  # the first axis of an array are frames or slices
+    if media != ["image"] and request.input_data_format is None:  # the first axis of an array holds frames or slices
         request = replace(request, input_data_format="channels_last")
     return _read(row[media[0]], request)
 
@@ -290,10 +290,10 @@ def _read_gzip(data: bytes, request: ReadRequest, containers: tuple[str, ...]) -
     """Read any single file that is compressed with gzip."""
     try:
         if sniff(gunzip(data, HEAD_BYTES)) == "nifti":
-            return read_nifti(data, request)  # which inflates no more than its header declares
+            return read_nifti(data, request)  # inflates no more than the header declares
         size = 0
         with gzip.open(io.BytesIO(data)) as stream:
-            while piece := stream.read(2**20):  # before memory is taken for all of them
+            while piece := stream.read(2**20):  # check the size before memory is allocated for all pieces
                 size += len(piece)
                 request.check_size((size,), 1)
                 request.check_ratio(size, len(data))
@@ -340,7 +340,7 @@ def _read_zip(data: bytes, request: ReadRequest, containers: tuple[str, ...]) ->
 
 
 def _is_clutter(info: zipfile.ZipInfo) -> bool:
-    """Return whether this is a folder, or what file managers add: resource forks, `.DS_Store`, `Thumbs.db`."""
+    """Return whether this is a folder or a file that file managers add: resource fork, `.DS_Store`, `Thumbs.db`."""
     parts = PurePosixPath(info.filename.replace("\\", "/")).parts
     hidden = not parts or parts[0] == "__MACOSX" or parts[-1].startswith(".")
     return info.is_dir() or hidden or parts[-1].lower() in ("thumbs.db", "desktop.ini")
@@ -384,7 +384,7 @@ def _channels_last(array: np.ndarray, request: ReadRequest) -> np.ndarray:
     elif array.ndim in (3, 4) and array.shape[-3] in channels:
         advice = 'If the channels come first, pass `input_data_format="channels_first"`.'
         if array.ndim == 3:
-            advice += ' If the first axis are slices, pass `input_data_format="channels_last"`.'
+            advice += ' If the first axis holds slices, pass `input_data_format="channels_last"`.'
     raise request.error("unsupported", expected, f"an array of shape {array.shape}", advice)
 
 
@@ -399,7 +399,7 @@ def _load_npy(stream: Any, request: ReadRequest) -> np.ndarray:
     except M3RetReadError:
         raise
     except ValueError as error:
-        raise request.error("damaged", "a complete .npy header", "another header") from error
+        raise request.error("damaged", "a valid .npy header", "an invalid one") from error
     if dtype.kind not in "biuf":
         raise request.error("unsupported", VOXEL_TYPES, f"an array of type {dtype}")
     request.check_size(shape, bytes_per_voxel(dtype))
@@ -453,7 +453,7 @@ def _read_encoded_image(data: bytes, request: ReadRequest, formats: tuple[str, .
 
 
 def _is_complete(data: bytes) -> bool:
-    """Return whether a file has its end, for image formats of which Pillow does not read every variant."""
+    """Return whether a JPEG, BMP or TIFF file is not truncated. Others return False: Pillow reads all their variants."""
     if data.startswith(b"\xff\xd8"):
         return b"\xff\xd9" in data[-1024:]
     if data.startswith(b"BM"):
@@ -477,7 +477,7 @@ def _is_complete(data: bytes) -> bool:
 
 
 def _read_image(image: Any, request: ReadRequest) -> AnyScan:
-    """Read a PIL image that is not loaded yet, but whose header is. Pages and animation frames become depth."""
+    """Read a PIL image, whose pixels need not be loaded yet. Pages and animation frames become depth."""
     description: Description = {"format": (image.format or "image").lower()}
     pages = _pages(image, request, description)
     if len(pages) > 1:
@@ -498,7 +498,7 @@ def _read_image(image: Any, request: ReadRequest) -> AnyScan:
         frames.append(pixels)
         kinds.add((pixels.dtype, inverted))
     if len(kinds) > 1:
-        raise request.error("unsupported", "pages of one type", "pages whose values mean different things")
+        raise request.error("unsupported", "pages of one data type and polarity", "pages that differ in one of them")
     if len({frame.ndim for frame in frames}) > 1:  # an animation with grey and colour frames
         frames = [np.repeat(frame[..., None], 3, axis=2) if frame.ndim == 2 else frame for frame in frames]
     array = frames[0][None] if len(frames) == 1 else np.stack(frames)
@@ -510,14 +510,14 @@ def _pages(image: Any, request: ReadRequest, description: Description) -> list[i
     """Return the indices of the pages or frames of an image, without previews, masks and reduced copies."""
     total, kind = getattr(image, "n_frames", 1), description["format"]
     pages = list(range(total))
-    if kind in ("jpeg", "mpo", "heif"):  # the further images of a camera's file are previews
+    if kind in ("jpeg", "mpo", "heif"):  # further images in a camera file are previews
         pages = [image.tell() if kind == "heif" else 0]
-    elif kind == "png" and image.info.get("default_image"):  # shown where animations are not supported
+    elif kind == "png" and image.info.get("default_image"):  # the first image is for viewers without animation
         pages = pages[1:]
     elif kind == "tiff" and total == 1 and (images := IMAGEJ_STACK.match(str(image.tag_v2.get(DESCRIPTION, "")))):
         if int(images.group(1)) > 1:  # all slices follow the first one, without pages of their own
-            expected, advice = "a page for each slice", "Save the stack again, with a page for each slice."
-            raise request.error("unsupported", expected, "an ImageJ stack in one page", advice)
+            advice = "Save the stack again with one page per slice."
+            raise request.error("unsupported", "one page per slice", "an ImageJ stack in one page", advice)
     elif kind == "tiff" and total > 1:
         reduced = []
         for page in pages:
@@ -530,10 +530,10 @@ def _pages(image: Any, request: ReadRequest, description: Description) -> list[i
 
 
 def _pixel_aspect(image: Any, description: Description) -> Spacing:
-    """Return the spacing that a declared resolution implies: the ratio of the sides, as the scale is that of print."""
-    if image.format == "TIFF" and not {282, 283} <= set(image.tag_v2):  # Pillow makes up the other one
+    """Return the ratio of a pixel's sides as spacing. The scale of a declared resolution is ignored: it is for print."""
+    if image.format == "TIFF" and not {282, 283} <= set(image.tag_v2):  # Pillow invents a missing one
         return (None, None, None)
-    keys = ("dpi", "resolution", "aspect", "jfif_density") if image.format else ()  # a derived image is resampled
+    keys = ("dpi", "resolution", "aspect", "jfif_density") if image.format else ()  # a derived image may be resampled
     density = next((image.info[key] for key in keys if image.info.get(key)), (1, 1))
     across, down = (float(value) for value in density[:2])
     if not (0 < across < math.inf and 0 < down < math.inf):
@@ -553,8 +553,9 @@ def _image_pixels(image: Any, request: ReadRequest) -> tuple[np.ndarray, bool]:
     """
     tags = getattr(image, "tag_v2", {})
     bits, kind, planar = (int(np.ravel(tags.get(tag, 1))[0]) for tag in (BITS_PER_SAMPLE, SAMPLE_FORMAT, PLANAR))
-    if bits > 8 and planar == 2 and len(image.getbands()) > 1:  # which Pillow reads as bytes
-        raise request.error("unsupported", "interleaved colours, or 8 bits", "planes of colour of more than 8 bits")
+    if bits > 8 and planar == 2 and len(image.getbands()) > 1:  # Pillow would read it as 8 bits
+        expected = "interleaved colour channels, or 8 bits per channel"
+        raise request.error("unsupported", expected, "separate colour planes of more than 8 bits")
     if tags:  # libtiff returns native order, though Pillow takes some types for big-endian
         image.tile = [
             tile._replace(args=(NATIVE_ORDER.get(tile.args[0], tile.args[0]), *tile.args[1:]))

@@ -1,9 +1,9 @@
 """Read video as ffmpeg shows it.
 
-Frames are counted, not timed: every frame that is shown is one, however long it is shown, so none is duplicated or
-dropped. Edit lists and rotation are applied, as ffmpeg does by default; alpha is ignored and interlaced fields stay
-woven. decord decodes what it decodes exactly as ffmpeg; PyAV inspects every file and decodes the rest. This file
-travels inside every checkpoint; decoders are imported when a video is read.
+Each frame is returned once, however long it is shown. Edit lists and rotation are applied, as ffmpeg does by default;
+alpha is ignored and fields are not deinterlaced. PyAV inspects every file. decord decodes those for which it gives the
+same pixels as ffmpeg, PyAV the others. This file is copied into every checkpoint; decoders are imported when a video is
+read.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .intensity_m3ret import to_unit_range
 from .scan_m3ret import AnyScan, Description, ReadRequest
 
 
-# decord (FFmpeg 4.1) converts these to the same RGB as current FFmpeg; deeper ones by up to 39 of 255 levels apart
+# decord (FFmpeg 4.1) converts these to the same RGB as current FFmpeg; deeper formats differ by up to 39 of 255 levels
 DECORD_FORMATS = frozenset(f"yuv{range}{chroma}p" for range in ("", "j") for chroma in (420, 422, 444))
 MIN_ASPECT = 1.01  # a ratio of pixel sides below this is rounding
 
@@ -39,7 +39,7 @@ def decode_video(file: bytes | Path, request: ReadRequest, description: Descript
     Args:
         file: a container, or an elementary or transport stream of MPEG-2, H.264 or HEVC, as DICOM embeds them.
         request: the read request. Its limits are checked before frames are decoded.
-        description: description of the scan, to which the number of frames and what is special about them are added.
+        description: description of the scan, to which the properties of the video are added.
 
     Returns:
         Frames `(D, H, W, 3)` uint8, or `(D, H, W, 1)` uint16 or float32 for grey of more than 8 bits; and the height
@@ -63,7 +63,7 @@ def decode_video(file: bytes | Path, request: ReadRequest, description: Descript
             passes += 1
             if decoded != total and passes > 1:
                 raise request.error("damaged", f"{total} frames, as in a first pass", f"{decoded}")
-            if decoded != total:  # some packets hold no picture that can be shown, or two
+            if decoded != total:  # some packets hold no frame that is shown, or two
                 frames, total = None, decoded
     return _apply_display_matrix(frames, track, request, description)
 
@@ -91,7 +91,7 @@ def _inspect(container: Any, disposition: Any, request: ReadRequest, description
     stream = max(streams, key=lambda s: (bool(s.disposition & disposition.default), s.height * s.width))
     if not stream.height:
         expected = f"frames of at most {request.limits.max_pixels_per_image:,} pixels"
-        raise request.error("undecodable", expected, "frames that are larger or damaged")
+        raise request.error("undecodable", expected, "larger or damaged frames")
     request.check_pixels(stream.height, stream.width)
     frame, packets = None, []
     for packet in container.demux(stream):
@@ -126,7 +126,7 @@ def _inspect(container: Any, disposition: Any, request: ReadRequest, description
     if kind in ("mov", "matroska") and not is_regular:
         description["variable_frame_rate"] = True
     context, matrix = stream.codec_context, _display_matrix(frame)
-    ordered = context.codec.canonical_name in ("h264", "hevc") and kind != "avi"  # stored and shown order are known
+    ordered = context.codec.canonical_name in ("h264", "hevc") and kind != "avi"  # the display order is known
     fits_decord = (
         len(container.streams.video) == 1
         and len(shown) == len(packets)
@@ -171,7 +171,7 @@ def _display_matrix(frame: Any) -> tuple[int, int, int, int] | None:
 
 
 def _decode_with_decord(file: bytes | Path, track: _Track, indices: list[int]) -> np.ndarray | None:
-    """Return the frames, or None if decord is not installed, cannot decode them or counts others than PyAV."""
+    """Return the frames, or None if decord is not installed, fails, or finds another number of frames than PyAV."""
     try:
         decord = importlib.import_module("decord")
         decord.logging.set_level(decord.logging.QUIET)  # it prints the names of files that it cannot open
@@ -193,7 +193,7 @@ def _decode_with_av(
         stream.thread_type = "AUTO"
         for count, frame in enumerate(container.decode(stream), 1):
             if (frame.height, frame.width) != track.frame_shape[:2]:
-                raise request.error("unsupported", "frames of one size", "a video that changes its size")
+                raise request.error("unsupported", "frames of one size", "frames of several sizes")
             if (row := rows.get(count - 1)) is not None:
                 if frame.is_corrupt:
                     raise request.error("damaged", "intact frames", f"a corrupt frame, number {count}")
@@ -226,7 +226,7 @@ def _to_rgb(frame: Any, graphs: dict[tuple[str, int, int], Any]) -> np.ndarray:
 def _apply_display_matrix(
     frames: np.ndarray, track: _Track, request: ReadRequest, description: Description
 ) -> tuple[np.ndarray, float]:
-    """Turn and mirror frames as they are shown; return them and the height of a pixel divided by its width."""
+    """Rotate and mirror frames for display; return them and the height of a pixel divided by its width."""
     aspect = track.aspect
     if track.display_matrix:
         a, b, c, d = track.display_matrix

@@ -1,7 +1,7 @@
 """Read volumes: NIfTI, MGH and MINC with nibabel, NRRD and MetaImage with SimpleITK.
 
 All of them are brought to the canonical orientation by the affine of their header. The header is checked before any
-voxel is inflated. This file travels inside every checkpoint and imports only NumPy; libraries are imported when a file
+voxel is inflated. This file is copied into every checkpoint and imports only NumPy; libraries are imported when a file
 needs them.
 """
 
@@ -35,7 +35,7 @@ def _make_scan(
     description: Description,
     scale: tuple[float, float] = (1.0, 0.0),
 ) -> AnyScan:
-    """Orient and scale a volume. Voxels that are not a number were never measured.
+    """Orient and scale a volume. NaN marks voxels that were not measured.
 
     Args:
         voxels: `(C, a, b, c)`; or `(T, C, a, b, c)`, a single slice at T times, which becomes a clip.
@@ -130,7 +130,7 @@ def read_nifti(data: bytes, request: ReadRequest) -> AnyScan:
     request.check_size((end,), 1)
     request.check_ratio(end, len(data))
     raw = gunzip(data, end)
-    # all volumes of a plain file; of a compressed one only what is inflated
+    # a plain file must hold all of its volumes, a compressed one only those that are inflated
     is_compressed = data[:2] == b"\x1f\x8b"
     required = end if is_compressed else offset + math.prod(shape) * dtype.itemsize
     available = len(raw if is_compressed else data)
@@ -244,7 +244,7 @@ def read_itk(file: bytes | Path, request: ReadRequest) -> AnyScan:
     kind = "nrrd" if data.startswith(b"NRRD") else "metaimage"
     header, voxel_file = _split_header(data, kind, request)
     with tempfile.TemporaryDirectory(prefix="m3ret") as folder:
-        # copied under our own name: SimpleITK recognises formats by the suffix
+        # copied under our own name, because SimpleITK recognises formats by the suffix
         path = Path(
             folder, ("scan.nrrd" if kind == "nrrd" else "scan.mha") if voxel_file is None else HEADER_NAMES[kind]
         )
@@ -265,9 +265,12 @@ def read_itk(file: bytes | Path, request: ReadRequest) -> AnyScan:
             shape, channels = reader.GetSize(), reader.GetNumberOfComponents()
             dtype = sitk.GetArrayFromImage(sitk.Image([1, 1], reader.GetPixelID(), channels)).dtype
         except RuntimeError as error:
-            raise request.error("unsupported", f"a {kind} header of SimpleITK", "another one") from error
+            expected = f"a {kind} header that SimpleITK supports"
+            raise request.error("unsupported", expected, "a header that it rejects") from error
         description: Description = {"format": kind}
-        is_list = len(shape) < 4 and re.search(rb"(?im)^kinds\s*:.*\blist\b", header) is not None  # volumes, as values
+        is_list = (
+            len(shape) < 4 and re.search(rb"(?im)^kinds\s*:.*\blist\b", header) is not None
+        )  # each voxel holds a list of values, one per volume
         is_colour = dtype == np.uint8 and channels in (3, 4) and not is_list
         if dtype.kind not in "iuf" or not (channels == 1 or is_colour or is_list) or len(shape) > 4:
             got = f"{len(shape)} dimensions of {channels} values of type {dtype}"
@@ -280,7 +283,7 @@ def read_itk(file: bytes | Path, request: ReadRequest) -> AnyScan:
         try:
             array = sitk.GetArrayFromImage(reader.Execute())
         except RuntimeError as error:
-            raise request.error("damaged", f"complete {kind} voxels", "data that SimpleITK refuses") from error
+            raise request.error("damaged", f"complete {kind} voxels", "data that SimpleITK rejects") from error
     array = array if channels > 1 else array[..., None]
     array = array[None] if len(shape) == 2 else array
     if is_list:
@@ -297,13 +300,13 @@ HEADER_NAMES = {"nrrd": "scan.nhdr", "metaimage": "scan.mhd"}
 
 
 def _split_header(data: bytes, kind: str, request: ReadRequest) -> tuple[bytes, str | None]:
-    """Return the text of the header, and the name of the file with the voxels, None if they follow the header."""
+    """Return the text of the header, and the name of the file with the voxels; None if they follow the header."""
     field, local = DATA_FIELDS[kind]
     if kind == "nrrd":
         header, blank, _ = data.replace(b"\r\n", b"\n").partition(b"\n\n")
         detached = re.search(rb"(?im)^data ?file\s*:", header)  # needs no blank line
         if not blank and not detached:
-            raise request.error("damaged", "a complete NRRD header", "a header without its end")
+            raise request.error("damaged", "a complete NRRD header", "a truncated one")
         if re.search(rb"(?im)^encoding\s*:\s*bz", header):
             raise request.error("unsupported", "NRRD compressed by gzip", "NRRD compressed by bzip2")
     else:
@@ -323,7 +326,7 @@ def _split_header(data: bytes, kind: str, request: ReadRequest) -> tuple[bytes, 
 
 
 def _check_deflated(data: bytes, size: int, request: ReadRequest) -> None:
-    """Refuse a zlib stream that does not inflate to `size` bytes, which SimpleITK does not notice."""
+    """Refuse a zlib stream that does not inflate to exactly `size` bytes. SimpleITK does not check this."""
     stream, inflated = zlib.decompressobj(), 0
     try:
         for start in range(0, len(data), 4096):
@@ -334,7 +337,7 @@ def _check_deflated(data: bytes, size: int, request: ReadRequest) -> None:
         inflated = 0
     if not stream.eof or inflated != size:
         raise request.error(
-            "damaged", f"{size:,} bytes of voxels, compressed by zlib", "another or an incomplete stream"
+            "damaged", f"a zlib stream of {size:,} bytes of voxels", "a stream of another size or a damaged one"
         )
 
 

@@ -1,8 +1,8 @@
-"""Define a scan, and what all of its readers share.
+"""Define `Scan`, and what all readers share.
 
 A `Scan` is one array in [0, 1] with its voxel spacing; each reader turns one kind of file into one. This file defines
 the read limits, format detection by the first bytes and the canonical orientation (NIfTI-1 affines, as in nibabel). It
-travels inside every checkpoint and imports only NumPy.
+is copied into every checkpoint and imports only NumPy.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ PROBLEMS: dict[Reason, tuple[str, str]] = {
 class M3RetReadError(ValueError):
     """A source that cannot be read as a scan.
 
-    It survives pickling, and a DataLoader worker's re-creation from its message alone.
+    It can be pickled, and re-created from its message alone, as a DataLoader does with the errors of its workers.
 
     Attributes:
         file: name of the source, without its folder.
@@ -127,11 +127,12 @@ class ReadRequest:
     name: str  # of the source, in messages
     num_frames: int | None  # maximum; None reads all
     limits: ReadLimits
-    intensity: str | None = None  # what a dataset row or the caller declares for a file that cannot, of `INTENSITIES`
+    intensity: str | None = None  # one of `INTENSITIES`, declared by a dataset row or the caller
     spacing: Spacing | None = None  # what a dataset row declares
     return_stored: bool = False  # return a `StoredScan` instead of a `Scan`
-    input_data_format: str | None = None  # "channels_first" or "channels_last", what the caller declares for arrays
-    # read the file of this name, or of the source's name with this suffix instead of .hdr, beside the source
+    input_data_format: str | None = None  # "channels_first" or "channels_last": layout of arrays
+    # return the content of a file in the folder of the source, or None. An argument that starts with .img replaces the
+    # suffix .hdr of the source; any other one is the name of the file
     open_sibling: Callable[[str], bytes | None] = lambda name: None
     series: str | int | None = None  # UID, index or "largest": which DICOM series of several to read
 
@@ -190,7 +191,7 @@ class ReadRequest:
         return [(2 * i + 1) * total // (2 * count) for i in range(count)]
 
     def read_bytes(self, path: Path) -> bytes:
-        """Read a file that is within the limits."""
+        """Read a file after checking its size."""
         self.check_size((max(1, path.stat().st_size),), 1)
         return path.read_bytes()
 
@@ -279,7 +280,7 @@ UNSUPPORTED_MAGICS = {
     b"\x5c\x01\0\0": "Analyze 7.5",  # 348, the size of its header
     b"\0\0\x01\x5c": "Analyze 7.5",
 }
-HEAD_BYTES = 600  # of a file, as many as `sniff` uses
+HEAD_BYTES = 600  # bytes at the start of a file that `sniff` uses
 
 
 def unsupported_format(head: bytes) -> str | None:

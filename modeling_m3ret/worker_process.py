@@ -47,7 +47,7 @@ def exit_with_parent() -> None:
     """End this process as soon as the process that started it ends, whatever it is doing.
 
     Without this, the workers of a killed process would keep running and could write into the files of the next run.
-    A SIGTERM ends it, too, although a forkserver that a loader started may have passed on its mask.
+    SIGTERM is unblocked, because the process may have inherited a mask from a forkserver that a loader started.
     """
     if HAS_SIGWAITINFO:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
@@ -59,8 +59,8 @@ def block_sigterm_in_workers() -> Iterator[None]:
     """Block SIGTERM in all threads of the processes started inside this block, threads started by libraries included.
 
     Each of these processes must call `exit_on_sigterm_from_parent`. A forkserver that is started inside this block
-    passes the mask on. Processes of one that ran before block SIGTERM by that call, but not in threads that libraries
-    started on import. Has no effect where the sender of a signal is unknown (macOS, Windows).
+    passes the mask on. If the forkserver was running before, SIGTERM is blocked only by that call, and not in threads
+    that libraries started on import. Has no effect where the sender of a signal is unknown (macOS, Windows).
     """
     if not HAS_SIGWAITINFO:
         yield
@@ -80,7 +80,7 @@ def exit_on_sigterm_from_parent() -> None:
     saved.
     """
     if HAS_SIGWAITINFO:
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # a forkserver may have passed on no mask
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # a forkserver may not have passed the mask on
         threading.Thread(target=_wait_for_sigterm_from_parent, daemon=True).start()
 
 
