@@ -100,7 +100,7 @@ def _copy_jpeg(file: bytes | Path, request: ReadRequest, max_size: int | None) -
 
 
 def _encode_video(file: bytes | Path, request: ReadRequest, max_size: int | None) -> EncodedScan | None:
-    """Copy the stream, or encode it losslessly if the copy is read as other frames.
+    """Copy the stream, or encode its frames losslessly if the copy decodes to different ones.
 
     Returns None if the frames are too large or deeper than 8 bits, and are stored as a volume.
     """

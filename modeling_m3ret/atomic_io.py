@@ -79,7 +79,7 @@ def read_or_create_secret(path: Path) -> bytes:
     If several processes create it at the same time, all of them return the secret of the first.
 
     Raises:
-        InputError: if the file is empty, as a full disk may have left it. An empty key would sign for anyone.
+        InputError: if the file is empty, for example after the disk was full. Anyone could sign with an empty key.
     """
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)

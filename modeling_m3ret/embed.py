@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument(
         "--intensity",
         choices=INTENSITIES,
-        help="what the values of all scans are, for files that do not declare it, such as CT as NIfTI: hounsfield",
+        help="how to scale values of files that do not declare it: hounsfield for a CT in NIfTI",
     )
     options = parser.parse_args()
     with user_errors(parser.prog):
@@ -53,7 +53,7 @@ def embed_files(
 ) -> None:
     """Embed `scans` with the checkpoint `model_name` and write `output` (`.npz` with `files` and `embeddings`).
 
-    `intensity` declares the values of all scans, and `series` selects one of several DICOM series, as for `read_scan`.
+    `intensity` declares the scale of all scans, and `series` selects one of several DICOM series, as in `read_scan`.
 
     Raises:
         InputError: if the checkpoint cannot be loaded, `output` is no `.npz` file, or no scan could be read.

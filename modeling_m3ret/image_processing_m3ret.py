@@ -114,7 +114,7 @@ class M3RetImageProcessor(BaseImageProcessor):
         Args:
             images: one scan or a list of scans; see the class for the kinds.
             size: overrides the processor's setting, as do `num_frames` and `max_patches`.
-            intensity: what the values of files and arrays are that do not declare it, such as "hounsfield" for a CT as
+            intensity: how to scale values of files and arrays that do not declare it, such as "hounsfield" for a CT in
                 NIfTI; see `read_scan`.
             input_data_format: "channels_first" or "channels_last", the layout of arrays and tensors.
             series: which DICOM series to read of a folder or list with several: its UID, its index or "largest"; see
@@ -131,18 +131,18 @@ class M3RetImageProcessor(BaseImageProcessor):
         """
         if unknown:
             known = "size, num_frames, max_patches, intensity, input_data_format, series or return_tensors"
-            raise TypeError(f"unknown argument: expected {known}, got {', '.join(sorted(unknown))}")
+            raise TypeError(f"unknown argument: expected {known}, got {', '.join(sorted(unknown))}.")
         settings = {"size": size, "num_frames": num_frames, "max_patches": max_patches}
         is_batch = input_data_format == "channels_first" and getattr(images, "ndim", None) == 4
         scans = list(images) if is_batch or isinstance(images, (list, tuple)) else [images]
         if not scans:
-            raise ValueError("images is an empty list: expected at least one scan")
+            raise ValueError("images is empty: expected at least one scan, got an empty list.")
         declared = {"intensity": intensity, "input_data_format": input_data_format, "series": series}
         rows, grids = self.pack([self.resize(self.read(scan, num_frames, **declared), **settings) for scan in scans])
         return BatchFeature({"pixel_values": rows, "grid_thw": grids}, tensor_type=return_tensors)
 
     def read(self, source: Any, num_frames: int | None = None, **declared: Any) -> Scan:
-        """Read one scan, of a clip only the frames that will be used, or raise `M3RetReadError`.
+        """Read one scan; of a clip, only the frames that will be used.
 
         `declared` are further arguments of `read_scan`.
         """

@@ -133,7 +133,7 @@ def _declared_rule(values: np.ndarray, scaled: bool, request: ReadRequest) -> st
     fits, expected = {
         "8-bit": (is_bytes and not scaled, "uint8 voxels"),
         "full range": (values.dtype.kind == "u" and not is_bytes, "unsigned integers of more than 8 bits"),
-        # a picture of 8 bits has no room for Hounsfield units
+        # 8 bits cannot hold Hounsfield units
         "hounsfield": (is_grey and (scaled or not is_bytes), "grey voxels of more than 8 bits"),
         "percentiles": (True, ""),
     }[request.intensity]

@@ -453,7 +453,7 @@ def _read_encoded_image(data: bytes, request: ReadRequest, formats: tuple[str, .
 
 
 def _is_complete(data: bytes) -> bool:
-    """Return whether a JPEG, BMP or TIFF file is not truncated. Others return False: Pillow reads all their variants."""
+    """Return whether a JPEG, BMP or TIFF file is not truncated; False for formats that Pillow reads in all variants."""
     if data.startswith(b"\xff\xd8"):
         return b"\xff\xd9" in data[-1024:]
     if data.startswith(b"BM"):
@@ -530,7 +530,7 @@ def _pages(image: Any, request: ReadRequest, description: Description) -> list[i
 
 
 def _pixel_aspect(image: Any, description: Description) -> Spacing:
-    """Return the ratio of a pixel's sides as spacing. The scale of a declared resolution is ignored: it is for print."""
+    """Return the ratio of a pixel's sides as spacing. The scale of a declared resolution is for print, so not used."""
     if image.format == "TIFF" and not {282, 283} <= set(image.tag_v2):  # Pillow invents a missing one
         return (None, None, None)
     keys = ("dpi", "resolution", "aspect", "jfif_density") if image.format else ()  # a derived image may be resampled

@@ -1,4 +1,4 @@
-"""A local folder of scans, described by a manifest or by nothing but its files."""
+"""A local folder of scans, with or without a manifest."""
 
 import re
 from collections import Counter, defaultdict
@@ -23,7 +23,7 @@ _MASK_WORDS = "seg|segm|dseg|probseg|segmentations?|masks?|labels?|labelmap|gt|g
 _MASK_FILE = re.compile(
     rf"(.*[^a-z])?({_MASK_WORDS}|aseg|wmparc|ribbon)[ _.-]*\d*|({_MASK_WORDS})[^a-z].*|aparc.*|.*(mask|segmentation)s?"
 )
-# RT images are pictures; the other radiotherapy objects, and the objects below Raw Data (66), are none.
+# Raw Data (66), the objects below it, and radiotherapy objects other than RT Image hold no image.
 _NO_IMAGE = re.compile(r"1\.2\.840\.10008\.5\.1\.4\.1\.1\.(66(\..+)?|481\.(?!1$)\d+)")
 _NO_IMAGE_MODALITIES = ("SEG", "RTSTRUCT", "RTPLAN", "RTDOSE", "RTRECORD", "REG", "FID", "PR", "KO")
 # BodyPartExamined is free text in practice; only these terms of DICOM PS3.16 are accepted.
@@ -146,7 +146,7 @@ class Folder(Source):
 
 
 def _join_incomplete(series: dict[tuple[str, str, str], list[Path]]) -> None:
-    """Add slices that lack a patient or study to the series of their UID, if it can be only one."""
+    """Add slices that lack a patient or study to the series with their UID, if only one fits."""
     keys_of_uid: dict[str, list[tuple[str, str, str]]] = defaultdict(list)
     for key in series:
         keys_of_uid[key[0]].append(key)

@@ -74,11 +74,11 @@ def local_shards(folder: Path) -> Shards:
 def hub_shards(name: str, stream: bool) -> Shards:
     """Return the shards of `ORG/NAME[@REVISION]` on the Hub, all from the commit that the revision refers to now.
 
-    If streaming, these are addresses on the Hub; otherwise they are downloaded. If the Hub cannot be reached, it is the
-    copy in the cache.
+    If streaming, the shards are addresses on the Hub, otherwise downloaded files. If the Hub cannot be reached, the
+    copy in the cache is used.
 
     Raises:
-        CollectionError: if the dataset does not exist or must not be read, or the Hub cannot be reached and the cache
+        CollectionError: if the dataset does not exist or is not accessible, or the Hub cannot be reached and the cache
             holds no copy.
     """
     from huggingface_hub import HfApi, hf_hub_download, snapshot_download
@@ -92,20 +92,21 @@ def hub_shards(name: str, stream: bool) -> Shards:
         revision=revision or None,
         allow_patterns=["data/*.parquet", INDEX],
     )
-    problem = f"cannot open {name}: expected a folder or a dataset on the Hub, got no such folder, and"
+    problem = f"cannot open {name}: expected a folder or a dataset on the Hub, got no such folder"
     try:
         info = HfApi().dataset_info(repo_id, revision=revision or None)
     except Exception as error:  # the HTTP libraries below raise exceptions of many types
         status = getattr(getattr(error, "response", None), "status_code", None)
         if isinstance(error, HFValidationError) or (isinstance(error, HfHubHTTPError) and (status or 404) < 500):
+            got = f"status {status} from the Hub" if status else "no such dataset on the Hub"
             advice = "Check the name; if the dataset is private, log in with `hf auth login`."
-            raise CollectionError(f"{problem} from the Hub the status {status or 'not found'}. {advice}") from error
+            raise CollectionError(f"{problem}, and {got}. {advice}") from error
         try:
             folder = Path(download(local_files_only=True))
         except Exception as missing:
-            advice = "Check the name and the connection, and HF_HUB_OFFLINE."
-            got = f"the Hub cannot be reached ({type(error).__name__}), and the cache holds no copy"
-            raise CollectionError(f"{problem} {got}. {advice}") from missing
+            advice = "Check the name, the connection and HF_HUB_OFFLINE."
+            got = f"no answer from the Hub ({type(error).__name__}), and no copy in the cache"
+            raise CollectionError(f"{problem}, {got}. {advice}") from missing
         logger.warning("%s: the Hub cannot be reached; the copy of commit %s in the cache is used.", name, folder.name)
         return replace(local_shards(folder), name=name)
     if not stream:
@@ -119,7 +120,7 @@ def hub_shards(name: str, stream: bool) -> Shards:
 
 
 def _select_shards(name: str, files: list[str]) -> list[str]:
-    """Return the files that are named as shards, sorted, and warn of others: a split "val" would be missed."""
+    """Return the files that are named as shards, sorted. Warn of others, such as those of a split named "val"."""
     shards = sorted(file for file in files if SHARD_NAME.fullmatch(_file_name(file)))
     if ignored := len(files) - len(shards):
         logger.warning("%s: %d files in data/ are ignored: expected SPLIT-00000-of-00000.parquet.", name, ignored)

@@ -31,7 +31,7 @@ COLUMNS = ("id", "file", "modality", "anatomy", "label", "group")
 OPTIONAL_COLUMNS = ("split", "source", "licence", "intensity")
 DELIMITERS = (",", ";", "\t")
 MAX_LINE_CHARACTERS = 2**20  # of a table: bounds the memory that a damaged or compressed table can take
-# Cells that pandas reads as missing, too: its `keep_default_na`.
+# Cells that count as missing, as in pandas (`keep_default_na`).
 MISSING = {
     *("#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "<NA>", "N/A", "NA"),
     *("NULL", "NaN", "None", "n/a", "nan", "null"),
@@ -79,11 +79,11 @@ def read_manifest_rows(folder: Path) -> Iterator[ManifestRow]:
     manifest = folder / MANIFEST
     seen: set[str] = set()
     spelling: dict[str, str] = {}
-    others: dict[str, set[str | None]] = defaultdict(set)  # splits that the cells of an unknown column name
+    others: dict[str, set[str | None]] = defaultdict(set)  # unknown column -> splits that its cells name
     for location, cells in _read_rows(manifest, COLUMNS, OPTIONAL_COLUMNS):
         row = {name: clean(cells.get(name, "")) for name in (*COLUMNS, *OPTIONAL_COLUMNS)}
         if not row["id"] or row["id"] in seen:
-            raise TableError(location, "a unique id in each row", repr(row["id"]), "Rename it.")
+            raise TableError(location, "a unique id in each row", repr(row["id"]), "Give the scan an id of its own.")
         seen.add(row["id"])
         row = {name: cell if name in ("id", "file") or cell not in MISSING else "" for name, cell in row.items()}
         labels = (clean(label) for label in row["label"].split("|"))
@@ -119,7 +119,7 @@ def path_inside(folder: Path, name: str, location: Path | str | None = None) -> 
     """Return the path that a table names; raise `TableError` if it is empty, absolute, or contains `..`.
 
     Only the name is checked: symbolic links inside the folder are followed, wherever they point, because a collection
-    is often a tree of links into an archive. A name in another Unicode form than that of the file is found, too.
+    is often a tree of links into an archive. Names are found in any Unicode form.
     """
     parts = PurePosixPath(name).parts
     if not parts or ".." in parts or set(name) & {"\0", "\\"} or Path(name).is_absolute():
@@ -148,7 +148,7 @@ def _read_rows(
 ) -> Iterator[tuple[str, dict[str, str]]]:
     """Yield the location of each row, for messages, and its cells, without white space around them.
 
-    With `optional` columns, which a manifest has, a row without a cell in each of `columns` is an error.
+    If `optional` columns are given, as for a manifest, a row that ends before one of `columns` is an error.
     """
     compressed = path.with_name(path.name + ".gz")
     if not path.is_file() and compressed.is_file():
@@ -181,7 +181,7 @@ def _read_rows(
 def _read_header(
     path: Path, lines: Iterator[str], columns: Sequence[str], optional: Sequence[str]
 ) -> tuple[list[str], str, int]:
-    """Return the names of the columns, those of `columns` and `optional` as spelled there; delimiter; lines read."""
+    """Return the column names, the delimiter and the number of lines read. Known names have their own spelling."""
     known = {fold(name): name for name in (*columns, *optional)}
     number, first = next(
         # Excel's first line may name the delimiter
@@ -200,7 +200,9 @@ def _read_header(
     if repeated := [name for name in known.values() if header.count(name) > 1]:
         raise TableError(path, f"one column {repeated[0]}", str(header.count(repeated[0])), "Remove the others.")
     if "split" in {*optional} - {*header} and (typo := difflib.get_close_matches("split", header, 1, 0.8)):
-        raise TableError(path, "the column split", repr(typo[0]), "Rename it, or remove it.")  # a test row is at stake
+        raise TableError(
+            path, "the column split", repr(typo[0]), "Rename it, or remove it."
+        )  # else test rows would be trained on
     return header, delimiter, number
 
 
@@ -212,7 +214,7 @@ def _bounded_lines(stream: TextIO, path: Path) -> Iterator[str]:
 
 
 def splits_of_patients(patients: Iterable[tuple[str, str]]) -> dict[str, str]:
-    """Return the split of each patient from pairs of patient and split, either of which may be empty.
+    """Return the split of each patient from pairs of patient and split. Both may be empty.
 
     A patient in several splits belongs to the one that is furthest from training: test, then validation.
     """

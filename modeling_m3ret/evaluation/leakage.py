@@ -28,7 +28,7 @@ def read_training_facts(checkpoint: str) -> dict[str, Any]:
 
 
 def select_records(records: Sequence[Record], split: str | None, holdout: float | None) -> list[Record]:
-    """Return the records of a split, or all, and only the fraction of patients that training held out, if given.
+    """Return the records of a split, or all; with a holdout, only those of patients that training held out.
 
     Raises:
         CollectionError: if the split is none of `SPLITS`.
@@ -114,7 +114,7 @@ def _holdout(facts: Mapping[str, Any]) -> float | None:
 
 
 def _modalities(facts: Mapping[str, Any]) -> set[str]:
-    """Return the modalities of the facts, empty if these, from an untrusted file, hold no list."""
+    """Return the modalities of the facts. The file is not trusted: anything but a list gives an empty set."""
     names = facts.get("modalities")
     return {find_modality(str(name)) or str(name) for name in names} if isinstance(names, list) else set()
 

@@ -92,7 +92,7 @@ class CheckpointFolder:
     def prune(self, keep_last: int, best_step: int | None) -> None:
         """Delete all checkpoints but the last `keep_last` and the best one, and the remains of interrupted saves.
 
-        A folder without training state, as a user may have left of a checkpoint, is no checkpoint and stays.
+        A checkpoint whose training state was deleted by a user is kept.
         """
         checkpoints = [path for path in self.all() if (path / STATE_FOLDER).is_dir()]
         self._delete([path for path in checkpoints[:-keep_last] if self.step(path) != best_step])

@@ -91,8 +91,7 @@ def gather_encoder(encoder: M3RetModel) -> M3RetModel:
 def decide_on_main(accelerator: Accelerator, decide: Callable[[], T]) -> T:
     """Return what `decide` returns on the main rank, on every rank. All ranks must call it together.
 
-    Whatever the ranks do together must follow from one decision: each rank by itself may round a number or see a shared
-    folder differently.
+    Ranks that decide by themselves may disagree, because they may round a number or see a shared folder differently.
 
     Raises:
         InputError: on every rank, if `decide` raised one on the main rank.

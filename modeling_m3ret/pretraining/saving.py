@@ -50,7 +50,7 @@ from .training_state import (
 
 logger = logging.getLogger(__name__)
 
-LOCK_SECONDS = 30.0  # that a run waits for the workers of a killed one, which end within seconds
+LOCK_SECONDS = 30.0  # how long a run waits for the workers of a killed one, which end within seconds
 MAP_PREFIX = "held_out/mAP/"
 
 

@@ -139,7 +139,7 @@ def read_progress(checkpoint: Path, config: RunConfig, records: Sequence[Record]
 
 
 def check_intact(checkpoint: Path, weights_file: str) -> None:
-    """Compare the files of a checkpoint with their SHA-256, which reads them once.
+    """Verify the SHA-256 of the files of a checkpoint.
 
     Checkpoints of earlier versions hold no SHA-256. Their safetensors files are checked for completeness.
 

@@ -56,12 +56,19 @@ class ApproximateSettings:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> ApproximateSettings:
-        """Read what `to_dict` returned; unknown or missing keys are a TypeError, wrong values a ValueError."""
+        """Read what `to_dict` returned.
+
+        Raises:
+            TypeError: if keys are unknown or missing.
+            ValueError: if a value is invalid.
+        """
         names = {key: name for name, key in DISK_KEYS.items()}
         settings = cls(**{names.get(key, key): value for key, value in values.items()})
         numbers = [value for name, value in asdict(settings).items() if name != "method"]
         if settings.method not in get_args(Method) or not all(isinstance(number, int | float) for number in numbers):
-            raise ValueError(f"expected the settings of an approximate index, got {values}")
+            raise ValueError(
+                f"settings of an approximate index are invalid: expected a method and numbers, got {values}."
+            )
         return settings
 
 
@@ -81,7 +88,7 @@ class RecallSample:
         self.last_score = search_exactly(gallery, self.queries, self.neighbours, excluded).scores[:, -1:]
 
     def recall(self, search: Callable[[Tensor, int], Hits]) -> float:
-        """Return the fraction of exact neighbours, or rows as similar, that `search(queries, k)` finds."""
+        """Return the fraction of exact neighbours that `search(queries, k)` finds. Rows of equal score count too."""
         found = search(self.queries, self.neighbours + 1)  # each query finds itself, too
         right = (found.scores >= self.last_score - ROUNDING) & (found.rows != self.itself[:, None])
         return float(right.sum(1).clamp(max=self.neighbours).sum() / (self.neighbours * len(self.queries)))
@@ -151,8 +158,8 @@ class ApproximateSearch:
     def search(self, queries: Tensor, k: int, excluded: list[Tensor] | None = None) -> Hits:
         """Return the k most similar rows that the index finds, with exact scores; see `search_exactly`.
 
-        A query is searched exactly if the index finds less than k rows although there are more, or more rows of the
-        last hit's score than fit, as in a gallery with many equal rows.
+        A query is searched exactly if the index finds fewer than k rows although more exist, or if more rows have the
+        score of the last hit than fit, as in a gallery with many equal rows.
         """
         wanted = k + max(map(len, excluded or ()), default=0)
         candidates = min(len(self.gallery), (wanted + 1) * self.settings.candidate_factor)

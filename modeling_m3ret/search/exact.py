@@ -52,17 +52,18 @@ class Hits:
 
 
 def check_queries(queries: Tensor, dimension: int, k: int, patients: Sequence[str] | None = None) -> None:
-    """Raise InputError unless queries are `(q, dimension)` with a direction, k is positive, and patients are q."""
+    """Raise InputError unless queries are `(q, dimension)`, finite and not zero, k is positive, and patients are q."""
     if queries.ndim != 2 or queries.shape[1] != dimension:
-        raise InputError(f"queries do not match the index: expected (q, {dimension}), got {tuple(queries.shape)}.")
+        problem = f"queries do not match the index: expected (q, {dimension}), got {tuple(queries.shape)}."
+        raise InputError(f"{problem} Embed them with the model of the index.")
     if k < 1:
-        raise InputError(f"k must be positive: got {k}.")
+        raise InputError(f"k is out of range: expected at least 1, got {k}.")
     if patients is not None:
         require_words("query_patients", patients)
         if len(patients) != len(queries):
             raise InputError(f"query_patients does not match queries: expected {len(queries)}, got {len(patients)}.")
     if not (queries.isfinite().all() and queries.ne(0).any(1).all()):
-        raise InputError("queries have no direction: expected finite embeddings that are not zero.")
+        raise InputError("queries cannot be normalised: expected finite embeddings, got NaN, infinity or only zeros.")
 
 
 def exact_scores(gallery: Tensor, rows: Tensor, query: Tensor) -> Tensor:

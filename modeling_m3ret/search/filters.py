@@ -46,7 +46,7 @@ class MetadataFilter:
     None allows all values, an empty collection none. Case does not matter; synonyms of a modality ("MR") are allowed.
 
     Raises:
-        InputError: if a value is no collection of strings: one string would be read as its letters.
+        InputError: if a value is not a collection of strings. A single string would be read as its letters.
     """
 
     modality: Collection[str] | None = None
@@ -73,7 +73,7 @@ class MetadataFilter:
         """Return whether each row matches: `(n,)` bool. `columns` are `FILTER_COLUMNS` and "patient".
 
         Raises:
-            InputError: if a value is none of the column's. A modality that no scan has is no error.
+            InputError: if a value does not occur in its column. A known modality that no scan has is allowed.
         """
         masks = [~columns["patient"].is_in(self.excluded_patients)]
         for name, values in self.allowed_values().items():

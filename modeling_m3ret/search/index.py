@@ -300,13 +300,13 @@ def normalize_to_float16(embeddings: Tensor) -> Tensor:
     if embeddings.ndim != 2:
         raise InputError(f"embeddings have a wrong shape: expected (n, d), got {tuple(embeddings.shape)}.")
     if not embeddings.isfinite().all():
-        raise InputError("embeddings are not finite: the model's weights may have diverged.")
+        raise InputError("embeddings are not finite: expected finite values, got NaN or infinity. Check the weights.")
     normalized = torch.empty(embeddings.shape, dtype=torch.float16)
     for start in range(0, len(embeddings), 65536):
         block = embeddings[start : start + 65536].float()
         norms = block.norm(dim=1, keepdim=True)
         if (norms == 0).any():
-            raise InputError("an embedding is zero and cannot be normalised: remove its scan.")
+            raise InputError("an embedding cannot be normalised: expected a norm above 0, got 0. Remove its scan.")
         normalized[start : start + 65536] = (block / norms).half()
     return normalized
 
@@ -320,10 +320,11 @@ def complete_metadata(metadata: pa.Table, rows: int) -> pa.Table:
     if len(metadata) != rows:
         raise InputError(f"metadata does not match embeddings: expected {rows} rows, got {len(metadata)}.")
     if "id" not in metadata.column_names:
-        raise InputError(f"metadata has no column id: got {metadata.column_names}.")
+        raise InputError(f"metadata is incomplete: expected a column id, got {metadata.column_names}.")
     ids = metadata.column("id")
     if ids.null_count or len(pc.unique(ids)) != rows:
-        raise InputError(f"ids must be unique and not null: got {len(pc.unique(ids))} different ids in {rows} rows.")
+        got = f"{len(pc.unique(ids.drop_null()))} and {ids.null_count} nulls"
+        raise InputError(f"ids repeat or are null: expected {rows} different ids, got {got}.")
     for column in COLUMNS:
         if column not in metadata.column_names:
             empty = pa.array([[] if column == "labels" else ""] * rows, SCHEMA.field(column).type)

@@ -1,8 +1,8 @@
 """A search index in a Milvus collection, for galleries larger than one machine; searched like `RetrievalIndex`.
 
-A file of Milvus Lite serves tests and small galleries, a server (2.3 or later) large ones. Milvus holds the vectors
-that an index on disk holds (float16 of norm 1) and returns those of hits: scores and the order of equal ones are the
-same.
+A file of Milvus Lite serves tests and small galleries, a server (2.3 or later) large ones. Milvus stores the same
+vectors as an index on disk (float16, norm 1). Scores are computed from the vectors that it returns, so scores and the
+order of equal ones are those of `RetrievalIndex`.
 
 The primary key of a scan is its row. A property of the collection holds the manifest with the row at which the gallery
 ends, and searches look before that row only: an interrupted build or addition is never seen. Rows of removed scans stay
@@ -54,7 +54,7 @@ class MilvusServerError(InputError):
 
 
 def server_errors(function: Callable[P, T]) -> Callable[P, T]:
-    """Decorate a function to raise MilvusServerError, in one line, for any error of Milvus."""
+    """Decorate a function so that errors of Milvus are raised as MilvusServerError with a message of one line."""
 
     @functools.wraps(function)
     def decorated(*arguments: P.args, **options: P.kwargs) -> T:
@@ -62,7 +62,7 @@ def server_errors(function: Callable[P, T]) -> Callable[P, T]:
             return function(*arguments, **options)
         except MilvusException as error:
             reason = (str(error.message).strip().splitlines() or ["no reason"])[0]
-            problem = f"Milvus did not answer a request: {reason}. Check that the server runs, and its address."
+            problem = f"Milvus request failed: {reason}. Check the address, and that the server is running."
             raise MilvusServerError(problem) from error
 
     return decorated
@@ -145,7 +145,7 @@ class MilvusIndex:
 
         Raises:
             InputError: as `RetrievalIndex.build`, if there is no scan, or if the collection exists.
-            MilvusServerError: if the server does not answer; so does every other method.
+            MilvusServerError: if the server does not answer. Every other method raises it too.
         """
         vectors, metadata = prepare_gallery(embeddings, metadata)
         if not len(vectors):  # a collection that ends at row 0 is unfinished
@@ -171,7 +171,7 @@ class MilvusIndex:
         build = dict(method.build or {})
         vector_index.add_index("embedding", index_type=method.index_type, metric_type="IP", params=build)
         client.create_index(collection, string_indices, sync=False)
-        client.create_index(collection, vector_index)  # waits for the index, which the recall is measured on
+        client.create_index(collection, vector_index)  # waits for the index, with which the recall is measured
         client.load_collection(collection)
         built.manifest = replace(manifest, end=len(vectors))
         if method.index_type != "FLAT":
@@ -233,7 +233,7 @@ class MilvusIndex:
         """
         check_queries(queries, self.manifest.dimension, k, query_patients)
         if k > MAX_HITS:
-            raise InputError(f"k must be at most {MAX_HITS}: got {k}.")
+            raise InputError(f"k is out of range: expected at most {MAX_HITS:,}, got {k:,}.")
         queries = torch.nn.functional.normalize(queries.float(), dim=-1)
         hits = Hits.empty(len(queries), k)
         queries_of: dict[str, list[int]] = {}
@@ -303,7 +303,7 @@ class MilvusIndex:
         """Add scans and return the larger index. Indices that are open already do not see them.
 
         Raises:
-            InputError: as `build`, if an id is in the index already, or if others added scans since this was opened.
+            InputError: as `build`, if an id is in the index already, or if the collection changed since it was opened.
         """
         vectors, metadata = prepare_gallery(embeddings, metadata, self.manifest.dimension)
         end = _read_manifest(self.client, self.collection).end
@@ -315,7 +315,8 @@ class MilvusIndex:
         for digests in _digest_lists(metadata.column("id").to_pylist()):
             condition = f"{self._before_end()} and id_digest in {digests}"
             if found := self.client.query(self.collection, filter=condition, output_fields=["metadata"], limit=1):
-                raise InputError(f"ids must be unique: {found[0]['metadata']['id']} is in {self.collection} already.")
+                known = f"{found[0]['metadata']['id']}, which {self.collection} contains"
+                raise InputError(f"an id is not unique: expected new ids, got {known}.")
         self.client.delete(self.collection, filter=f"row >= {self.manifest.end}")  # of an interrupted addition
         self._insert(vectors, metadata)
         manifest = replace(self.manifest, end=self.manifest.end + len(vectors), recall=None)
@@ -325,7 +326,7 @@ class MilvusIndex:
 
     @server_errors
     def remove(self, ids: Collection[str]) -> MilvusIndex:
-        """Remove the scans of these ids for all who search the collection; unknown ids are ignored."""
+        """Remove the scans of these ids from the collection, for all processes; unknown ids are ignored."""
         for digests in _digest_lists(require_words("ids", ids)):
             self.client.delete(self.collection, filter=f"id_digest in {digests}")
         return self
@@ -349,7 +350,7 @@ class MilvusIndex:
 
 
 def _scores(entities: Sequence[Mapping[str, Any]], query: Tensor) -> dict[int, float]:
-    """Return the exact scores of scans that Milvus returned, by row. Milvus may round those of equal vectors apart."""
+    """Return exact scores by row of scans that Milvus returned. Its own scores of equal vectors may differ."""
     vectors = torch.tensor([entity["embedding"] for entity in entities]).reshape(len(entities), len(query))
     scores = exact_scores(vectors, torch.arange(len(entities)), query)
     return dict(zip((entity["row"] for entity in entities), scores.tolist(), strict=True))

@@ -1,7 +1,7 @@
 """Check the values of an event before Gradio handles it.
 
 Gradio answers a value of the wrong type with status 500 and a traceback in its log, or uses it: an index of -1 is the
-last element of a list. Here the components of the page say what each value must be; all else is refused.
+last element of a list. Here, the components of the page define the allowed values, and all others are refused.
 """
 
 from __future__ import annotations
@@ -25,7 +25,12 @@ MAX_NUMBER = 2**31
 
 
 class EventError(Exception):
-    """A request that is refused. `status` is its 4xx status and `detail` its message, or one per value as Gradio's."""
+    """A request that is refused.
+
+    Attributes:
+        status: HTTP status of the answer.
+        detail: message, or one entry per value in Gradio's format.
+    """
 
     def __init__(self, status: int, detail: str | list[dict[str, Any]]):
         super().__init__(status, detail)
@@ -43,11 +48,14 @@ class EventCheck:
         self.page, self.folder = page, folder
 
     def __call__(self, route: str, api_name: str, body: bytes) -> bytes:
-        """Return the body as it was understood, so that Gradio understands it alike. Raises `EventError`.
+        """Check a body, and return it re-encoded so that Gradio parses the same values.
 
         Args:
             route: `queue/join`, `call` or `call/v2`.
-            api_name: of the last two.
+            api_name: name of the endpoint, for `call` and `call/v2`.
+
+        Raises:
+            EventError: if the event or one of its values is not allowed.
         """
         event = parse_object(body)
         if route == "call/v2":  # values by name
@@ -73,7 +81,7 @@ class EventCheck:
         if not isinstance(session, str):
             raise EventError(400, "session_hash: expected the name of a session.")
         if index not in self.page.fns:
-            raise EventError(404, "fn_index: no such event.")
+            raise EventError(404, "fn_index: this event does not exist.")
         return self.page.fns[index]
 
     def _by_name(self, api_name: str) -> Any:
@@ -89,9 +97,9 @@ class EventCheck:
         if session is not None and not (isinstance(session, str) and SESSION.fullmatch(session)):
             raise EventError(400, "session_hash: expected up to 64 letters, digits, _ and -.")
         if trigger is not None and not (_is_integer(trigger) and trigger in self.page.blocks):
-            raise EventError(400, "trigger_id: no such component.")
+            raise EventError(400, "trigger_id: expected the id of a component.")
         if fn.collects_event_data and not _is_selection(event.get("event_data")):
-            raise EventError(400, "event_data: expected index and value; an index is one or two numbers, at least 0.")
+            raise EventError(400, "event_data: expected value and index, which is one or two integers of at least 0.")
 
     def _check_values(self, fn: Any, data: object, session: str | None) -> None:
         inputs = fn.inputs
@@ -176,7 +184,7 @@ def _is_number(value: object) -> bool:
 
 
 def _is_selection(data: object) -> bool:
-    """Return whether this is what Gradio's `SelectData` reads, with an index that is not counted from the end."""
+    """Return whether Gradio's `SelectData` can read this, and no index is negative."""
     if not isinstance(data, dict) or not {"index", "value"} <= data.keys():
         return False
     index = data["index"]

@@ -142,7 +142,7 @@ class Gallery:
 
 
 def check_gallery(source: str | None) -> None:
-    """Raise a `CollectionError` if `open_gallery` would find no such gallery. Needs no model."""
+    """Raise a `CollectionError` if `open_gallery` would not find this gallery. Needs no model."""
     if source is not None and not (Path(source) / CURRENT).is_file():
         open_collection(source)
 
@@ -250,7 +250,7 @@ def sample_records() -> list[Record]:
 
 def _load(folder: Path, facts: ModelFacts, records: Sequence[Record] | None = None) -> Gallery:
     index = RetrievalIndex.load(folder)
-    # names may differ: folders are renamed, and a Space names its model anew
+    # names may differ: folders are renamed, and a Space gives its model another name
     check_model(folder, replace(index.facts, model=facts.model), facts)
     about: dict[str, Any] = {}
     if (folder / ABOUT).is_file():

@@ -52,7 +52,7 @@ class RequestGate:
     Args:
         folder: Folder of the uploads. Uploads in progress may take half of its free disk space.
         upload_bytes: Maximum size of one upload, all of its files together.
-        page: Its events say which values are accepted.
+        page: Page whose events define the accepted values.
         assets: Server from which the page loads its scripts, besides this one.
     """
 
@@ -62,7 +62,7 @@ class RequestGate:
         self._bytes_in_progress = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":  # no route is a WebSocket; the start of the server passes
+        if scope["type"] != "http":  # lifespan events; no route is a WebSocket
             await self.app(scope, receive, send)
             return
         answer = Answer(send, self.assets, is_file=scope["path"].startswith(FILE_ROUTE))
@@ -105,14 +105,14 @@ class RequestGate:
         if headers.get("content-type", "").split(";")[0].strip().lower() not in accepted:
             raise EventError(415, f"expected the content type {' or '.join(accepted)}.")
         if is_upload and self._bytes_in_progress + length > shutil.disk_usage(self.folder).free // 2:
-            raise EventError(507, "This server has not enough disk space now. Please try again later.")
+            raise EventError(507, "This server does not have enough disk space. Please try again later.")
         if is_upload:
             await self._upload(length, scope, receive, send)
         else:
             await self._message(route, found[3], length, scope, receive, send)
 
     async def _require_login(self, scope: Scope) -> None:
-        """Ask Gradio whether this request may see anything. Raises `EventError` if not."""
+        """Raise `EventError` if the page requires a login and this request has none."""
         path, statuses = "/gradio_api/login_check", []
 
         async def receive() -> Message:
@@ -145,7 +145,7 @@ class RequestGate:
             if not message.get("more_body", False):
                 break
         if route in EVENT_ROUTES:
-            await self._require_login(scope)  # a refusal says which values there are
+            await self._require_login(scope)  # first, because errors of the check list the allowed values
             body = self.check(route, api_name, body)
         messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 

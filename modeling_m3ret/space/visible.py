@@ -1,4 +1,4 @@
-"""Which words of a gallery visitors may see: the only place that decides it.
+"""Decide which words of a gallery visitors may see. No other code decides it.
 
 A cell of a manifest may hold anything: a patient's name, a date, a path, HTML. No pattern recognises a name, so words
 are listed instead. A value that is not in a list is treated as missing, everywhere: on the page, in downloads, in
@@ -23,7 +23,7 @@ from ..phantom import SYNTHETIC_SOURCE
 
 
 SAMPLE_SOURCE = "pydicom-data (real)"
-# titles of the collections that dataset_scripts can build, which a Space does not have
+# titles of the collections that dataset_scripts can build; listed here because a Space does not contain that package
 SOURCES = frozenset({
     SYNTHETIC_SOURCE, SAMPLE_SOURCE, "a folder of scans", "Breast Ultrasound Images (BUSI)", "CheXpert", "CholecT50",
     "COVID-19 Lung Ultrasound (POCUS)", "CT-RATE", "HyperKvasir, labelled videos", "LDPolypVideo", "LIDC-IDRI",
