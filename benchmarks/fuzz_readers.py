@@ -41,20 +41,20 @@ import numpy as np
 
 MIB = 2**20
 MAX_DECODED = 64 * MIB
-MAX_GROWTH = 2 * MAX_DECODED + 128 * MIB  # of resident memory: twice the limit, as documented, and the decoders' own
+MAX_GROWTH = 2 * MAX_DECODED + 128 * MIB  # of resident memory: twice the limit, as documented, and what decoders need
 ADDRESS_SPACE = 8 * 2**30  # protects the machine
 MAX_SEED_BYTES = 300_000
 SLOW_SECONDS, STUCK_SECONDS = 20.0, 120.0
 CHUNK = 5_000  # cases between two reports
 VALID_EVERY = 5  # each fifth case is valid
 
-Check = Callable[[Any], str | None]  # of a scan; returns what differs
+Check = Callable[[Any], str | None]  # takes a scan; returns how it differs, or None
 
 
 @dataclass
 class Case:
     format: str
-    source: Any  # of `read_scan`
+    source: Any  # argument of `read_scan`
     check: Check | None = None  # None for mutated files
     options: dict[str, Any] = field(default_factory=dict)
 
@@ -97,13 +97,13 @@ def compare(
 
 
 def lookup_table(rng: np.random.Generator, low: int, stored: int, signed: bool) -> Any:
-    """Return an item of a sequence of LUTs, for pixels of `stored` bits from `low`."""
+    """Return an item of a LUT sequence that maps some of the values of `stored` bits from `low`."""
     from pydicom.dataset import Dataset
 
     # pydicom reads no other depths
     item, bits, count = Dataset(), choose(rng, 8, 16), int(rng.integers(2, min(2**stored, 4096) + 1))
     entries = rng.integers(0, 2**bits, count)
-    entries[-1] = 2**bits - 1  # so that the depth fits
+    entries[-1] = 2**bits - 1  # so that the entries fill the declared depth
     first = low + int(rng.integers(2**stored - count + 1))
     item.add_new(0x00283002, "SS" if signed else "US", [count, first, bits])
     item.add_new(0x00283006, "US", entries.tolist())
@@ -531,7 +531,7 @@ def seeds() -> dict[str, list[bytes]]:
         stream = io.BytesIO()
         with zipfile.ZipFile(stream, "w") as archive:
             for number, data in enumerate(members):
-                archive.writestr(zipfile.ZipInfo(f"{number}.bin"), data, zipfile.ZIP_DEFLATED)  # of a fixed date
+                archive.writestr(zipfile.ZipInfo(f"{number}.bin"), data, zipfile.ZIP_DEFLATED)  # with a fixed date
         found["zip"].append(stream.getvalue())
     return dict(found)
 
@@ -569,7 +569,7 @@ def mutate(data: bytes, other: bytes, rng: np.random.Generator) -> bytes:
 
 
 def edit_dicom(data: bytes, rng: np.random.Generator) -> bytes:
-    """Return a DICOM file with a few elements set to values that do not belong there."""
+    """Return a DICOM file in which a few elements are deleted or set to invalid values."""
     import pydicom
 
     ds = pydicom.dcmread(io.BytesIO(data), force=True)

@@ -56,7 +56,7 @@ def build(
         BuildError: if `output` holds other data, a process died, or no scan could be read.
     """
     if output.resolve().is_relative_to(root.resolve()):
-        raise BuildError(output, f"expected a folder outside of {root}, the scans. Choose another --output.")
+        raise BuildError(output, f"expected a folder outside the scans in {root}. Choose another --output.")
     with tempfile.TemporaryDirectory() as cache:  # `datasets` creates a lock file in its cache
         builder = ScanBuilder(source, root, salt=salt, options=options, cache_dir=cache)
     shards = plan_shards(builder.split_entries(), shard_bytes)
@@ -97,7 +97,7 @@ def make_parser() -> CommandLine:
     )
     parser.add_argument("--title", default=None, help="title of a folder, for card and rows")
     parser.add_argument("--licence", default=None, help="licence of a folder, for card and rows")
-    parser.add_argument("--modality", choices=MODALITIES, default=None, help="modality of files that do not say")
+    parser.add_argument("--modality", choices=MODALITIES, default=None, help="modality of files that declare none")
     parser.add_argument("--push_to_hub", default=None, metavar="ORG/NAME", help="upload; a new repository is private")
     return parser
 

@@ -69,14 +69,14 @@ class M3RetConfig(PreTrainedConfig):
             if rest or head_dim % 2 or head_dim < 6:
                 raise ValueError(
                     f"{width} does not fit {heads}: expected an even number of channels per head, at least 6 (a rotary "
-                    f"pair for each of depth, height and width), got {getattr(self, width)} / {getattr(self, heads)}"
+                    f"pair for each of depth, height and width), got {getattr(self, width)} / {getattr(self, heads)}."
                 )
         if self.pooling not in ("mean", "cls", "statistics"):
-            raise ValueError(f"unknown pooling: expected 'mean', 'cls' or 'statistics', got {self.pooling!r}")
+            raise ValueError(f"unknown pooling: expected 'mean', 'cls' or 'statistics', got {self.pooling!r}.")
         if self.loss_weighting not in ("scan", "patch"):
-            raise ValueError(f"unknown loss_weighting: expected 'scan' or 'patch', got {self.loss_weighting!r}")
+            raise ValueError(f"unknown loss_weighting: expected 'scan' or 'patch', got {self.loss_weighting!r}.")
         if not 0 < self.mask_ratio < 1:
-            raise ValueError(f"invalid mask_ratio: expected a number between 0 and 1, got {self.mask_ratio}")
+            raise ValueError(f"invalid mask_ratio: expected a number between 0 and 1, got {self.mask_ratio}.")
 
     @property
     def patch_values(self) -> int:

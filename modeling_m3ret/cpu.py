@@ -28,7 +28,8 @@ def keep_freed_memory() -> bool:
 
     By default glibc returns large freed blocks to the kernel and maps them again, page by page, at the next layer. The
     activations of every step have the same sizes, so reusing the blocks is faster: a ViT-Ti training step on two cores
-    took 0.72 to 0.79 of the time in float32 and 0.69 in bfloat16. Returns False, with nothing changed, without glibc.
+    took 0.72 to 0.79 of the time in float32 and 0.69 in bfloat16. If the C library is not glibc, change nothing and
+    return False.
     """
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt

@@ -56,10 +56,10 @@ def embed_files(
     `intensity` declares the scale of all scans, and `series` selects one of several DICOM series, as in `read_scan`.
 
     Raises:
-        InputError: if the checkpoint cannot be loaded, `output` is no `.npz` file, or no scan could be read.
+        InputError: if the checkpoint cannot be loaded, `output` is not a `.npz` file, or no scan could be read.
     """
     if output.suffix != ".npz" or not output.absolute().parent.is_dir():
-        raise InputError(f"--output: expected a .npz file in an existing folder, got {output}")
+        raise InputError(f"--output: expected a .npz file in an existing folder, got {output}.")
     model, processor = load_pretrained(model_name)
     prepare_cpu()
     records = [
@@ -70,7 +70,9 @@ def embed_files(
     for failure in embedded.failures:
         print(failure, file=sys.stderr)
     if not embedded.records:
-        raise InputError(f"none of the {len(scans)} scans could be read")
+        raise InputError(
+            f"no scan could be read: expected at least one of {len(scans)}, got none. See the errors above."
+        )
     with atomic_write(output) as stream:
         np.savez(stream, files=[record.id for record in embedded.records], embeddings=embedded.embeddings.numpy())
     print(f"{output}: {len(embedded.records)} embeddings, {len(embedded.failures)} scans could not be read")

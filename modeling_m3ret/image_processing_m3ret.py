@@ -60,8 +60,8 @@ class M3RetImageProcessor(BaseImageProcessor):
         patch_size: edge of a patch in pixels. Must equal the encoder's, as must the next two; see `M3RetConfig`.
         patch_depth: slices or frames of a patch.
         num_channels: channels of a patch. Colour is converted to grey if it is 1.
-        image_mean: subtracted from values in [0, 1]. One number for all channels, since ImageNet's colour means
-            describe no scan.
+        image_mean: subtracted from values in [0, 1]. One number for all channels, since ImageNet's colour means do not
+            describe medical scans.
         image_std: divides the centred values. Together with `image_mean`, maps [0, 1] to [-1, 1].
 
     Raises:
@@ -126,7 +126,7 @@ class M3RetImageProcessor(BaseImageProcessor):
 
         Raises:
             M3RetReadError: if a scan cannot be read.
-            ValueError: if the list is empty, a size is less than 1, or `series` is neither text nor a number.
+            ValueError: if the list is empty, a size is less than 1, or `series` is neither a string nor an integer.
             TypeError: if an argument is unknown.
         """
         if unknown:
@@ -268,7 +268,7 @@ def _require_positive(**settings: int) -> None:
     """Raise a ValueError that names the first setting below 1."""
     for name, value in settings.items():
         if value < 1:
-            raise ValueError(f"invalid {name}: expected at least 1, got {value}")
+            raise ValueError(f"{name} is out of range: expected at least 1, got {value}.")
 
 
 __all__ = ["M3RetImageProcessor"]

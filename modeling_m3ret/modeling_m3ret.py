@@ -573,7 +573,7 @@ class M3RetModel(M3RetPreTrainedModel):
                 raise ValueError(
                     f"invalid grid_thw: expected integers of at least 1 of shape (B, 3), got {grid_thw.dtype} of shape "
                     f"{tuple(grid_thw.shape)}, smallest {min(grid_thw.flatten().tolist(), default=None)}. Use the "
-                    "grid_thw of the processor"
+                    "grid_thw of the processor."
                 )
             patches = sum(math.prod(grid) for grid in grids)
             widths = [config.patch_values]
@@ -584,14 +584,14 @@ class M3RetModel(M3RetPreTrainedModel):
                     "pixel_values do not fit grid_thw: expected "
                     f"{' or '.join(str((patches, width)) for width in widths)} (patches, values of a patch), got "
                     f"{tuple(pixel_values.shape)}. Use a processor with this model's patch_depth, patch_size and "
-                    "num_channels"
+                    "num_channels."
                 )
             return pixel_values, grids
         if pixel_values.ndim not in (4, 5) or pixel_values.shape[1] != config.num_channels:
             channels = config.num_channels
             raise ValueError(
                 f"dense pixel_values have a wrong shape: expected (B, {channels}, D, H, W) or (B, {channels}, H, W), "
-                f"got {tuple(pixel_values.shape)}. Pass packed pixel_values together with grid_thw"
+                f"got {tuple(pixel_values.shape)}. Pass packed pixel_values together with grid_thw."
             )
         volumes = pixel_values if pixel_values.ndim == 5 else pixel_values[:, :, None]
         _, _, D, H, W = volumes.shape

@@ -252,7 +252,7 @@ def test_float_pixels_are_read_and_their_padding_is_ignored(dtype: type) -> None
         ({"RescaleSlope": "NaN", "RescaleIntercept": 0}, "damaged"),
     ],
 )
-def test_pixels_that_are_not_defined_are_refused(elements: dict[str, Any], reason: str) -> None:
+def test_invalid_pixel_descriptions_are_refused(elements: dict[str, Any], reason: str) -> None:
     assert refusal(dicom(RNG.integers(0, 4096, (10, 14), dtype=np.uint16), **elements)) == reason
 
 
@@ -291,7 +291,7 @@ def compressed(ds: Dataset, codec: str, folder: Path) -> Dataset:
 
 @pytest.mark.parametrize("codec", CODECS)
 @pytest.mark.parametrize("signed", [False, True])
-def test_bits_of_a_codestream_come_before_those_of_the_header(codec: str, signed: bool, tmp_path: Path) -> None:
+def test_bits_of_a_codestream_take_precedence_over_the_header(codec: str, signed: bool, tmp_path: Path) -> None:
     # PS3.5, 8.2: the characteristics of the codestream shall be used to decode it
     values = RNG.integers(-2048 if signed else 0, 2048 if signed else 4096, (9, 14)).astype("i2" if signed else "u2")
     ds = compressed(dicom(values, BitsStored=12, HighBit=11), codec, tmp_path)
@@ -370,7 +370,7 @@ def test_padding_outside_the_stored_bits_hides_no_tissue() -> None:
     assert not values_of(scan)[0, :5].any()
 
 
-def test_padding_of_colour_is_no_padding() -> None:  # PS3.3, C.7.5.1.1.2: of monochrome images only
+def test_colour_has_no_padding() -> None:  # PS3.3, C.7.5.1.1.2: of monochrome images only
     pixels = RNG.integers(0, 4, (8, 9, 3), dtype=np.uint8)
     np.testing.assert_array_equal(written(pixels, ("PixelPaddingValue", "US", 0)).array, read_scan(pixels).array)
 

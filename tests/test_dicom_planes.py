@@ -1,4 +1,4 @@
-"""Frames of DICOM series: which belong to one scan, in which order, and where they are."""
+"""Frames of a DICOM series are selected, sorted and placed as their headers declare."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_clip_that_crosses_midnight_is_in_order() -> None:
     np.testing.assert_array_equal(read_scan([files[index] for index in SHUFFLE]).array[0], FRAMES)
 
 
-def test_thickness_of_wrong_units_merges_no_slices() -> None:
+def test_thickness_in_wrong_units_merges_no_slices() -> None:
     scan = read_scan(slices(SliceThickness=2000))  # in micrometres
     np.testing.assert_array_equal(scan.array[0], FRAMES)
 
@@ -158,7 +158,7 @@ def test_phases_of_two_kinds_are_resolved_one_after_the_other() -> None:
     assert (scan.description["phases"], scan.description["selected_by"]) == (6, "EchoTime, TriggerTime")
 
 
-def test_repeats_that_only_times_tell_apart_are_resolved_per_position() -> None:
+def test_repeats_that_differ_in_time_only_are_resolved_per_position() -> None:
     files = slices() + slices(FRAMES // 2)
     with_values(files, "AcquisitionTime", [f"1000{seconds:02d}" for seconds in range(12)])
     scan = read_scan(shuffled(files))
@@ -233,7 +233,7 @@ def test_slices_with_and_without_positions_are_not_mixed() -> None:
     assert (scan.description["order"], scan.description["slices_left_out"]) == ("ImagePositionPatient", 3)
 
 
-def test_frame_of_reference_of_each_file_is_no_stack() -> None:
+def test_frames_of_reference_that_differ_in_every_file_are_ignored() -> None:
     files = with_values(slices(), "FrameOfReferenceUID", [generate_uid() for _ in range(6)])
     np.testing.assert_array_equal(read_scan(shuffled(files)).array[0], FRAMES)
 
@@ -303,7 +303,7 @@ def test_patients_and_studies_are_never_joined(keyword: str) -> None:
     assert read_scan(files, series=1).array.shape[1] == 3
 
 
-def test_file_without_a_patient_or_study_joins_the_only_series_it_can_be_of() -> None:
+def test_file_without_a_patient_or_study_joins_the_only_series_that_fits() -> None:
     files = slices(StudyInstanceUID="1.5")
     del files[0].StudyInstanceUID, files[1].PatientID
     np.testing.assert_array_equal(read_scan(files).array[0], FRAMES)
@@ -520,7 +520,7 @@ def test_series_agrees_with_simpleitk(tmp_path: Path) -> None:
 
 
 def siemens(name: str) -> Dataset:
-    """Return a mosaic of 48 slices that nibabel tests with, whose voxels are zero, with voxels."""
+    """Return a mosaic of 48 slices of nibabel's test data, with random voxels instead of zeros."""
     path = Path(nib.__file__).parent / "nicom" / "tests" / "data" / name
     if not path.is_file():
         pytest.skip("this nibabel has no test files")
@@ -690,7 +690,7 @@ def test_dicomdir_is_ignored_in_a_folder_and_refused_alone(tmp_path: Path) -> No
     assert caught.value.reason == "unsupported"
 
 
-def test_magnification_is_taken_from_the_detector_spacing() -> None:
+def test_detector_spacing_is_divided_by_the_magnification() -> None:
     ds = dicom(FRAMES[0], ImagerPixelSpacing=[0.3, 0.2], EstimatedRadiographicMagnificationFactor=2)
     assert read_scan(ds).spacing == pytest.approx((None, 0.15, 0.1))
     ds.PixelSpacing = [0.1, 0.1]

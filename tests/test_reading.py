@@ -252,7 +252,7 @@ def test_animations_have_all_frames(kind: str) -> None:
     assert np.abs(scan.array[0].astype(int) - np.stack([np.asarray(frame) for frame in frames])).mean() < 6
 
 
-def test_default_image_of_an_animated_png_is_no_frame() -> None:
+def test_default_image_of_an_animated_png_is_not_a_frame() -> None:
     frames = [Image.fromarray(np.roll(RGB, i, 0)) for i in range(3)]
     data = encode(Image.fromarray(RGB[::-1].copy()), "PNG", save_all=True, default_image=True, append_images=frames)
     scan = read_scan(data)
@@ -387,7 +387,7 @@ def test_hounsfield_units_are_declared_and_never_guessed(voxels: np.ndarray) -> 
 
 
 @pytest.mark.parametrize(("low", "high"), [(-4096, 4095), (-3142, 3142), (-900, 900), (-150, 150)])
-def test_phases_and_field_maps_are_no_hounsfield_units(low: int, high: int) -> None:
+def test_phases_and_field_maps_are_not_hounsfield_units(low: int, high: int) -> None:
     phase = RNG.integers(low, high, (12, 10, 6)).astype(np.int16)
     for dtype in (np.int16, np.float32):
         scan = read_scan(nifti_bytes(phase.astype(dtype), np.diag([-1.0, -1, 1, 1])))
@@ -599,7 +599,7 @@ def test_colour_as_the_fifth_dimension_is_colour(intent: int) -> None:
         ((6, 5, 4, 1, 2), np.uint8, 0),
     ],
 )
-def test_vectors_are_no_scans(shape: tuple[int, ...], dtype: Any, intent: int) -> None:
+def test_vectors_are_refused(shape: tuple[int, ...], dtype: Any, intent: int) -> None:
     with pytest.raises(M3RetReadError) as caught:
         read_scan(nifti_bytes(np.ones(shape, dtype), np.eye(4), intent_code=intent))
     assert caught.value.reason == "unsupported"
@@ -715,7 +715,7 @@ def test_nrrd_is_oriented_as_its_space_declares(header: str) -> None:
     np.testing.assert_allclose(scan.array[0], percentiles(expected), atol=1e-6)
 
 
-def test_list_axis_of_nrrd_is_a_number_of_volumes() -> None:
+def test_list_axis_of_nrrd_holds_volumes() -> None:
     pytest.importorskip("SimpleITK")
     volumes = RNG.integers(0, 256, (4, 5, 6, 3), dtype=np.uint8)  # not colour, though they are three of 8 bits
     fixed = "NRRD0004\ntype: uchar\ndimension: 4\nsizes: 3 6 5 4\nencoding: raw\nkinds: list space space space\n"

@@ -1,4 +1,4 @@
-"""Videos are read as ffmpeg shows them. The right values are written frames, FFmpeg's filters, or a closed form."""
+"""Videos are read as ffmpeg shows them. Expected values are written frames, FFmpeg's filters, or a closed form."""
 
 from __future__ import annotations
 
@@ -365,7 +365,7 @@ def streams(kind: str, *adders: Callable[[Any], Writer]) -> bytes:
 
 
 @pytest.mark.parametrize("kind", ["mp4", "matroska"])
-def test_audio_covers_and_smaller_streams_are_passed_over(kind: str) -> None:
+def test_audio_covers_and_smaller_streams_are_ignored(kind: str) -> None:
     expected = shown_by_ffmpeg(decoded(clip()))
     assert_read_as(streams(kind, add_silence, add_video), expected)
     if kind == "mp4":  # whose first track is the default

@@ -13,7 +13,7 @@ from modeling_m3ret.scan_m3ret import silence_libraries, sniff
 
 
 UNSPECIFIC = ("", "OT")  # OT: other
-# Words of `find_modality` that name no modality in a path: initials, units and abbreviations are more likely.
+# Words of `find_modality` that are ignored in a path, where initials, units and abbreviations are more likely.
 AMBIGUOUS_NAMES = ("dr", "mg", "io", "px", "rg", "rf", "xa", "es")
 # Suffixes of file names in BIDS, the standard for folders of brain images (https://bids-specification.readthedocs.io)
 _BIDS_MRI = re.compile(r"sub-.*_(t1w|t2w|pdw|flair|t2star|inplanet1|inplanet2|bold|sbref|dwi|asl)\.nii(\.gz)?")

@@ -23,7 +23,7 @@ ALL_MODALITIES = WITHIN_MODALITY.title
 ACROSS = ACROSS_BY_ANATOMY.title
 MACRO_MAP = "macro mAP"
 IN_TABLE = ("P@1", "R@5", "mAP")  # the JSON holds all metrics
-MAX_BLOCKS = 100  # patients are left out in at most so many blocks: memory and time grow with their number
+MAX_BLOCKS = 100  # patients are left out in at most this many blocks: memory and time grow with their number
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def evaluate(
     """
     records = next(iter(methods.values())).records
     if any(embedded.records != records for embedded in methods.values()):
-        raise ValueError("methods are not comparable: expected embeddings of the same scans, got different scans")
+        raise ValueError("methods are not comparable: expected embeddings of the same scans, got different scans.")
     annotations = Annotations(records)
     rows: list[Row] = []
     for protocol in protocols:
@@ -85,8 +85,8 @@ def evaluate(
 def paired_difference(first: Row, second: Row, metric: str = "mAP") -> Difference:
     """Return how much better the first method is than the second, with the jackknife interval of the difference itself.
 
-    What both methods find hard cancels out, so this resolves differences that two separate intervals cannot. The rows
-    must be of one call of `evaluate`, and the metric one of its `jackknife`.
+    Queries that are hard for both methods cancel out, so this resolves differences that two separate intervals cannot.
+    The rows must be of one call of `evaluate`, and the metric one of its `jackknife`.
 
     Raises:
         ValueError: if the rows are of different protocols or scans, or the metric has no leave-one-out values.

@@ -166,7 +166,7 @@ class RunSaver:
             return False
 
     def fit_whitening(self, encoder: M3RetModel) -> None:
-        """Fit the whitening of the next checkpoint, and record the step: a stopped run is saved at a later one."""
+        """Fit the whitening of the next checkpoint, and record the step: a stopped run may be saved at a later step."""
         if self.quality.fit_whitening(encoder):
             self._whitened_at_step = self.progress.step
 

@@ -207,7 +207,7 @@ class ApproximateSearch:
 
     @classmethod
     def load(cls, path: Path, gallery: Tensor, gallery_digest: str, settings: ApproximateSettings) -> ApproximateSearch:
-        """Load an index that this machine saved for this gallery with these settings, and build any other again.
+        """Load an index if this machine saved it for this gallery with these settings; otherwise build it again.
 
         faiss trusts the bytes that it reads, so a file without a valid signature is never given to it.
         """

@@ -52,7 +52,7 @@ class Hits:
 
 
 def check_queries(queries: Tensor, dimension: int, k: int, patients: Sequence[str] | None = None) -> None:
-    """Raise InputError unless queries are `(q, dimension)`, finite and not zero, k is positive, and patients are q."""
+    """Raise InputError unless queries are `(q, dimension)`, finite and not zero, k is positive and patients are q."""
     if queries.ndim != 2 or queries.shape[1] != dimension:
         problem = f"queries do not match the index: expected (q, {dimension}), got {tuple(queries.shape)}."
         raise InputError(f"{problem} Embed them with the model of the index.")

@@ -254,14 +254,14 @@ class RerankedSearch(Embedded):
 
     tokens: Sequence[ScanTokens] = field(kw_only=True)  # of each record
     depth: int = field(kw_only=True)  # number of candidates that are re-ranked; the others follow in their order
-    # late interaction of a query with its first candidates: several protocols and figures ask the same
+    # late interaction of a query with its first candidates, which several protocols and figures use
     _cache: dict[tuple[int, ...], Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if len(self.tokens) != len(self.records):
             raise ValueError(f"tokens do not match records: expected {len(self.records)}, got {len(self.tokens)}.")
         if self.depth < 1:
-            raise ValueError(f"depth must be positive: got {self.depth}.")
+            raise ValueError(f"depth is out of range: expected at least 1, got {self.depth}.")
 
     def similarities(self, queries: Tensor, candidate: Tensor) -> Tensor:
         """Return similarities as `Embedded` does; re-ranked candidates have 3 + their score, above all others."""
@@ -326,8 +326,8 @@ def locate(
     """
     if query.tokens.shape[1] != hit.tokens.shape[1]:
         raise ValueError(
-            "tokens are of different models: "
-            f"the query's have {query.tokens.shape[1]} dimensions, the hit's {hit.tokens.shape[1]}."
+            f"tokens are of different models: expected {query.tokens.shape[1]} dimensions, as in the query, got "
+            f"{hit.tokens.shape[1]} in the hit. Compute both with one model."
         )
     cosines = _normalized(query) @ _normalized(hit).T  # (Lq, Lh)
     scaled = cosines / TEMPERATURE

@@ -129,7 +129,7 @@ def _is_outside(name: str) -> bool:
 def delete_old_files(folder: Path, seconds: float) -> None:
     """Delete files that were not written for this many seconds, and folders that have been empty as long."""
     for path in sorted(folder.rglob("*"), reverse=True):  # the contents of a folder come before the folder
-        with suppress(OSError):  # deleted by someone else, or a folder that is not empty
+        with suppress(OSError):  # deleted by another process, or a folder that is not empty
             if time.time() - path.lstat().st_mtime < seconds:
                 continue  # also new empty folders, into which a file may be about to be written
             if path.is_dir():

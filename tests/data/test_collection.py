@@ -122,7 +122,7 @@ def test_excluded_modalities_may_be_spelled_in_any_way(excluded: list[str]) -> N
 
 @pytest.mark.parametrize("excluded", [["ct", "MRR"], ["pet"], [""], ["ct,mri"], "mri", None, [7]])
 def test_unknown_modalities_are_refused(excluded: Any) -> None:
-    """A word that excludes nothing would train on what was to be excluded."""
+    """An unknown word would exclude nothing, and its scans would be trained on."""
     with pytest.raises(InputError):
         exclude_modalities(make_records(4), excluded)
 
@@ -146,7 +146,7 @@ def read_rows(folder: Path, *rows: str, header: str = "id,file,modality,anatomy,
         ("endoscopy", ["ES", "Endoscopy", "colonoscopy"]),
     ],
 )
-def test_spellings_of_a_modality_are_one(tmp_path: Path, modality: str, words: list[str]) -> None:
+def test_spellings_of_a_modality_are_equal(tmp_path: Path, modality: str, words: list[str]) -> None:
     rows = [f'{number},1.png,"{word}",a,l,p,' for number, word in enumerate(words)]
     assert {record.modality for record in read_rows(tmp_path, *rows)} == {modality}
 
@@ -162,12 +162,12 @@ def test_unknown_modality_is_refused_with_the_nearest(tmp_path: Path, word: str,
 
 
 @pytest.mark.parametrize("word", ["pet", "histology", "ct|mri", "ct/mr", "c", "СТ", "0"])  # one is in Cyrillic
-def test_other_words_are_no_modality(tmp_path: Path, word: str) -> None:
+def test_other_words_are_not_modalities(tmp_path: Path, word: str) -> None:
     with pytest.raises(CollectionError):
         read_rows(tmp_path, f"a,1.png,{word},a,l,p,")
 
 
-def test_spellings_of_anatomy_and_labels_are_one(tmp_path: Path) -> None:
+def test_spellings_of_anatomy_and_labels_are_equal(tmp_path: Path) -> None:
     rows = [
         "a,1.png,ct,Chest,Nodule | effusion,p,",
         "b,1.png,ct,chest ,nodule\u00a0|nodule,q,",
@@ -241,7 +241,7 @@ def test_table_that_may_be_misread_is_refused(tmp_path: Path, text: str) -> None
         open_collection(tmp_path)
 
 
-def test_splits_under_another_name_are_pointed_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_splits_under_another_name_are_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "manifest.csv").write_text(PLAIN.replace("split", "subset"))
     assert {record.split for record in open_collection(tmp_path)} == {""}
     assert len(caplog.records) == 1
@@ -272,7 +272,7 @@ def test_splits_of_a_manifest_are_honoured(tmp_path: Path) -> None:
 
 
 def test_patient_never_crosses_a_split(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """A scan without a split follows its patient; a patient who is tested on as well is not trained on."""
+    """A scan without a split follows its patient; a patient who is also tested on is not trained on."""
     rows = ["a,1.png,ct,a,l,p,test", "b,1.png,ct,a,l,p,", "c,1.png,ct,a,l,q,train", "d,1.png,ct,a,l,q,test"]
     records = read_rows(tmp_path, *rows, "e,1.png,ct,a,l,r,train", "f,1.png,ct,a,l,r,val", "g,1.png,ct,a,l,s,train")
     assert [record.split for record in records] == ["test", "test", "train", "test", "train", "validation", "train"]
@@ -281,7 +281,7 @@ def test_patient_never_crosses_a_split(tmp_path: Path, caplog: pytest.LogCapture
     assert len(caplog.records) == 1
 
 
-def test_patients_who_may_be_one_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_patients_with_similar_names_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     names = ["P 1", "p1", "P2", "P 1 ", "01", "1.0"]
     records = read_rows(tmp_path, *(f"{n},1.png,ct,a,l,{name}," for n, name in enumerate(names)))
     assert [record.group for record in records] == ["P 1", "p1", "P2", "P 1", "01", "1.0"]
@@ -304,7 +304,7 @@ def test_links_are_followed_wherever_they_point(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_dataset_that_cannot_be_asked_for_is_refused(monkeypatch: pytest.MonkeyPatch, stream: bool) -> None:
+def test_dataset_without_hub_and_cache_is_refused(monkeypatch: pytest.MonkeyPatch, stream: bool) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(CollectionError, match="data/typo"):
         open_collection("data/typo", stream=stream)

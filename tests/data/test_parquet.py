@@ -90,7 +90,7 @@ def test_an_index_of_other_shards_is_ignored(dataset: Path) -> None:
 
 @pytest.mark.parametrize("indexed", [True, False])
 def test_missing_shards_are_refused(dataset: Path, indexed: bool) -> None:
-    """A dataset that was downloaded in part would train on less, or without its validation split."""
+    """A partly downloaded dataset would lack training scans, or its validation split."""
     if indexed:
         pq.write_table(build_index(local_shards(dataset)), dataset / "index.parquet")
         (dataset / VALIDATION).unlink()
@@ -124,7 +124,7 @@ def test_words_of_a_dataset_are_read_as_in_a_manifest(tmp_path: Path, word: str 
     assert (record.modality, record.anatomy, record.label) == (modality, "chest", "Nodule")
 
 
-def test_files_that_are_not_named_as_shards_are_pointed_out(dataset: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_files_that_are_not_named_as_shards_are_reported(dataset: Path, caplog: pytest.LogCaptureFixture) -> None:
     (dataset / VALIDATION).rename(dataset / VALIDATION.replace("validation", "val"))
     assert {record.split for record in open_collection(dataset)} == {"train"}
     assert len(caplog.records) == 1

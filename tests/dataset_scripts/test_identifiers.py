@@ -1,4 +1,4 @@
-"""Identifiers planted in every input come out of no file that training, evaluation, an index or an export writes.
+"""Identifiers planted in every input appear in no file that training, evaluation, an index or an export writes.
 
 `test_build.py` checks the same for datasets, `test_deidentification.py` for each format.
 """

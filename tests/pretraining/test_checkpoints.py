@@ -167,5 +167,5 @@ def test_pruning_keeps_the_last_and_the_best_checkpoints_and_removes_partial_one
     checkpoints.prune(keep_last=2, best_step=5)
     assert [CheckpointFolder.step(path) for path in checkpoints.all()] == [5, 100, 1_000_000]
     assert not list((tmp_path / "checkpoints").glob(".*"))
-    assert len(list((tmp_path / "checkpoints").iterdir())) == 6  # what has another name is not the run's to delete
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 6  # folders with other names are kept
     assert checkpoints.newest() == checkpoints.path(1_000_000)

@@ -146,9 +146,7 @@ def contents(folder: Path) -> dict[Path, bytes]:
 
 
 @pytest.mark.slow
-def test_checkpoint_that_another_run_published_meanwhile_is_not_replaced(
-    config: RunConfig, records: list[Record]
-) -> None:
+def test_checkpoint_published_by_another_run_is_not_replaced(config: RunConfig, records: list[Record]) -> None:
     first, second = (saver_of(replace(config, run_dir=f"{config.run_dir}-{n}"), records) for n in (1, 2))
     for saver in (first, second):
         save(saver, 10)
@@ -201,7 +199,7 @@ def damage_file(checkpoint: Path, damage: str) -> str:
 
 
 def test_damaged_file_is_named(config: RunConfig, records: list[Record], tmp_path: Path) -> None:
-    """Also in checkpoints of earlier versions, without SHA-256, as far as one can tell."""
+    """Checkpoints of earlier versions hold no SHA-256, so only some kinds of damage are found."""
     saver = saver_of(config, records)
     save(saver, 2)
 

@@ -108,14 +108,14 @@ def brute_force(query: Tensor, allowed: list[int], k: int) -> list[int]:
         ({"source": ["fantom"]}, "phantom"),
     ],
 )
-def test_filter_that_means_nothing_is_refused(index: RetrievalIndex, where: dict[str, Any], near: str) -> None:
+def test_invalid_filter_is_refused(index: RetrievalIndex, where: dict[str, Any], near: str) -> None:
     with pytest.raises(InputError) as raised:
         index.search(embeddings()[:1], 3, where=MetadataFilter(**where))
     assert near in str(raised.value)
 
 
 @pytest.mark.parametrize("patients", ["p0", [0, 1], "patient-0", {"p0": 1, "p1": 2}])
-def test_patients_and_ids_that_are_no_list_of_words_are_refused(index: RetrievalIndex, patients: Any) -> None:
+def test_patients_and_ids_must_be_lists_of_words(index: RetrievalIndex, patients: Any) -> None:
     with pytest.raises(InputError):
         index.search(embeddings()[:2], 3, query_patients=patients)
     with pytest.raises(InputError):

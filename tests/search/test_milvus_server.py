@@ -108,7 +108,7 @@ def test_index_on_a_server_equals_that_on_disk_and_survives_a_restart(server: Se
 
 
 def test_equal_scans_are_found_in_the_order_of_their_rows(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in the index on disk, also if a message holds less scans than are equal."""
+    """As in the index on disk, also if a message holds fewer scans than are equal."""
     vectors = torch.randn(1, 32).repeat(300, 1)
     vectors[::40] = torch.randn(8, 32)
     index = module.MilvusIndex.build(vectors, metadata(300), FACTS, server.uri, "equal")

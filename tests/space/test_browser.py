@@ -58,7 +58,7 @@ def context(browser: Any) -> Any:
 
 @pytest.fixture
 def open_page(context: Any, server: SpaceServer, requested: list[str]) -> Iterator[Any]:
-    """Open the page in a new tab. What its content security policy forbids must not be missed."""
+    """Open the page in a new tab. Violations of its content security policy fail the test."""
     pages: list[Any] = []
     violations: list[str] = []
 

@@ -205,7 +205,7 @@ def test_a_recording_is_not_written(server: SpaceServer, tmp_path: Path, monkeyp
 
 
 def test_pages_and_files_state_what_a_browser_may_do_with_them(server: SpaceServer) -> None:
-    """A page runs the scripts that it came with, a file runs none. Hugging Face shows Spaces in a frame."""
+    """A page runs its own scripts only, a file runs none. Hugging Face shows Spaces in a frame."""
     with httpx.Client(base_url=server.address, timeout=TIMEOUT) as visitor:
         files = {"files": ("evil.html", b"<script>alert(1)</script>")}
         (path,) = visitor.post("/gradio_api/upload", files=files).json()
@@ -300,7 +300,7 @@ def test_an_event_that_does_not_exist_is_refused(index: Any, server: SpaceServer
     answer = httpx.post(f"{server.address}gradio_api/call/{index}", json=body, timeout=TIMEOUT)
     assert answer.status_code in (400, 404)
     private = httpx.post(f"{server.address}gradio_api/call/_redraw", json={"data": [None] * 14}, timeout=TIMEOUT)
-    assert private.status_code == 404, "an event of the page is no endpoint"
+    assert private.status_code == 404, "an event of the page is not an endpoint"
 
 
 @pytest.mark.parametrize(

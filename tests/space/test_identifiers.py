@@ -1,4 +1,4 @@
-"""Names and paths planted in a gallery do not come out: in no page, answer, download, picture, error or log."""
+"""Names and paths planted in a gallery appear in no page, answer, download, picture, error or log."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def run_event(visitor: httpx.Client, elem_id: str, trigger: str, event_data: Any
     return next(message for message in messages if message["msg"] == "process_completed")
 
 
-def test_no_planted_identifier_comes_out(server: SpaceServer, capfd: pytest.CaptureFixture[str]) -> None:
+def test_no_planted_identifier_appears(server: SpaceServer, capfd: pytest.CaptureFixture[str]) -> None:
     answers: list[str] = []
     with httpx.Client(base_url=server.address, timeout=TIMEOUT) as visitor:
         example = run_event(visitor, "example-xray", "click")
@@ -121,7 +121,7 @@ def test_no_planted_identifier_comes_out(server: SpaceServer, capfd: pytest.Capt
             answers.append(answer.text)
             if answer.status_code == 200:
                 answers.append(visitor.get(f"/gradio_api/call/similar/{answer.json()['event_id']}").text)
-        for name in PLANTED.values():  # whether a filter knows a word must not tell that it exists
+        for name in PLANTED.values():  # a filter must not reveal whether a word exists
             for values in ([[name], []], [[], [name]]):
                 answer = visitor.post("/gradio_api/call/similar", json={"data": [1, 9, *values, False]})
                 assert answer.status_code == 422

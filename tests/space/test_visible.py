@@ -1,4 +1,4 @@
-"""Which words of a gallery visitors may see."""
+"""Visitors see known medical words of a gallery, and no other words."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_what_may_identify_a_person_is_not_shown(text: str) -> None:
     assert row == {"modality": "", "anatomy": "", "labels": ["nodule"], "source": ""}
 
 
-def test_the_owner_may_show_labels_but_no_source() -> None:
+def test_the_owner_may_show_labels_but_not_sources() -> None:
     table = pa.table({"modality": ["dxa"], "anatomy": ["Hof"], "labels": [["Grad B"]], "source": ["/data/doe"]})
     (row,) = visible_columns(table, show_labels=True).to_pylist()
     assert row == {"modality": "dxa", "anatomy": "Hof", "labels": ["Grad B"], "source": ""}

@@ -124,10 +124,10 @@ TRAINING_LENGTH = ("step", "views")  # two measures of the same quantity
 
 
 def scaling_series(checkpoints: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, list[str]]]:
-    """Find the checkpoints, given as for `draw_pictures`, that differ in one quantity only, which a line may join.
+    """Group checkpoints, given as for `draw_pictures`, that differ in one quantity only, so that a line may join them.
 
-    Returns, by quantity that differs among checkpoints, series by name, each of the names of checkpoints in ascending
-    order of the quantity. The name of a series says in what it differs from the others.
+    Returns, for each quantity that differs among checkpoints, the series by name: names of checkpoints in ascending
+    order of the quantity. The name of a series states how it differs from the others.
     """
     quantities: dict[str, dict[str, list[str]]] = {}
     for quantity in QUANTITIES:
@@ -157,7 +157,7 @@ def _settings(facts: Mapping[str, Any], ignored: Sequence[str]) -> list[str]:
 
 
 def _quantity(facts: Mapping[str, Any], name: str) -> float | None:
-    """Return a positive number, or None if the facts, from an untrusted file, have none of this name."""
+    """Return a positive number, or None if the facts, which are not trusted, hold none of this name."""
     value = facts.get(name)
     return float(value) if isinstance(value, int | float) and 0 < value < float("inf") else None
 

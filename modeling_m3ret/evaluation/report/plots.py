@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 Results = Mapping[str, Mapping[str, numbers.QueryResults]]  # of `rank_within_modalities`
 
-# Okabe and Ito, "Color Universal Design", 2008: the colour-blind can distinguish these colours. Markers, dashes and
+# Okabe and Ito, "Color Universal Design", 2008: colours that colour-blind readers can distinguish. Markers, dashes and
 # borders carry the same information without colour.
 BLACK, BLUE, ORANGE, GREEN = "#000000", "#0072B2", "#E69F00", "#009E73"
 VERMILLION, PURPLE, SKY, YELLOW = "#D55E00", "#CC79A7", "#56B4E9", "#F0E442"
