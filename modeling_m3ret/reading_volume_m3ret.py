@@ -268,9 +268,8 @@ def read_itk(file: bytes | Path, request: ReadRequest) -> AnyScan:
             expected = f"a {kind} header that SimpleITK supports"
             raise request.error("unsupported", expected, "a header that it rejects") from error
         description: Description = {"format": kind}
-        is_list = (
-            len(shape) < 4 and re.search(rb"(?im)^kinds\s*:.*\blist\b", header) is not None
-        )  # each voxel holds a list of values, one per volume
+        # each voxel holds a list of values, one per volume
+        is_list = len(shape) < 4 and re.search(rb"(?im)^kinds\s*:.*\blist\b", header) is not None
         is_colour = dtype == np.uint8 and channels in (3, 4) and not is_list
         if dtype.kind not in "iuf" or not (channels == 1 or is_colour or is_list) or len(shape) > 4:
             got = f"{len(shape)} dimensions of {channels} values of type {dtype}"

@@ -200,9 +200,8 @@ def _read_header(
     if repeated := [name for name in known.values() if header.count(name) > 1]:
         raise TableError(path, f"one column {repeated[0]}", str(header.count(repeated[0])), "Remove the others.")
     if "split" in {*optional} - {*header} and (typo := difflib.get_close_matches("split", header, 1, 0.8)):
-        raise TableError(
-            path, "the column split", repr(typo[0]), "Rename it, or remove it."
-        )  # else test rows would be trained on
+        # without this, test rows would be trained on
+        raise TableError(path, "the column split", repr(typo[0]), "Rename it, or remove it.")
     return header, delimiter, number
 
 
