@@ -48,7 +48,7 @@ class EventCheck:
         self.page, self.folder = page, folder
 
     def __call__(self, route: str, api_name: str, body: bytes) -> bytes:
-        """Check a body, and return it re-encoded so that Gradio parses the same values.
+        """Check a body, and return it re-encoded so that Gradio parses the same values, and none that no event uses.
 
         Args:
             route: `queue/join`, `call` or `call/v2`.
@@ -64,6 +64,9 @@ class EventCheck:
             fn = self._by_index(event) if route == "queue/join" else self._by_name(api_name)
             self._check_keys(event, fn)
             self._check_values(fn, event.get("data"), event.get("session_hash"))
+            event["event_data"] = (
+                {"index": event["event_data"]["index"], "value": None} if fn.collects_event_data else None
+            )
         return json.dumps(event).encode()
 
     def is_file(self, path: object) -> bool:
@@ -80,7 +83,7 @@ class EventCheck:
             raise EventError(400, "fn_index: expected an integer.")
         if not isinstance(session, str):
             raise EventError(400, "session_hash: expected the name of a session.")
-        if index not in self.page.fns:
+        if index not in self.page.fns or self.page.fns[index].fn is None:  # some run in the browser only
             raise EventError(404, "fn_index: this event does not exist.")
         return self.page.fns[index]
 
@@ -98,8 +101,11 @@ class EventCheck:
             raise EventError(400, "session_hash: expected up to 64 letters, digits, _ and -.")
         if trigger is not None and not (_is_integer(trigger) and trigger in self.page.blocks):
             raise EventError(400, "trigger_id: expected the id of a component.")
-        if fn.collects_event_data and not _is_selection(event.get("event_data")):
-            raise EventError(400, "event_data: expected value and index, which is one or two integers of at least 0.")
+        if fn.collects_event_data:
+            numbers = 1 if isinstance(self.page.blocks[fn.targets[0][0]], gr.Gallery) else 2  # row, column or x, y
+            if not _is_selection(event.get("event_data"), numbers):
+                expected = "one integer" if numbers == 1 else "two integers"
+                raise EventError(400, f"event_data: expected value and index, which is {expected} of at least 0.")
 
     def _check_values(self, fn: Any, data: object, session: str | None) -> None:
         inputs = fn.inputs
@@ -183,10 +189,12 @@ def _is_number(value: object) -> bool:
     return _is_integer(value) or (isinstance(value, float) and math.isfinite(value))
 
 
-def _is_selection(data: object) -> bool:
-    """Return whether Gradio's `SelectData` can read this, and no index is negative."""
+def _is_selection(data: object, numbers: int) -> bool:
+    """Return whether Gradio's `SelectData` can read this, with an index of so many integers, none negative."""
     if not isinstance(data, dict) or not {"index", "value"} <= data.keys():
         return False
     index = data["index"]
-    numbers = index if isinstance(index, list) and len(index) == 2 else [index]
-    return all(_is_integer(number) and 0 <= number <= MAX_NUMBER for number in numbers)
+    if numbers == 1:
+        index = [index]
+    is_index = isinstance(index, list) and len(index) == numbers
+    return is_index and all(_is_integer(number) and 0 <= number <= MAX_NUMBER for number in index)

@@ -304,18 +304,34 @@ def test_an_event_that_does_not_exist_is_refused(index: Any, server: SpaceServer
 
 
 @pytest.mark.parametrize(
-    "selected", [-1, -(10**9), 1.5, True, None, "0", [], [-1, 0], [0, -1], [0, 1, 2], [[0], 0], {"a": 0}, "missing"]
+    ("elem_id", "selections"),
+    [
+        ("grid", [-1, -(10**9), 1.5, True, None, "0", [], [0], [0, 0], {"a": 0}, "missing"]),
+        ("table", [-1, 0, [-1, 0], [0, -1], [0], [0, 1, 2], [[0], 0], [0.5, 0], [True, 0], None, "missing"]),
+        ("map", [0, [-1, 5], [5], [5, None], [1e9, 5], ["5", "5"], {"x": 5, "y": 5}, None, "missing"]),
+    ],
 )
-def test_a_selection_that_does_not_exist_is_refused(selected: Any, server: SpaceServer) -> None:
+def test_a_selection_that_does_not_exist_is_refused(elem_id: str, selections: list[Any], server: SpaceServer) -> None:
     with httpx.Client(base_url=server.address, timeout=TIMEOUT) as visitor:
         config = visitor.get("/config").json()
-        (grid,) = (part["id"] for part in config["components"] if part["props"].get("elem_id") == "grid")
+        (grid,) = (part["id"] for part in config["components"] if part["props"].get("elem_id") == elem_id)
         (event,) = (event for event in config["dependencies"] if [grid, "select"] in event["targets"])
         values = {part["id"]: part["props"].get("value") for part in config["components"]}
         body = {"fn_index": event["id"], "session_hash": "s", "data": [values[id] for id in event["inputs"]]}
-        data = {"value": None} if selected == "missing" else {"index": selected, "value": None}
-        answer = visitor.post("/gradio_api/queue/join", json=body | {"event_data": data})
-    assert answer.status_code == 400
+        for selected in selections:
+            data = {"value": None} if selected == "missing" else {"index": selected, "value": None}
+            answer = visitor.post("/gradio_api/queue/join", json=body | {"event_data": data})
+            assert answer.status_code == 400, selected
+        file = {"path": "/etc/passwd", "meta": {"_type": "gradio.FileData"}}  # Gradio would look for it
+        index = 3 if elem_id == "grid" else [3, 3]
+        accepted = visitor.post("/gradio_api/queue/join", json=body | {"event_data": {"index": index, "value": file}})
+        assert accepted.status_code == 200
+        messages = visitor.get("/gradio_api/queue/data", params={"session_hash": "s"}).text
+        assert "process_completed" in messages
+        assert "/etc/passwd" not in messages
+        for script in (event for event in config["dependencies"] if not event["backend_fn"]):
+            body = {"fn_index": script["id"], "session_hash": "s", "data": [None] * len(script["inputs"])}
+            assert visitor.post("/gradio_api/queue/join", json=body).status_code == 404, "it runs in the browser"
 
 
 def test_a_malformed_upload_is_refused(server: SpaceServer) -> None:
