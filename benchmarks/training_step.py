@@ -205,7 +205,7 @@ def profiled(step: Step) -> tuple[int, int]:
 def measure_scaling(preset: str, dtype: torch.dtype | None, rounds: int) -> None:
     """Print the cost of forward and backward of each objective against scans and tokens, on mixed views.
 
-    It includes what the training process does to the packs of the loader. Time is that of the processor, which depends
+    It includes what the training process does to the packs of the loader. CPU time is measured, because it depends
     least on other processes.
     """
     prepare_cpu()

@@ -1,4 +1,4 @@
-"""The base class of every exception that means: the input is wrong, not the program."""
+"""Base class of the exceptions that the user's input causes, not a fault of the program."""
 
 
 class InputError(ValueError):

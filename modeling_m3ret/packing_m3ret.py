@@ -39,7 +39,7 @@ def split_into_patches(volumes: Tensor, patch_depth: int, patch_size: int) -> Te
     if H % patch_size or W % patch_size:
         raise ValueError(
             f"height and width do not divide into patches: expected multiples of patch_size={patch_size}, "
-            f"got {H} x {W}. Resize or pad the volumes"
+            f"got {H} x {W}. Resize or pad the volumes."
         )
     if missing := -D % patch_depth:
         last = volumes[:, :, -1:].expand(-1, -1, missing + (D == 1), -1, -1)
@@ -93,7 +93,7 @@ class _Permute(torch.autograd.Function):
 
 
 class _Take(torch.autograd.Function):
-    """Return some rows, and all rows for `_Put` alone, which replaces those taken."""
+    """Return some rows, and all rows. Pass the latter to `_Put` only, which replaces the rows taken."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
@@ -136,7 +136,7 @@ def put(rows: Tensor, indices: Tensor, values: Tensor) -> Tensor:
 
 @dataclass
 class Movable:
-    """A dataclass of tensors, other values, and such dataclasses."""
+    """A dataclass whose fields are tensors, nested `Movable` objects, tuples of these, or other values."""
 
     def to(self, device: torch.device | str) -> Any:
         """Return a copy whose tensors are on `device`."""
@@ -178,8 +178,8 @@ class PackLayout(Movable):
     Attributes:
         groups: `(scans, L)` for each run of scans of equal length, shortest first.
         prefix: number of first tokens of each scan, 0 if it varies.
-        order: index in the batch of the scan at each position, int64 `(B,)`. None, like all tensors below, if no scan
-            differs in its number of first tokens or patches: positions and the caller's order are then the same.
+        order: index in the batch of the scan at each position, int64 `(B,)`. None, like all tensors below, if all scans
+            have equal numbers of first tokens and of patches: positions and the caller's order are then the same.
         positions: position of each scan, int64 `(B,)`: the inverse of `order`.
         joining: index in `[first tokens, patches]` of each token by position, int64 `(N,)`.
         splitting: inverse of `joining`.

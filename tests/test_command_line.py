@@ -111,7 +111,7 @@ def test_only_the_first_process_of_a_machine_prints(
     assert (ended.value.code, capsys.readouterr().err) == (2, "")
 
 
-def test_a_checkpoint_that_is_none_of_ours_is_an_input_error(tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_model_is_an_input_error(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "vit"}')
     for name in (str(tmp_path), str(tmp_path / "missing")):
         with pytest.raises(InputError) as raised:

@@ -27,7 +27,7 @@ from .schema import CollectionError
 from .views import ViewKind, random_crop, random_flip, random_intensity
 
 
-# so many unreadable records in a row mean that the disk or the manifest is wrong, not a file
+# this many consecutive unreadable records indicate a faulty disk or manifest, not faulty files
 MAX_CONSECUTIVE_FAILURES = 16
 
 
@@ -48,12 +48,12 @@ class Pack(Movable):
     scans: list[int] = field(default_factory=list)  # index of each scan in the records
     noise: Tensor | None = None  # (P,) random numbers in [0, 1) for MAE's mask, in training only
     failures: list[tuple[int, str]] = field(default_factory=list)  # index and message of each scan that was not read
-    plan: Movable | None = None  # what the objective's planner made of the pack
+    plan: Movable | None = None  # result of the objective's planner
     blocks: Tensor | None = None  # indices of `row_blocks` with compact images, if there is a plan
 
     @classmethod
     def from_scan(cls, index: int, volume: Tensor, processor: M3RetImageProcessor, noise: Tensor | None = None) -> Pack:
-        """Return a pack of one scan `(1 or 3, D, H, W)`, the one of the record `index`."""
+        """Return a pack of one scan `(1 or 3, D, H, W)`, that of record `index`."""
         C, D, H, W = volume.shape
         depth = 1 if D == 1 else processor.patch_depth
         patches = split_into_patches(volume[None], depth, processor.patch_size)
@@ -155,7 +155,7 @@ class RandomViews(Dataset[Pack]):
     _: KW_ONLY
     views: Sequence[ViewKind]  # in the order in which an item holds them
     seed: int = 0  # of crops and noise
-    cache_bytes: int = 0  # of decoded scans that each worker still caches for later epochs
+    cache_bytes: int = 0  # bytes of decoded scans that each worker may still cache for later epochs
     blocks: Blocks | None = None  # rows that are fetched together when streaming
 
     def __post_init__(self) -> None:
@@ -253,7 +253,7 @@ class PackLoader(DataLoader[Pack]):
             num_workers=num_workers,
             collate_fn=collate_fn,
             worker_init_fn=_initialise_worker,
-            # a loader draws a seed when it starts: taken from the global generator, a resumed run would draw one more
+            # a loader draws a seed when it starts; from the global generator, a resumed run would draw one more
             generator=torch.Generator(),
             **options,
         )

@@ -9,7 +9,7 @@ too: a finding may lie at the border, and all encoders should see the same. Size
 The feature depends on the model:
 
 - models aligned with text (CLIP, SigLIP, ...): `get_image_features`, and the same in open_clip;
-- `pooler_output`, if the checkpoint has its weights or it has none: the normalised class token of DINOv2 and DINOv3,
+- `pooler_output`, if it has no weights or the checkpoint holds them: the normalised class token of DINOv2 and DINOv3,
   the mean of ConvNeXt and Swin, the dense layer of a ViT that was trained with one;
 - otherwise the class token of the last hidden state: ViT classifiers, DINO, MAE (without masking).
 

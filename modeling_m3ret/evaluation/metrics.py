@@ -144,7 +144,7 @@ def scores_from_ranks(ranks: Tensor, metrics: Sequence[str] = METRICS) -> Tensor
         elif metric == "MRR":
             score = 1 / ranks.amin(-1)
         else:
-            raise ValueError(f"unknown metric: expected one like {', '.join(METRICS)}, got {metric!r}")
+            raise ValueError(f"unknown metric: expected one like {', '.join(METRICS)}, got {metric!r}.")
         scores.append(score.double())
     return torch.stack(scores, -1)
 

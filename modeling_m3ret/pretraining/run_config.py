@@ -46,7 +46,8 @@ class ResumeOptions:
     """Start, stop and resume"""
 
     initial: str | None = None
-    """Checkpoint folder or Hub id of an earlier run to initialise weights from; missing parts start at random."""
+    """Checkpoint folder or Hub id of an earlier run to initialise weights from; missing parts are initialised
+    randomly."""
     resume: bool = False
     """Continue from the newest checkpoint in `run_dir`."""
     restart: bool = False
@@ -78,7 +79,8 @@ class DataOptions:
     num_workers: int = 4
     """Worker processes that decode scans, for each training process."""
     cache_gib: float = 0.0
-    """Memory in GiB to cache decoded scans, shared by the workers of a process; several take some epochs to fill it."""
+    """Memory in GiB to cache decoded scans, shared by the workers of a process. Several workers fill it over several
+    epochs."""
 
 
 @dataclass
@@ -170,8 +172,8 @@ class OptimisationOptions:
     """Mixed precision: bf16, or no for float32 (quote "no" in YAML); null follows `accelerate launch`. fp16 is not
     supported, because its loss scale is not saved in checkpoints."""
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3"] | None = None
-    """Attention kernels, by their names in transformers. null chooses: on CUDA one variable-length kernel for packs of
-    mixed lengths, of PyTorch or else of flash-attn, where one is installed; otherwise one call for each length."""
+    """Attention kernels, by their names in transformers. null chooses, on CUDA, one variable-length kernel for packs of
+    mixed lengths (of PyTorch or else of flash-attn, if installed); otherwise one call for each length."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more compute."""
     compile_layers: bool = False
@@ -320,7 +322,7 @@ class RunConfig(OutputOptions, ResumeOptions, DataOptions, ObjectiveOptions, Vie
         ours = {key: value for key, value in asdict(self).items() if key not in MAY_CHANGE_ON_RESUME}
         theirs = {RENAMED_KEYS.get(key, key): value for key, value in checkpoint.items()}
         theirs = {key: value for key, value in theirs.items() if key not in MAY_CHANGE_ON_RESUME}
-        theirs["precision"] = theirs.get("precision") or ours["precision"]  # early checkpoints may not hold theirs
+        theirs["precision"] = theirs.get("precision") or ours["precision"]  # early checkpoints may lack it
         pairs = {key: (theirs.get(key, "absent"), ours.get(key, "absent")) for key in sorted(ours.keys() | theirs)}
         return {key: (their, our) for key, (their, our) in pairs.items() if their != our}
 

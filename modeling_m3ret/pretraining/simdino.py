@@ -196,7 +196,7 @@ class SimDINO(nn.Module):
             pixel_values: float `(P, C*t*p*p)` or compact `(P, C*p*p)`, the V views of a scan one after the other.
             grid_thw: int64 `(B*V, 3)`.
             noise: float `(P,)` in [0, 1), for masks and stochastic depth; drawn here if None.
-            plan: what `self.plan` makes of the grids and the noise, instead of these.
+            plan: result of `self.plan`, instead of grids and noise.
         """
         rows = pixel_values
         if plan is None:
@@ -229,7 +229,8 @@ class SimDINO(nn.Module):
         if plan.hidden is not None:
             hidden, _ = take(patches, plan.hidden)
             cosines = (self.student_head(hidden) * target).sum(-1)  # (masked patches,)
-            agreement = cosines @ plan.hidden_weights  # mean over the masked views; without any 0, with its gradient
+            # mean over the masked views; 0, with a gradient, if there are none
+            agreement = cosines @ plan.hidden_weights
             # a view without a mask contributes 0, as published; weighted over ranks like the compression
             views = plan.teacher.scans
             fraction = plan.masked_views / views * rank_weight(views, cosines.device)

@@ -44,7 +44,7 @@ def load_initial(model: nn.Module, config: M3RetConfig, weights_file: str, sourc
     warning. The whitening is statistics, not weights; it is loaded if its shape is the same.
 
     Raises:
-        WarmStartError: if the source is no checkpoint, or its encoder differs.
+        WarmStartError: if the source is not a checkpoint, or its encoder differs.
     """
     folder = Path(source)
     if not folder.is_dir():

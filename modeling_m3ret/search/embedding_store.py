@@ -4,8 +4,8 @@ A collection is embedded in shards of consecutive records. A shard is one safete
 name of a cache folder is a hash of all that determines the embeddings: weights, configuration, processor, precision and
 records. So embeddings are found again under any name of the checkpoint, and never confused with another model's.
 
-No file in the cache holds a name, a path or an id of a scan: rows are indices into the caller's list of records, and of
-unreadable scans only the absence of their row is stored. Delete `HF_HOME/m3ret/embeddings` to clear the cache.
+No file in the cache holds a name, a path or an id of a scan: rows are indices into the caller's list of records, and an
+unreadable scan has no row. Delete `HF_HOME/m3ret/embeddings` to clear the cache.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def embed_collection(
         folder: of the cache; by default `HF_HOME/m3ret/embeddings`.
         dtype: bfloat16 runs the encoder under autocast, which is faster on hardware that supports it.
         max_tokens, num_workers: as for `embed_records`.
-        pooled: return pooled features `(n, pooled_size)`, neither whitened nor normalised, to fit a whitening to.
+        pooled: return pooled features `(n, pooled_size)`, neither whitened nor normalised, for fitting a whitening.
     """
     facts = asdict(model_facts(model, processor, name))
     del facts["model"]

@@ -1,7 +1,7 @@
 """Publish app, model and index as a private Hugging Face Space: `app.py --push_to_hub ORG/SPACE`.
 
 No pixel of a local gallery is uploaded, only its embeddings with what visitors may see (`visible.py`). A gallery with a
-public name (the phantom, or a data set on the Hub) is opened by that name on the Space.
+public name (the phantom, or a dataset on the Hub) is opened by that name on the Space.
 """
 
 from __future__ import annotations
