@@ -45,10 +45,10 @@ class BuildOptions:
     def __post_init__(self) -> None:
         if not (self.validation >= 0 and self.test >= 0 and self.validation + self.test <= 1):
             raise InputError(
-                f"validation and test: expected fractions that sum to at most 1, got {self.validation} and {self.test}"
+                f"validation and test: expected fractions that sum to at most 1, got {self.validation} and {self.test}."
             )
         if self.max_size is not None and self.max_size < 16:
-            raise InputError(f"max_size: expected at least 16, the size of a patch, got {self.max_size}")
+            raise InputError(f"max_size: expected at least 16, the size of a patch, got {self.max_size}.")
 
 
 class Pseudonyms:

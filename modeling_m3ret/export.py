@@ -183,7 +183,7 @@ def export(
         RuntimeError: if the graph's embeddings differ from the model's.
     """
     if output.exists():
-        raise InputError(f"output folder {output} exists. Choose a new folder.")
+        raise InputError(f"--output: expected a new folder, got {output}, which exists. Choose another one.")
     program = trace(model)
     with atomic_folder(output) as folder:
         graph = folder / ("model.pt2" if format == "torch" else "model.onnx")
@@ -201,7 +201,7 @@ def export(
 
 
 def make_manifest(model: M3RetModel, processor: M3RetImageProcessor, name: str, format: Format) -> dict[str, Any]:
-    """Describe a graph for someone who has nothing else: its model, input, output and preprocessing."""
+    """Return a complete description of a graph: its model, input, output and preprocessing."""
     config = model.config
     settings = ("size", "num_frames", "max_patches", "patch_size", "patch_depth", "image_mean", "image_std")
     return {

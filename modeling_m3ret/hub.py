@@ -1,4 +1,4 @@
-"""What every use of the Hugging Face Hub shares: the cache folder, the retry policy, and loading a checkpoint."""
+"""Cache folder, retry policy and checkpoint loading, shared by all uses of the Hugging Face Hub."""
 
 from __future__ import annotations
 

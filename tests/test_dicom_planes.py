@@ -650,7 +650,7 @@ def test_tiny_frames_are_limited_in_number() -> None:
         read_scan(ds, num_frames=5)
 
 
-# -------------------------------------------------------------------------------------------- objects that are no scan
+# ------------------------------------------------------------------------------------------ objects that are not scans
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ def test_operations_in_float64_are_noticed() -> None:
 
 @pytest.mark.parametrize("objective", ["mae", "simdino", "mae+simdino"])
 def test_training_step_needs_no_float64(objective: str) -> None:
-    """On the CPU, which stands for MPS."""
+    """Runs on the CPU in place of MPS."""
     sizes = {"num_hidden_layers": 1, "hidden_size": 24, "num_attention_heads": 2, "intermediate_size": 48}
     sizes |= {"decoder_hidden_size": 24, "decoder_num_hidden_layers": 1, "decoder_num_attention_heads": 2}
     config = RunConfig(objective=objective, model=sizes, local_views=1)  # type: ignore[arg-type]

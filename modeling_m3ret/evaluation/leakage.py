@@ -47,7 +47,7 @@ def describe_selection(split: str | None, holdout: float | None) -> str:
 def checkpoint_records(records: Sequence[Record], facts: Mapping[str, Any]) -> list[Record] | None:
     """Return the records of a collection that `train.py` trained a checkpoint on, in its order.
 
-    Returns None if the checkpoint was trained on another collection, or its facts say too little.
+    Returns None if the checkpoint was trained on another collection, or its facts are incomplete.
     """
     holdout, modalities = _holdout(facts), _modalities(facts)
     if holdout is None or not modalities:

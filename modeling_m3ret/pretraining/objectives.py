@@ -1,9 +1,13 @@
 """Training objectives behind one interface: masked autoencoding (MAE), self-distillation (SimDINO), and both together.
 
-An objective is a module that maps a pack to its loss and the scalars to log. It has `views` of a scan; `model`,
-all weights, which `save` writes to `weights_file` in a checkpoint; `encoder`, the one to publish, `encoder_name` in
-`model`; `trained_encoder`, the one with gradients; and `after_step`, called after each optimiser step. Its `plan` makes
-all indices of a pack from its grids and noise; loader workers call it, so that the training process need not.
+An objective is a module that maps a pack to its loss and the scalars to log. Its other members:
+
+- `views`: the kinds of views that it needs of each scan.
+- `model`: module with all weights, which `save` writes to `weights_file` in a checkpoint.
+- `encoder`: encoder to publish, called `encoder_name` in `model`.
+- `trained_encoder`: encoder with gradients.
+- `after_step`: called after each optimiser step.
+- `plan`: makes all indices of a pack from its grids and noise. Loader workers call it, to relieve the training process.
 """
 
 from __future__ import annotations
@@ -168,17 +172,17 @@ def build_objective(run: RunConfig) -> tuple[Objective, M3RetConfig]:
 
 
 def attention_implementation(run: RunConfig) -> str:
-    """Return the attention of a run, as set or by what is installed.
+    """Return the attention implementation of a run: the option, or one that is installed if the option is null.
 
     Raises:
-        ConfigError: if the one that is set is not installed.
+        ConfigError: if the library of the option is not installed.
     """
     is_installed = {"flash_attention_2": is_flash_attn_2_available, "flash_attention_3": is_flash_attn_3_available}
     if run.attn_implementation is None:
         needs_library = run.precision == "bf16" and torch.cuda.is_available() and variable_length_attention() is None
         return "flash_attention_2" if needs_library and is_flash_attn_2_available() else "sdpa"
     if not is_installed.get(run.attn_implementation, lambda: True)():
-        problem = f"{run.attn_implementation} is not installed. Set null, or install flash-attn."
+        problem = f"expected null or an installed library, got {run.attn_implementation}. Install flash-attn."
         raise ConfigError("attn_implementation", problem)
     return run.attn_implementation
 

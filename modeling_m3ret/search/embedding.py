@@ -124,8 +124,8 @@ def pooled_embedder(model: M3RetModel) -> Embedder:
     return lambda inputs: model(**{name: value.to(model.device) for name, value in inputs.items()}).pooler_output
 
 
-# depth x height x width of the pixel baseline: 16 x 16 as in tiny images (Torralba et al. 2008 use 32 x 32 and find 16
-# to 32 alike), and 4 in depth for volumes and clips
+# depth x height x width of the pixel baseline: 16 x 16 as in tiny images (Torralba et al. 2008 use 32 x 32, and found
+# 16 to 32 to perform alike), and 4 in depth for volumes and clips
 PIXEL_GRID = (4, 16, 16)
 
 

@@ -32,7 +32,7 @@ from .uploads import UPLOAD_BYTES, start_sweeper
 
 MAX_QUEUE = 64  # waiting visitors; further ones are asked to retry
 SHARE_ASSETS = "https://gradio.s3-us-west-2.amazonaws.com"  # with a public address, Gradio's scripts come from here
-MAX_SESSIONS = 1000  # whose state is stored, the latest ones; each takes at least 0.125 MB
+MAX_SESSIONS = 1000  # latest sessions whose state is stored; each takes at least 0.125 MB
 STYLE = """
 .gradio-container {max-width: 1280px !important; width: 100% !important; margin: 0 auto !important}
 #grid .grid-wrap {min-height: 0 !important; max-height: none !important; overflow: visible !important}
@@ -49,7 +49,7 @@ STYLE = """
 """
 NOTICE = """## Not for diagnosis
 
-Research software. It finds scans that look similar to one model. It makes no statement about a patient's condition and
+Research software. It finds scans that a model considers similar. It makes no statement about a patient's condition and
 has not been evaluated for any clinical decision. Colours in the viewer show which image patches the model considers to
 match. They are often wrong, and relative to the best match of each pair of scans.
 

@@ -114,7 +114,7 @@ def source(page: Any, image: str) -> str:
 
 
 def wait_for_change(page: Any, image: str, before: str) -> None:
-    """Wait until an image is another one."""
+    """Wait until an image has changed."""
     page.wait_for_function(
         "([image, before]) => document.querySelector(image + ' img')?.getAttribute('src') !== before",
         arg=[image, before],
