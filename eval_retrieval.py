@@ -53,7 +53,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--examples", action="store_true", help="show scans in the report, which then contains patient data")
     arguments = parser.parse_args()
     if arguments.examples and arguments.output is None:
-        parser.error("--examples: expected --output FOLDER too, got none")
+        parser.error("--examples: expected --output FOLDER too, got none.")
     return arguments
 
 
@@ -68,7 +68,8 @@ def main(arguments: argparse.Namespace) -> None:
         collection = open_collection(arguments.data)
     records = select_records(collection, arguments.split, arguments.holdout)
     if not records:
-        raise InputError(f"--data {arguments.data}: no scan in this selection. Change --split or --holdout.")
+        problem = f"--data {arguments.data}: expected at least one scan in this selection, got none."
+        raise InputError(f"{problem} Change --split or --holdout.")
     # all processes embed the checkpoints and the untrained encoder
     embed = partial(embed_collection, records=records, accelerator=accelerator, dtype=dtype, **batching)
     titles = method_titles(arguments.model, arguments.baselines)
@@ -92,7 +93,7 @@ def main(arguments: argparse.Namespace) -> None:
     for title, name in zip(titles[len(names) :], arguments.baselines, strict=True):
         methods[title] = embed_with_baseline(name, records, device=device, dtype=dtype, num_workers=num_workers)
     methods |= trained
-    if arguments.rerank is not None:  # the untrained encoder too: what comparing patches gains without training
+    if arguments.rerank is not None:  # the untrained encoder too, to show what comparing patches gains without training
         sample = untrained.whitening_records
         rerank = partial(rerank_embedded, depth=arguments.rerank, sample=sample, dtype=dtype, max_tokens=max_tokens)
         reranked = {untrained.title: rerank(random_weights, untrained.encoder, processor)}

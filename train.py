@@ -47,7 +47,8 @@ def main() -> None:
     run_dir = Path(config.run_dir)
     output_dir = validate_output_folder(Path(config.output_dir))
     if config.report_to and config.report_to not in {tracker.value for tracker in get_available_trackers()}:
-        raise ConfigError("report_to", f"{config.report_to} is not installed. Run `pip install {config.report_to}`.")
+        problem = f"expected an installed tracker, got {config.report_to}. Run `pip install {config.report_to}`."
+        raise ConfigError("report_to", problem)
     accelerator = Accelerator(
         mixed_precision=config.precision,
         log_with=config.report_to,

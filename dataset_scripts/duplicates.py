@@ -27,7 +27,7 @@ SPLIT_PRIORITY = {"test": 0, "validation": 1, "train": 2}  # the split that keep
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What duplicates are found by. `digest` is the SHA-256 of the voxels; both hashes are hexadecimal."""
+    """Hashes by which duplicates are found, in hexadecimal. `digest` is the SHA-256 of the voxels."""
 
     id: str
     split: str
@@ -70,7 +70,7 @@ def find_near_duplicates(
     `max_distance` is at most 15. Blank pictures are ignored.
     """
     if max_distance > 15:
-        raise ValueError(f"max_distance: expected at most 15, got {max_distance}")
+        raise ValueError(f"max_distance: expected at most 15, got {max_distance}.")
     fingerprints = [fingerprint for fingerprint in fingerprints if fingerprint.picture_hash.strip("0")]
     hashes = [list(bytes.fromhex(fingerprint.picture_hash)) for fingerprint in fingerprints]
     bits = np.array(hashes, np.uint8).reshape(-1, HASH_SIZE**2 // 8)

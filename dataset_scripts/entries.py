@@ -1,4 +1,4 @@
-"""What a source of scans declares: its licence and origin, and one `Entry` per scan.
+"""Sources of scans: licence and origin of a collection, and one `Entry` per scan.
 
 A `Source` finds the scans of one collection in its published layout and says which patient each belongs to. It reads
 tables and lists folders but never opens a scan. Reading, hashing, splitting and de-identification happen in
@@ -89,7 +89,7 @@ class Source(ABC):
 
 
 def read_json(path: Path) -> Any:
-    """Return the content of a JSON file; raise `SourceError` if it is missing, not JSON, or larger than any list."""
+    """Return the content of a JSON file; raise `SourceError` if it is missing, not JSON, or above `MAX_JSON_BYTES`."""
     if not path.is_file():
         raise SourceError(path, "a JSON file", "no such file")
     if (size := path.stat().st_size) > MAX_JSON_BYTES:

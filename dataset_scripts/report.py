@@ -1,4 +1,4 @@
-"""Summarise a build: counts for the dataset card, and the skipped and duplicate files for whoever ran it.
+"""Summarise a build: counts for the dataset card, and the skipped and duplicate files for the person who ran it.
 
 `report.json` names files and stays on this machine. The card contains only its numbers.
 """

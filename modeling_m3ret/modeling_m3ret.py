@@ -198,7 +198,7 @@ class M3RetLayer(GradientCheckpointingLayer):
     """Pre-norm transformer block (ViT, arXiv 2010.11929) with stochastic depth per scan (arXiv 1603.09382).
 
     In training, each branch skips an exact fraction of the scans of a pack, drawn at random, and runs on the others
-    only, as in DINOv2 (arXiv 2304.07193, section 4). Skipped scans cost nothing. `PackLayout.sample_subsets` draws.
+    only, as in DINOv2 (arXiv 2304.07193, section 4). Skipped scans cost nothing. See `PackLayout.sample_subsets`.
     """
 
     def __init__(self, config: M3RetConfig, hidden_size: int, num_heads: int, intermediate_size: int):
@@ -560,7 +560,7 @@ class M3RetModel(M3RetPreTrainedModel):
         return rows, patch_coordinates(grids, rows.device), layout.to(rows.device)
 
     def prepare_rows(self, pixel_values: Tensor, grid_thw: Tensor | None) -> tuple[Tensor, list[tuple[int, int, int]]]:
-        """Validate either form of input and return its patch rows and the grid of each scan, of dense input only one.
+        """Validate either form of input and return its patch rows and grids: one per scan, or a single one if dense.
 
         Rows are `(P, C*t*p*p)`, or compact `(P, C*p*p)` for dense images `(B, C, H, W)` and `(B, C, 1, H, W)`. Args and
         errors are those of `forward`.

@@ -368,7 +368,7 @@ class HubHandler(BaseHTTPRequestHandler):
         return Reply(206, content[first : last + 1], headers)
 
     def preupload(self, repository: Repository, revision: str) -> Reply:
-        """Tell which files use LFS, and the ids of the files that exist under these names."""
+        """Return which files use LFS, and the ids of the files that exist under these names."""
         existing = repository.files(revision)
         answer = []
         for file in self.json_body()["files"]:

@@ -13,8 +13,8 @@ NAME = re.compile(r"sub-(OAS3\d{4})(_[\w-]+)?_(T1w|T2w|FLAIR)\.nii(\.gz)?", re.A
 class Oasis(Source):
     """`OAS30001_MR_d0129/anat2/sub-OAS30001_ses-d0129_run-01_T1w.nii.gz`, or the same files in BIDS folders.
 
-    Only T1w, T2w and FLAIR are used; the other files are time series, maps or PET. OASIS-1 and OASIS-2 come as pairs of
-    `.hdr` and `.img`, which are not supported. Diagnoses belong to visits, not to scans, so there are no labels.
+    Only T1w, T2w and FLAIR are used; the other files are time series, maps or PET. OASIS-1 and OASIS-2, which have
+    another layout, are not supported. Diagnoses belong to visits, not to scans, so there are no labels.
     """
 
     name = "oasis"

@@ -35,7 +35,7 @@ _KWARGS_DESCRIPTION = """
 Args:
     predictions: for each query, either the labels of its whole gallery in ranked order, or the similarity to each item
         of one gallery. Relevant items that are missing from a list of labels are not counted. NaN marks items that are
-        no candidates, such as the query itself and scans of the same patient.
+        not candidates, such as the query itself and scans of the same patient.
     references: for each query, its label or, for similarities, whether each item is relevant. Several labels are joined
         by `|`; an item is relevant if it shares one with the query.
 Returns:

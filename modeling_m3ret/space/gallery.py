@@ -229,7 +229,8 @@ def _embed(
     embedded = read_shards(list(embedders), records, shards, SHARD_SCANS)
     readable = embedded["embeddings"].records
     if not readable:
-        raise CollectionError(f"no scan of the gallery can be read: tried {len(records)}.")
+        problem = f"no scan of the gallery can be read: expected at least one of {len(records)}, got none."
+        raise CollectionError(f"{problem} Check the files.")
     index = RetrievalIndex.build(embedded["embeddings"].embeddings, _metadata(records, readable), facts)
     thumbnails = pa.chunked_array([[_webp(pixels) for pixels in embedded["thumbnails"].embeddings]])
     Gallery(index, readable, thumbnails, collection).save(folder)

@@ -130,7 +130,7 @@ def test_ranks_with_different_numbers_of_scans_give_the_gradient_of_one_rank(tmp
     ],
 )
 def test_operators_of_a_step_do_not_depend_on_the_number_of_scans(name: str, sizes: tuple[int, ...]) -> None:
-    """And the bytes that it allocates are proportional to them; with stochastic depth, on views of four shapes."""
+    """The allocated bytes are proportional to the scans. With stochastic depth, on views of four shapes."""
     processor = M3RetImageProcessor()
     run = RunConfig(
         **(

@@ -319,7 +319,7 @@ def degenerate(kind: str, rows: int) -> Tensor:
 @pytest.mark.parametrize("kind", ["one vector", "three vectors", "opposite vectors"])
 @pytest.mark.parametrize("rows", [1, 9, 70, pytest.param(300, marks=pytest.mark.slow)])
 def test_gallery_of_equal_scans_gives_every_query_its_hits_in_order(method: str, kind: str, rows: int) -> None:
-    """The right hits come from Python's sort of all rows by descending score and ascending row."""
+    """Expected hits are Python's sort of all rows by descending score and ascending row."""
     gallery = degenerate(kind, rows)
     index = RetrievalIndex.build(gallery, metadata(rows), FACTS, method)
     queries = torch.nn.functional.normalize(torch.cat([gallery[:2], -gallery[:1], torch.randn(2, 32)]), dim=1)
@@ -371,7 +371,7 @@ def test_equally_similar_neighbours_count_as_found() -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_queries_without_a_direction_are_refused(method: str) -> None:
+def test_queries_that_are_zero_or_not_finite_are_refused(method: str) -> None:
     index = build(60, method)
     for value in (0.0, torch.nan, torch.inf):
         queries = embeddings()[:3].clone()
