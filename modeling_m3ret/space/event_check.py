@@ -48,7 +48,7 @@ class EventCheck:
         self.page, self.folder = page, folder
 
     def __call__(self, route: str, api_name: str, body: bytes) -> bytes:
-        """Check a body, and return it re-encoded so that Gradio parses the same values, and none that no event uses.
+        """Check a body, and return it re-encoded with the checked values only, so that Gradio parses no others.
 
         Args:
             route: `queue/join`, `call` or `call/v2`.
@@ -190,7 +190,7 @@ def _is_number(value: object) -> bool:
 
 
 def _is_selection(data: object, numbers: int) -> bool:
-    """Return whether Gradio's `SelectData` can read this, with an index of so many integers, none negative."""
+    """Return whether Gradio's `SelectData` can read this, with an index of `numbers` integers of at least 0."""
     if not isinstance(data, dict) or not {"index", "value"} <= data.keys():
         return False
     index = data["index"]
