@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from .intensity_m3ret import ONE_GREY_LEVEL
 from .scan_m3ret import Description, ReadRequest
 
 
@@ -26,7 +27,6 @@ PHOTOMETRIC = {  # by samples per pixel; HSV, ARGB, CMYK and YBR_PARTIAL are ret
     1: ("MONOCHROME1", "MONOCHROME2", "PALETTE COLOR"),
     3: ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT"),
 }
-ONE_GREY_LEVEL = 1 / 256  # a window whose output varies by less shows nothing
 THRESHOLD_WIDTH = 1e-3  # a window of at most this width is a threshold: no pixel lies inside it
 CENTIMETRES, TWO_DIMENSIONAL = 3, 1  # physical units and spatial format of an ultrasound region
 Transform = Callable[[np.ndarray], np.ndarray]

@@ -15,6 +15,7 @@ from .scan_m3ret import AnyScan, Description, ReadRequest, Scan, Spacing, Stored
 
 HU_RANGE = (-1000.0, 1000.0)  # air to dense bone, as in SPECTRE and most CT foundation models
 PERCENTILES = (0.5, 99.5)  # per scan, if no unit is declared (nnU-Net's clipping range)
+ONE_GREY_LEVEL = 1 / 256  # what varies by less shows nothing
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 PERCENTILE_SAMPLE = 1_000_000  # approximate number of voxels for percentiles; more change them by less than 0.1 %
 # Mapping of stored values to [0, 1]: divided by 255; HU clipped to `HU_RANGE`; clipped to `PERCENTILES` of the scan;
@@ -49,8 +50,8 @@ def to_unit_range(
         description: description of the scan, to which the kind of scaling is added.
         scale: slope and intercept that turn `values` into measured values.
         rule: how to scale, if the file declares it: "8-bit", "hounsfield", "percentiles", or "window" and "bit depth",
-            which are already applied. None divides uint8 by 255, leaves fractions within [0, 1] unchanged, and clips
-            everything else to `PERCENTILES`.
+            which are already applied. None divides uint8 by 255, leaves fractions within [0, 1] unchanged unless they
+            vary by less than a grey level, and clips everything else to `PERCENTILES`.
         padding: `(C, D, H, W)` bool mask of voxels that were never measured. They are ignored, and become 0.
         inverted: whether low values are bright.
 
@@ -81,7 +82,8 @@ def to_unit_range(
         raise request.error("unsupported", expected, got, "Replace them before reading.")
     if rule is None:
         fractions = values.dtype.kind == "f" or scale != (1.0, 0.0)
-        rule = "unit range" if fractions and low >= 0 and high <= 1 else "percentiles"
+        shows = low >= 0 and high <= 1 and high - low >= ONE_GREY_LEVEL  # unlike a map of mm2/s, below 0.003
+        rule = "unit range" if fractions and shows else "percentiles"
     # percentiles do not depend on an offset, which float32 could not represent beside large values
     is_wide = values.dtype.itemsize > 2 or scale != (1.0, 0.0)
     offset = low if rule == "percentiles" and is_wide and largest > 2**10 * (high - low) else 0.0

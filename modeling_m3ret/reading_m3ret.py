@@ -19,6 +19,7 @@ import zipfile
 import zlib
 from contextlib import closing
 from dataclasses import replace
+from numbers import Integral
 from pathlib import Path, PurePath, PurePosixPath
 from typing import Any
 
@@ -117,7 +118,7 @@ def read_scan(
         raise ValueError(f"unknown intensity: expected None or one of {', '.join(INTENSITIES)}, got {intensity!r}.")
     if input_data_format not in CHANNEL_FORMATS:
         raise ValueError(f"unknown input_data_format: expected one of {CHANNEL_FORMATS}, got {input_data_format!r}.")
-    if series is not None and (isinstance(series, bool) or not isinstance(series, (str, int))):
+    if series is not None and (isinstance(series, bool) or not isinstance(series, (str, Integral))):
         raise ValueError(f"series is invalid: expected a UID, an index or 'largest', got {type(series).__name__}.")
     request = ReadRequest(
         display_name(source),
@@ -125,7 +126,7 @@ def read_scan(
         limits,
         intensity=intensity,
         input_data_format=input_data_format,
-        series=series,
+        series=int(series) if isinstance(series, Integral) else series,
     )
     with silence_libraries, request.translate_errors():
         scan = _read(source, request)
@@ -199,15 +200,26 @@ def _read_stream(source: Any, request: ReadRequest) -> bytes:
     if callable(getattr(source, "seekable", None)) and source.seekable():
         position = source.tell()
         source.seek(0)
+    rest = request.limits.max_decoded_bytes + 1
     try:
-        if isinstance(source.read(0), str):
-            raise request.error("unsupported", "a file opened in binary mode", "a file opened in text mode")
-        data = bytes(source.read(request.limits.max_decoded_bytes + 1))
+        pieces = [_read_piece(source, 0, request)]  # of text, more may not be decoded
+        while rest > 0 and (piece := _read_piece(source, rest, request)):  # pipes and sockets return less
+            pieces.append(piece)
+            rest -= len(piece)
     finally:
         if position is not None:
             source.seek(position)
+    data = b"".join(pieces)
     request.check_size((max(1, len(data)),), 1)
     return data
+
+
+def _read_piece(source: Any, size: int, request: ReadRequest) -> bytes | bytearray | memoryview:
+    piece = source.read(size)
+    if not isinstance(piece, (bytes, bytearray, memoryview)):  # text, a coroutine, or None of one that would block
+        expected, got = "a file object in binary mode that blocks", f"one that returns {type(piece).__name__}"
+        raise request.error("unsupported", expected, got)
+    return piece
 
 
 def _read_sibling(path: Path, name: str, request: ReadRequest) -> bytes | None:

@@ -316,7 +316,7 @@ def _split_header(data: bytes, kind: str, request: ReadRequest) -> tuple[bytes, 
     values = re.findall(rb"(?im)^[ \t]*" + field + rb"([^\r\n]*)", header)
     if not values or (len(values) == 1 and values[0].strip().upper() == local):
         return header, None
-    name = values[0].strip().decode("utf-8", "replace")
+    name = values[0].strip().decode("utf-8", "replace").removeprefix("./")
     plain = len(values) == 1 and Path(name).name == name and not re.search(r"[%\\:\0]|^LIST", name)
     if not plain or name in HEADER_NAMES.values():
         advice = "Save the volume in one file."
