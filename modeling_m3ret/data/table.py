@@ -79,6 +79,7 @@ def read_manifest_rows(folder: Path) -> Iterator[ManifestRow]:
     manifest = folder / MANIFEST
     seen: set[str] = set()
     spelling: dict[str, str] = {}
+    splits_of_file: dict[Path, set[str]] = defaultdict(set)
     others: dict[str, set[str | None]] = defaultdict(set)  # unknown column -> splits that its cells name
     for location, cells in _read_rows(manifest, COLUMNS, OPTIONAL_COLUMNS):
         row = {name: clean(cells.get(name, "")) for name in (*COLUMNS, *OPTIONAL_COLUMNS)}
@@ -98,10 +99,12 @@ def read_manifest_rows(folder: Path) -> Iterator[ManifestRow]:
         if intensity not in (None, *INTENSITIES):
             advice = "Correct it, or leave the cell empty."
             raise TableError(location, f"an intensity out of {', '.join(INTENSITIES)}", repr(intensity), advice)
+        file = path_inside(folder, cells["file"], location)
+        splits_of_file[file].add(split)
         yield ManifestRow(
             location,
             row["id"],
-            path_inside(folder, cells["file"], location),
+            file,
             modality,
             fold(row["anatomy"]),
             tuple(dict.fromkeys(labels)),
@@ -110,6 +113,8 @@ def read_manifest_rows(folder: Path) -> Iterator[ManifestRow]:
         for name, cell in cells.items() if "split" not in cells else ():
             if name not in row and cell:
                 others[name].add(find_split(cell))
+    if repeated := sum(len(splits) > 1 for splits in splits_of_file.values()):
+        logger.warning("%s: %d files are in more than one split, which leaks between them.", manifest, repeated)
     for name, splits in others.items():
         if len(splits) > 1 and None not in splits:
             logger.warning("%s: the column %r is ignored. If it holds the splits, call it split.", manifest, name)

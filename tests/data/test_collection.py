@@ -273,12 +273,18 @@ def test_splits_of_a_manifest_are_honoured(tmp_path: Path) -> None:
 
 def test_patient_never_crosses_a_split(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """A scan without a split follows its patient; a patient who is also tested on is not trained on."""
-    rows = ["a,1.png,ct,a,l,p,test", "b,1.png,ct,a,l,p,", "c,1.png,ct,a,l,q,train", "d,1.png,ct,a,l,q,test"]
-    records = read_rows(tmp_path, *rows, "e,1.png,ct,a,l,r,train", "f,1.png,ct,a,l,r,val", "g,1.png,ct,a,l,s,train")
+    rows = ["a,a.png,ct,a,l,p,test", "b,b.png,ct,a,l,p,", "c,c.png,ct,a,l,q,train", "d,d.png,ct,a,l,q,test"]
+    records = read_rows(tmp_path, *rows, "e,e.png,ct,a,l,r,train", "f,f.png,ct,a,l,r,val", "g,g.png,ct,a,l,s,train")
     assert [record.split for record in records] == ["test", "test", "train", "test", "train", "validation", "train"]
     training, held_out = split_training_and_held_out(records, 0.3)
     assert [[record.id for record in part] for part in (training, held_out)] == [["g"], ["f"]]
     assert len(caplog.records) == 1
+
+
+@pytest.mark.parametrize("other", ["b,1.png,ct,a,l,q,test", "b,./1.png,ct,a,l,q,val", "b,1.png,ct,a,l,q,"])
+def test_file_in_two_splits_is_pointed_out(tmp_path: Path, caplog: pytest.LogCaptureFixture, other: str) -> None:
+    read_rows(tmp_path, "a,1.png,ct,a,l,p,train", "c,2.png,ct,a,l,r,train", "d,2.png,ct,a,l,s,train", other)
+    assert [record.args[1] for record in caplog.records] == [1]  # type: ignore[index]
 
 
 def test_patients_with_similar_names_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
