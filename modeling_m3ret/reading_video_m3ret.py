@@ -162,7 +162,11 @@ def _changes_size(file: bytes | Path, track: _Track, request: ReadRequest) -> bo
 
 def _display_matrix(frame: Any) -> tuple[int, int, int, int] | None:
     """Return the linear part of a frame's display matrix, or None if the frame is shown as stored."""
-    data = frame.side_data.get("DISPLAYMATRIX")
+    try:
+        data = frame.side_data.get("DISPLAYMATRIX")
+    except ValueError:  # PyAV does not know the type of other side data, such as EXIF in motion JPEG
+        turned = (-1, 0, 0, -1)
+        return {0: None, 90: (0, -1, 1, 0), -90: (0, 1, -1, 0), 180: turned, -180: turned}[frame.rotation]
     if data is None:
         return None
     a, b, _, c, d = np.frombuffer(data, "<i4")[:5].tolist()

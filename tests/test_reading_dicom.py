@@ -265,6 +265,7 @@ def test_devset_localiser_keeps_one_plane(devset: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_devset_ct_series_has_air_and_tissue(devset: Path) -> None:
     scan: Scan = read_scan(devset / "dicom" / "ct_series_98")
     ds = pydicom.dcmread(devset / "dicom" / "ct_series_98" / "000.dcm")

@@ -253,7 +253,9 @@ BAD: dict[str, bytes | Callable[[], bytes]] = {
 }
 
 
-@pytest.mark.parametrize("name", BAD)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name.startswith("bomb") else name for name in BAD]
+)
 def test_bad_file_is_refused_by_name_without_taking_memory(name: str, tmp_path: Path) -> None:
     data = BAD[name]
     path = tmp_path / name

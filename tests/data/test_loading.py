@@ -165,6 +165,7 @@ def test_training_packs_hold_all_views_with_their_noise(records: list[Record]) -
         assert len(inputs["pixel_values"]) == len(inputs["noise"]) == int(inputs["grid_thw"].prod(-1).sum())
 
 
+@pytest.mark.slow
 def test_expected_tokens_are_the_mean_of_sampled_views(tmp_path: Path) -> None:
     """For an image, a clip of many frames, a volume, and a volume in HU of unknown spacing, which is read whole."""
     processor = M3RetImageProcessor(size=48, num_frames=16)

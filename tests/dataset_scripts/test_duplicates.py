@@ -90,6 +90,7 @@ def test_blank_picture_has_no_bit_set(shape: tuple[int, int], level: float) -> N
     assert perceptual_hash(np.full(shape, level)) == "0" * 64
 
 
+@pytest.mark.slow
 def test_real_radiographs_are_found_again_and_not_confused(devset: Path) -> None:
     """30 changed X-rays are near duplicates of their originals; of pairs of two patients, fewer than 0.1% are."""
     with (devset / "manifest.csv").open(newline="", encoding="utf-8") as stream:

@@ -69,6 +69,7 @@ def test_interpolated_precision_is_the_highest_at_this_recall_or_above() -> None
     assert interpolated_precision(ranks).tolist() == expected
 
 
+@pytest.mark.slow
 def test_precision_matches_a_plain_loop_for_any_chunk_size(monkeypatch: pytest.MonkeyPatch) -> None:
     embedded = collection()
     whole = rank_within_modalities({"any": embedded})

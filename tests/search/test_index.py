@@ -258,6 +258,7 @@ def uniform(rows: int, seed: int) -> Tensor:
     return torch.randn(rows, 32, generator=torch.Generator().manual_seed(seed))
 
 
+@pytest.mark.slow
 def test_adding_scans_tunes_the_search_again() -> None:
     """The cells were trained on clusters; the added scans have none, so the previous probes would find far less."""
     index = build(2000, "ivf", target_recall=0.95)
@@ -275,6 +276,7 @@ def test_adding_scans_tunes_the_search_again() -> None:
     assert recall(larger.approximate.search(queries, 10).rows, truth) == pytest.approx(after.recall, abs=0.04)
 
 
+@pytest.mark.slow
 def test_recall_below_the_target_is_logged(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     index = build(2000, "rabitq", target_recall=0.95)
     assert index.approximate is not None
