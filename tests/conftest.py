@@ -19,10 +19,6 @@ from modeling_m3ret import M3RetConfig
 from modeling_m3ret.data.collection import Record
 
 
-# threads do not speed up tiny models, and on a busy machine they slow them down by spinning
-torch.set_num_threads(1)
-
-
 def tiny_config(**overrides: object) -> M3RetConfig:
     """Return the configuration of a ViT that runs in milliseconds and has every part of a real one."""
     sizes = {
@@ -39,7 +35,12 @@ def tiny_config(**overrides: object) -> M3RetConfig:
 
 
 @pytest.fixture(autouse=True)
-def _seeded() -> None:
+def _same_start() -> None:
+    """Undo what an earlier test of this process set: commands use every core.
+
+    Threads do not speed up tiny models, slow them down on a busy machine, and make torch call other operators.
+    """
+    torch.set_num_threads(1)
     torch.manual_seed(0)
 
 
