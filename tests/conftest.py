@@ -19,6 +19,10 @@ from modeling_m3ret import M3RetConfig
 from modeling_m3ret.data.collection import Record
 
 
+# threads do not speed up tiny models, and on a busy machine they slow them down by spinning
+torch.set_num_threads(1)
+
+
 def tiny_config(**overrides: object) -> M3RetConfig:
     """Return the configuration of a ViT that runs in milliseconds and has every part of a real one."""
     sizes = {
@@ -36,9 +40,9 @@ def tiny_config(**overrides: object) -> M3RetConfig:
 
 @pytest.fixture(autouse=True)
 def _same_start() -> None:
-    """Undo what an earlier test of this process set: commands use every core.
+    """Start each test with one thread and one seed, because commands that ran before it set as many as there are cores.
 
-    Threads do not speed up tiny models, slow them down on a busy machine, and make torch call other operators.
+    With several threads, torch also calls other operators.
     """
     torch.set_num_threads(1)
     torch.manual_seed(0)
