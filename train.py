@@ -36,8 +36,9 @@ from modeling_m3ret.pretraining.distributed import clip_gradient, gather_encoder
 from modeling_m3ret.pretraining.objectives import build_objective
 from modeling_m3ret.pretraining.optimisation import accumulate_gradients, build_optimiser, set_schedule
 from modeling_m3ret.pretraining.quality import OnlineQuality, collapse_alarm
-from modeling_m3ret.pretraining.run_config import PATHS, ConfigError, parse_run_config
+from modeling_m3ret.pretraining.run_config import PATHS, ConfigError
 from modeling_m3ret.pretraining.run_log import RunLog
+from modeling_m3ret.pretraining.run_options import parse_run_config
 from modeling_m3ret.pretraining.saving import RunSaver
 from modeling_m3ret.pretraining.stopping import StopSignal, stop_if_not_finite
 

@@ -5,6 +5,7 @@ remote code. `save_pretrained` copies the model code into the checkpoint, so tha
 """
 
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForPreTraining
+from transformers.utils import is_vision_available
 
 from .configuration_m3ret import M3RetConfig
 from .image_processing_m3ret import M3RetImageProcessor
@@ -18,7 +19,8 @@ from .version import __version__
 AutoConfig.register("m3ret", M3RetConfig, exist_ok=True)
 AutoModel.register(M3RetConfig, M3RetModel, exist_ok=True)
 AutoModelForPreTraining.register(M3RetConfig, M3RetForPreTraining, exist_ok=True)
-AutoImageProcessor.register(M3RetConfig, image_processor_classes={"pil": M3RetImageProcessor}, exist_ok=True)
+if is_vision_available():  # without Pillow, which only files of images need, transformers has no AutoImageProcessor
+    AutoImageProcessor.register(M3RetConfig, image_processor_classes={"pil": M3RetImageProcessor}, exist_ok=True)
 
 # without the package: save_pretrained copies the code into the checkpoint
 M3RetConfig.register_for_auto_class()

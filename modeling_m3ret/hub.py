@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from huggingface_hub.constants import HF_HOME
-from tenacity import RetryCallState, Retrying, stop_after_attempt, wait_exponential
 from transformers import AutoConfig
 
 from .configuration_m3ret import M3RetConfig
@@ -14,6 +14,9 @@ from .errors import InputError
 from .image_processing_m3ret import M3RetImageProcessor
 from .modeling_m3ret import M3RetModel
 
+
+if TYPE_CHECKING:
+    from tenacity import RetryCallState, Retrying
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +36,8 @@ def hub_retries(action: str) -> Retrying:
     Example:
         hub_retries("upload to org/name")(api.upload_folder, repo_id="org/name", folder_path=folder)
     """
+
+    from tenacity import Retrying, stop_after_attempt, wait_exponential  # training without the Hub needs none
 
     def log_failure(state: RetryCallState) -> None:
         error = state.outcome.exception() if state.outcome else None

@@ -14,7 +14,8 @@ from typing import Any, TypedDict
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import BaseImageProcessor, BatchFeature
+from transformers import BatchFeature
+from transformers.image_processing_utils import BaseImageProcessor  # `transformers` itself has none without Pillow
 
 from .packing_m3ret import split_into_patches
 from .reading_m3ret import Scan, read_scan

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -20,12 +20,14 @@ from ..image_processing_m3ret import M3RetImageProcessor
 from ..packing_m3ret import Movable, split_into_patches
 from ..reading_m3ret import M3RetReadError, Scan
 from ..worker_process import HAS_SIGWAITINFO, block_sigterm_in_workers, exit_on_sigterm_from_parent
-from .collection import Record
-from .parquet import Blocks, process_reader
 from .sampler import SeededBatchSampler
 from .schema import CollectionError
 from .views import ViewKind, random_crop, random_flip, random_intensity
 
+
+if TYPE_CHECKING:  # both need pyarrow
+    from .collection import Record
+    from .parquet import Blocks
 
 # this many consecutive unreadable records indicate a faulty disk or manifest, not faulty files
 MAX_CONSECUTIVE_FAILURES = 16
@@ -197,6 +199,8 @@ class RandomViews(Dataset[Pack]):
         if index in self._cache:
             return self._cache[index]
         if self.blocks is not None:
+            from .parquet import process_reader
+
             process_reader().fetch(*self.blocks.ranges[self.blocks.block_of_row[index]])
         scan = self.processor.read(self.records[index].open())
         if scan.array.nbytes <= self.cache_bytes:

@@ -1,20 +1,16 @@
-"""Configuration of a pretraining run, filled from a YAML file and command-line options.
+"""Configuration of a pretraining run, which `run_options` fills from a YAML file and command-line options.
 
 The options are grouped as `train.py --help` prints them. The docstring below a field is its help text.
 """
 
 from __future__ import annotations
 
-import functools
 import math
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
-from itertools import zip_longest
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
-from ..command_line import CommandLine
 from ..configuration_m3ret import M3RetConfig
 from ..errors import InputError
 
@@ -330,59 +326,3 @@ class RunConfig(OutputOptions, ResumeOptions, DataOptions, ObjectiveOptions, Vie
 def format_differences(differences: Mapping[str, tuple[Any, Any]]) -> str:
     """Return one line with values that differ between a checkpoint and this run, from name -> (checkpoint's, ours)."""
     return "; ".join(f"{key}: {theirs} in the checkpoint, {ours} now" for key, (theirs, ours) in differences.items())
-
-
-TYPES = {entry.name: str(entry.type) for entry in fields(RunConfig)}  # annotations, as written
-
-
-class RunConfigParser(CommandLine):
-    """Parser of all options, which names the expected and the given value in its errors."""
-
-    def __init__(self, description: str | None):
-        super().__init__(description)
-        self.allow_abbrev = False
-        self.add_argument("--config", action="config", help="YAML file with any of the options below.")
-        for group in RunConfig.__bases__:
-            self.add_class_arguments(group)
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        wrong_value = re.match(r'(?s)Parser key "(\w+)":.*(?:Got|Given) value: (.*)$', message)
-        if wrong_value:
-            key, value = wrong_value.groups()
-            expected = TYPES[key].replace("Literal", "one of ").replace(" | None", " or null")
-            message = f"{key}: expected {expected}, got {value}."
-        super().error(message, ex)
-
-
-@functools.cache  # building it takes longer than parsing
-def run_config_parser(description: str | None) -> RunConfigParser:
-    return RunConfigParser(description)
-
-
-def parse_run_config(arguments: Sequence[str], description: str | None = None) -> RunConfig:
-    """Parse `--config FILE.yaml` and `--key value` options; options override the file.
-
-    A list or mapping is given as YAML: `--exclude_modalities "[mri, ct]"`, `--model "{mask_ratio: 0.9}"`. A boolean
-    option may stand alone: `--resume`.
-
-    Raises:
-        SystemExit: with status 2, after one line on standard error, if an option is unknown or its value of wrong type.
-        ConfigError: if a value is out of range, or two options contradict each other.
-    """
-    values = run_config_parser(description).parse_args(with_explicit_flags(arguments)).as_dict()
-    del values["config"]
-    return RunConfig(**values)
-
-
-def with_explicit_flags(arguments: Sequence[str]) -> list[str]:
-    """Return the arguments with `--flag` expanded to `--flag=true` and `--config` first, so options override it."""
-    flags = {f"--{name}" for name, annotation in TYPES.items() if annotation == "bool"}
-    expanded = [
-        f"{argument}=true" if argument in flags and (following is None or following.startswith("--")) else argument
-        for argument, following in zip_longest(arguments, arguments[1:])
-        if argument is not None
-    ]
-    if "--config" in expanded:
-        index = expanded.index("--config")
-        return [*expanded[index : index + 2], *expanded[:index], *expanded[index + 2 :]]
-    return expanded

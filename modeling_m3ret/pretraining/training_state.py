@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
@@ -29,11 +29,13 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim import Optimizer
 
-from ..data.collection import Record
 from ..errors import InputError
 from ..model_facts import sha256_of
 from .run_config import RunConfig, format_differences
 
+
+if TYPE_CHECKING:  # needs pyarrow
+    from ..data.collection import Record
 
 STATE_FOLDER = "training_state"
 STATE_FILE = f"{STATE_FOLDER}/state.json"

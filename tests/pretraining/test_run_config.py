@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 
-from modeling_m3ret.pretraining.run_config import ConfigError, RunConfig, parse_run_config
+from modeling_m3ret.pretraining.run_config import ConfigError, RunConfig
+from modeling_m3ret.pretraining.run_options import parse_run_config
 
 
 CONFIGS = Path(__file__).parents[2] / "configs"
