@@ -122,7 +122,7 @@ def _encode_video(file: bytes | Path, request: ReadRequest, max_size: int | None
     shape = [int(before.description["frames_total"]), height, width]
     spacing = list(before.spacing)
     columns = {"video": {"bytes": data, "path": None}, "shape": shape, "spacing": spacing, "intensity": "8-bit"}
-    return EncodedScan(columns, _middle_slice(before.array), hashlib.sha256(data).hexdigest(), None)
+    return EncodedScan(columns, middle_slice(before.array), hashlib.sha256(data).hexdigest(), None)
 
 
 def _encode_array(stored: StoredScan) -> EncodedScan:
@@ -143,10 +143,10 @@ def _encoded(column: str, data: bytes, stored: StoredScan) -> EncodedScan:
     digest = hashlib.sha256(f"{stored.array.shape} {stored.array.dtype} {stored.intensity}".encode())
     digest.update(stored.array.data)
     burned_in: Any = stored.description.get("burned_in_annotation")
-    return EncodedScan(columns, _middle_slice(stored.array), digest.hexdigest(), burned_in)
+    return EncodedScan(columns, middle_slice(stored.array), digest.hexdigest(), burned_in)
 
 
-def _middle_slice(array: np.ndarray) -> np.ndarray:
+def middle_slice(array: np.ndarray) -> np.ndarray:
     """Return the grey values of the middle slice: `(C, D, H, W)` to `(H, W)` float32."""
     return array[:, array.shape[1] // 2].astype(np.float32).mean(0)
 

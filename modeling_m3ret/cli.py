@@ -14,6 +14,10 @@ COMMANDS = {
     "embed": ("modeling_m3ret.embed", "Embed scan files and save one embedding per scan"),
     "export": ("modeling_m3ret.export", "Export an encoder as an ONNX graph or a torch.export program"),
     "build": ("dataset_scripts.build", "Build a de-identified Parquet dataset from a folder or a known collection"),
+    "combine": (
+        "dataset_scripts.combine",
+        "Combine folders of scans into one collection with splits, without duplicates",
+    ),
     "phantom": ("dataset_scripts.make_phantom", "Write the synthetic phantom collection"),
 }
 DESCRIPTION = """Embed and search medical scans of any kind.

@@ -7,7 +7,7 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jsonargparse
 
@@ -37,13 +37,17 @@ class CommandLine(jsonargparse.ArgumentParser):
     Args:
         description: shown by `--help` as it is written.
         prog: name of the command; by default that of the script.
+        settings: of jsonargparse, which parses each mapping of a list of dataclasses with a parser of its own.
     """
 
-    def __init__(self, description: str | None, prog: str | None = None):
-        super().__init__(prog=prog, usage="%(prog)s [options]", description=description, formatter_class=_Help)
+    def __init__(self, description: str | None = None, prog: str | None = None, **settings: Any):
+        usage = "%(prog)s [options]"
+        super().__init__(prog=prog, usage=usage, description=description, formatter_class=_Help, **settings)
         self.allow_abbrev = False
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        if not self.exit_on_error:  # of a mapping in a list: the parser of the whole command reports it
+            super().error(message, ex)
         if wrong_value := WRONG_VALUE.fullmatch(message):
             key, expected, value = wrong_value.groups()
             message = f"{key}: expected {expected.replace('typing.Literal', 'one of ')}, got {value}."
