@@ -3,6 +3,7 @@
     python eval_retrieval.py --model m3ret-vitb --data FOLDER
     python eval_retrieval.py --model m3ret-smoke --data phantom --holdout 0.3
     python eval_retrieval.py --model m3ret-vitb step-10000 step-20000 --data ORG/NAME --split test --protocols all
+    python eval_retrieval.py --model m3ret-vitb --data combined --split validation --protocols sources
     python eval_retrieval.py --model m3ret-vitb --data FOLDER --baselines facebook/dinov3-vits16-pretrain-lvd1689m
     accelerate launch eval_retrieval.py --model m3ret-vitb --data ORG/NAME --precision bf16 --output results
 
@@ -26,7 +27,7 @@ from modeling_m3ret.errors import InputError
 from modeling_m3ret.evaluation.baselines import embed_with_baseline
 from modeling_m3ret.evaluation.checkpoints import NO_TOKEN_WHITENING, load_checkpoint, method_titles, rerank_embedded
 from modeling_m3ret.evaluation.leakage import describe_selection, leakage_warning, select_records, training_records
-from modeling_m3ret.evaluation.protocols import ALL, DEFAULT
+from modeling_m3ret.evaluation.protocols import PROTOCOLS
 from modeling_m3ret.evaluation.report.report import Report
 from modeling_m3ret.evaluation.table import evaluate
 from modeling_m3ret.evaluation.untrained_baseline import build_untrained_baseline
@@ -42,7 +43,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--data", type=str, required=True, help="folder with manifest.csv or data/*.parquet, ORG/NAME, or phantom")
     add("--split", choices=SPLITS, help="split to evaluate; by default all scans")
     add("--holdout", type=OpenUnitInterval, help="evaluate only the fraction of patients that train.py held out")
-    add("--protocols", choices=("default", "all"), default="default", help="protocols to evaluate")
+    add("--protocols", choices=tuple(PROTOCOLS), default="default", help="protocols to evaluate")
     add("--baselines", nargs="*", type=str, default=[], help="transformers vision models, or hf-hub:... of open_clip")
     add("--rerank", type=PositiveInt, help="number of first hits to re-rank by patches, for example 50")
     add("--max_tokens", type=PositiveInt, default=MAX_TOKENS, help="patches that are embedded together")
@@ -102,7 +103,7 @@ def main(arguments: argparse.Namespace) -> None:
         methods |= {f"{title}, re-ranked {arguments.rerank}": embedded for title, embedded in reranked.items()}
         if not sample and any(c.config.pooling == "cls" for c in checkpoints.values()):
             notes.append(NO_TOKEN_WHITENING)
-    rows = evaluate(methods, ALL if arguments.protocols == "all" else DEFAULT)
+    rows = evaluate(methods, PROTOCOLS[arguments.protocols])
     selection = describe_selection(arguments.split, arguments.holdout)
     report = Report(methods, main_title, rows, checkpoints, notes, selection)
     print(report.text())

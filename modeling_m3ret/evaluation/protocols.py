@@ -7,7 +7,7 @@ is searched for. A scan without a label matches no other scan, not even another 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args, get_type_hints
 
 import torch
@@ -25,12 +25,15 @@ class Protocol:
     name: str  # to cite
     title: str  # in the table
     # what a relevant scan shares with the query; "subject" is the group
-    relevant: Literal["label", "label and modality", "anatomy", "subject"]
-    gallery: Literal["own modality", "other modalities", "all modalities"]  # the scans that are searched
+    relevant: Literal["label", "label and modality", "anatomy", "subject", "source"]
+    # the scans that are searched; "own source" is the query's source and modality
+    gallery: Literal["own modality", "own source", "other modalities", "all modalities"]
     labels: Literal["any", "jaccard"] = "any"  # any shared label, or a Jaccard index of the labels of at least 0.5
     modalities: tuple[str, ...] = ()  # of the queries; empty for all
     # title of the row of each modality, whose name replaces "{}"; the row `title` is then the mean over modalities
     per_modality: str = ""  # if empty, there is one row, in which all queries weigh the same
+    per_source: str = ""  # the same for each source, instead of each modality
+    mean_over_sources: bool = False  # each row is the mean over the sources of its queries, which all weigh the same
     query_split: str = ""  # split of the queries; empty for all scans (leave-one-out)
     gallery_split: str = ""  # the same for the gallery
 
@@ -45,13 +48,34 @@ class Protocol:
             object.__setattr__(self, name, parse_split(split) if (split := getattr(self, name)) else "")
 
     def parts(self, annotations: Annotations) -> list[tuple[str, Tensor]]:
-        """Return the title and the record indices `(Q,)` of the queries of each separately measured part."""
-        parts: dict[str, list[int]] = {}
+        """Return the title and the record indices `(Q,)` of the queries of each separately measured part.
+
+        Parts with the same title, one for each source, are averaged to one row. Queries whose whole gallery would be
+        relevant are left out: those of a source with one class, or of a modality with one source.
+        """
+        parts: dict[tuple[str, str], list[int]] = {}
+        trivial = self._trivial_galleries(annotations.records)
         for index, record in enumerate(annotations.records):
-            if self.query_split in ("", record.split) and (not self.modalities or record.modality in self.modalities):
-                title = self.per_modality.format(record.modality) if self.per_modality else self.title
-                parts.setdefault(title, []).append(index)
-        return [(title, torch.tensor(queries)) for title, queries in sorted(parts.items())]
+            if self.query_split not in ("", record.split) or (
+                self.modalities and record.modality not in self.modalities
+            ):
+                continue
+            if self._gallery_of(record) in trivial:
+                continue
+            title = self.per_source.format(record.source) or self.per_modality.format(record.modality) or self.title
+            parts.setdefault((title, record.source if self.mean_over_sources else ""), []).append(index)
+        return [(title, torch.tensor(queries)) for (title, _), queries in sorted(parts.items())]
+
+    def _gallery_of(self, record: Record) -> tuple[str, str]:
+        return record.modality, record.source if self.gallery == "own source" else ""
+
+    def _trivial_galleries(self, records: Sequence[Record]) -> set[tuple[str, str]]:
+        if self.relevant != "source" and self.gallery != "own source":
+            return set()
+        classes: dict[tuple[str, str], set[str]] = {}
+        for record in records:
+            classes.setdefault(self._gallery_of(record), set()).update(self.classes(record))
+        return {gallery for gallery, names in classes.items() if len(names) < 2}
 
     def masks(self, annotations: Annotations, queries: Tensor) -> tuple[Tensor, Tensor]:
         """Return which scans are relevant to the queries with these indices `(q,)`, and which are candidates.
@@ -67,16 +91,19 @@ class Protocol:
             relevant, candidate = self._matches(annotations, queries), ~same_group  # excludes the query itself, too
         if self.relevant == "label and modality":
             relevant = relevant & same_modality
+        if self.gallery == "own source":
+            candidate &= annotations.source[queries, None] == annotations.source
         if self.gallery != "all modalities":
-            candidate &= same_modality if self.gallery == "own modality" else ~same_modality
+            candidate &= ~same_modality if self.gallery == "other modalities" else same_modality
         if self.gallery_split:
             candidate &= torch.tensor([record.split == self.gallery_split for record in annotations.records])
         return relevant, candidate
 
     def _matches(self, annotations: Annotations, queries: Tensor) -> Tensor:
-        """Return which scans match the queries by anatomy or label, bool `(q, n)`."""
-        if self.relevant == "anatomy":
-            return (annotations.anatomy[queries, None] == annotations.anatomy) & (annotations.anatomy >= 0)
+        """Return which scans match the queries by anatomy, source or label, bool `(q, n)`."""
+        if self.relevant in ("anatomy", "source"):
+            codes = annotations.anatomy if self.relevant == "anatomy" else annotations.source
+            return (codes[queries, None] == codes) & (codes >= 0)
         shared = annotations.labels[queries] @ annotations.labels.T
         if self.labels == "any":
             return shared > 0
@@ -89,6 +116,8 @@ class Protocol:
             return [record.anatomy]
         if self.relevant == "subject":
             return [record.group]
+        if self.relevant == "source":
+            return [record.source]
         modality = f" in {record.modality}" if self.relevant == "label and modality" else ""
         return [label + modality for label in split_labels(record.label)]
 
@@ -96,14 +125,14 @@ class Protocol:
 class Annotations:
     """The annotations of n records as tensors.
 
-    `modality`, `anatomy` and `group` are int64 codes `(n,)`, equal for equal names and -1 for an empty name. `labels`
-    is multi-hot, float32 `(n, number of labels)`.
+    `modality`, `anatomy`, `group` and `source` are int64 codes `(n,)`, equal for equal names and -1 for an empty name.
+    `labels` is multi-hot, float32 `(n, number of labels)`.
     """
 
     def __init__(self, records: Sequence[Record]):
         self.records = records
-        self.modality, self.anatomy, self.group = (
-            _encode([getattr(record, key) for record in records]) for key in ("modality", "anatomy", "group")
+        self.modality, self.anatomy, self.group, self.source = (
+            _encode([getattr(record, key) for record in records]) for key in ("modality", "anatomy", "group", "source")
         )
         labels = [split_labels(record.label) for record in records]
         columns = {name: column for column, name in enumerate(sorted({name for names in labels for name in names}))}
@@ -139,3 +168,28 @@ MIXED_GALLERY = Protocol("mixed gallery by label and modality", "mixed gallery",
 INSTANCE = Protocol("instance within modality", "same instance", "subject", "own modality")
 DEFAULT = (WITHIN_MODALITY, ACROSS_BY_ANATOMY)
 ALL = (WITHIN_MODALITY, UNSEEN_MODALITY, ACROSS_BY_ANATOMY, ACROSS_BY_LABEL, SAME_SUBJECT, MIXED_GALLERY, INSTANCE)
+
+# Collections of several sources, in which scans of one source are often told apart by their device or format alone.
+LABEL_OVER_SOURCES = replace(
+    WITHIN_MODALITY,
+    name="within modality by label, mean over sources",
+    title="by label",
+    per_modality="{} by label",
+    mean_over_sources=True,
+)
+SOURCE_WITHIN_MODALITY = Protocol(
+    "within modality by source, mean over sources",
+    "by source",
+    "source",
+    "own modality",
+    per_modality="{} by source",
+    mean_over_sources=True,
+)
+LABEL_WITHIN_SOURCE = Protocol(
+    "within source by label", "inside sources", "label", "own source", per_source="inside {}", mean_over_sources=True
+)
+ANATOMY_OVER_SOURCES = replace(
+    ACROSS_BY_ANATOMY, name="across modalities by anatomy, mean over sources", mean_over_sources=True
+)
+SOURCES = (LABEL_OVER_SOURCES, SOURCE_WITHIN_MODALITY, LABEL_WITHIN_SOURCE, ANATOMY_OVER_SOURCES)
+PROTOCOLS = {"default": DEFAULT, "all": ALL, "sources": SOURCES}  # by the name of the option of eval_retrieval.py

@@ -69,16 +69,18 @@ def evaluate(
     annotations = Annotations(records)
     rows: list[Row] = []
     for protocol in protocols:
-        parts: list[list[Row]] = []  # those with any answerable query
+        parts: dict[str, list[list[Row]]] = {}  # by title, those with any answerable query
         for title, queries in protocol.parts(annotations):
             part: list[Row] = []
             for method, embedded in methods.items():
                 pair = _evaluate_method(title, method, protocol, annotations, queries, embedded, jackknife)
                 part += pair[1:] if part else pair
-            parts += [part] if part else []
-        rows += [row for part in parts for row in part]
-        if protocol.per_modality and parts:
-            rows += [_mean_over_modalities(protocol.title, same_method) for same_method in zip(*parts, strict=True)]
+            if part:
+                parts.setdefault(title, []).append(part)
+        means = [_mean_of_parts(title, same_title) for title, same_title in parts.items()]
+        rows += [row for part in means for row in part]
+        if (protocol.per_modality or protocol.per_source) and means:
+            rows += _mean_of_parts(protocol.title, means, same_gallery=False)
     return rows
 
 
@@ -109,6 +111,17 @@ def differences_from(main: str, rows: Sequence[Row]) -> dict[str, Difference]:
     """
     means = {row.method: row for row in rows if row.protocol == ALL_MODALITIES and row.leave_one_out}
     return {name: paired_difference(means[main], row) for name, row in means.items() if name != main}
+
+
+def all_differences(main: str, rows: Sequence[Row]) -> dict[str, dict[str, Difference]]:
+    """Return by protocol, as in the table, the paired difference of mAP of the main method from each other method."""
+    differences: dict[str, dict[str, Difference]] = {}
+    for title in dict.fromkeys(row.protocol for row in rows):
+        methods = {row.method: row for row in rows if row.protocol == title and "mAP" in row.leave_one_out}
+        others = {name: row for name, row in methods.items() if main in methods and name != main}
+        if others:
+            differences[title] = {name: paired_difference(methods[main], row) for name, row in others.items()}
+    return differences
 
 
 def _evaluate_method(
@@ -156,13 +169,20 @@ def _evaluate_method(
     return [row("chance", torch.cat(chance_scores)), _with_interval(row(method, torch.cat(scores)), leave_one_out)]
 
 
-def _mean_over_modalities(title: str, rows: Sequence[Row]) -> Row:
-    """Average the rows of one method: each modality weighs the same, and a patient leaves all of them at once."""
-    scores = {name: sum(row.scores[name] for row in rows) / len(rows) for name in rows[0].scores}
-    queries, gallery = sum(row.queries for row in rows), sum(row.gallery for row in rows)
-    mean = replace(rows[0], protocol=title, queries=queries, gallery=gallery, scores=scores)
-    metrics = rows[0].leave_one_out
-    return _with_interval(mean, {m: torch.stack([row.leave_one_out[m] for row in rows]).mean(0) for m in metrics})
+def _mean_of_parts(title: str, parts: Sequence[Sequence[Row]], same_gallery: bool = True) -> list[Row]:
+    """Average the rows of each method: each part weighs the same, and a patient leaves all of them at once."""
+    if len(parts) == 1:
+        return [replace(row, protocol=title) for row in parts[0]]
+    means = []
+    for rows in zip(*parts, strict=True):  # of one method
+        scores = {name: sum(row.scores[name] for row in rows) / len(rows) for name in rows[0].scores}
+        queries, galleries = sum(row.queries for row in rows), [row.gallery for row in rows]
+        gallery = max(galleries) if same_gallery else sum(galleries)
+        mean = replace(rows[0], protocol=title, queries=queries, gallery=gallery, scores=scores)
+        metrics = rows[0].leave_one_out
+        leave_one_out = {m: torch.stack([row.leave_one_out[m] for row in rows]).mean(0) for m in metrics}
+        means.append(_with_interval(mean, leave_one_out))
+    return means
 
 
 def _with_interval(row: Row, leave_one_out: Mapping[str, Tensor]) -> Row:
@@ -195,6 +215,16 @@ def format_differences(first: str, differences: Mapping[str, Difference]) -> str
     for other, (value, (low, high)) in differences.items():
         verdict = "" if low > 0 or high < 0 else "; not significant"
         lines.append(f"  {other}: {value:+.3f} ({low:+.3f} to {high:+.3f}{verdict})")
+    return "\n".join(lines)
+
+
+def format_all_differences(main: str, differences: Mapping[str, Mapping[str, Difference]]) -> str:
+    """Return the differences of `all_differences` as a Markdown table, with their 95 % intervals."""
+    others = list(dict.fromkeys(name for row in differences.values() for name in row))
+    lines = [f"| mAP of {main} minus | {' | '.join(others)} |", f"|---|{'---|' * len(others)}"]
+    for title, row in differences.items():
+        cells = (f"{value:+.3f} ({low:+.3f} to {high:+.3f})" for value, (low, high) in (row[name] for name in others))
+        lines.append(f"| {title} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

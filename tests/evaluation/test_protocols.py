@@ -16,9 +16,14 @@ from modeling_m3ret.evaluation.protocols import (
     ACROSS_BY_ANATOMY,
     ACROSS_BY_LABEL,
     ALL,
+    ANATOMY_OVER_SOURCES,
     INSTANCE,
+    LABEL_OVER_SOURCES,
+    LABEL_WITHIN_SOURCE,
     MIXED_GALLERY,
     SAME_SUBJECT,
+    SOURCE_WITHIN_MODALITY,
+    SOURCES,
     UNSEEN_MODALITY,
     WITHIN_MODALITY,
     Annotations,
@@ -116,8 +121,89 @@ def test_candidates_and_relevant_scans(protocol: Protocol) -> None:
     assert retrieved(protocol) == EXPECTED[protocol]
 
 
-def test_names_and_titles_are_unique() -> None:
-    assert len({protocol.name for protocol in ALL}) == len({protocol.title for protocol in ALL}) == len(ALL)
+@pytest.mark.parametrize("protocols", [ALL, SOURCES])
+def test_names_and_titles_are_unique(protocols: tuple[Protocol, ...]) -> None:
+    assert len({p.name for p in protocols}) == len({p.title for p in protocols}) == len(protocols)
+
+
+# CT of two sources, of which only p has several classes; X-rays of one source; two scans of one patient (a, b)
+OF_SOURCES = [
+    replace(record(name, modality, anatomy, label, group), source=source)
+    for name, modality, anatomy, label, group, source in (
+        ("a", "ct", "chest", "mass", "1", "p"),
+        ("b", "ct", "chest", "mass", "1", "p"),
+        ("c", "ct", "chest", "mass", "2", "p"),
+        ("d", "ct", "chest", "cyst", "3", "p"),
+        ("e", "ct", "chest", "mass", "4", "q"),
+        ("f", "ct", "head", "mass", "5", "q"),
+        ("g", "xray", "chest", "mass", "6", "p"),
+        ("h", "xray", "chest", "mass", "7", "p"),
+    )
+]
+
+
+@pytest.mark.parametrize(
+    ("protocol", "expected"),
+    [
+        (
+            LABEL_OVER_SOURCES,
+            {
+                "ct by label": {
+                    "a": ("cdef", "cef"),
+                    "b": ("cdef", "cef"),
+                    "c": ("abdef", "abef"),
+                    "d": ("abcef", ""),
+                    "e": ("abcdf", "abcf"),
+                    "f": ("abcde", "abce"),
+                },
+                "xray by label": {"g": ("h", "h"), "h": ("g", "g")},
+            },
+        ),
+        (  # X-rays have one source
+            SOURCE_WITHIN_MODALITY,
+            {
+                "ct by source": {
+                    "a": ("cdef", "cd"),
+                    "b": ("cdef", "cd"),
+                    "c": ("abdef", "abd"),
+                    "d": ("abcef", "abc"),
+                    "e": ("abcdf", "f"),
+                    "f": ("abcde", "e"),
+                }
+            },
+        ),
+        (  # q has one class, and the X-rays of p, too
+            LABEL_WITHIN_SOURCE,
+            {"inside p": {"a": ("cd", "c"), "b": ("cd", "c"), "c": ("abd", "ab"), "d": ("abc", "")}},
+        ),
+        (
+            ANATOMY_OVER_SOURCES,
+            {
+                "across modalities": {
+                    **{name: ("gh", "gh") for name in "abcde"},
+                    "f": ("gh", ""),
+                    "g": ("abcdef", "abcde"),
+                    "h": ("abcdef", "abcde"),
+                }
+            },
+        ),
+    ],
+    ids=[protocol.title for protocol in SOURCES],
+)
+def test_protocols_of_several_sources(protocol: Protocol, expected: dict[str, dict[str, tuple[str, str]]]) -> None:
+    found = retrieved(protocol, OF_SOURCES)
+    assert found == {name: answer for queries in expected.values() for name, answer in queries.items()}
+    titles = {OF_SOURCES[i].id: title for title, queries in protocol.parts(Annotations(OF_SOURCES)) for i in queries}
+    assert titles == {name: title for title, queries in expected.items() for name in queries}
+
+
+def test_sources_are_separate_parts_of_a_mean_over_sources() -> None:
+    parts = LABEL_OVER_SOURCES.parts(Annotations(OF_SOURCES))
+    assert [("".join(OF_SOURCES[i].id for i in queries), title) for title, queries in parts] == [
+        ("abcd", "ct by label"),
+        ("ef", "ct by label"),
+        ("gh", "xray by label"),
+    ]
 
 
 def test_parts_are_the_modalities_of_the_queries() -> None:

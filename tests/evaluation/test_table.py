@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,10 +16,13 @@ from modeling_m3ret.evaluation.protocols import (
     ACROSS_BY_LABEL,
     ALL,
     INSTANCE,
+    LABEL_OVER_SOURCES,
     MIXED_GALLERY,
     SAME_SUBJECT,
+    SOURCES,
     UNSEEN_MODALITY,
     WITHIN_MODALITY,
+    Annotations,
     Protocol,
 )
 from modeling_m3ret.evaluation.table import (
@@ -27,8 +31,10 @@ from modeling_m3ret.evaluation.table import (
     IN_TABLE,
     MACRO_MAP,
     Row,
+    all_differences,
     differences_from,
     evaluate,
+    format_all_differences,
     format_table,
     paired_difference,
     to_json,
@@ -251,3 +257,50 @@ def test_intervals_are_computed_only_on_request() -> None:
         assert (row.interval is None) == (row.method == "chance")
         assert row.interval is None or row.interval[0] <= row.scores["mAP"] <= row.interval[1]
     assert all(row.interval is None for row in evaluate(methods, jackknife=()))
+
+
+def of_sources(large: int = 12) -> list[Record]:
+    """Return CT of a large and a small source, and X-rays of one source, with two classes each."""
+    sizes = (("ct", "large", large), ("ct", "small", 4), ("xray", "x", 6))
+    return [
+        replace(record(f"{source}{n}", modality, ("mass", "cyst")[n % 2], f"{source}{n}"), source=source)
+        for modality, source, size in sizes
+        for n in range(size)
+    ]
+
+
+def test_every_source_weighs_the_same() -> None:
+    records = of_sources()
+    # only the small source is embedded by its class, so a mean over queries would hardly see it
+    vectors = [[float(r.label == "mass"), float(r.label == "cyst"), 0.0] for r in records]
+    vectors = [v if r.source == "small" else [0.0, 0.0, 1.0] for r, v in zip(records, vectors, strict=True)]
+    by_source = {}
+    for source in ("large", "small"):
+        parts = LABEL_OVER_SOURCES.parts(Annotations(records))
+        queries = next(queries for _, queries in parts if records[queries[0]].source == source)
+        masks = LABEL_OVER_SOURCES.masks(Annotations(records), queries)
+        similarity = embedded(records, vectors).similarities(queries, masks[1])
+        by_source[source] = float(metrics.score_queries(similarity, *masks).scores[:, METRICS.index("mAP")].mean())
+    rows = evaluate({"any": embedded(records, vectors)}, [LABEL_OVER_SOURCES, WITHIN_MODALITY])
+    assert by_source["small"] > by_source["large"] + 0.1
+    assert scores_of(rows, "ct by label", "any")["mAP"] == pytest.approx(sum(by_source.values()) / 2)
+    weighted = (12 * by_source["large"] + 4 * by_source["small"]) / 16
+    assert scores_of(rows, "ct", "any")["mAP"] == pytest.approx(weighted)
+    means = [scores_of(rows, title, "any")["mAP"] for title in ("ct by label", "xray by label")]
+    assert scores_of(rows, "by label", "any")["mAP"] == pytest.approx(sum(means) / 2)
+
+
+def test_differences_of_every_row_are_paired() -> None:
+    records = of_sources()
+    methods = {name: embedded(records, torch.randn(len(records), 4).tolist()) for name in ("main", "other")}
+    rows = evaluate(methods, SOURCES)
+    differences = all_differences("main", rows)
+    titles = ["ct by label", "xray by label", "by label", "ct by source", "by source"]
+    assert list(differences) == [*titles, "inside large", "inside small", "inside x", "inside sources", ACROSS]
+    for title, row in differences.items():
+        value, (low, high) = row["other"]
+        scores = [scores_of(rows, title, method)["mAP"] for method in ("main", "other")]
+        assert value == pytest.approx(scores[0] - scores[1])
+        assert -1 <= low < value < high <= 1
+    assert len(format_all_differences("main", differences).splitlines()) == 2 + len(differences)
+    assert all_differences("main", evaluate(methods, SOURCES, jackknife=())) == {}

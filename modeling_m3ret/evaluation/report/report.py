@@ -16,7 +16,16 @@ from ...search.embedding import Embedded
 from ...search.matching import RerankedSearch
 from ...version import __version__
 from ..checkpoints import Checkpoint
-from ..table import ALL_MODALITIES, Row, differences_from, format_differences, format_table, to_json
+from ..table import (
+    ALL_MODALITIES,
+    Row,
+    all_differences,
+    differences_from,
+    format_all_differences,
+    format_differences,
+    format_table,
+    to_json,
+)
 from . import plots
 from .numbers import rank_within_modalities, scaling_series
 from .plots import Picture
@@ -61,6 +70,10 @@ class Report:
             "not_read": len(embedded.failures),
             "models": {title: vars(checkpoint.facts) for title, checkpoint in self.checkpoints.items()},
             "differences_of_mean_map": {name: value._asdict() for name, value in differences.items()},
+            "differences_of_map": {
+                title: {name: value._asdict() for name, value in row.items()}
+                for title, row in all_differences(self.main, self.rows).items()
+            },
         }
         atomic_write_text(folder / "metrics.json", to_json(self.rows, **facts) + "\n")
         rows = [row for row in self.rows if not isinstance(self.methods.get(row.method), RerankedSearch)]
@@ -71,8 +84,12 @@ class Report:
         atomic_write_text(folder / "report.md", "\n\n".join(sections) + "\n")
 
     def _tables(self) -> list[str]:
-        differences = differences_from(self.main, self.rows)
-        return [format_table(self.rows), *([format_differences(self.main, differences)] if differences else [])]
+        differences, paired = differences_from(self.main, self.rows), all_differences(self.main, self.rows)
+        return [
+            format_table(self.rows),
+            *([format_all_differences(self.main, paired)] if paired else []),
+            *([format_differences(self.main, differences)] if differences else []),
+        ]
 
 
 def draw_pictures(
