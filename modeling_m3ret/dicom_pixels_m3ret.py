@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .intensity_m3ret import ONE_GREY_LEVEL
-from .scan_m3ret import Description, ReadRequest
+from .scan_m3ret import Description, ReadRequest, spacing_of_aspect
 
 
 CT_STORAGE = tuple("1.2.840.10008.5.1.4.1.1.2" + tail for tail in ("", ".1", ".2"))  # CT, enhanced, legacy enhanced
@@ -30,7 +30,6 @@ PHOTOMETRIC = {  # by samples per pixel; HSV, ARGB, CMYK and YBR_PARTIAL are ret
 THRESHOLD_WIDTH = 1e-3  # a window of at most this width is a threshold: no pixel lies inside it
 CENTIMETRES, TWO_DIMENSIONAL = 3, 1  # physical units and spatial format of an ultrasound region
 Transform = Callable[[np.ndarray], np.ndarray]
-MIN_ASPECT = 1.01  # a ratio of pixel sides below this is rounding
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,7 +81,7 @@ def in_plane_spacing(dataset: Any, description: Description) -> tuple[float | No
     """Return the spacing between rows and columns in mm of an image without `PixelSpacing`.
 
     It is that of the scanned film or of the ultrasound regions, if all of them agree. If only the ratio of a pixel's
-    height to its width is known, it is returned as (ratio, 1.0), and the description records that it is not in mm.
+    height to its width is known, it is returned as `spacing_of_aspect` documents.
     """
     sides = _read_pair(dataset, "NominalScannedPixelSpacing")
     if sides is None and dataset.get("SequenceOfUltrasoundRegions"):
@@ -91,11 +90,7 @@ def in_plane_spacing(dataset: Any, description: Description) -> tuple[float | No
     if sides is not None:
         return sides
     vertical, horizontal = _read_pair(dataset, "PixelAspectRatio") or (1.0, 1.0)
-    ratio = vertical / horizontal
-    if max(ratio, 1 / ratio) < MIN_ASPECT:
-        return None, None
-    description["pixel_aspect"] = round(ratio, 4)
-    return ratio, 1.0
+    return spacing_of_aspect(vertical / horizontal, description)[1:]
 
 
 def _region_spacing(region: Any) -> tuple[float, float] | None:

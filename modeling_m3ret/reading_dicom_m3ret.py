@@ -288,7 +288,11 @@ def _read_video_stream(dataset: Any, request: ReadRequest, description: Descript
     mm = head.spacing if head.spacing[0] else in_plane_spacing(dataset, description)
     scan = read_video(stream, request)
     scan.description.update({**description, "format": "dicom video"})
-    return replace(scan, spacing=(None, *mm)) if request.spacing is None and mm[0] else scan
+    if request.spacing is not None or not mm[0]:
+        return scan
+    if "pixel_aspect_ratio" not in description:
+        scan.description.pop("pixel_aspect_ratio", None)  # of the stream, whereas the header declares mm
+    return replace(scan, spacing=(None, *mm))
 
 
 def _make_scan(arrangement: Arrangement, request: ReadRequest, description: Description) -> AnyScan:
@@ -335,7 +339,7 @@ def _orient(
 ) -> tuple[np.ndarray, Spacing]:
     """Return an array in the canonical orientation with its spacing; as stored if the orientation is unknown."""
     row_mm, column_mm = plane.spacing if plane.spacing[0] else in_plane_spacing(plane.dataset, description)
-    if step is None or "pixel_aspect" in description:
+    if step is None or "pixel_aspect_ratio" in description:
         return array, (None, row_mm, column_mm)
     if len(step) == 1 or plane.orientation is None or row_mm is None or column_mm is None:
         return array, (float(np.linalg.norm(step)), row_mm, column_mm)

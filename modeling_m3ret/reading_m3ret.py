@@ -42,6 +42,7 @@ from .scan_m3ret import (
     display_name,
     silence_libraries,
     sniff,
+    spacing_of_aspect,
     unsupported_format,
 )
 
@@ -55,7 +56,6 @@ VOXEL_TYPES = "bool, integer or floating-point voxels"
 CHANNEL_FORMATS = (None, "channels_first", "channels_last")
 EXIF_ORIENTATION = 0x0112
 IMAGEJ_STACK = re.compile(r"ImageJ=.*^images=(\d+)", re.DOTALL | re.MULTILINE)
-MIN_ASPECT = 1.01  # a ratio of pixel sides below this is rounding of the declared resolution
 # TIFF tags
 NEW_SUBFILE_TYPE, BITS_PER_SAMPLE, PHOTOMETRIC, DESCRIPTION, STRIP_OFFSETS, PLANAR = 254, 258, 262, 270, 273, 284
 SAMPLE_FORMAT = 339
@@ -545,17 +545,14 @@ def _pixel_aspect(image: Any, description: Description) -> Spacing:
     """Return the ratio of a pixel's sides as spacing. The scale of a declared resolution is for print, so not used."""
     if image.format == "TIFF" and not {282, 283} <= set(image.tag_v2):  # Pillow invents a missing one
         return (None, None, None)
+    # pixels per unit along a row and along a column
     keys = ("dpi", "resolution", "aspect", "jfif_density") if image.format else ()  # a derived image may be resampled
     density = next((image.info[key] for key in keys if image.info.get(key)), (1, 1))
     across, down = (float(value) for value in density[:2])
     if not (0 < across < math.inf and 0 < down < math.inf):
         return (None, None, None)
     turned = image.getexif().get(EXIF_ORIENTATION, 1) > 4  # by 90 degrees
-    ratio = across / down if turned else down / across  # width of a pixel as a multiple of its height
-    if max(ratio, 1 / ratio) < MIN_ASPECT:
-        return (None, None, None)
-    description["pixel_aspect_ratio"] = ratio
-    return (None, 1.0, ratio)
+    return spacing_of_aspect(down / across if turned else across / down, description)
 
 
 def _image_pixels(image: Any, request: ReadRequest) -> tuple[np.ndarray, bool]:

@@ -17,19 +17,18 @@ from typing import Any
 import numpy as np
 
 from .intensity_m3ret import to_unit_range
-from .scan_m3ret import AnyScan, Description, ReadRequest
+from .scan_m3ret import AnyScan, Description, ReadRequest, spacing_of_aspect
 
 
 # decord (FFmpeg 4.1) converts these to the same RGB as current FFmpeg; deeper formats differ by up to 39 of 255 levels
 DECORD_FORMATS = frozenset(f"yuv{range}{chroma}p" for range in ("", "j") for chroma in (420, 422, 444))
-MIN_ASPECT = 1.01  # a ratio of pixel sides below this is rounding
 
 
 def read_video(file: bytes | Path, request: ReadRequest) -> AnyScan:
     """Read the video stream that ffmpeg shows by default."""
     description: Description = {"format": "video"}
     frames, aspect = decode_video(file, request, description)
-    spacing = (None, None, None) if aspect == 1 else (None, aspect, 1.0)
+    spacing = spacing_of_aspect(aspect, description)
     return to_unit_range(frames.transpose(3, 0, 1, 2), spacing, request, description)
 
 
@@ -242,9 +241,6 @@ def _apply_display_matrix(
         frames = frames[:, :: 1 if down > 0 else -1, :: 1 if right > 0 else -1]
         aspect = 1 / aspect if swapped else aspect
         description["display_matrix"] = "applied"
-    aspect = aspect if max(aspect, 1 / aspect) >= MIN_ASPECT else 1.0
-    if aspect != 1:
-        description["pixel_aspect"] = round(aspect, 4)
     return frames, aspect
 
 

@@ -26,6 +26,7 @@ import numpy as np
 
 
 THICK_SLICE_RATIO = 1.5  # slices were acquired along an axis whose spacing exceeds both others by this factor
+MIN_ASPECT = 1.01  # a ratio of pixel sides below this is rounding
 RATIO_FLOOR = 2**26  # 64 MiB: smaller outputs may have any inflate ratio (a blank slice compresses 1000 : 1)
 NIFTI_1, NIFTI_2 = (b"n+1\0", b"ni1\0"), (b"n+2\0", b"ni2\0")  # magic numbers: single file, header of a file pair
 Spacing = tuple[float | None, float | None, float | None]  # mm between voxel centres along D, H, W
@@ -222,6 +223,17 @@ class _LibrarySilencer:
 
 
 silence_libraries = _LibrarySilencer()
+
+
+def spacing_of_aspect(ratio: float, description: Description) -> Spacing:
+    """Return the spacing of pixels of which only height / width is known, the meaning of DICOM's Pixel Aspect Ratio.
+
+    It is relative, not in mm, which the key `pixel_aspect_ratio` of the description records.
+    """
+    if max(ratio, 1 / ratio) < MIN_ASPECT:
+        return (None, None, None)
+    description["pixel_aspect_ratio"] = round(ratio, 4)
+    return (None, ratio, 1.0)
 
 
 def display_name(source: Any) -> str:

@@ -6,6 +6,7 @@ import copy
 import gzip
 import io
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from scan_files import CINE, PLANTED, dicom, dicom_bytes, nifti_bytes, reorient,
 
 from modeling_m3ret.image_processing_m3ret import M3RetImageProcessor
 from modeling_m3ret.reading_m3ret import M3RetReadError, ReadLimits, read_scan
+from modeling_m3ret.scan_m3ret import Spacing
 
 
 sitk = pytest.importorskip("SimpleITK")
@@ -571,11 +573,12 @@ def test_mosaic_without_its_private_header() -> None:
 # ---------------------------------------------------------------------------------------------------------------- video
 
 
-def video_stream(codec: str, container: str) -> bytes:
+def video_stream(codec: str, container: str, sample_aspect_ratio: Fraction = Fraction(1)) -> bytes:
     stream = io.BytesIO()
     with av.open(stream, "w", format=container) as output:
         track = output.add_stream(codec, rate=10)
         track.width, track.height, track.pix_fmt = 64, 48, "yuv420p"
+        track.codec_context.sample_aspect_ratio = sample_aspect_ratio
         for k in range(12):
             frame = np.zeros((48, 64, 3), np.uint8)
             frame[:, 4 * k : 4 * k + 8] = 200
@@ -612,6 +615,22 @@ def test_video_in_dicom_equals_its_stream(codec: str, container: str, syntax: st
     assert (scan.spacing, scan.description["format"]) == ((None, 0.5, 0.5), "dicom video")
     few = read_scan(video_dicom(stream, "1.2.840.10008.1.2.4." + syntax), num_frames=3)
     np.testing.assert_array_equal(few.array, scan.array[:, [2, 6, 10]])
+
+
+@pytest.mark.parametrize(
+    ("elements", "spacing", "ratio"),
+    [
+        ({}, (None, 0.75, 1.0), 0.75),
+        ({"PixelSpacing": [0.5, 0.25]}, (None, 0.5, 0.25), None),
+        ({"PixelAspectRatio": [2, 1]}, (None, 2.0, 1.0), 2.0),
+    ],
+)
+def test_pixel_sides_of_the_header_precede_those_of_the_stream(
+    elements: dict[str, Any], spacing: Spacing, ratio: float | None
+) -> None:
+    stream = video_stream("libx264", "mp4", Fraction(4, 3))  # width / height, as FFmpeg defines it
+    scan = read_scan(video_dicom(stream, "1.2.840.10008.1.2.4.102", **elements))
+    assert (scan.spacing, scan.description.get("pixel_aspect_ratio")) == (spacing, ratio)
 
 
 def test_video_in_dicom_keeps_the_limits() -> None:

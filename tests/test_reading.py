@@ -202,22 +202,38 @@ def test_imagej_stack_without_pages_is_refused() -> None:
     assert caught.value.reason == "unsupported"
 
 
+def with_physical_pixels(across: int, down: int) -> bytes:
+    """Return a PNG with a pHYs chunk without a unit."""
+    body = b"pHYs" + struct.pack(">IIB", across, down, 0)
+    png = encode(Image.fromarray(GREY), "PNG")
+    return png[:33] + struct.pack(">I", 9) + body + struct.pack(">I", zlib.crc32(body)) + png[33:]
+
+
+def with_jfif_density(unit: int, across: int, down: int) -> bytes:
+    jpeg = encode(Image.fromarray(GREY), "JPEG")
+    return jpeg[:13] + struct.pack(">BHH", unit, across, down) + jpeg[18:]
+
+
 @pytest.mark.parametrize(
-    ("data", "ratio"),  # width of a pixel / height, from pixels per inch across / down
+    ("data", "ratio"),  # height of a pixel / width, from pixels per inch across / down
     [
-        (tiff(GREY, t282=[(204, 1)], t283=[(98, 1)], t296=[2]), 98 / 204),  # fax
-        (tiff(GREY, t282=[(2, 1)], t283=[(1, 1)], t296=[1]), 0.5),  # without a unit
+        (tiff(GREY, t282=[(204, 1)], t283=[(98, 1)], t296=[2]), 204 / 98),  # fax
+        (tiff(GREY, t282=[(2, 1)], t283=[(1, 1)], t296=[1]), 2.0),  # without a unit
         (tiff(GREY, t282=[(100, 1)]), None),  # of one axis only
         (tiff(GREY, t282=[(72009, 1000)], t283=[(72, 1)], t296=[2]), None),  # rounded
-        (encode(Image.fromarray(GREY), "PNG", dpi=(72, 144)), 2.0),
-        (encode(Image.fromarray(GREY), "JPEG", dpi=(200, 100)), 0.5),
+        (encode(Image.fromarray(GREY), "PNG", dpi=(72, 144)), 0.5),
+        (with_physical_pixels(3, 1), 3.0),  # pHYs (PNG, 11.3.5.3): pixels per unit, X then Y; without a unit
+        (encode(Image.fromarray(GREY), "JPEG", dpi=(200, 100)), 2.0),
         (encode(Image.fromarray(GREY), "JPEG", dpi=(300, 300)), None),
-        (encode(Image.fromarray(GREY), "BMP", dpi=(100, 50)), 0.5),
+        (with_jfif_density(0, 1, 4), 0.25),  # Xdensity and Ydensity (JFIF 1.02), without a unit
+        (with_jfif_density(2, 100, 50), 2.0),  # per cm
+        (encode(Image.fromarray(GREY), "BMP", dpi=(100, 50)), 2.0),
     ],
 )
 def test_declared_resolution_gives_the_ratio_of_pixel_sides(data: bytes, ratio: float | None) -> None:
-    expected = NONE3 if ratio is None else (None, 1.0, pytest.approx(ratio, rel=1e-3))
-    assert read_scan(data).spacing == expected
+    scan = read_scan(data)
+    assert scan.spacing == (NONE3 if ratio is None else (None, pytest.approx(ratio, rel=1e-3), 1.0))
+    assert scan.description.get("pixel_aspect_ratio") == (ratio and pytest.approx(ratio, rel=1e-3))
 
 
 def test_rotation_swaps_the_sides_of_pixels() -> None:
@@ -227,7 +243,7 @@ def test_rotation_swaps_the_sides_of_pixels() -> None:
         jpeg = encode(Image.fromarray(pixels), "JPEG", dpi=(200, 100), exif=exif)
         for data in (jpeg, tiff(pixels, t274=[6], t282=[(200, 1)], t283=[(100, 1)], t296=[2])):
             scan = read_scan(data)
-            assert scan.spacing == (None, 1.0, 2.0)
+            assert scan.spacing == (None, 0.5, 1.0)
             assert scan.array.shape[2:] == pixels.shape[::-1]
 
 

@@ -266,7 +266,7 @@ def test_pixels_that_are_not_square_have_a_relative_spacing(
     data = clip(kind, codec, **options)
     scan = read_scan(data)
     assert scan.spacing == (None, pytest.approx(1 / aspect), 1.0)
-    assert scan.description["pixel_aspect"] == pytest.approx(1 / aspect, abs=1e-4)  # height / width, as in DICOM
+    assert scan.description["pixel_aspect_ratio"] == pytest.approx(1 / aspect, abs=1e-4)  # height / width, as in DICOM
     np.testing.assert_array_equal(scan.array.transpose(1, 2, 3, 0), shown_by_ffmpeg(decoded(data)))
 
 
