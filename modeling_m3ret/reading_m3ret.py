@@ -14,6 +14,9 @@ import io
 import math
 import os
 import re
+import shutil
+import stat
+import struct
 import sys
 import zipfile
 import zlib
@@ -54,6 +57,10 @@ FORMATS = "DICOM, NIfTI, NRRD, MetaImage, MGH, MINC, PNG, JPEG, TIFF, BMP, WebP,
 NPZ_KEYS = ("hu", "image", "volume", "imgs")  # "hu" declares Hounsfield units; "imgs" is MedSAM's key
 VOXEL_TYPES = "bool, integer or floating-point voxels"
 CHANNEL_FORMATS = (None, "channels_first", "channels_last")
+PIECE_BYTES = 2**20
+ZIP_ENTRY = b"PK\1\2"  # signature of an entry in the directory of a zip archive
+ZIP_METHODS = {9: "Deflate64", 12: "bzip2", 14: "LZMA", 93: "Zstandard"}  # that are refused
+ENTRIES_PER_FILE = 4  # most entries of a zip archive per scan file: folders, resource forks, sidecars
 EXIF_ORIENTATION = 0x0112
 IMAGEJ_STACK = re.compile(r"ImageJ=.*^images=(\d+)", re.DOTALL | re.MULTILINE)
 # TIFF tags
@@ -317,45 +324,93 @@ def _read_gzip(data: bytes, request: ReadRequest, containers: tuple[str, ...]) -
 
 def _read_zip(data: bytes, request: ReadRequest, containers: tuple[str, ...]) -> AnyScan:
     """Read an `.npz`, or a zip archive that holds one scan: a file, a header with its data, or a DICOM series."""
+    npz_key = None
     try:
-        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        with _open_zip(data, request) as archive:
             members = [info for info in archive.infolist() if not _is_clutter(info)]
             if not members:
                 raise request.error("unsupported", "a zip archive of one scan", "an archive without files")
-            if len(members) > request.limits.max_files:
-                expected, advice = f"at most {request.limits.max_files:,} files", "Raise `ReadLimits.max_files`."
-                raise request.error("too_large", expected, f"{len(members):,}", advice)
             if all(info.filename.endswith(".npy") for info in members):
-                return _read_npz(archive, members, request)
-            for info in members:
-                if info.flag_bits & 1:
-                    raise request.error("unsupported", "a zip archive without a password", "an encrypted archive")
-            size = sum(info.file_size for info in members)
-            request.check_size((max(1, size),), 1)
-            request.check_ratio(size, len(data))
-            contents = {PurePosixPath(info.filename.replace("\\", "/")): archive.read(info) for info in members}
+                npz_key, members = _select_array(members, request)
+            _check_members(members, len(data), request)
+            members.sort(key=lambda info: info.filename)
+            contents = [(PurePosixPath(info.filename), _inflate(archive, info)) for info in members]
+    except M3RetReadError:
+        raise
     except NotImplementedError as error:
-        raise request.error("unsupported", "a zip archive compressed by deflate", "another compression") from error
-    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+        raise request.error("unsupported", "a zip archive of version 6.3 or older", "a newer one") from error
+    except (zipfile.BadZipFile, zlib.error, struct.error, EOFError, ValueError, OverflowError) as error:
         raise request.error("damaged", "a complete zip archive", type(error).__name__) from error
-    kinds = {path: sniff(content) for path, content in contents.items()}
-    if "dicom" in kinds.values():
-        dicom = [contents[path] for path in sorted(kinds) if kinds[path] == "dicom"]
-        return read_series(dicom, request, {"files_ignored": len(contents) - len(dicom)})
-    scans = [path for path, kind in kinds.items() if kind is not None]
+    if npz_key is not None:
+        return _read_npz(contents[0][1], npz_key, request)
+    kinds = [sniff(content) for _, content in contents]
+    if "dicom" in kinds:
+        series = [content for (_, content), kind in zip(contents, kinds, strict=True) if kind == "dicom"]
+        return read_series(series, request, {"files_ignored": len(contents) - len(series)})
+    scans = [member for member, kind in zip(contents, kinds, strict=True) if kind is not None]
     if len(scans) != 1:
         got = f"a zip archive with {len(scans)} scans in {len(contents)} files"
         raise request.error("unsupported", "a zip archive of one scan", got, "Pass the files one by one.")
-    path = scans[0]
-    inner = replace(request, open_sibling=lambda name: contents.get(path.with_name(_sibling_name(path, name))))
-    return _read_file(contents[path], inner, containers)
+    path, scan = scans[0]
+    siblings = dict(contents)
+    inner = replace(request, open_sibling=lambda name: siblings.get(path.with_name(_sibling_name(path, name))))
+    return _read_file(scan, inner, containers)
+
+
+def _open_zip(data: bytes, request: ReadRequest) -> zipfile.ZipFile:
+    """Open an archive after counting its entries, since `zipfile` creates an object of about 1 kB for each."""
+    entries = data.count(ZIP_ENTRY)  # the count that the archive declares may be false
+    limit = ENTRIES_PER_FILE * request.limits.max_files + 1000
+    if entries > limit:
+        expected, advice = f"at most {limit:,} entries of a zip archive", "Raise `ReadLimits.max_files`."
+        raise request.error("too_large", expected, f"{entries:,}", advice)
+    archive = zipfile.ZipFile(io.BytesIO(data))
+    for info in archive.infolist():
+        info.filename = info.filename.replace("\\", "/")
+    return archive
 
 
 def _is_clutter(info: zipfile.ZipInfo) -> bool:
     """Return whether this is a folder or a file that file managers add: resource fork, `.DS_Store`, `Thumbs.db`."""
-    parts = PurePosixPath(info.filename.replace("\\", "/")).parts
-    hidden = not parts or parts[0] == "__MACOSX" or parts[-1].startswith(".")
-    return info.is_dir() or hidden or parts[-1].lower() in ("thumbs.db", "desktop.ini")
+    parts = PurePosixPath(info.filename).parts
+    is_folder = info.is_dir() or stat.S_ISDIR(info.external_attr >> 16)
+    hidden = not parts or parts[0] == "__MACOSX" or (parts[-1].startswith(".") and parts[-1] != "..")
+    return is_folder or hidden or parts[-1].lower() in ("thumbs.db", "desktop.ini")
+
+
+def _check_members(members: list[zipfile.ZipInfo], archive_size: int, request: ReadRequest) -> None:
+    """Refuse members that cannot be read, or that declare too large a size. `_inflate` reads no more than declared."""
+    if len(members) > request.limits.max_files:
+        expected, advice = f"at most {request.limits.max_files:,} files", "Raise `ReadLimits.max_files`."
+        raise request.error("too_large", expected, f"{len(members):,}", advice)
+    for info in members:
+        path = PurePosixPath(info.filename)
+        if path.is_absolute() or ".." in path.parts or ":" in path.parts[0]:
+            raise request.error("unsupported", "paths within the zip archive", "a path outside of it")
+        if stat.S_IFMT(info.external_attr >> 16) not in (0, stat.S_IFREG):
+            raise request.error("unsupported", "a zip archive of regular files", "a link or a special file")
+        if info.flag_bits & 1:
+            raise request.error("unsupported", "a zip archive without a password", "an encrypted archive")
+        if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            # zipfile inflates bzip2 and LZMA without a bound, and LZMA allocates a dictionary of the declared size
+            got = ZIP_METHODS.get(info.compress_type, f"method {info.compress_type}")
+            advice = "Compress it with deflate, the usual method."
+            raise request.error("unsupported", "a zip archive compressed by deflate", f"compression by {got}", advice)
+    size = sum(info.file_size for info in members)
+    request.check_size((max(1, size),), 1)
+    # entries may overlap or declare false sizes, so they are not added up beyond the size of the archive
+    request.check_ratio(size, min(archive_size, sum(info.compress_size for info in members)))
+
+
+def _inflate(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
+    """Return the content of a member, at most its declared size.
+
+    It is read in pieces: for a longer read, `zipfile` inflates everything before it applies the declared size.
+    """
+    content = io.BytesIO()
+    with archive.open(info) as stream:
+        shutil.copyfileobj(stream, content, PIECE_BYTES)
+    return content.getvalue()
 
 
 # --------------------------------------------------------------------------------------------------------------- arrays
@@ -422,18 +477,18 @@ def _load_npy(stream: Any, request: ReadRequest) -> np.ndarray:
     return np.frombuffer(data, dtype).reshape(shape, order="F" if fortran else "C")
 
 
-def _read_npz(archive: zipfile.ZipFile, members: list[zipfile.ZipInfo], request: ReadRequest) -> AnyScan:
+def _select_array(members: list[zipfile.ZipInfo], request: ReadRequest) -> tuple[str, list[zipfile.ZipInfo]]:
+    """Return which array of an `.npz` is read: its key and, in a list, its member."""
     arrays = {info.filename[:-4]: info for info in members}
     key = next((key for key in NPZ_KEYS if key in arrays), next(iter(arrays)) if len(arrays) == 1 else None)
     if key is None:
         expected = f"one array, or one of the keys {', '.join(NPZ_KEYS)}"
         raise request.error("unsupported", expected, f"a zip archive with {len(arrays)} arrays")
-    if arrays[key].flag_bits & 1:
-        raise request.error("unsupported", "an archive without a password", "an encrypted archive")
-    request.check_size((arrays[key].file_size,), 1)
-    request.check_ratio(arrays[key].file_size, arrays[key].compress_size)
-    with archive.open(arrays[key]) as stream:
-        array = _load_npy(stream, request)
+    return key, [arrays[key]]
+
+
+def _read_npz(content: bytes, key: str, request: ReadRequest) -> AnyScan:
+    array = _load_npy(io.BytesIO(content), request)
     if key in ("hu", "volume", "imgs") and array.ndim == 3:  # grey slices by their key
         request = replace(request, input_data_format=request.input_data_format or "channels_last")
     return _read_array(array, request, {"format": "npz"}, rule="hounsfield" if key == "hu" else None)

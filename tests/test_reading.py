@@ -531,8 +531,9 @@ def test_zip_and_gzip_of_one_file_are_read_as_the_file() -> None:
             gzip.compress(data),
             zip_bytes({"a/scan": data} | CLUTTER),
             zip_bytes({"scan.gz": gzip.compress(data)}),
+            zip_bytes({"scan": data}, zipfile.ZIP_STORED),
         ]
-        for source in (*packed, zip_bytes({"scan": data}, zipfile.ZIP_LZMA)):
+        for source in packed:
             np.testing.assert_array_equal(read_scan(source).array, expected)
 
 

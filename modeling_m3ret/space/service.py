@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import math
-import tempfile
 import threading
 import uuid
 from collections.abc import Callable, Sequence
@@ -108,10 +107,7 @@ class SearchService:
         """Read and embed uploaded files. Raises `M3RetReadError` if they cannot be read, or not in time."""
         paths = [Path(file) for file in files]
         name = paths[0].name if len(paths) == 1 else f"<{len(paths)} files>"
-        # created here because the reading process may be killed, and next to the upload, where the sweeper finds it
-        folder = paths[0].parent if paths else None
-        with tempfile.TemporaryDirectory(prefix="unpacked-", dir=folder, ignore_cleanup_errors=True) as scratch:
-            scan = self.readers.read(name, read_upload, paths, self.processor.num_frames, Path(scratch))
+        scan = self.readers.read(name, read_upload, paths, self.processor.num_frames)
         query = Query(f"upload-{uuid.uuid4().hex}", None, self._encode(scan))
         self._cached(self._scans, query.key, lambda: scan)
         return query

@@ -41,8 +41,8 @@ def file(tmp_path: Path) -> Path:
 
 
 def is_read(readers: IsolatedReaders, file: Path) -> bool:
-    scan = readers.read("scan.npy", read_upload, [file], 8, file.parent)
-    return bool((scan.array == read_upload([file], 8, file.parent).array).all())
+    scan = readers.read("scan.npy", read_upload, [file], 8)
+    return bool((scan.array == read_upload([file], 8).array).all())
 
 
 def crash(file: Path) -> None:
@@ -152,9 +152,9 @@ def wait_for_end_of(pid: int) -> None:
 def test_a_read_error_has_the_same_message_as_without_isolation(readers: IsolatedReaders, tmp_path: Path) -> None:
     (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     with pytest.raises(M3RetReadError) as here:
-        read_upload([tmp_path / "broken.png"], 8, tmp_path)
+        read_upload([tmp_path / "broken.png"], 8)
     with pytest.raises(M3RetReadError) as isolated:
-        readers.read("broken.png", read_upload, [tmp_path / "broken.png"], 8, tmp_path)
+        readers.read("broken.png", read_upload, [tmp_path / "broken.png"], 8)
     assert str(isolated.value) == str(here.value)
     assert (isolated.value.file, isolated.value.reason) == (here.value.file, here.value.reason)
 
