@@ -53,7 +53,10 @@ from .scan_m3ret import (
 __all__ = ["M3RetReadError", "ReadLimits", "Scan", "StoredScan", "read_scan", "read_stored"]
 
 IMAGE_FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "WEBP", "GIF", "AVIF", "JPEG2000")
-FORMATS = "DICOM, NIfTI, NRRD, MetaImage, MGH, MINC, PNG, JPEG, TIFF, BMP, WebP, GIF, AVIF, HEIF, video, .npy or .npz"
+FORMATS = (  # in messages and on the search page
+    "DICOM, NIfTI, NRRD, MetaImage, MGH, MINC, PNG, JPEG, JPEG 2000, TIFF, BMP, WebP, GIF, AVIF, HEIC, HEIF, video, "
+    ".npy or .npz"
+)
 NPZ_KEYS = ("hu", "image", "volume", "imgs")  # "hu" declares Hounsfield units; "imgs" is MedSAM's key
 VOXEL_TYPES = "bool, integer or floating-point voxels"
 CHANNEL_FORMATS = (None, "channels_first", "channels_last")

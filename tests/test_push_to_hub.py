@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -255,3 +256,17 @@ for run in ("mae", "simdino"):
     subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=hub.environment(tmp_path), check=True)
     files = {name: content for name, content in hub.files(repository).items() if name.endswith("safetensors")}
     assert files == {"model.safetensors": b"simdino", "pretraining/simdino.safetensors": b"simdino"}
+
+
+def test_the_command_of_the_readme_publishes_a_checkpoint(pushed: Run, hub: Hub, tmp_path: Path) -> None:
+    (command,) = re.findall(r"`(hf upload [^`]*)`", (ROOT / "README.md").read_text())
+    repository, checkpoint = hub.new_repository("published"), pushed.folder / "m3ret-tiny"
+    words = [{"ORG/NAME": repository, "CHECKPOINT": str(checkpoint)}.get(word, word) for word in command.split()]
+    environment = hub.environment(tmp_path)
+    script = str(Path(sys.executable).with_name(words[0]))
+    ran = subprocess.run([script, *words[1:]], env=environment, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    assert hub.is_private(repository)
+    files = hub.files(repository)
+    for path in checkpoint.rglob("*"):
+        assert path.is_dir() or files[path.relative_to(checkpoint).as_posix()] == path.read_bytes()

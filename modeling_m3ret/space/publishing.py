@@ -17,11 +17,13 @@ from pathlib import Path
 import pyarrow as pa
 from huggingface_hub import HfApi
 from jinja2 import Template
+from packaging.requirements import Requirement
 
 from ..data.collection import open_collection
 from ..image_processing_m3ret import M3RetImageProcessor
 from ..modeling_m3ret import M3RetModel
 from ..phantom import SYNTHETIC_SOURCE
+from ..reading_m3ret import FORMATS
 from ..search.index import RetrievalIndex
 from .gallery import PUBLISHED, Gallery
 from .pages import model_card
@@ -29,12 +31,8 @@ from .visible import visible_columns
 
 
 MODEL_FOLDER = "m3ret-space"  # app.py finds it as the newest checkpoint
-# packages that the app imports, directly or for a file format; the Space installs the versions installed here
-REQUIREMENTS = (
-    "torch", "transformers", "accelerate", "datasets", "huggingface-hub", "faiss-cpu", "numpy", "scipy", "pyarrow",
-    "pillow", "nibabel", "pydicom", "python-gdcm", "decord", "av", "tqdm", "safetensors", "filelock", "tenacity",
-    "jsonargparse", "pebble", "cachetools", "markdown-it-py",
-)  # fmt: skip
+EXTRAS = ("app", "itk", "minc", "heif")  # what the app imports, and the decoders of all formats
+PINNED_BY_README = "gradio"  # its version is in the header of the Space's README
 
 
 def push_space(
@@ -89,6 +87,7 @@ def write_space(
         gradio=importlib.metadata.version("gradio"),
         python=f"{sys.version_info.major}.{sys.version_info.minor}",
         scans=f"{len(published):,} scans",
+        formats=FORMATS,
         has_scans=published.collection is not None,
     )
     (folder / "README.md").write_text(readme + "\n", encoding="utf-8")
@@ -96,13 +95,22 @@ def write_space(
 
 
 def requirements() -> list[str]:
-    """Return the installed packages of `REQUIREMENTS`, pinned. The README's header pins Gradio."""
-    pinned = []
-    for name in REQUIREMENTS:
+    """Return the packages of the Space: the dependencies of this project with `EXTRAS`.
+
+    They are pinned to the installed versions. The decoder of a format that is not installed here keeps its bounds.
+    """
+    lines = []
+    for declared in map(Requirement, importlib.metadata.requires("m3ret") or ()):
+        applies = declared.marker is None or any(declared.marker.evaluate({"extra": extra}) for extra in EXTRAS)
+        if not applies or declared.name == PINNED_BY_README:
+            continue
+        extras = f"[{','.join(sorted(declared.extras))}]" if declared.extras else ""
+        bounds = str(declared.specifier)
         with suppress(importlib.metadata.PackageNotFoundError):
-            version = importlib.metadata.version(name).split("+")[0]  # without the build tag of torch, e.g. +cpu
-            pinned.append(f"{name}=={version}")
-    return pinned
+            version = importlib.metadata.version(declared.name).split("+")[0]  # without torch's build tag, e.g. +cpu
+            bounds = f"=={version}"
+        lines.append(f"{declared.name}{extras}{bounds}")
+    return lines
 
 
 def publishable(gallery: Gallery) -> Gallery:

@@ -14,6 +14,7 @@ from typing import Any
 import gradio as gr
 
 from ..errors import InputError
+from ..reading_m3ret import FORMATS
 from ..search.filters import MetadataFilter
 from .endpoints import HEAVY, PRIVATE, show_errors
 from .service import DEFAULT_HITS, MAX_HITS, HitFacts, Query, SearchService
@@ -43,7 +44,7 @@ class SearchPage:
         modalities = [(modality_name(name), name) for name in gallery.names("modality")]
         with gr.Row():
             with gr.Column(scale=2, min_width=300):
-                gr.Markdown("Upload a DICOM, NIfTI, video or image file, all slices of a series, or a zip of them.")
+                gr.Markdown(f"Upload a file ({FORMATS}), all slices of a DICOM series, or a zip archive of either.")
                 self.files = gr.File(label="Scan", file_count="multiple", height=140, elem_id="upload")
                 gr.Markdown("Or start with an example from the gallery:")
                 with gr.Row(elem_id="examples"):

@@ -20,6 +20,8 @@ from space_server import DirectReaders
 from modeling_m3ret import M3RetImageProcessor, M3RetModel
 from modeling_m3ret.data.collection import Record
 from modeling_m3ret.model_facts import ModelFacts
+from modeling_m3ret.reading_m3ret import FORMATS, IMAGE_FORMATS
+from modeling_m3ret.reading_volume_m3ret import VOLUME_READERS
 from modeling_m3ret.search.index import RetrievalIndex
 from modeling_m3ret.space.explore import SIDE, ExplorePage, GalleryMap
 from modeling_m3ret.space.gallery import Gallery
@@ -133,6 +135,21 @@ def test_the_viewer_is_offered_only_if_the_gallery_has_scans(has_scans: bool, tm
             node = node.parent
         assert all(ancestor.visible for ancestor in ancestors) == has_scans, control.elem_id
     assert explore.show(0, "modality")[explore.map].size[0] == SIDE
+
+
+def test_the_page_names_every_format_that_is_read() -> None:
+    table = pa.table(
+        {"id": ["0"], "patient": ["p"], "modality": ["ct"], "anatomy": [""], "labels": [[""]], "source": [""]}
+    )
+    gallery = Gallery(RetrievalIndex.build(torch.eye(1, 48), table, ModelFacts("m", "r", "p")), None)
+    service = SearchService(M3RetModel(tiny_config()).eval(), M3RetImageProcessor(size=32), gallery, DirectReaders())
+    with gr.Blocks() as page:
+        SearchPage(service)
+    shown = [str(getattr(block, "value", "")) for block in page.blocks.values()]
+    assert any(FORMATS in text for text in shown)
+    names = FORMATS.lower().replace(" ", "")
+    for name in (*IMAGE_FORMATS, *VOLUME_READERS, "dicom", "heif", "video", "npy", "npz"):
+        assert name.lower() in names
 
 
 def test_formulas_are_escaped_in_the_csv_file() -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ast
+import importlib.metadata
 import json
 import subprocess
 import sys
+import tomllib
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,9 +17,12 @@ import pytest
 import torch
 import yaml
 from conftest import Hub
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from space_server import small_gallery, small_phantom
 
 from modeling_m3ret.model_facts import ModelFacts
+from modeling_m3ret.reading_m3ret import FORMATS
 from modeling_m3ret.search.index import RetrievalIndex
 
 
@@ -24,7 +30,7 @@ pytest.importorskip("gradio", reason="the Space needs gradio: pip install m3ret[
 
 from modeling_m3ret.space import pages, publishing
 from modeling_m3ret.space.gallery import Gallery, embed_gallery
-from modeling_m3ret.space.publishing import publishable, requirements, write_space
+from modeling_m3ret.space.publishing import EXTRAS, publishable, requirements, write_space
 
 
 pytestmark = pytest.mark.slow
@@ -61,6 +67,7 @@ def test_the_readme_has_the_header_of_a_space(files: dict[str, bytes]) -> None:
     assert data["python_version"] == f"{sys.version_info.major}.{sys.version_info.minor}"
     assert len(data["short_description"]) <= 60, "the Hub refuses more"
     assert "{" not in text
+    assert FORMATS in text
 
 
 def test_requirements_are_pinned_to_the_installed_versions(files: dict[str, bytes]) -> None:
@@ -68,6 +75,51 @@ def test_requirements_are_pinned_to_the_installed_versions(files: dict[str, byte
     assert lines == requirements()
     assert all("==" in line and "+" not in line for line in lines)
     assert f"torch=={torch.__version__.split('+')[0]}" in lines
+
+
+def test_requirements_include_every_package_that_the_app_and_the_readers_import() -> None:
+    """A reader imports the decoder of a format by name, so its packages are taken from the source code."""
+    package, declared = ROOT / "modeling_m3ret", {canonicalize_name(Requirement(line).name) for line in requirements()}
+    files = [
+        *package.glob("*.py"),
+        *(path for room in ("space", "search", "data") for path in (package / room).iterdir()),
+    ]
+    distributions, wanted = importlib.metadata.packages_distributions(), set()
+    for path in (path for path in [*files, ROOT / "app.py"] if path.suffix == ".py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                wanted |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                wanted.add(str(node.module))
+            elif isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "import_decoder":
+                wanted.add(ast.literal_eval(node.args[0]))
+    modules = {name.split(".")[0] for name in wanted} & distributions.keys()
+    assert {"SimpleITK", "h5py", "pillow_heif", "nibabel", "gdcm", "av"} <= modules
+    transitive = {"m3ret", "gradio", "safetensors", "packaging", "pyyaml", "starlette", "jinja2"}
+    not_needed = {"pymilvus", "onnx", "onnxruntime", "onnxscript"}  # for servers and exports
+    missing = {canonicalize_name(distributions[name][0]) for name in modules} - declared - transitive - not_needed
+    assert not missing
+
+
+def test_requirements_are_those_of_pyproject() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    declared = [*project["dependencies"], *(line for name in EXTRAS for line in project["optional-dependencies"][name])]
+    names = {Requirement(line).name for line in declared} - {"gradio"}
+    if sys.platform == "linux":
+        assert {Requirement(line).name for line in requirements()} == names
+
+
+def test_a_decoder_that_is_not_installed_keeps_its_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    version = importlib.metadata.version
+
+    def without_simple_itk(name: str) -> str:
+        if name == "SimpleITK":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return version(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", without_simple_itk)
+    (line,) = [Requirement(line) for line in requirements() if line.startswith("SimpleITK")]
+    assert {bound.operator for bound in line.specifier} == {">=", "<"}
 
 
 def test_app_package_and_model_card_are_uploaded(files: dict[str, bytes]) -> None:
