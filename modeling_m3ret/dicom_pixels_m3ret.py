@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import importlib
 import math
-import struct
 from collections.abc import Callable, Iterable, Iterator, MutableSequence, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
+from .dicom_codestreams_m3ret import Codestream, check_codestreams, check_frame_size
 from .intensity_m3ret import ONE_GREY_LEVEL
 from .scan_m3ret import Description, ReadRequest, spacing_of_aspect
 
@@ -41,15 +41,6 @@ class Frame:
     frame: int
     values: Any  # item with the rescale: a functional group of the frame, or the dataset itself
     window: Any  # item with the window or VOI LUT
-
-
-class Codestream(NamedTuple):
-    """Header of a compressed frame."""
-
-    rows: int
-    columns: int
-    bits: int | None  # per sample; None for RLE, which has no header
-    is_signed: bool | None  # None for JPEG and JPEG-LS, which have no sign
 
 
 @dataclass(frozen=True, eq=False)
@@ -228,7 +219,7 @@ def _decode(
             numbers = [frames[index].frame for index in indices]
             decoded, codestreams = decode_frames(dataset, numbers, file_request)
             for index, number, words in zip(indices, numbers, decoded, strict=True):
-                _check_frame_size(words.shape[:2], size, file_request)
+                check_frame_size(words.shape[:2], size, file_request)
                 _, _, bits, is_signed = codestreams[number] if codestreams else (0, 0, None, None)
                 if is_signed is not None and is_signed != bool(dataset.PixelRepresentation):
                     description["codestream_sign"] = "differs from the header"
@@ -236,12 +227,6 @@ def _decode(
                         expected = "a codestream without negative samples, as the header declares"
                         raise file_request.error("damaged", expected, "negative samples")
                 yield index, frames[index], words, bits
-
-
-def _check_frame_size(size: tuple[int, ...], declared: tuple[int, int], request: ReadRequest) -> None:
-    if size != declared:
-        expected = f"frames of {declared[0]} x {declared[1]} pixels, as the DICOM header declares"
-        raise request.error("damaged", expected, f"{size[0]} x {size[1]}")
 
 
 def decode_frames(
@@ -253,7 +238,7 @@ def decode_frames(
     options: dict[str, Any] = {"correct_unused_bits": False, "allow_excess_frames": False}
     codestreams: list[Codestream] = []
     if syntax.is_encapsulated:
-        codestreams = _check_codestreams(dataset, total, request)
+        codestreams = check_codestreams(dataset, syntax, total, request)
         options["planar_configuration"] = 0  # decoders return interleaved samples, whatever the header declares
     else:
         _check_length(dataset, total, request)
@@ -263,7 +248,10 @@ def decode_frames(
         options |= {"bits_stored": size, "bits_allocated": size}
     if syntax == JPEG_EXTENDED and bits > 8:
         return (_decode_jpeg_12bit(dataset, frame, total, bits, request) for frame in frames), codestreams
-    decoder = importlib.import_module("pydicom.pixels").get_decoder(syntax)
+    try:
+        decoder = importlib.import_module("pydicom.pixels").get_decoder(syntax)
+    except NotImplementedError as error:
+        raise request.error("unsupported", "a transfer syntax that pydicom decodes", "another one") from error
     if not decoder.is_available:
         advice = "Run `pip install pylibjpeg pylibjpeg-openjpeg python-gdcm`, or decompress the file."
         raise request.error("no_decoder", "a decoder of the file's transfer syntax", "none", advice)
@@ -319,28 +307,6 @@ def _check_length(dataset: Any, total: int, request: ReadRequest) -> None:
         raise request.error("damaged", f"{size:,} bytes of pixels, as the header declares", f"{actual:,}")
 
 
-def _check_codestreams(dataset: Any, total: int, request: ReadRequest) -> list[Codestream]:
-    """Return the headers of all codestreams, after checking their number and size.
-
-    Decoders allocate what a codestream requests, whatever the DICOM header declares.
-    """
-    offsets = None
-    if "ExtendedOffsetTable" in dataset and "ExtendedOffsetTableLengths" in dataset:
-        offsets = (dataset.ExtendedOffsetTable, dataset.ExtendedOffsetTableLengths)
-    encaps = importlib.import_module("pydicom.encaps")
-    frames = encaps.generate_frames(dataset.PixelData, number_of_frames=total, extended_offsets=offsets)
-    codestreams = [_read_codestream_header(frame) for frame in frames]
-    for codestream in codestreams:
-        if codestream.bits is not None:
-            _check_frame_size(codestream[:2], (int(dataset.Rows), int(dataset.Columns)), request)
-            limit = 16 if codestream.is_signed is None else 32  # JPEG; words of JPEG 2000
-            if not 1 <= codestream.bits <= limit:  # GDCM aborts the process
-                raise request.error("unsupported", f"samples of 1 to {limit} bits", f"samples of {codestream.bits}")
-    if len(codestreams) != total:
-        raise request.error("damaged", f"{total} frames, as the header declares", f"{len(codestreams)} codestreams")
-    return codestreams
-
-
 def transfer_syntax(dataset: Any) -> Any:
     """Return the declared transfer syntax, or without file meta information the encoding the dataset was read with."""
     uid = importlib.import_module("pydicom.uid")
@@ -351,26 +317,6 @@ def transfer_syntax(dataset: Any) -> Any:
     if little is False:
         return uid.ExplicitVRBigEndian
     return uid.ImplicitVRLittleEndian if implicit else uid.ExplicitVRLittleEndian
-
-
-def _read_codestream_header(frame: bytes) -> Codestream:
-    """Read a JPEG 2000 SIZ, JPEG SOF or JPEG-LS SOF marker."""
-    start = frame.find(b"\xff\x4f\xff\x51", 0, 4096)
-    if start >= 0:
-        right, bottom, left, top = struct.unpack_from(">4I", frame, start + 8)
-        depth = frame[start + 42]
-        return Codestream(bottom - top, right - left, (depth & 0x7F) + 1, bool(depth & 0x80))
-    at = 2
-    while frame[:2] == b"\xff\xd8" and at + 9 <= len(frame) and frame[at] == 0xFF:
-        marker = frame[at + 1]
-        if marker == 0xFF:  # fill byte
-            at += 1
-        elif marker == 0xF7 or (0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC)):
-            bits, rows, columns = struct.unpack_from(">BHH", frame, at + 4)
-            return Codestream(rows, columns, bits, None)
-        else:
-            at += 2 + struct.unpack_from(">H", frame, at + 2)[0]
-    return Codestream(0, 0, None, None)
 
 
 def _decode_jpeg_12bit(dataset: Any, frame: int, total: int, bits: int, request: ReadRequest) -> np.ndarray:

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from typing import Any
 
-import gdcm
 import numpy as np
 import pydicom
 import pytest
 from pydicom.data import get_testdata_file
 from pydicom.dataset import Dataset
-from pydicom.encaps import encapsulate, generate_frames
 from pydicom.pixels import apply_voi_lut, convert_color_space, pixel_array
 from pydicom.uid import ExplicitVRBigEndian, ImplicitVRLittleEndian, RLELossless
 from scan_files import CINE, CT, MR, dicom, dicom_bytes, percentiles
@@ -265,70 +262,6 @@ def test_odd_length_and_trailing_bytes_do_not_change_pixels() -> None:
         ds = dicom(pixels)
         ds.PixelData = pixels.tobytes() + tail
         np.testing.assert_array_equal(read_scan(ds).array[0, 0], pixels)
-
-
-# ---------------------------------------------------------------------------------------------------------- codestreams
-
-CODECS = {
-    "j2k": gdcm.TransferSyntax.JPEG2000Lossless,
-    "jls": gdcm.TransferSyntax.JPEGLSLossless,
-    "jpeg": gdcm.TransferSyntax.JPEGLosslessProcess14_1,
-}
-
-
-def compressed(ds: Dataset, codec: str, folder: Path) -> Dataset:
-    """Compress a dataset without loss, by GDCM, whose encoder overflows if the result is larger than the pixels."""
-    (folder / "raw.dcm").write_bytes(dicom_bytes(ds))
-    reader, change, writer = gdcm.ImageReader(), gdcm.ImageChangeTransferSyntax(), gdcm.ImageWriter()
-    reader.SetFileName(str(folder / "raw.dcm"))
-    assert reader.Read()
-    change.SetTransferSyntax(gdcm.TransferSyntax(CODECS[codec]))
-    change.SetInput(reader.GetImage())
-    assert change.Change()
-    writer.SetFile(reader.GetFile())
-    writer.SetImage(change.GetOutput())
-    writer.SetFileName(str(folder / "compressed.dcm"))
-    assert writer.Write()
-    return pydicom.dcmread(io.BytesIO((folder / "compressed.dcm").read_bytes()))
-
-
-@pytest.mark.parametrize("codec", CODECS)
-@pytest.mark.parametrize("signed", [False, True])
-def test_bits_of_a_codestream_take_precedence_over_the_header(codec: str, signed: bool, tmp_path: Path) -> None:
-    # PS3.5, 8.2: the characteristics of the codestream shall be used to decode it
-    values = RNG.integers(-2048 if signed else 0, 2048 if signed else 4096, (9, 14)).astype("i2" if signed else "u2")
-    ds = compressed(dicom(values, BitsStored=12, HighBit=11), codec, tmp_path)
-    for bits in (12, 16, 10):
-        ds.BitsStored, ds.HighBit = bits, bits - 1
-        scan = read_scan(ds)
-        np.testing.assert_allclose(values_of(scan)[0], percentiles(values), atol=1e-6)
-        assert ("codestream_bits" in scan.description) == (bits == 10)
-
-
-def test_sign_of_a_codestream(tmp_path: Path) -> None:
-    # as SimpleITK: unsigned words of 12 bits that the header declares as signed
-    values = RNG.integers(0, 4096, (9, 14)).astype(np.uint16)
-    ds = compressed(dicom(values, BitsStored=12, HighBit=11), "j2k", tmp_path)
-    ds.PixelRepresentation = 1
-    scan = read_scan(ds)
-    np.testing.assert_allclose(values_of(scan)[0], percentiles((values.astype(int) + 2048) % 4096 - 2048), atol=1e-6)
-    assert scan.description["codestream_sign"] == "differs from the header"
-    # pydicom, SimpleITK and the codestream give three images of negative samples that the header declares as unsigned
-    negative = compressed(dicom((values.astype(int) - 2048).astype(np.int16), BitsStored=12), "j2k", tmp_path)
-    negative.PixelRepresentation = 0
-    assert refusal(negative) == "damaged"
-
-
-@pytest.mark.parametrize(("codec", "bits"), [("j2k", 38), ("jls", 38), ("jpeg", 17)])
-def test_codestream_that_aborts_gdcm_is_refused(codec: str, bits: int, tmp_path: Path) -> None:
-    ds = compressed(dicom(RNG.integers(0, 256, (9, 14), dtype=np.uint16)), codec, tmp_path)
-    frame = bytearray(next(generate_frames(ds.PixelData, number_of_frames=1)))
-    marker = {"j2k": b"\xff\x51", "jls": b"\xff\xf7", "jpeg": b"\xff\xc3"}[codec]
-    frame[frame.find(marker) + (40 if codec == "j2k" else 4)] = bits - 1 if codec == "j2k" else bits
-    ds.PixelData = encapsulate([bytes(frame)])
-    assert refusal(ds) == "unsupported"
-    ds.PixelData = encapsulate([bytes(frame)] * 2)
-    assert refusal(ds) in ("unsupported", "damaged")
 
 
 # -------------------------------------------------------------------------------------------------------------- padding
