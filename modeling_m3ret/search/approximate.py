@@ -12,6 +12,7 @@ import hashlib
 import hmac
 import json
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -65,7 +66,8 @@ class ApproximateSettings:
         names = {key: name for name, key in DISK_KEYS.items()}
         settings = cls(**{names.get(key, key): value for key, value in values.items()})
         numbers = [value for name, value in asdict(settings).items() if name != "method"]
-        if settings.method not in get_args(Method) or not all(isinstance(number, int | float) for number in numbers):
+        valid = all(isinstance(number, int | float) and 0 <= number < math.inf for number in numbers)  # false for NaN
+        if settings.method not in get_args(Method) or not valid:
             raise ValueError(
                 f"settings of an approximate index are invalid: expected a method and numbers, got {values}."
             )

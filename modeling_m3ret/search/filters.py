@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 import pyarrow as pa
 
-from ..data.schema import find_modality, fold, nearest, require_words
+from ..data.schema import clean, find_modality, fold, nearest, require_words
 from ..errors import InputError
 
 
@@ -33,10 +33,18 @@ class StringColumn:
     @cached_property
     def spellings(self) -> dict[str, list[str]]:
         """The values of the column by their folded form."""
-        spellings: dict[str, list[str]] = {}
+        return self._grouped(fold)
+
+    @cached_property
+    def cleaned(self) -> dict[str, list[str]]:
+        """The values of the column by their form without invisible characters and surplus spaces."""
+        return self._grouped(clean)
+
+    def _grouped(self, form: Callable[[str], str]) -> dict[str, list[str]]:
+        values: dict[str, list[str]] = {}
         for value in self.code_of:
-            spellings.setdefault(fold(value or ""), []).append(value)
-        return spellings
+            values.setdefault(form(value or ""), []).append(value)
+        return values
 
 
 @dataclass(frozen=True)
@@ -44,6 +52,7 @@ class MetadataFilter:
     """Restricts a search to scans with these values and without these patients.
 
     None allows all values, an empty collection none. Case does not matter; synonyms of a modality ("MR") are allowed.
+    Patients are compared as manifests are read: spaces around a name do not matter, but case does.
 
     Raises:
         InputError: if a value is not a collection of strings. A single string would be read as its letters.
@@ -63,6 +72,8 @@ class MetadataFilter:
                     words |= {modality for word in words if (modality := find_modality(word))}
                 elif name == "anatomy":
                     words |= set(map(fold, words))  # as in a collection
+                elif name == "excluded_patients":
+                    words |= set(map(clean, words))  # as in a collection
                 object.__setattr__(self, name, words)
 
     def allowed_values(self) -> dict[str, Collection[str]]:
@@ -75,7 +86,15 @@ class MetadataFilter:
         Raises:
             InputError: if a value does not occur in its column. A known modality that no scan has is allowed.
         """
-        masks = [~columns["patient"].is_in(self.excluded_patients)]
+        patients = columns["patient"].cleaned
+        for patient in self.excluded_patients:
+            if patient and clean(patient) not in patients:
+                raise InputError(
+                    f"unknown patient in a filter: expected one of {len(patients)} patients of this index, got "
+                    f"{patient!r}. {nearest(clean(patient), patients)}"
+                )
+        left_out = {spelling for patient in self.excluded_patients for spelling in patients.get(clean(patient), ())}
+        masks = [~columns["patient"].is_in(left_out)]
         for name, values in self.allowed_values().items():
             spellings = columns[name].spellings
             for value in values:

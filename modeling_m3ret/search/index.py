@@ -30,7 +30,7 @@ from ..atomic_io import atomic_write_text, sync
 from ..data.schema import require_words
 from ..errors import InputError
 from ..model_facts import ModelFacts, sha256_of
-from .approximate import TARGET_RECALL, ApproximateSearch, ApproximateSettings, Method
+from .approximate import BLOCK_ROWS, TARGET_RECALL, ApproximateSearch, ApproximateSettings, Method
 from .exact import Hits, check_queries, search_exactly
 from .filters import FILTER_COLUMNS, MetadataFilter, StringColumn
 
@@ -226,8 +226,8 @@ class RetrievalIndex:
         Args:
             folder: as given to `save`.
             expected: model of the queries; an index of another model is refused. None accepts any.
-            verify: compare the files with their SHA-256, which reads them once. Without it the embeddings are mapped
-                and read when they are searched.
+            verify: compare the files with their SHA-256 and check that embeddings are finite, which reads them once.
+                Without it the embeddings are mapped and read when they are searched.
 
         Raises:
             IndexFormatError: if the index is missing, damaged, of an unsupported format, or of another model.
@@ -256,6 +256,8 @@ class RetrievalIndex:
                 f"metadata, got {tuple(embeddings.shape)} {embeddings.dtype} and {len(metadata)} rows with the columns "
                 f"{metadata.schema.names}.",
             )
+        if verify and not all(block.isfinite().all() for block in embeddings.split(BLOCK_ROWS)):
+            raise damaged(folder, f"{EMBEDDINGS} holds values that are not finite.", EMBEDDINGS)
         approximate = None
         if manifest["approximate"]:
             settings = ApproximateSettings.from_dict(manifest["approximate"])
@@ -344,11 +346,13 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         manifest = json.loads((folder / CURRENT).read_text(encoding="utf-8"))
         check_format(folder, manifest["format"], CURRENT)
         name = manifest["version"]
-        if set(manifest["files"]) != {EMBEDDINGS, METADATA} or os.sep in name or ".." in name:
+        if manifest["files"].keys() != {EMBEDDINGS, METADATA} or os.sep in name or ".." in name:
             raise ValueError("unexpected file names")  # never read files outside the folder
-        if not all(isinstance(manifest[key], int) for key in ("scans", "dimension")):
+        if not all(type(manifest[key]) is int and manifest[key] >= 0 for key in ("scans", "dimension")):
             raise ValueError("unexpected sizes")
-        ModelFacts(**manifest["model"])
+        texts = (name, *manifest["files"].values(), *asdict(ModelFacts(**manifest["model"])).values())
+        if not all(isinstance(text, str) for text in texts):
+            raise ValueError("unexpected types")
         if manifest["approximate"]:
             ApproximateSettings.from_dict(manifest["approximate"])
         return manifest
@@ -356,7 +360,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         raise IndexFormatError(folder, "not_found", f"no index found: expected a file {CURRENT}.", CURRENT) from error
     except IndexFormatError:
         raise
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise damaged(folder, f"{CURRENT} is not a valid index manifest.", CURRENT) from error
 
 

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypedDict, cast
+from typing import TypedDict, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -253,25 +253,42 @@ def _load(folder: Path, facts: ModelFacts, records: Sequence[Record] | None = No
     index = RetrievalIndex.load(folder)
     # names may differ: folders are renamed, and a Space gives its model another name
     check_model(folder, replace(index.facts, model=facts.model), facts)
-    about: dict[str, Any] = {}
-    if (folder / ABOUT).is_file():
-        about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
-    collection = about.get("collection")
+    collection, show_labels = _read_about(folder)
     thumbnails = None
     if (folder / THUMBNAILS).is_file():
-        thumbnails = pq.read_table(folder / THUMBNAILS).column("webp")
+        try:
+            thumbnails = pq.read_table(folder / THUMBNAILS).column("webp").cast(pa.binary())
+        except (pa.ArrowException, KeyError, OSError) as error:
+            raise damaged(folder, f"cannot read {THUMBNAILS} ({type(error).__name__}).", THUMBNAILS) from error
         if len(thumbnails) != len(index):
             details = f"{THUMBNAILS} does not match the index: expected {len(index)} rows, got {len(thumbnails)}."
             raise damaged(folder, details, THUMBNAILS)
     if records is None and collection is not None:
         records = open_collection(collection)
     if records is not None:
-        positions = [int(position) for position in index.metadata.column("id").to_pylist()]
-        if max(positions) >= len(records):
-            expected = f"expected at least {max(positions) + 1} scans, got {len(records)}."
+        record_of = {str(position): record for position, record in enumerate(records)}
+        ids = index.metadata.column("id").to_pylist()
+        found = [record_of[id] for id in ids if id in record_of]
+        if len(found) < len(ids):
+            expected = f"expected {len(ids)} of its scans, got {len(found)}."
             raise damaged(folder, f"the collection {collection} does not match the index: {expected}")
-        records = [records[position] for position in positions]
-    return Gallery(index, records, thumbnails, collection, bool(about.get("show_labels")))
+        records = found
+    return Gallery(index, records, thumbnails, collection, show_labels)
+
+
+def _read_about(folder: Path) -> tuple[str | None, bool]:
+    """Return the collection of a saved gallery and whether its labels are shown as they are."""
+    if not (folder / ABOUT).is_file():
+        return None, False
+    try:
+        about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
+        collection, show_labels = about.get("collection"), about.get("show_labels", False)
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise damaged(folder, f"{ABOUT} is not valid: expected a JSON object.", ABOUT) from error
+    if not isinstance(collection, str | None) or not isinstance(show_labels, bool):
+        expected = "expected a name or null as collection, and true or false as show_labels"
+        raise damaged(folder, f"{ABOUT} is not valid: {expected}.", ABOUT)
+    return collection, show_labels
 
 
 def _metadata(records: Sequence[Record], readable: Sequence[Record]) -> pa.Table:

@@ -106,6 +106,9 @@ def brute_force(query: Tensor, allowed: list[int], k: int) -> list[int]:
         ({"anatomy": ["chest", "hed"]}, "head"),
         ({"source": ["elsewhere"]}, ""),
         ({"source": ["fantom"]}, "phantom"),
+        ({"excluded_patients": ["patient-0", "patent-1"]}, "patient-1"),
+        ({"excluded_patients": ["Patient-1"]}, "patient-1"),  # names that differ in case are different patients
+        ({"excluded_patients": ["smith"]}, ""),
     ],
 )
 def test_invalid_filter_is_refused(index: RetrievalIndex, where: dict[str, Any], near: str) -> None:
@@ -127,6 +130,15 @@ def test_words_of_a_filter_may_be_spelled_in_any_case(index: RetrievalIndex) -> 
         hits = [index.search(embeddings()[:1], 3, where=MetadataFilter(**where)).rows for where in (one, other)]
         assert torch.equal(*hits)
         assert (hits[0] >= 0).all()
+
+
+def test_patients_are_compared_as_manifests_are_read() -> None:
+    patients = ["P 1", " P  1\u200b", "p 1", "P 2", "", None]
+    table = pa.table({"id": list("abcdef"), "patient": patients})
+    index = RetrievalIndex.build(embeddings(6), table, FACTS)
+    for spelling in ("P 1", "P 1 ", " P\t1", "P\u200b 1"):
+        found = index.search(embeddings(6)[:1], 6, where=MetadataFilter(excluded_patients=[spelling])).rows[0]
+        assert set(found.tolist()) == {2, 3, 4, 5, -1}
 
 
 @pytest.mark.parametrize(
@@ -533,6 +545,67 @@ def test_damaged_index_is_refused(
         RetrievalIndex.load(tmp_path / "gallery", FACTS)
     assert (raised.value.reason, raised.value.file) == (reason, file)
     assert raised.value.location == str(tmp_path / "gallery")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"scans": None},
+        {"scans": True},
+        {"scans": -1},
+        {"scans": 600.0},
+        {"scans": float("nan")},
+        {"scans": "600"},
+        {"dimension": [32]},
+        {"dimension": 10.0**300},
+        {"version": 5},
+        {"version": None},
+        {"version": ["version-1"]},
+        {"files": ["embeddings.safetensors", "metadata.parquet"]},
+        {"files": {"embeddings.safetensors": 1, "metadata.parquet": None}},
+        {"files": {"../secret": "0"}},
+        {"files": None},
+        {"model": {"model": 1, "revision": 2, "processor": 3}},
+        {"model": ["m", "r", "p"]},
+        {"model": {"model": "m"}},
+        {"model": {"model": "m", "revision": "r", "processor": "p", "password": "x"}},
+        {"approximate": 7},
+        {"approximate": {"method": "ivf"}},
+        *(
+            {"approximate": {"method": "ivf", "cells": 8, "effort": 2, "reranked": 1, "recall": 1.0, "aim": aim}}
+            for aim in (float("nan"), float("inf"), -1, "0.9", None)
+        ),
+    ],
+)
+def test_manifest_with_other_types_or_numbers_is_refused(
+    index: RetrievalIndex, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    index.save(tmp_path)
+    path = tmp_path / "current.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(IndexFormatError) as raised:
+        RetrievalIndex.load(tmp_path)
+    assert (raised.value.reason, raised.value.file) == ("damaged", "current.json")
+
+
+@pytest.mark.parametrize(
+    "content", [b"[" * 10**5, b"\xff\xfe{", b'{"format": 1e999}', b'{"format": ' + b"9" * 5000 + b"}"]
+)
+def test_manifest_that_is_not_json_is_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "current.json").write_bytes(content)
+    with pytest.raises(IndexFormatError) as raised:
+        RetrievalIndex.load(tmp_path)
+    assert raised.value.reason in ("damaged", "unsupported")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_embeddings_that_are_not_finite_are_refused(tmp_path: Path, value: float) -> None:
+    index = build(20)
+    index.embeddings[3, 1] = value
+    index.save(tmp_path)
+    with pytest.raises(IndexFormatError) as raised:
+        RetrievalIndex.load(tmp_path)
+    assert (raised.value.reason, raised.value.file) == ("damaged", "embeddings.safetensors")
 
 
 def test_index_of_another_model_is_refused(index: RetrievalIndex, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from PIL import Image
@@ -19,7 +20,7 @@ from modeling_m3ret import M3RetImageProcessor, M3RetModel
 from modeling_m3ret.data.collection import Record
 from modeling_m3ret.search import embedding_store
 from modeling_m3ret.search.filters import MetadataFilter
-from modeling_m3ret.search.index import IndexFormatError
+from modeling_m3ret.search.index import IndexFormatError, RetrievalIndex
 from modeling_m3ret.search.thumbnails import THUMBNAIL_SIZE
 from modeling_m3ret.space import gallery as gallery_module
 from modeling_m3ret.space.gallery import Gallery, embed_gallery, open_gallery
@@ -203,3 +204,44 @@ def test_filter_names_are_those_of_the_gallery(
     opened: tuple[M3RetModel, M3RetImageProcessor, Gallery], records: list[Record]
 ) -> None:
     assert opened[2].names("modality") == sorted({record.modality for record in records})
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("gallery.json", b""),
+        ("gallery.json", b"[]"),
+        ("gallery.json", b"7"),
+        ("gallery.json", b'{"collection": 7}'),
+        ("gallery.json", b'{"collection": ["phantom"]}'),
+        ("gallery.json", b'{"collection": null, "show_labels": "false"}'),  # would be true
+        ("gallery.json", b'{"collection": null, "show_labels": 1}'),
+        ("gallery.json", b"[" * 10**5),
+        ("gallery.json", b"\xff"),
+        ("thumbnails.parquet", b""),
+        ("thumbnails.parquet", b"PAR1"),
+    ],
+)
+def test_damaged_file_of_a_gallery_is_named(
+    file: str, content: bytes, opened: tuple[M3RetModel, M3RetImageProcessor, Gallery], tmp_path: Path
+) -> None:
+    model, processor, gallery = opened
+    gallery.save(tmp_path)
+    (tmp_path / file).write_bytes(content)
+    with pytest.raises(IndexFormatError) as raised:
+        open_gallery(str(tmp_path), model, processor, "m3ret-tiny")
+    assert (raised.value.reason, raised.value.file) == ("damaged", file)
+
+
+def test_gallery_of_other_scans_than_its_collection_is_refused(
+    opened: tuple[M3RetModel, M3RetImageProcessor, Gallery], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, processor, gallery = opened
+    for ids in (["-1"], ["1" * 5000], ["one"], [str(len(gallery.records or ()))], [None]):
+        metadata = gallery.index.metadata.slice(0, 1).drop_columns("id").add_column(0, "id", pa.array(ids, pa.string()))
+        index = RetrievalIndex(gallery.index.embeddings[:1], metadata, gallery.index.facts)
+        Gallery(index, collection="phantom:1").save(tmp_path)
+        monkeypatch.setattr(gallery_module, "open_collection", lambda name: gallery.records)
+        with pytest.raises(IndexFormatError) as raised:
+            open_gallery(str(tmp_path), model, processor, "m3ret-tiny")
+        assert raised.value.reason == "damaged"
