@@ -18,13 +18,21 @@ AMBIGUOUS_NAMES = ("dr", "mg", "io", "px", "rg", "rf", "xa", "es")
 # Suffixes of file names in BIDS, the standard for folders of brain images (https://bids-specification.readthedocs.io)
 _BIDS_MRI = re.compile(r"sub-.*_(t1w|t2w|pdw|flair|t2star|inplanet1|inplanet2|bold|sbref|dwi|asl)\.nii(\.gz)?")
 # Segmentation masks, as nnU-Net, the Medical Segmentation Decathlon, BraTS, BIDS, FreeSurfer and others name them
-_MASK_FOLDER = re.compile(r"labels?|labels(tr|ts|val?)|gt|ground[ _-]?truth|segs?|segmentations?|.*masks?([^a-z].*)?")
-_MASK_WORDS = "seg|segm|dseg|probseg|segmentations?|masks?|labels?|labelmap|gt|groundtruth|annotations?"
-_MASK_FILE = re.compile(
-    rf"(.*[^a-z])?({_MASK_WORDS}|aseg|wmparc|ribbon)[ _.-]*\d*|({_MASK_WORDS})[^a-z].*|aparc.*|.*(mask|segmentation)s?"
+_MASK_FOLDER = re.compile(
+    r"labels?|labels(tr|ts|val?)|gt([ _-].*)?|ground([ _-]?truth)?|segs?([ _-].*)?|segmentations?"
+    r"|annotations?|contours?|rtstructs?|.*masks?([^a-z].*)?"
 )
-# Raw Data (66), the objects below it, and radiotherapy objects other than RT Image hold no image.
-_NO_IMAGE = re.compile(r"1\.2\.840\.10008\.5\.1\.4\.1\.1\.(66(\..+)?|481\.(?!1$)\d+)")
+# Words that name a mask wherever they stand in a file name, those that do at its end, and those that do beside images
+_MASK_WORDS = "seg|segm|dseg|probseg|segmentations?|masks?|labelmaps?|groundtruth|aseg|rtstruct|rtss|[gcpi]tv|gtv[pnt]"
+_LAST_MASK_WORDS = "labels?|gt|ground[ _-]truth|annotations?|contours?|wmparc|ribbon"
+_MASK_FILE = re.compile(
+    rf"(.*[^a-z])?({_MASK_WORDS})([^a-z].*)?|aparc.*"
+    rf"|((.*[^a-z])?({_LAST_MASK_WORDS})|.*(mask|segmentation)s?)[ _.-]*\d*"
+)
+_MASK_BESIDE_IMAGES = re.compile(r"(.*[^a-z])?rois?([^a-z].*)?|(labels?|gt|annotations?|contours?)[^a-z].*")
+# Presentation states (11), Raw Data (66) and the objects below it, key objects (88.59), and radiotherapy objects other
+# than RT Image hold no image.
+_NO_IMAGE = re.compile(r"1\.2\.840\.10008\.5\.1\.4\.1\.1\.(11\.\d+|66(\..+)?|88\.59|481\.(?!1$)\d+)")
 _NO_IMAGE_MODALITIES = ("SEG", "RTSTRUCT", "RTPLAN", "RTDOSE", "RTRECORD", "REG", "FID", "PR", "KO")
 # BodyPartExamined is free text in practice; only these terms of DICOM PS3.16 are accepted.
 BODY_PARTS = (
@@ -109,7 +117,7 @@ class Folder(Source):
             if kind is None and path.suffix.lower() in NON_SCAN_SUFFIXES:
                 continue
             header = _dicom_header(path) if kind == "dicom" else None
-            if _is_mask(name) if header is None else _is_no_image(header):
+            if _is_mask(path, name) if header is None else _is_no_image(header):
                 self.notes["segmentation masks and other objects without an image, left out"] += 1
                 continue
             if header is None:
@@ -190,9 +198,15 @@ def _is_no_image(header: dict[str, str]) -> bool:
     return header["Modality"].upper() in _NO_IMAGE_MODALITIES or bool(_NO_IMAGE.fullmatch(header["SOPClassUID"]))
 
 
-def _is_mask(name: str) -> bool:
+def _is_mask(path: Path, name: str) -> bool:
     *folders, stem = _names(name)
-    return bool(_MASK_FILE.fullmatch(stem)) or any(map(_MASK_FOLDER.fullmatch, folders))
+    if _MASK_FILE.fullmatch(stem) or any(map(_MASK_FOLDER.fullmatch, folders)):
+        return True
+    if not _MASK_BESIDE_IMAGES.fullmatch(stem):
+        return False
+    files = (other.name for other in path.parent.iterdir() if other.is_file() and other.name[0] != ".")
+    stems = (_names(other)[-1] for other in files if PurePosixPath(other).suffix.lower() not in NON_SCAN_SUFFIXES)
+    return any(not _MASK_FILE.fullmatch(other) and not _MASK_BESIDE_IMAGES.fullmatch(other) for other in stems)
 
 
 def _names(name: str) -> list[str]:

@@ -302,6 +302,17 @@ MASKS = (
     # BUSI, Kvasir-SEG, CVC-ClinicDB, TotalSegmentator, Montgomery
     *("us/benign (1)_mask_1.png", "masks/1.png", "Ground Truth/1.png", "s0011/segmentations/liver.nii.gz"),
     *("xray/leftMask/MCUCXR_0001_0.png", "ct/mask_1.png"),
+    # HECKTOR, NSCLC-Radiomics, SegTHOR, LUNA16, CHAOS, nnU-Net's preprocessed data, and exports of planning systems
+    *("ct/CHUM-001__GTVt.nii.gz", "ct/LUNG1-001_GTV-1.nii.gz", "ct/GT.nii.gz", "seg-lungs-LUNA16/1.nii"),
+    *("mri/1/Ground/IMG-0004.png", "gt_segmentations/la_003.nii.gz", "ct/p1_CTV_boost.nii", "ct/ptv.nii.gz"),
+    *(
+        "ct/p1-rtstruct.nii.gz",
+        "ct/p1_seg_liver.nii.gz",
+        "ct/p1_roi.nii.gz",
+        "ct/ROI_liver.nii",
+        "ct/label_liver.nii.gz",
+    ),
+    *("annotations/1.png", "ct/a-label.nii.gz", "ct/labels_final.nii.gz", "ct/scanMask_2.nii"),
 )
 NO_MASKS = (
     *(
@@ -312,6 +323,9 @@ NO_MASKS = (
         "ct/gta_01.nii",
     ),
     *("Liver-Segmentation/ct/1.nii", "us/labelled/1.png", "ct/unmasked_1.nii", "ct/segment/1.nii"),
+    # titles with such a word, and words within others
+    *("us/1/label_free_imaging_1.png", "us/1/label_free_imaging_2.png", "ct/spin_label_study.nii", "ct/heroic_1.nii"),
+    *("us/2/roi_1.png", "us/2/roi_2.png", "ct/activtv_1.nii", "ct/background_1.nii", "ct/unlabeled_2.nii"),
 )
 
 
@@ -319,8 +333,11 @@ def test_segmentation_masks_are_not_scans(tmp_path: Path) -> None:
     content = {".png": picture_bytes(PLANE), ".nii": volume_bytes(0), ".gz": volume_bytes(0, zipped=True)}
     put(tmp_path, {name: content[Path(name).suffix] for name in (*MASKS, *NO_MASKS)})
     objects = {"a.dcm": {"Modality": "SEG"}, "b.dcm": {"Modality": "RTSTRUCT"}, "c.dcm": {"Modality": "RTDOSE"}}
-    # of a converter that copies the modality of the images: Segmentation Storage, RT Structure Set (DICOM PS3.4 B.5)
-    objects |= {f"{n}.dcm": {"Modality": "CT", "sop": f"1.2.840.10008.5.1.4.1.1.{n}"} for n in ("66.4", "481.3")}
+    # of a converter that copies the modality of the images: segmentation, structure set, registration and presentation
+    # state (DICOM PS3.4 B.5)
+    objects |= {
+        f"{n}.dcm": {"Modality": "CT", "sop": f"1.2.840.10008.5.1.4.1.1.{n}"} for n in ("66.4", "481.3", "66.1", "11.1")
+    }
     put(tmp_path, {name: dicom_bytes(dicom(PLANE, **elements)) for name, elements in objects.items()})
     source = Folder()
     assert set(listed(tmp_path, source)) == set(NO_MASKS)
