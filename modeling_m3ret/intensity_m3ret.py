@@ -65,9 +65,7 @@ def to_unit_range(
     may_overwrite = rule is not None and declared is None
     rule = declared or rule
     if values.dtype == np.uint8 and scale == (1.0, 0.0) and rule in (None, "8-bit"):
-        # A grey image stored as RGB is grey. Its first slice nearly always suffices to find out that it is not.
-        is_grey = values.shape[0] == 3 and (values[:, 0] == values[0, 0]).all() and (values == values[:1]).all()
-        array = values[:1] if is_grey else values
+        array = np.ascontiguousarray(values[:1]) if _is_grey(values) else values
         array = 255 - array if inverted else array
         array = array if padding is None else np.where(padding, np.uint8(0), array)
         description["intensity"] = "8-bit"
@@ -112,6 +110,18 @@ def to_unit_range(
     if array.shape[0] == 3:  # no widely supported image format has colour of 16 bits
         return StoredScan(np.rint(array * 255).astype(np.uint8), "8-bit", spacing, description)
     return StoredScan(np.rint(array * 65535).astype(np.uint16), "full range", spacing, description)
+
+
+def _is_grey(values: np.ndarray) -> bool:
+    """Return whether all pixels of a colour scan `(3, D, H, W)` are grey, from its first rows in most cases."""
+    if values.shape[0] != 3:
+        return False
+    for channels in values.transpose(1, 0, 2, 3):  # of a slice
+        for start in range(0, channels.shape[1], 32):
+            red, green, blue = channels[:, start : start + 32]
+            if not (np.array_equal(red, green) and np.array_equal(red, blue)):
+                return False
+    return True
 
 
 def _as_float32(values: np.ndarray, scale: tuple[float, float], offset: float, overwrite: bool) -> np.ndarray:

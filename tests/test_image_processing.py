@@ -199,3 +199,13 @@ def test_real_scans_of_every_kind_in_one_call(devset: Path) -> None:
     assert inputs["grid_thw"].tolist()[0] == [8, 14, 14]  # 98 slices of a chest CT become 32
     assert len(inputs["grid_thw"]) == 5
     assert torch.isfinite(inputs["pixel_values"]).all()
+
+
+@pytest.mark.parametrize("slices", [1, 3])
+def test_a_single_coloured_pixel_makes_a_scan_coloured(slices: int) -> None:
+    grey = np.repeat(np.random.default_rng(0).integers(0, 255, (slices, 70, 40, 1), dtype=np.uint8), 3, axis=-1)
+    colour = grey.copy()
+    colour[-1, -1, -1, 2] ^= 1
+    processor = M3RetImageProcessor()
+    assert np.array_equal(processor.read(grey).array, grey[None, ..., 0])
+    assert np.array_equal(processor.read(colour).array, colour.transpose(3, 0, 1, 2))
