@@ -183,6 +183,20 @@ class M3RetImageProcessor(BaseImageProcessor):
 
         The settings are `size`, `num_frames` and `max_patches`, as in `preprocess`.
         """
+        volume = self.resample(scan, **settings)
+        white = 255 if volume.dtype == torch.uint8 else 1
+        volume = volume.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
+        return self.normalise(volume, white)
+
+    def normalise(self, volume: Tensor, white: float = 1.0) -> Tensor:
+        """Subtract `image_mean` from float32 values, where `white` means 1, and divide by `image_std`, in place."""
+        return volume.mul_(1 / (white * self.image_std)).sub_(self.image_mean / self.image_std)
+
+    def resample(self, scan: Scan, **settings: int | None) -> Tensor:
+        """Resize a scan by the size policy: `(1 or 3, D, H, W)`, uint8, where 255 means 1, or float32 in [0, 1].
+
+        The settings are those of `resize`. The result may share the memory of the scan.
+        """
         # copied, since torch cannot wrap read-only arrays
         volume = torch.from_numpy(scan.array if scan.array.flags.writeable else scan.array.copy())
         depth, height, width = self.target_shape(tuple(volume.shape[1:]), scan.spacing, **settings)
@@ -193,10 +207,7 @@ class M3RetImageProcessor(BaseImageProcessor):
         elif depth < D:  # before the plane, so that fewer slices are resized
             volume = _interpolate(volume.float().reshape(C, 1, D, H * W), depth, H * W).view(C, depth, H, W)
             volume = volume / 255 if scan.array.dtype == np.uint8 else volume
-        volume = _interpolate(volume, height, width)
-        white = 255 if volume.dtype == torch.uint8 else 1
-        volume = volume.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
-        return volume.mul_(1 / (white * self.image_std)).sub_(self.image_mean / self.image_std)
+        return _interpolate(volume, height, width)
 
     def target_shape(
         self,

@@ -22,7 +22,7 @@ from ..reading_m3ret import M3RetReadError, Scan
 from ..worker_process import HAS_SIGWAITINFO, block_sigterm_in_workers, exit_on_sigterm_from_parent
 from .sampler import SeededBatchSampler
 from .schema import CollectionError
-from .views import ViewKind, random_crop, random_flip, random_intensity
+from .views import ViewKind, random_crop, random_intensity
 
 
 if TYPE_CHECKING:  # both need pyarrow
@@ -56,10 +56,26 @@ class Pack(Movable):
     @classmethod
     def from_scan(cls, index: int, volume: Tensor, processor: M3RetImageProcessor, noise: Tensor | None = None) -> Pack:
         """Return a pack of one scan `(1 or 3, D, H, W)`, that of record `index`."""
-        C, D, H, W = volume.shape
-        depth = 1 if D == 1 else processor.patch_depth
-        patches = split_into_patches(volume[None], depth, processor.patch_size)
-        return cls(patches.flatten(), [(C, patches.shape[1] * depth, H, W)], [index], noise)
+        return cls.from_volumes(index, [volume], processor, noise)
+
+    @classmethod
+    def from_volumes(
+        cls, index: int, volumes: Sequence[Tensor], processor: M3RetImageProcessor, noise: Tensor | None = None
+    ) -> Pack:
+        """Return a pack of several views `(1 or 3, D, H, W)` of record `index`."""
+        depths = [1 if volume.shape[1] == 1 else processor.patch_depth for volume in volumes]
+        patches = [
+            split_into_patches(volume[None], depth, processor.patch_size)
+            for volume, depth in zip(volumes, depths, strict=True)
+        ]
+        shapes = [
+            (volume.shape[0], split.shape[1] * depth, *volume.shape[2:])
+            for volume, split, depth in zip(volumes, patches, depths, strict=True)
+        ]
+        values = torch.empty(sum(map(math.prod, shapes)), dtype=torch.float32)
+        for written, split in zip(values.split([*map(math.prod, shapes)]), patches, strict=True):
+            written.view(split.shape).copy_(split)
+        return cls(values, shapes, [index] * len(volumes), noise)
 
     @classmethod
     def concatenate(cls, packs: Sequence[Pack]) -> Pack:
@@ -184,16 +200,28 @@ class RandomViews(Dataset[Pack]):
                 if len(failures) == MAX_CONSECUTIVE_FAILURES:
                     raise
                 index = (index + 1) % len(self.records)
-        views = [self._view(index, scan, kind, generator) for kind in self.views for _ in range(kind.count)]
-        return Pack.concatenate([Pack(failures=failures), *views])
+        return replace(self._views(index, scan, generator), failures=failures)
 
-    def _view(self, index: int, scan: Scan, kind: ViewKind, generator: np.random.Generator) -> Pack:
-        view = random_flip(random_crop(scan, kind.ranges, generator), kind.flip_probability, generator)
-        volume = self.processor.resize(view, size=kind.size)
-        if kind.jitter:
-            volume = random_intensity(volume, kind.jitter, generator)
-        noise = generator.random(math.prod(self.processor.grid_shape(volume.shape)), dtype=np.float32)
-        return Pack.from_scan(index, volume, self.processor, torch.from_numpy(noise))
+    def _views(self, index: int, scan: Scan, generator: np.random.Generator) -> Pack:
+        """Return the pack of all views of a scan.
+
+        Each transform is applied to all views before the next one, which takes less time than one view after the other:
+        views are small, so that most of the time would go to loading the code of the transforms into caches.
+        """
+        kinds = [kind for kind in self.views for _ in range(kind.count)]
+        crops = [random_crop(scan, kind.ranges, generator) for kind in kinds]
+        resized = [self.processor.resample(crop, size=kind.size) for crop, kind in zip(crops, kinds, strict=True)]
+        flips = [generator.random() < kind.flip_probability for kind in kinds]
+        views = [_to_float(values.numpy(), is_flipped) for values, is_flipped in zip(resized, flips, strict=True)]
+        views = [
+            values if kind.jitter is None else random_intensity(values, kind.jitter, generator)
+            for values, kind in zip(views, kinds, strict=True)
+        ]
+        grids = [self.processor.grid_shape(view.shape) for view in views]
+        noise = generator.random(sum(math.prod(grid) for grid in grids), dtype=np.float32)
+        pack = Pack.from_volumes(index, [*map(torch.from_numpy, views)], self.processor, torch.from_numpy(noise))
+        self.processor.normalise(pack.values)
+        return pack
 
     def _read(self, index: int) -> Scan:
         if index in self._cache:
@@ -207,6 +235,13 @@ class RandomViews(Dataset[Pack]):
             self.cache_bytes -= scan.array.nbytes
             self._cache[index] = scan
         return scan
+
+
+def _to_float(values: np.ndarray, is_flipped: bool) -> np.ndarray:
+    """Return a copy, float32 in [0, 1], mirrored left to right if `is_flipped`."""
+    copy = np.empty(values.shape, np.float32)
+    white = np.float32(1 / 255 if values.dtype == np.uint8 else 1)
+    return np.multiply(values[..., ::-1] if is_flipped else values, white, out=copy)
 
 
 def expected_tokens(

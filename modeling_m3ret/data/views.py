@@ -8,11 +8,11 @@ on it. Flips are off by default because left and right differ in a body, and the
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..reading_m3ret import Scan
 
@@ -72,33 +72,43 @@ class ViewKind:
 def random_crop(scan: Scan, ranges: CropRanges, generator: np.random.Generator) -> Scan:
     """Return a random box of the scan, `(C, D', H', W')`, with the same spacing. It shares the scan's memory."""
     _, D, H, W = scan.array.shape
-    area = generator.uniform(*ranges.area)
-    aspect = math.exp(generator.uniform(math.log(ranges.aspect[0]), math.log(ranges.aspect[1])))
+    # one call for all numbers, because a call takes longer than the arithmetic with its result
+    for_area, for_aspect, for_depth, for_single, *for_starts = generator.random(7).tolist()
+    area = _scaled(for_area, ranges.area)
+    aspect = math.exp(_scaled(for_aspect, (math.log(ranges.aspect[0]), math.log(ranges.aspect[1]))))
     height = min(H, max(1, round(H * math.sqrt(area / aspect))))
     width = min(W, max(1, round(W * math.sqrt(area * aspect))))
-    depth = min(D, max(1, round(D * generator.uniform(*ranges.depth))))
-    if ranges.single_slice_probability and generator.random() < ranges.single_slice_probability:
+    depth = min(D, max(1, round(D * _scaled(for_depth, ranges.depth))))
+    if for_single < ranges.single_slice_probability:
         depth = 1
     sides = ((D, depth), (H, height), (W, width))
-    starts = [int(generator.integers(full - side + 1)) for full, side in sides]
-    box = tuple(slice(start, start + side) for start, (_, side) in zip(starts, sides, strict=True))
-    return replace(scan, array=scan.array[(slice(None), *box)])
+    starts = [int(number * (full - side + 1)) for number, (full, side) in zip(for_starts, sides, strict=True)]
+    z, y, x = (slice(start, start + side) for start, (_, side) in zip(starts, sides, strict=True))
+    return Scan(scan.array[:, z, y, x], scan.spacing, scan.description)
 
 
-def random_flip(scan: Scan, probability: float, generator: np.random.Generator) -> Scan:
-    """Return the scan, mirrored left to right with the given probability."""
-    if generator.random() >= probability:
-        return scan
-    return replace(scan, array=np.ascontiguousarray(scan.array[..., ::-1]))
+def _scaled(number: float, limits: Range) -> float:
+    """Return a number from [0, 1) scaled to a range."""
+    return limits[0] + number * (limits[1] - limits[0])
 
 
-def random_intensity(volume: Tensor, jitter: Jitter, generator: np.random.Generator) -> Tensor:
-    """Change the sharpness and the intensities of a resized view `(1 or 3, D, H, W)`, float32 in [-1, 1], at random.
+def random_intensity(values: np.ndarray, jitter: Jitter, generator: np.random.Generator) -> np.ndarray:
+    """Change the sharpness and the intensities of a resized view at random.
 
     The changes follow the order of an acquisition: loss of resolution in the optics, then light and display, then noise
     of the sensor. One draw applies to the whole view.
+
+    NumPy, because its calls cost less than torch's on crops of a few thousand pixels, and because torch's sum depends
+    on its number of threads, which differs between workers.
+
+    Args:
+        values: `(1 or 3, D, H, W)` float32 in [0, 1]. May be overwritten.
+        jitter: ranges and probabilities.
+        generator: source of all random numbers.
+
+    Returns:
+        Values of the same shape, float32 in [0, 1].
     """
-    values = ((volume + 1) / 2).clamp_(0, 1)
     if generator.random() < jitter.low_resolution_probability:
         values = lower_resolution(values, generator.uniform(*jitter.low_resolution))
     if generator.random() < jitter.blur_probability:
@@ -109,38 +119,62 @@ def random_intensity(volume: Tensor, jitter: Jitter, generator: np.random.Genera
         contrast, brightness, gamma = (generator.uniform(*limits) for limits in ranges)
         if has_colour:
             balance = generator.uniform(*jitter.white_balance, size=(3, 1, 1, 1)).astype(np.float32)
-            values = values * torch.from_numpy(balance)
-            grey = values.mean(0, keepdim=True)
-            values = (grey + (values - grey) * generator.uniform(*jitter.saturation)).clamp_(0, 1)
-        values = values.pow(gamma)
-        # NumPy, because torch's sum depends on its number of threads, which differs between workers
-        mean = float(values.numpy().mean(dtype=np.float64))
-        values = ((values - mean) * contrast + mean + brightness).clamp_(0, 1)
+            values *= balance
+            grey = values.mean(0, keepdims=True)
+            values -= grey
+            values *= np.float32(generator.uniform(*jitter.saturation))
+            values += grey
+            np.clip(values, 0, 1, out=values)
+        # values ** gamma: `np.power` takes six times as long for zeros, which fill the background of many scans
+        np.log2(np.maximum(values, np.float32(1e-30), out=values), out=values)
+        values *= np.float32(gamma)
+        np.exp2(values, out=values)
+        mean = float(values.mean(dtype=np.float64))
+        values *= np.float32(contrast)
+        values += np.float32(mean - mean * contrast + brightness)
+        np.clip(values, 0, 1, out=values)
     if has_colour and generator.random() < jitter.grey_probability:
-        values = values.mean(0, keepdim=True).expand(3, -1, -1, -1)
+        values[:] = values.mean(0, keepdims=True)
     if generator.random() < jitter.noise_probability:
-        noise = torch.from_numpy(generator.standard_normal(values.shape, dtype=np.float32))
-        values = (values + noise * generator.uniform(*jitter.noise)).clamp_(0, 1)
-    return values * 2 - 1
+        noise = generator.standard_normal(values.shape, dtype=np.float32)
+        noise *= np.float32(generator.uniform(*jitter.noise))
+        values += noise
+        np.clip(values, 0, 1, out=values)
+    return values
 
 
-def lower_resolution(volume: Tensor, factor: float) -> Tensor:
+def lower_resolution(values: np.ndarray, factor: float) -> np.ndarray:
     """Downsample the slices of `(C, D, H, W)` by `factor` and upsample them again, as a coarser detector would."""
-    H, W = volume.shape[-2:]
+    H, W = values.shape[-2:]
     size = (max(1, round(H * factor)), max(1, round(W * factor)))
-    small = nn.functional.interpolate(volume, size=size, mode="nearest")
-    return nn.functional.interpolate(small, size=(H, W), mode="bilinear", align_corners=False)
+    small = nn.functional.interpolate(torch.from_numpy(values), size=size, mode="nearest")
+    return nn.functional.interpolate(small, size=(H, W), mode="bilinear", align_corners=False).numpy()
 
 
-def gaussian_blur(volume: Tensor, sigma: float) -> Tensor:
+def gaussian_blur(values: np.ndarray, sigma: float) -> np.ndarray:
     """Blur the slices of `(C, D, H, W)` with a Gaussian of `sigma` pixels; borders are replicated."""
     radius = math.ceil(3 * sigma)
-    kernel = torch.exp(-0.5 * (torch.arange(-radius, radius + 1) / sigma) ** 2)
-    kernel = (kernel / kernel.sum()).to(volume.dtype)
-    C, D, H, W = volume.shape
-    # slices as channels of one image with a grouped convolution: as a batch of images it takes 20 times as long
-    slices = volume.reshape(1, C * D, H, W)
-    for shape, padding in (((-1, 1), (0, 0, radius, radius)), ((1, -1), (radius, radius, 0, 0))):
-        kernels = kernel.view(shape).expand(C * D, 1, *kernel.view(shape).shape)
-        slices = nn.functional.conv2d(nn.functional.pad(slices, padding, mode="replicate"), kernels, groups=C * D)
-    return slices.view(C, D, H, W)
+    kernel = np.exp(-0.5 * (np.arange(radius + 1) / sigma) ** 2)
+    kernel = (kernel / (kernel[0] + 2 * kernel[1:].sum())).astype(np.float32)
+    H, W = values.shape[2:]
+    blurred = np.empty_like(values)
+    rows = np.empty((H + 2 * radius, W), np.float32)  # a plane with its replicated borders
+    columns = np.empty((H, W + 2 * radius), np.float32)
+    inner = slice(radius, -radius)
+    for plane, result in zip(values.reshape(-1, H, W), blurred.reshape(-1, H, W), strict=True):  # fits into the cache
+        rows[:radius], rows[inner], rows[-radius:] = plane[0], plane, plane[-1]
+        _convolve([rows[start : start + H] for start in range(2 * radius + 1)], kernel, columns[:, inner])
+        columns[:, :radius], columns[:, -radius:] = columns[:, radius, None], columns[:, -radius - 1, None]
+        _convolve([columns[:, start : start + W] for start in range(2 * radius + 1)], kernel, result)
+    return blurred
+
+
+def _convolve(shifted: list[np.ndarray], kernel: np.ndarray, result: np.ndarray) -> None:
+    """Write the sum of an array's shifted copies, weighted by a symmetric kernel `(radius + 1,)`, to `result`."""
+    radius = len(kernel) - 1
+    np.multiply(shifted[radius], kernel[0], out=result)
+    pair = np.empty_like(result)
+    for distance in range(1, radius + 1):
+        np.add(shifted[radius - distance], shifted[radius + distance], out=pair)
+        pair *= kernel[distance]
+        result += pair

@@ -165,6 +165,26 @@ def test_training_packs_hold_all_views_with_their_noise(records: list[Record]) -
         assert len(inputs["pixel_values"]) == len(inputs["noise"]) == int(inputs["grid_thw"].prod(-1).sum())
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.uint8])
+def test_views_are_mirrored_with_their_probability_and_leave_the_cached_scan_unchanged(
+    tmp_path: Path, dtype: type
+) -> None:
+    """Whole scans at their own size: a view has exactly the values of the scan, in order or mirrored."""
+    values = np.random.default_rng(0).integers(0, 255, (48, 48)) / (1 if dtype == np.uint8 else 255)
+    np.save(tmp_path / "scan.npy", values.astype(dtype))
+    record = Record("0", tmp_path / "scan.npy", "xray", "", "", "p")
+    whole = CropRanges(area=(1.0, 1.0), aspect=(1.0, 1.0))
+    expected = Pack.from_scan(0, PROCESSOR.resize(PROCESSOR.read(record.open())), PROCESSOR).values
+    mirrored = PROCESSOR.resize(PROCESSOR.read(np.load(record.location)[:, ::-1].copy()))
+    mirrored = Pack.from_scan(0, mirrored, PROCESSOR).values
+    for probability, wanted in ((0.0, expected), (1.0, mirrored)):
+        kinds = [ViewKind(2, whole, jitter=None, flip_probability=probability)]
+        views = RandomViews([record], PROCESSOR, views=kinds, cache_bytes=2**20)
+        for visit in range(2):
+            for view in views[visit, 0].values.split(len(wanted)):
+                assert torch.allclose(view, wanted, atol=1e-6)
+
+
 @pytest.mark.slow
 def test_expected_tokens_are_the_mean_of_sampled_views(tmp_path: Path) -> None:
     """For an image, a clip of many frames, a volume, and a volume in HU of unknown spacing, which is read whole."""

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 import numpy as np
 import pytest
-import torch
 from scipy.ndimage import gaussian_filter
 
 from modeling_m3ret import Scan
-from modeling_m3ret.data.views import CropRanges, Jitter, gaussian_blur, random_crop, random_flip, random_intensity
+from modeling_m3ret.data.views import CropRanges, Jitter, gaussian_blur, random_crop, random_intensity
 
 
 def jitter_of(*names: str) -> Jitter:
@@ -17,64 +19,73 @@ def jitter_of(*names: str) -> Jitter:
     return Jitter(**{name: float(name in names) for name in every})  # type: ignore[arg-type]
 
 
+def random_values(*shape: int) -> np.ndarray:
+    return np.random.default_rng(7).random(shape, dtype=np.float32)
+
+
 def test_jitter_of_probability_zero_changes_nothing() -> None:
-    volume = torch.rand(3, 2, 16, 16) * 2 - 1
-    changed = random_intensity(volume, jitter_of(), np.random.default_rng(0))
-    assert (changed - volume).abs().max() <= 1e-6
+    values = random_values(3, 2, 16, 16)
+    assert np.array_equal(random_intensity(values.copy(), jitter_of(), np.random.default_rng(0)), values)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("seed", range(3))
-def test_jitter_keeps_shape_and_range_and_does_not_modify_its_input(channels: int, seed: int) -> None:
+def test_jitter_keeps_shape_and_range_and_follows_from_its_generator(channels: int, seed: int) -> None:
     everything = jitter_of(
         "probability", "grey_probability", "noise_probability", "blur_probability", "low_resolution_probability"
     )
-    volume = torch.rand(channels, 3, 17, 23) * 2 - 1
-    before = volume.clone()
-    changed = random_intensity(volume, everything, np.random.default_rng(seed))
-    assert changed.shape == volume.shape
-    assert changed.dtype == torch.float32
-    assert changed.min() >= -1
+    values = random_values(channels, 3, 17, 23)
+    values[:, :, :5] = 0
+    changed, again = (random_intensity(values.copy(), everything, np.random.default_rng(seed)) for _ in range(2))
+    assert changed.shape == values.shape
+    assert changed.dtype == np.float32
+    assert changed.min() >= 0
     assert changed.max() <= 1
-    assert torch.equal(volume, before)
-    assert torch.equal(changed, random_intensity(volume, everything, np.random.default_rng(seed)))
+    assert np.array_equal(changed, again)
 
 
-def test_gaussian_blur_matches_scipy() -> None:
-    image = torch.rand(1, 2, 20, 24)
-    expected = np.stack([gaussian_filter(s, 0.9, mode="nearest", radius=3) for s in image[0].double().numpy()])
-    assert np.abs(gaussian_blur(image, 0.9)[0].numpy() - expected).max() <= 1e-5
+def test_intensity_changes_follow_their_formula() -> None:
+    """Gamma, then contrast around the mean, then brightness, in float64; zeros stay exact."""
+    values = random_values(1, 2, 16, 16)
+    values[:, :, :8] = 0
+    jitter = replace(jitter_of("probability"), gamma=(1.3, 1.3), contrast=(0.7, 0.7), brightness=(0.1, 0.1))
+    changed = random_intensity(values.copy(), jitter, np.random.default_rng(0))
+    expected = values.astype(np.float64) ** 1.3
+    expected = np.clip((expected - expected.mean()) * 0.7 + expected.mean() + 0.1, 0, 1)
+    assert np.abs(changed - expected).max() <= 2e-6
+
+
+@pytest.mark.parametrize("sigma", [0.5, 0.9])
+def test_gaussian_blur_matches_scipy(sigma: float) -> None:
+    image = random_values(2, 2, 20, 24)
+    options = {"mode": "nearest", "radius": math.ceil(3 * sigma)}
+    planes = image.reshape(-1, 20, 24).astype(np.float64)
+    expected = np.stack([gaussian_filter(plane, sigma, **options) for plane in planes]).reshape(image.shape)
+    assert np.abs(gaussian_blur(image, sigma) - expected).max() <= 1e-6
 
 
 def test_only_arrays_with_colour_change_their_colour() -> None:
-    grey = torch.rand(1, 1, 16, 16) * 2 - 1
-    colour = grey.expand(3, -1, -1, -1)
+    grey = random_values(1, 1, 16, 16)
+    colour = np.repeat(grey, 3, axis=0)
     changed = random_intensity(colour, jitter_of("probability"), np.random.default_rng(1))
-    assert (changed[0] - changed[1]).abs().max() > 0.05
-    to_grey = random_intensity(torch.rand(3, 1, 16, 16), jitter_of("grey_probability"), np.random.default_rng(1))
-    assert torch.equal(to_grey[0], to_grey[2])
+    assert np.abs(changed[0] - changed[1]).max() > 0.02
+    to_grey = random_intensity(random_values(3, 1, 16, 16), jitter_of("grey_probability"), np.random.default_rng(1))
+    assert np.array_equal(to_grey[0], to_grey[2])
     both = jitter_of("probability", "grey_probability")
     assert random_intensity(grey, both, np.random.default_rng(1)).shape == grey.shape
 
 
 def test_noise_stays_within_its_range() -> None:
-    noisy = random_intensity(torch.zeros(1, 1, 64, 64), jitter_of("noise_probability"), np.random.default_rng(3))
-    assert 0 < noisy.std() <= 0.2  # at most a tenth of the range of 2
+    flat = np.full((1, 1, 64, 64), 0.5, np.float32)
+    noisy = random_intensity(flat, jitter_of("noise_probability"), np.random.default_rng(3))
+    assert 0 < noisy.std() <= 0.1  # at most a tenth of the range
 
 
 def test_low_resolution_removes_detail() -> None:
-    checkerboard = (torch.arange(32)[:, None] + torch.arange(32)) % 2 * 2.0 - 1
+    checkerboard = ((np.arange(32)[:, None] + np.arange(32)) % 2).astype(np.float32)
     jitter = jitter_of("low_resolution_probability")
-    coarse = random_intensity(checkerboard[None, None], jitter, np.random.default_rng(3))
-    assert coarse.diff(dim=-1).abs().mean() < checkerboard.diff(dim=-1).abs().mean()
-
-
-def test_flip_mirrors_left_to_right_with_its_probability() -> None:
-    scan = Scan(np.arange(24, dtype=np.float32).reshape(1, 2, 3, 4), (1.0, 1.0, 1.0), {})
-    assert all(random_flip(scan, 0.0, np.random.default_rng(seed)).array is scan.array for seed in range(20))
-    mirrored = random_flip(scan, 1.0, np.random.default_rng(0))
-    assert np.array_equal(mirrored.array, scan.array[:, :, :, ::-1])
-    assert mirrored.spacing == scan.spacing
+    coarse = random_intensity(checkerboard[None, None].copy(), jitter, np.random.default_rng(3))
+    assert np.abs(np.diff(coarse)).mean() < np.abs(np.diff(checkerboard)).mean()
 
 
 def test_crops_lie_inside_the_scan_and_span_their_ranges() -> None:
