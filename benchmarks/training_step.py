@@ -16,14 +16,16 @@ import argparse
 import importlib
 import multiprocessing
 import resource
+import statistics
 import sys
 import time
 import types
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
-from itertools import product
+from itertools import accumulate, product
 from pathlib import Path
 
 import timing
@@ -193,48 +195,80 @@ def measure_memory(preset: str, batch: int, dtype: torch.dtype | None, checkpoin
     print(f"checkpointing {checkpointing!s:5}  {peak:6.2f} GiB  {taken[-1]:6.1f} s a step", flush=True)
 
 
-def profiled(step: Step) -> tuple[int, int]:
-    """Return the number of operators that a step calls, and the bytes that it allocates."""
+@dataclass
+class Cost:
+    """What a step costs, independent of other processes on the machine except for the time."""
+
+    operators: int  # calls of aten:: operators
+    allocated: int  # bytes, in all
+    peak: int  # bytes, at once, beyond what was allocated before the step
+
+
+def profiled(step: Step) -> Cost:
+    """Return the cost of a step on the CPU."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         step()
     events = profiler.profiler.kineto_results.events()
-    allocated = sum(event.nbytes() for event in events if event.name() == "[memory]" and event.nbytes() > 0)
-    return sum(event.name().startswith("aten::") for event in events), allocated
+    memory = sorted((event for event in events if event.name() == "[memory]"), key=lambda event: event.start_ns())
+    sizes = [event.nbytes() for event in memory]  # negative where memory is freed
+    operators = sum(event.name().startswith("aten::") for event in events)
+    return Cost(operators, sum(size for size in sizes if size > 0), max(accumulate(sizes)))
+
+
+VIEWS = [(96, 96), (80, 112), (48, 48), (48, 48), (32, 64), (64, 32)]  # of a scan, of mixed lengths
+
+
+def planned_step(run: RunConfig, scans: int, scale: int, dtype: torch.dtype | None) -> tuple[Step, int]:
+    """Return forward and backward on a pack of `VIEWS`, as the loader gives it, and its number of tokens.
+
+    It includes what the training process does to the pack. The sides of all views are multiplied by `scale`.
+    """
+    objective, config = build_objective(run)
+    objective.train()
+    processor = M3RetImageProcessor()
+    volumes = [torch.randn(1, 1, scale * height, scale * width) for _ in range(scans) for height, width in VIEWS]
+    views = [
+        Pack.from_scan(0, volume, processor, torch.rand(volume.shape[2] * volume.shape[3] // 256)) for volume in volumes
+    ]
+    pack = Pack.concatenate(views).planned(objective.plan, processor)
+
+    def step() -> None:
+        objective.zero_grad()  # adding to gradients takes other operators
+        with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
+            loss, _ = objective(**pack.inputs(processor, compact_images=True))
+        loss.backward()
+
+    assert pack.noise is not None
+    return step, len(pack.noise) + len(volumes) * config.num_prefix_tokens
 
 
 def measure_scaling(preset: str, dtype: torch.dtype | None, rounds: int) -> None:
-    """Print the cost of forward and backward of each objective against scans and tokens, on mixed views.
+    """Print a table of the cost of a step against the number of scans, and of tokens for the same scans.
 
-    It includes what the training process does to the packs of the loader. CPU time is measured, because it depends
-    least on other processes.
+    CPU time of one thread is measured, because it depends least on other processes, in interleaved rounds.
     """
     prepare_cpu()
-    processor = M3RetImageProcessor()
-    print("objective scans tokens operators MB/scan ms/scan ms/1000-tokens", flush=True)
-    for name, scans in product(("mae", "simdino"), (16, 64, 256)):
-        run = RunConfig(objective=name, preset=preset, local_views=4)
-        objective = build_objective(run)[0].train()
-        shapes = [(128, 128), (112, 144), (64, 64), (64, 64), (48, 80), (80, 48)]
-        volumes = [torch.randn(1, 1, *shape) for _ in range(scans) for shape in shapes]
-        noises = [torch.rand(height // 16 * (width // 16)) for _ in range(scans) for height, width in shapes]
-        views = [Pack.from_scan(0, *view) for view in zip(volumes, [processor] * len(volumes), noises, strict=True)]
-        pack = Pack.concatenate(views).planned(objective.plan, processor)
-
-        def step(objective: nn.Module = objective, pack: Pack = pack) -> None:
-            with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
-                loss, _ = objective(**pack.inputs(processor, compact_images=True))
-            loss.backward()
-
-        step()
-        taken = []
-        for _ in range(rounds):
+    torch.set_num_threads(1)
+    cases = [(16, 1), (64, 1), (256, 1), (16, 2)]  # the last has four times the patches of the first
+    print(
+        "| objective | scans | tokens | operators | allocated, MB a scan | peak, MB a scan | ms a scan | against 64 |"
+    )
+    print("|---|---:|---:|---:|---:|---:|---:|---:|", flush=True)
+    for objective in ("mae", "simdino"):
+        run = RunConfig(objective=objective, preset=preset, local_views=len(VIEWS) - 2)
+        made = {case: planned_step(run, *case, dtype) for case in cases}
+        costs = {case: profiled(step) for case, (step, _) in made.items()}  # also warms up
+        times: dict[tuple[int, int], list[float]] = {case: [] for case in cases}
+        for _, (case, (step, _)) in product(range(rounds), made.items()):
             started = time.process_time()
             step()
-            taken.append(time.process_time() - started)
-        operators, allocated = profiled(step)
-        tokens, milliseconds = sum(map(len, noises)), min(taken) * 1e3
-        costs = f"{allocated / scans / 1e6:.2f} {milliseconds / scans:.2f} {milliseconds / tokens * 1e3:.1f}"
-        print(f"{name:9} {scans:5} {tokens:6} {operators:9} {costs}", flush=True)
+            times[case].append((time.process_time() - started) / case[0])
+        for case, (_, tokens) in made.items():
+            cost, scans = costs[case], case[0]
+            memory = f"{cost.allocated / scans / 1e6:.1f} | {cost.peak / scans / 1e6:.1f}"
+            ratio = statistics.median(ours / other for ours, other in zip(times[case], times[64, 1], strict=True))
+            taken = f"{statistics.median(times[case]) * 1e3:.1f} | {ratio:.2f}"
+            print(f"| {objective} | {scans} | {tokens} | {cost.operators} | {memory} | {taken} |", flush=True)
 
 
 def main() -> None:
