@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# Pretrain on a GPU machine that has torch, transformers and accelerate alone, no network, and ten minutes a command.
+#
+#   benchmarks/gpu_pretrain.sh pack DATA... --output corpus.safetensors   # where the scans are
+#   benchmarks/gpu_pretrain.sh train corpus.safetensors RUN EXPORT        # on the GPU; repeat until "finished"
+#   benchmarks/gpu_pretrain.sh join EXPORT CHECKPOINT                     # anywhere, with the files of EXPORT
+#
+# Corpus and code together are at most 60 MiB. RUN must survive between pieces; EXPORT holds at most seven files of less
+# than 16 MiB each. Further arguments go to gpu_pretrain.py. OPTIONS (JSON) replaces options of the recipe below.
+set -euo pipefail
+here=$(dirname "$0")
+# SimDINO, ViT-S, for about half an hour of one data-centre GPU. The learning rate and the teacher's momentum suit the
+# batch and the number of steps: 5e-4 for 256 scans, a teacher that averages over a hundred steps.
+recipe='{"objective": "simdino", "preset": "vits", "size": 160, "num_frames": 16, "local_size": 96, "local_views": 6,
+  "batch_size": 256, "steps": 8000, "learning_rate": 5e-4, "teacher_momentum": 0.99, "mixture_alpha": 0.5,
+  "precision": "bf16", "model": {"pooling": "mean"}}'
+command=${1:?expected pack, train or join}
+shift
+if [ "$command" = train ]; then
+    options=$(python3 -c 'import json, sys; print(json.dumps(json.loads(sys.argv[1]) | json.loads(sys.argv[2])))' \
+        "$recipe" "${OPTIONS:-{\}}")
+    set -- "$@" --options "$options"
+fi
+exec python3 "$here/gpu_pretrain.py" "$command" "$@"
