@@ -5,12 +5,14 @@ remote code. `save_pretrained` copies the model code into the checkpoint, so tha
 """
 
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForPreTraining
+from transformers.pipelines import PIPELINE_REGISTRY
 from transformers.utils import is_vision_available
 
 from .configuration_m3ret import M3RetConfig
 from .image_processing_m3ret import M3RetImageProcessor
 from .masked_autoencoder_m3ret import M3RetForPreTraining
 from .modeling_m3ret import M3RetModel
+from .pipeline_m3ret import M3RetFeatureExtractionPipeline
 from .reading_m3ret import M3RetReadError, ReadLimits, Scan, read_scan
 from .version import __version__
 
@@ -21,6 +23,10 @@ AutoModel.register(M3RetConfig, M3RetModel, exist_ok=True)
 AutoModelForPreTraining.register(M3RetConfig, M3RetForPreTraining, exist_ok=True)
 if is_vision_available():  # without Pillow, which only files of images need, transformers has no AutoImageProcessor
     AutoImageProcessor.register(M3RetConfig, image_processor_classes={"pil": M3RetImageProcessor}, exist_ok=True)
+TASK = "image-feature-extraction"
+of_task = {"impl": M3RetFeatureExtractionPipeline, "pt": (AutoModel,), "type": "image"}
+PIPELINE_REGISTRY.supported_tasks[TASK] = PIPELINE_REGISTRY.supported_tasks[TASK] | of_task  # its default model stays
+M3RetFeatureExtractionPipeline._registered_impl = {TASK: of_task}  # for its `save_pretrained`
 
 # without the package: save_pretrained copies the code into the checkpoint
 M3RetConfig.register_for_auto_class()

@@ -11,6 +11,16 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 
+# with remote code, `pipeline` finds the class of the task here; the package registers it instead
+CUSTOM_PIPELINES = {
+    "image-feature-extraction": {
+        "impl": "pipeline_m3ret.M3RetFeatureExtractionPipeline",
+        "pt": ["AutoModel"],
+        "type": "image",
+    }
+}
+
+
 @strict
 class M3RetConfig(PreTrainedConfig):
     """Configuration of [`M3RetModel`] and [`M3RetForPreTraining`].
@@ -57,6 +67,15 @@ class M3RetConfig(PreTrainedConfig):
     # What counts equally in the loss, "scan" or "patch". With "patch", a CT has at least eight times the weight of an
     # X-ray and would dominate the loss.
     loss_weighting: str = "scan"
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if not __name__.startswith("transformers_modules"):  # `pipeline` would insist on remote code
+            kwargs.pop("custom_pipelines", None)
+        super().__post_init__(**kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all values as for JSON, with the pipelines that a checkpoint brings along."""
+        return super().to_dict() | {"custom_pipelines": CUSTOM_PIPELINES}
 
     def validate_architecture(self) -> None:
         """Check the values of the fields, after `@strict` has checked their types.

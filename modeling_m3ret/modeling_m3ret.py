@@ -11,9 +11,12 @@ from __future__ import annotations
 
 import functools
 import importlib
+import json
 import math
+import os
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -21,6 +24,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
+from transformers.dynamic_module_utils import custom_object_save
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -436,6 +440,28 @@ class M3RetEncoder(M3RetPreTrainedModel):
         return BaseModelOutput(last_hidden_state=tokens)
 
 
+# options of `save_pretrained` that its `push_to_hub` takes
+HUB_OPTIONS = ("repo_id", "commit_message", "commit_description", "private", "token", "revision", "create_pr", "tags")
+
+# With these files, `SentenceTransformer(checkpoint)` calls `embed_scans`; without, it averages the rows of a pack.
+SENTENCE_TRANSFORMERS_FILES: dict[str, Any] = {
+    "modules.json": [
+        {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.base.modules.transformer.Transformer"}
+    ],
+    "sentence_bert_config.json": {
+        "transformer_task": "feature-extraction",
+        "modality_config": {"image": {"method": "embed_scans", "method_output_name": None}},
+        "module_output_name": "sentence_embedding",
+    },
+    "config_sentence_transformers.json": {
+        "model_type": "SentenceTransformer",
+        "similarity_fn_name": "cosine",
+        "prompts": {},
+        "default_prompt_name": None,
+    },
+}
+
+
 class M3RetModel(M3RetPreTrainedModel):
     """Embed scans of any kind and size with one transformer that does not know the modality.
 
@@ -540,6 +566,30 @@ class M3RetModel(M3RetPreTrainedModel):
         else:
             pooled = self.embed(pixel_values, grid_thw)
         return nn.functional.normalize(self.whitening(pooled), dim=-1)
+
+    def embed_scans(self, pixel_values: Tensor, grid_thw: Tensor | None = None, **kwargs: Any) -> Tensor:
+        """Return the retrieval embedding `(B, d)`: `pooler_output`, whitened and L2-normalised, float32.
+
+        Args and errors are those of `forward`.
+        """
+        return self.get_image_features(pixel_values, grid_thw, **kwargs)
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, is_main_process: bool = True, *args: Any, **kwargs: Any
+    ) -> None:
+        """Save the model as every model does, and what `pipeline` and `SentenceTransformer` need to load it."""
+        push_to_hub = kwargs.pop("push_to_hub", False)
+        of_hub = {name: kwargs.pop(name) for name in HUB_OPTIONS if push_to_hub and name in kwargs}
+        super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
+        if not is_main_process:
+            return
+        from .pipeline_m3ret import M3RetFeatureExtractionPipeline  # not needed to embed or train
+
+        custom_object_save(M3RetFeatureExtractionPipeline, save_directory)
+        for name, content in SENTENCE_TRANSFORMERS_FILES.items():
+            Path(save_directory, name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        if push_to_hub:
+            self.push_to_hub(of_hub.pop("repo_id", Path(save_directory).name), **of_hub)
 
     def split_tokens(self, last_hidden_state: Tensor, grid_thw: Tensor) -> list[Tensor]:
         """Split a packed output `(N, d)` into the tokens `(L, d)` of each scan: CLS, registers, patches."""

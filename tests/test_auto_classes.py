@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +9,9 @@ import pytest
 import torch
 from conftest import tiny_config
 from PIL import Image
+from remote_code import run_new_process
 from test_modeling import largest_difference, make_scans, pack
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForPreTraining, pipeline
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForPreTraining
 
 from modeling_m3ret import M3RetConfig, M3RetForPreTraining, M3RetImageProcessor, M3RetModel
 from modeling_m3ret.pretraining.checkpoints import write_checkpoint
@@ -45,11 +42,6 @@ def test_saved_model_and_processor_load_unchanged(tmp_path: Path) -> None:
 
 LOAD_REMOTE_CODE = """
 import json, sys
-class NotInstalled:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "modeling_m3ret":
-            raise ImportError("this process has no package modeling_m3ret")
-sys.meta_path.insert(0, NotInstalled())
 import numpy, torch
 from transformers import AutoImageProcessor, AutoModel, AutoModelForPreTraining
 folder = sys.argv[1]
@@ -79,17 +71,7 @@ def test_checkpoint_loads_as_remote_code_without_the_package(tmp_path: Path) -> 
     generator = np.random.default_rng(0)
     Image.fromarray(generator.integers(0, 255, (50, 70), dtype=np.uint8)).save(folder / "scan.png")
     np.save(folder / "scan.npy", generator.random((9, 40, 40), dtype=np.float32))
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    ran = subprocess.run(
-        [sys.executable, "-c", LOAD_REMOTE_CODE, str(folder)],
-        env=environment | {"HF_HOME": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert ran.returncode == 0, ran.stderr
-    loaded = json.loads(ran.stdout.splitlines()[-1])
+    loaded = run_new_process(LOAD_REMOTE_CODE, tmp_path, str(folder))
     assert loaded["module"].startswith("transformers_modules.")
     assert loaded["packages"] == []
     assert loaded["pretraining"] == "M3RetForPreTraining"
@@ -128,13 +110,3 @@ def test_checkpoint_loads_with_device_map_and_dtype(tmp_path: Path) -> None:
     half = AutoModel.from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert half.dtype == torch.bfloat16
     assert {name for name, _ in model.named_buffers()} <= model.state_dict().keys()
-
-
-def test_feature_extraction_pipeline_returns_pooler_output(tmp_path: Path) -> None:
-    model = save_tiny_checkpoint(tmp_path)
-    extractor = pipeline("image-feature-extraction", model=str(tmp_path))
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (50, 70, 3), dtype=np.uint8))
-    pooled = extractor(image, pool=True, return_tensors=True)
-    with torch.no_grad():
-        expected = model(**AutoImageProcessor.from_pretrained(tmp_path)(image)).pooler_output
-    assert largest_difference(pooled, expected) <= 1e-6
