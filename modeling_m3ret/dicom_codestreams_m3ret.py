@@ -34,6 +34,7 @@ class Codestream(NamedTuple):
     columns: int
     bits: int | None  # per sample; None for RLE, which has no header
     is_signed: bool | None  # None for JPEG and JPEG-LS, which have no sign
+    is_converted: bool = False  # whether Pillow returns RGB, as an Adobe segment declares YCbCr
 
 
 RLE = Codestream(0, 0, None, None)
@@ -110,6 +111,7 @@ def _check_jpeg(frame: bytes, samples: int, is_ls: bool, request: ReadRequest) -
     _require(frame[:2] == b"\xff\xd8", request, f"{family}, as the transfer syntax declares")
     kind = bits = rows = columns = largest = scanned = 0
     names = presets = b""
+    is_jfif, transform = False, None
     for marker, content, _ in _segments(frame, request):
         if marker in FRAMES:
             _require(not kind, request, "one frame header")
@@ -118,8 +120,10 @@ def _check_jpeg(frame: bytes, samples: int, is_ls: bool, request: ReadRequest) -
             names, largest = _check_components(kind, content, samples, request), 2**bits - 1
         elif marker == JFIF and content[:5] == b"JFIF\0":  # GDCM aborts where libjpeg only warns
             _require(len(content) >= 14 and content[5] == 1, request, "JFIF version 1")
+            is_jfif = True
         elif marker == ADOBE and content[:5] == b"Adobe":
             _require(len(content) >= 12 and content[11] <= 1, request, "RGB or YCbCr as its Adobe transform")
+            transform = content[11]
         elif marker == RESTART and is_ls:
             _require(not any(content), request, "JPEG-LS without restart intervals", damaged=False)
         elif marker == PRESETS and is_ls:
@@ -133,7 +137,7 @@ def _check_jpeg(frame: bytes, samples: int, is_ls: bool, request: ReadRequest) -
         if (marker == SCAN and not is_ls) or marker == END:
             break
     _require(scanned == samples or (scanned > 0 and not is_ls), request, "all components of the image")
-    return Codestream(rows, columns, bits, None)
+    return Codestream(rows, columns, bits, None, transform == 1 or (transform == 0 and is_jfif))
 
 
 def _check_components(kind: int, content: bytes, samples: int, request: ReadRequest) -> bytes:

@@ -220,7 +220,7 @@ def _decode(
             decoded, codestreams = decode_frames(dataset, numbers, file_request)
             for index, number, words in zip(indices, numbers, decoded, strict=True):
                 check_frame_size(words.shape[:2], size, file_request)
-                _, _, bits, is_signed = codestreams[number] if codestreams else (0, 0, None, None)
+                bits, is_signed = codestreams[number][2:4] if codestreams else (None, None)
                 if is_signed is not None and is_signed != bool(dataset.PixelRepresentation):
                     description["codestream_sign"] = "differs from the header"
                     if is_signed and bits and (words >> (bits - 1)).any():  # pydicom, GDCM and the codestream disagree
@@ -256,7 +256,11 @@ def decode_frames(
         advice = "Run `pip install pylibjpeg pylibjpeg-openjpeg python-gdcm`, or decompress the file."
         raise request.error("no_decoder", "a decoder of the file's transfer syntax", "none", advice)
     # Pillow's libjpeg-turbo is four times faster than GDCM; for other syntaxes pydicom's default order is faster.
-    plugin = "pillow" if syntax == JPEG_BASELINE and "pillow" in decoder.available_plugins else ""
+    is_pillow = syntax in (JPEG_BASELINE, JPEG_EXTENDED) and "pillow" in decoder.available_plugins
+    plugin = "pillow" if is_pillow else ""
+    options["raw"] = is_pillow and codestreams[0].is_converted  # pydicom would convert from YCbCr a second time
+    if any(codestream.is_converted != codestreams[0].is_converted for codestream in codestreams):
+        raise request.error("unsupported", "frames of one colour transform", "frames of several")
     if len(frames) == total:  # all frames: one pass over the fragments
         pixels = decoder.as_array(dataset, decoding_plugin=plugin, **options)[0]
         return pixels if total > 1 else [pixels], codestreams

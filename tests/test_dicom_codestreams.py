@@ -229,3 +229,23 @@ def test_variants_of_baseline_jpeg(options: dict[str, Any]) -> None:
         ds.file_meta.TransferSyntaxUID = syntax
         scan = read_scan(with_frame(ds, stream.getvalue()))
         assert np.abs(scan.array[0, 0].astype(int) - truth).max() <= 1  # GDCM and libjpeg-turbo round differently
+
+
+@pytest.mark.parametrize("syntax", [pydicom.uid.JPEGBaseline8Bit, pydicom.uid.JPEGExtended12Bit])
+@pytest.mark.parametrize("photometric", ["YBR_FULL", "YBR_FULL_422", "RGB"])
+@pytest.mark.parametrize("segments", ["JFIF", "Adobe", "both"])
+def test_colour_of_jpeg_is_that_of_its_markers(syntax: str, photometric: str, segments: str) -> None:
+    # JFIF, and an Adobe segment with transform 1, declare YCbCr (T.872, 6.5.3 and 6.1), as Pillow reads it
+    colour = np.stack([GREY, GREY[::-1], 255 - GREY], axis=-1)
+    stream = io.BytesIO()
+    Image.fromarray(colour).save(stream, "JPEG", quality=95, subsampling=0)
+    plain, adobe = stream.getvalue(), b"\xff\xee\0\x0eAdobe\0\x64\0\0\0\0\1"
+    frame = (
+        plain[:2] + (b"" if segments == "Adobe" else plain[2:20]) + (b"" if segments == "JFIF" else adobe) + plain[20:]
+    )
+    with Image.open(io.BytesIO(frame)) as image:
+        truth = np.asarray(image)
+    ds = dicom(colour, PhotometricInterpretation=photometric)
+    ds.file_meta.TransferSyntaxUID = syntax
+    scan = read_scan(with_frame(ds, frame))
+    assert np.abs(scan.array[:, 0].transpose(1, 2, 0).astype(int) - truth).max() <= 3
