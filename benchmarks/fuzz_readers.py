@@ -533,6 +533,13 @@ def seeds() -> dict[str, list[bytes]]:
             for number, data in enumerate(members):
                 archive.writestr(zipfile.ZipInfo(f"{number}.bin"), data, zipfile.ZIP_DEFLATED)  # with a fixed date
         found["zip"].append(stream.getvalue())
+    compressed = (
+        b"1.2.840.10008.1.2.4.5",
+        b"1.2.840.10008.1.2.4.7",
+        b"1.2.840.10008.1.2.4.8",
+        b"1.2.840.10008.1.2.4.9",
+    )
+    found["codestream"] = [data for data in found["DICOM"] if any(syntax in data[:600] for syntax in compressed)]
     return dict(found)
 
 
@@ -568,7 +575,7 @@ def mutate(data: bytes, other: bytes, rng: np.random.Generator) -> bytes:
     return bytes(raw)
 
 
-def edit_dicom(data: bytes, rng: np.random.Generator) -> bytes:
+def edit_dicom(data: bytes, _: bytes, rng: np.random.Generator) -> bytes:
     """Return a DICOM file in which a few elements are deleted or set to invalid values."""
     import pydicom
 
@@ -591,6 +598,21 @@ def edit_dicom(data: bytes, rng: np.random.Generator) -> bytes:
     return stream.getvalue()
 
 
+def edit_codestream(data: bytes, other: bytes, rng: np.random.Generator) -> bytes:
+    """Return a compressed DICOM file in which the header or the data of one frame are damaged."""
+    import pydicom
+    from pydicom.encaps import encapsulate, generate_frames
+
+    ds = pydicom.dcmread(io.BytesIO(data))
+    frames = list(generate_frames(ds.PixelData, number_of_frames=int(ds.get("NumberOfFrames") or 1)))
+    at = int(rng.integers(len(frames)))
+    frames[at] = mutate(frames[at], other, rng) + b"\0\0"  # fragments of no bytes cannot be written
+    ds.PixelData = encapsulate(frames)
+    stream = io.BytesIO()
+    ds.save_as(stream)
+    return stream.getvalue()
+
+
 def make_case(seed: int, index: int) -> Case:
     rng = np.random.default_rng([seed, index])
     if index % VALID_EVERY == 0:
@@ -599,14 +621,13 @@ def make_case(seed: int, index: int) -> Case:
     kind = choose(rng, *sorted(seeds()), "DICOM", "DICOM", "NIfTI", "series")
     files = slices() if kind == "series" else seeds()[kind]
     data = choose(rng, *files)
-    if kind in ("DICOM", "series") and rng.random() < 0.3:
-        try:
-            changed = edit_dicom(data, rng)
-        except Exception:  # pydicom cannot write what was set
-            changed = mutate(data, choose(rng, *files), rng)
-    else:
-        changed = mutate(data, choose(rng, *files), rng)
-    source = [changed if other is data else other for other in files] if kind == "series" else changed
+    other = choose(rng, *files)
+    edit = {"codestream": edit_codestream, "DICOM": edit_dicom, "series": edit_dicom}.get(kind, mutate)
+    try:
+        changed = (edit if edit is edit_codestream or rng.random() < 0.3 else mutate)(data, other, rng)
+    except Exception:  # pydicom cannot write what was set
+        changed = mutate(data, other, rng)
+    source = [changed if file is data else file for file in files] if kind == "series" else changed
     return Case(kind, source, options={"num_frames": choose(rng, None, 3)})
 
 
