@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 import jsonargparse
+import yaml
 
 from .errors import InputError
 from .scan_m3ret import M3RetReadError
@@ -24,8 +25,47 @@ WRONG_VALUE = re.compile(
 )
 
 
-# jsonargparse reads 1e5 as a float and has no public way to convert it: the error says what to write
+# the error about a float where an integer is expected says what to write
 FLOAT_FOR_INTEGER = re.compile(r"expected int\b.*, got ([\d.]+(?:e\+?\d{1,2})?)\.", re.IGNORECASE | re.DOTALL)
+
+
+class YamlLoader(yaml.SafeLoader):
+    """Read YAML with the numbers of version 1.2, where 1e-4 is a float; a whole number such as 1e5 is an integer.
+
+    A repeated key is an error: otherwise the last one would be used in silence.
+    """
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        if repeated := [key for number, key in enumerate(keys) if key in keys[:number]]:
+            problem = f"expected each key once, got {repeated[0]!r} twice"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+        return super().construct_mapping(node, deep)
+
+    def construct_yaml_float(self, node: Any) -> float:
+        value = super().construct_yaml_float(node)
+        is_whole = "e" in node.value.lower() and value.is_integer() and abs(value) < MAX_EXACT_FLOAT
+        return int(value) if is_whole else value
+
+
+MAX_EXACT_FLOAT = 2**53  # larger whole numbers are rounded in a float
+FLOAT_WITH_EXPONENT = re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$")
+YamlLoader.add_constructor("tag:yaml.org,2002:float", YamlLoader.construct_yaml_float)
+YamlLoader.yaml_implicit_resolvers = {  # dates stay text, as in jsonargparse
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+YamlLoader.add_implicit_resolver("tag:yaml.org,2002:float", FLOAT_WITH_EXPONENT, list("-+0123456789"))
+
+
+def load_yaml(text: str) -> Any:
+    """Return the value of an option or the content of a YAML file. Text such as "name:" stays text."""
+    value = yaml.load(text, Loader=YamlLoader)
+    is_text = isinstance(value, dict) and bool(value) and not any(value.values()) and "\n" not in text.strip()
+    return text if is_text and all(item is None for item in value.values()) else value
+
+
+jsonargparse.set_loader("yaml", load_yaml, exceptions=(yaml.YAMLError,))
 
 
 class CommandLine(jsonargparse.ArgumentParser):
@@ -44,6 +84,22 @@ class CommandLine(jsonargparse.ArgumentParser):
         usage = "%(prog)s [options]"
         super().__init__(prog=prog, usage=usage, description=description, formatter_class=_Help, **settings)
         self.allow_abbrev = False
+
+    def parse_args(  # type: ignore[override]  # argparse has overloads
+        self, args: Sequence[str] | None = None, *positional: Any, **settings: Any
+    ) -> Any:
+        """Parse as jsonargparse does, but take 1e5 for 100000 where an integer is expected."""
+        integers: set[str] = set()
+        for action in self._actions:
+            hint = getattr(action, "_typehint", action.type)
+            if int in (hint, *get_args(hint)):
+                integers.update(action.option_strings)
+        words = [*(sys.argv[1:] if args is None else args)]
+        for number, word in enumerate(words):
+            option, separator, value = word.partition("=") if "=" in word else (words[number - 1], "", word)
+            if option in integers and FLOAT_WITH_EXPONENT.fullmatch(value):
+                words[number] = f"{option}{separator}" * bool(separator) + str(load_yaml(value))
+        return super().parse_args(words, *positional, **settings)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if not self.exit_on_error:  # of a mapping in a list: the parser of the whole command reports it
