@@ -138,7 +138,8 @@ class M3RetImageProcessor(BaseImageProcessor):
         scans = list(images) if is_batch or isinstance(images, (list, tuple)) else [images]
         if not scans:
             raise ValueError("images is empty: expected at least one scan, got an empty list.")
-        declared = {"intensity": intensity, "input_data_format": input_data_format, "series": series}
+        declared: dict[str, Any] = {"intensity": intensity, "input_data_format": input_data_format, "series": series}
+        declared["min_pixels"] = (self.size if size is None else size) ** 2
         rows, grids = self.pack([self.resize(self.read(scan, num_frames, **declared), **settings) for scan in scans])
         return BatchFeature({"pixel_values": rows, "grid_thw": grids}, tensor_type=return_tensors)
 

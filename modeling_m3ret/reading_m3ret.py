@@ -81,6 +81,7 @@ def read_scan(
     intensity: str | None = None,
     input_data_format: str | None = None,
     series: str | int | None = None,
+    min_pixels: int | None = None,
 ) -> Scan:
     """Read one scan from a file or an object in memory.
 
@@ -114,6 +115,8 @@ def read_scan(
         series: which series to read of a folder or list with several DICOM series: its SeriesInstanceUID, its index in
             the order of SeriesNumber (then UID), or "largest" for the one with the most frames. None refuses several.
             Ignored for other formats.
+        min_pixels: number of pixels that suffices, such as 224 * 224. A JPEG is decoded at 1/2, 1/4 or 1/8 of its
+            height and width if it still has that many, which takes a fraction of the time. None decodes all pixels.
 
     Raises:
         M3RetReadError: if the source cannot be read.
@@ -137,6 +140,7 @@ def read_scan(
         intensity=intensity,
         input_data_format=input_data_format,
         series=int(series) if isinstance(series, Integral) else series,
+        min_pixels=min_pixels,
     )
     with silence_libraries, request.translate_errors():
         scan = _read(source, request)
@@ -176,7 +180,7 @@ def _read(source: Any, request: ReadRequest) -> AnyScan:
     if hasattr(source, "group_dataset"):  # a pydicom Dataset
         return read_series([source], request, {})
     if hasattr(source, "getbands"):  # a PIL image
-        return _read_image(source, request)
+        return _read_image(source, replace(request, min_pixels=None))  # the caller's image must not be changed
     if _is_open_file(source):
         return _read_file(_read_stream(source, request), request)
     if hasattr(source, "detach") and hasattr(source, "cpu"):  # a torch tensor; NumPy has no bfloat16
@@ -557,6 +561,8 @@ def _read_image(image: Any, request: ReadRequest) -> AnyScan:
     width, height = image.size
     request.check_pixels(height, width)
     request.check_size((len(pages), height, width), 4)
+    if request.min_pixels is not None and image.format == "JPEG" and image.mode in ("L", "RGB"):
+        width, height = _reduce_jpeg(image, request.min_pixels, description)
     spacing = _pixel_aspect(image, description)
     frames, kinds = [], set()
     for page in pages:
@@ -574,6 +580,18 @@ def _read_image(image: Any, request: ReadRequest) -> AnyScan:
     array = frames[0][None] if len(frames) == 1 else np.stack(frames)
     array = array[None] if array.ndim == 3 else array.transpose(3, 0, 1, 2)
     return to_unit_range(array, spacing, request, description, inverted=inverted)
+
+
+def _reduce_jpeg(image: Any, min_pixels: int, description: Description) -> tuple[int, int]:
+    """Have a JPEG that is not decoded yet decoded at the smallest size of at least `min_pixels`, and return its size.
+
+    The decoder leaves out high frequencies. Sides that the factor does not divide are rounded up.
+    """
+    width, height = image.size
+    factor = next((n for n in (8, 4, 2) if (width // n) * (height // n) >= min_pixels), 1)
+    if factor > 1 and image.draft(image.mode, (width // factor, height // factor)) and image.size != (width, height):
+        description["decoded_at"] = f"1/{factor}"
+    return image.size
 
 
 def _pages(image: Any, request: ReadRequest, description: Description) -> list[int]:

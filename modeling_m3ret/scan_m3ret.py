@@ -136,6 +136,7 @@ class ReadRequest:
     # suffix .hdr of the source; any other one is the name of the file
     open_sibling: Callable[[str], bytes | None] = lambda name: None
     series: str | int | None = None  # UID, index or "largest": which DICOM series of several to read
+    min_pixels: int | None = None  # pixels that suffice: a JPEG may be decoded at half its size or less
 
     def error(self, reason: Reason, expected: str, got: str, advice: str = "") -> M3RetReadError:
         """Return an error that names this request's source."""

@@ -209,3 +209,63 @@ def test_a_single_coloured_pixel_makes_a_scan_coloured(slices: int) -> None:
     processor = M3RetImageProcessor()
     assert np.array_equal(processor.read(grey).array, grey[None, ..., 0])
     assert np.array_equal(processor.read(colour).array, colour.transpose(3, 0, 1, 2))
+
+
+def smooth_picture(height: int, width: int) -> np.ndarray:
+    """Return a picture without detail that half its size could not hold."""
+    y, x = np.mgrid[:height, :width] / 48
+    return np.stack([np.sin(x + y), np.cos(y), np.sin(x) * np.cos(y)], axis=-1).clip(-1, 1) * 100 + 128
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+@pytest.mark.parametrize(
+    ("shape", "min_pixels", "factor"),
+    [
+        ((512, 768), 256 * 384, 2),  # exactly as many as needed
+        ((512, 768), 256 * 384 + 1, 1),
+        ((512, 768), 64 * 96, 8),
+        ((512, 768), 1, 8),
+        ((513, 771), 128 * 192, 4),  # sides round up
+        ((512, 768), None, 1),
+    ],
+)
+def test_jpeg_is_decoded_at_the_smallest_sufficient_size(
+    shape: tuple[int, int], min_pixels: int | None, factor: int, mode: str
+) -> None:
+    buffer = io.BytesIO()
+    Image.fromarray(smooth_picture(*shape).astype(np.uint8)).convert(mode).save(buffer, "JPEG", quality=95)
+    processor = M3RetImageProcessor(size=64)
+    scan = processor.read(buffer.getvalue(), min_pixels=min_pixels)
+    assert scan.array.shape == (1 if mode == "L" else 3, 1, *(-(-side // factor) for side in shape))
+    assert scan.description.get("decoded_at") == (None if factor == 1 else f"1/{factor}")
+    whole = processor.resize(processor.read(buffer.getvalue()))
+    assert (processor.resize(scan) - whole).abs().mean() <= 2 * 2 / 255
+
+
+def test_other_images_are_decoded_whole_and_exif_rotation_is_applied() -> None:
+    picture = Image.fromarray(smooth_picture(256, 512).astype(np.uint8))
+    processor = M3RetImageProcessor()
+    for image, options in (
+        (picture, {"format": "PNG"}),
+        (picture.convert("CMYK"), {"format": "JPEG"}),
+        (Image.fromarray(np.full((256, 512), 40_000, np.uint16)), {"format": "PNG"}),
+    ):
+        buffer = io.BytesIO()
+        image.save(buffer, **options)
+        assert processor.read(buffer.getvalue(), min_pixels=1).array.shape[2:] == (256, 512)
+    exif = picture.getexif()
+    exif[0x0112] = 6  # shown after a rotation by 90 degrees
+    buffer = io.BytesIO()
+    picture.save(buffer, "JPEG", exif=exif, quality=95)
+    scan = processor.read(buffer.getvalue(), min_pixels=128 * 256)
+    assert scan.array.shape == (3, 1, 256, 128)
+    whole = processor.read(buffer.getvalue()).array[..., ::2, ::2]
+    assert np.abs(scan.array.astype(int) - whole).mean() <= 6
+
+
+def test_an_image_in_memory_is_not_reduced() -> None:
+    buffer = io.BytesIO()
+    Image.fromarray(smooth_picture(256, 256).astype(np.uint8)).save(buffer, "JPEG")
+    with Image.open(buffer) as image:
+        assert M3RetImageProcessor().read(image, min_pixels=1).array.shape[2:] == (256, 256)
+        assert image.size == (256, 256)

@@ -152,7 +152,8 @@ class WholeScans(Dataset[Pack]):
 
     def __getitem__(self, index: int) -> Pack:
         try:
-            scan = self.processor.read(self.records[index].open(), series=self.series)
+            pixels = self.processor.size**2
+            scan = self.processor.read(self.records[index].open(), series=self.series, min_pixels=pixels)
             return Pack.from_scan(index, self.processor.resize(scan), self.processor)
         except M3RetReadError as error:
             return Pack(failures=[(index, str(error))])
@@ -178,6 +179,11 @@ class RandomViews(Dataset[Pack]):
 
     def __post_init__(self) -> None:
         self._cache: dict[int, Scan] = {}
+        # of a scan, for the smallest crop of each kind to have the pixels of its view
+        sizes = [self.processor.size if kind.size is None else kind.size for kind in self.views]
+        self._min_pixels = math.ceil(
+            max(size**2 / kind.ranges.area[0] for size, kind in zip(sizes, self.views, strict=True))
+        )
 
     def __len__(self) -> int:
         return len(self.records)
@@ -230,7 +236,7 @@ class RandomViews(Dataset[Pack]):
             from .parquet import process_reader
 
             process_reader().fetch(*self.blocks.ranges[self.blocks.block_of_row[index]])
-        scan = self.processor.read(self.records[index].open())
+        scan = self.processor.read(self.records[index].open(), min_pixels=self._min_pixels)
         if scan.array.nbytes <= self.cache_bytes:
             self.cache_bytes -= scan.array.nbytes
             self._cache[index] = scan

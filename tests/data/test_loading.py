@@ -14,9 +14,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 
 from dataset_scripts.row_encoding import encode_nifti
-from modeling_m3ret import M3RetImageProcessor, M3RetReadError
+from modeling_m3ret import M3RetImageProcessor, M3RetReadError, Scan
 from modeling_m3ret.data.collection import Record, open_collection
 from modeling_m3ret.data.loading import (
     MAX_CONSECUTIVE_FAILURES,
@@ -185,6 +186,24 @@ def test_views_are_mirrored_with_their_probability_and_leave_the_cached_scan_unc
                 assert torch.allclose(view, wanted, atol=1e-6)
 
 
+def test_a_jpeg_keeps_the_pixels_that_the_smallest_crop_of_each_view_needs(tmp_path: Path) -> None:
+    Image.fromarray(np.zeros((512, 512), np.uint8)).save(tmp_path / "scan.jpg")
+    record = Record("0", tmp_path / "scan.jpg", "xray", "", "", "p")
+    read = []
+
+    class Observed(M3RetImageProcessor):
+        def resample(self, scan: Scan, **settings: int | None) -> torch.Tensor:
+            read.append(scan.array)
+            return super().resample(scan, **settings)
+
+    whole = CropRanges(area=(1.0, 1.0), aspect=(1.0, 1.0))
+    for area, size, expected in ((1.0, 64, 64), (0.25, 64, 128), (0.24, 64, 256), (1.0, None, 64), (0.05, 96, 512)):
+        kinds = [ViewKind(1, whole, 16), ViewKind(1, CropRanges(area=(area, 1.0)), size)]
+        views = RandomViews([record], Observed(size=48), views=kinds)
+        _ = views[0, 0]
+        assert read[-2].shape == (1, 1, expected, expected)
+
+
 @pytest.mark.slow
 def test_expected_tokens_are_the_mean_of_sampled_views(tmp_path: Path) -> None:
     """For an image, a clip of many frames, a volume, and a volume in HU of unknown spacing, which is read whole."""
@@ -269,7 +288,11 @@ def test_a_cached_scan_is_read_once_and_gives_the_same_views(
     expected = [uncached[visit, 0] for visit in range(2)]
     read: list[Path] = []
     original = M3RetImageProcessor.read
-    monkeypatch.setattr(M3RetImageProcessor, "read", lambda self, source: read.append(source) or original(self, source))
+    monkeypatch.setattr(
+        M3RetImageProcessor,
+        "read",
+        lambda self, source, **options: read.append(source) or original(self, source, **options),
+    )
     one_image = 20_000  # bytes: one image of 50 x 60 float32 fits, two do not
     cached = RandomViews(records, PROCESSOR, views=[ViewKind(2)], cache_bytes=one_image)
     for visit in range(2):
