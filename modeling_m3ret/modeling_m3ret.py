@@ -87,6 +87,20 @@ class _RotateQueriesAndKeys(torch.autograd.Function):
         return gradient, None, None
 
 
+def is_plain_linear(layer: nn.Module) -> bool:
+    """Return whether a linear layer does nothing but multiply by its weight, so that a part of the weight can be used.
+
+    Adapters and quantised layers are of another type, or hold their weight in another type of tensor. Hooks must run.
+    """
+    return type(layer) is nn.Linear and not hasattr(layer.weight, "__tensor_flatten__") and not has_hooks(layer)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Return whether calling the module does more than its class's `forward`."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks) or "forward" in module.__dict__  # Accelerate replaces `forward`
+
+
 @functools.cache
 def variable_length_attention() -> Callable[..., Tensor] | None:
     """Return PyTorch's attention over scans of different lengths in one call, for CUDA; None in older versions."""
@@ -227,8 +241,10 @@ class M3RetLayer(GradientCheckpointingLayer):
 
         Attention and MLP run on the scans of `subsets`, by default on all.
         """
-        if cls_only:
+        if cls_only and is_plain_linear(self.attention.qkv) and not has_hooks(self.attention):
             return self.forward_cls(tokens, layout, rotary, subsets)
+        if cls_only:
+            return layout.first_tokens(self.forward(tokens, layout, rotary, False, subsets, **kwargs))
         of_attention, of_mlp = subsets
         if of_attention is None:
             attended, _ = self.attention(self.attention_norm(tokens), layout, rotary, **kwargs)
@@ -341,14 +357,15 @@ class M3RetEmbeddings(nn.Module):
     def forward(self, rows: Tensor) -> Tensor:
         """Embed patch rows: `(P, C*t*p*p)` -> `(P, d)`.
 
-        Compact rows of images `(P, C*p*p)` hold the single slice of their patch once instead of t times. They are
-        embedded by the sum of the weights over depth, which gives the same result for a t-th of the work.
+        Compact rows of images `(P, C*p*p)` hold the single slice of their patch once instead of t times. A plain linear
+        layer embeds them by the sum of its weights over depth, which gives the same result for a t-th of the work.
         """
-        config = self.config
-        weight = self.patch_embeddings.weight  # (d, C*t*p*p)
-        if rows.shape[1] != config.patch_values:
-            weight = weight.unflatten(1, (config.num_channels, config.patch_depth, -1)).sum(2).flatten(1)
-        return nn.functional.linear(rows.to(weight.dtype), weight, self.patch_embeddings.bias)
+        config, embed = self.config, self.patch_embeddings
+        if rows.shape[1] == config.patch_values or not is_plain_linear(embed):
+            dtype = embed.weight.dtype if is_plain_linear(embed) else self.cls_token.dtype
+            return embed(self.repeat_slices(rows).to(dtype))
+        weight = embed.weight.unflatten(1, (config.num_channels, config.patch_depth, -1)).sum(2).flatten(1)
+        return nn.functional.linear(rows.to(weight.dtype), weight, embed.bias)
 
     def repeat_slices(self, rows: Tensor) -> Tensor:
         """Expand compact rows of images `(P, C*p*p)` to `(P, C*t*p*p)`; return full rows unchanged."""
