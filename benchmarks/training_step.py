@@ -37,7 +37,7 @@ from transformers import ViTMAEConfig, ViTMAEForPreTraining
 from modeling_m3ret import M3RetConfig, M3RetForPreTraining, M3RetImageProcessor, M3RetModel
 from modeling_m3ret.cpu import prepare_cpu
 from modeling_m3ret.data.loading import Pack
-from modeling_m3ret.pretraining.objectives import build_objective, compile_layers
+from modeling_m3ret.pretraining.objectives import build_objective, checkpoint_activations, compile_layers
 from modeling_m3ret.pretraining.optimisation import build_optimiser
 from modeling_m3ret.pretraining.run_config import RunConfig
 from modeling_m3ret.pretraining.simdino import SimDINO, SimDINOLoss
@@ -127,7 +127,7 @@ def our_simdino(
     inputs = pack([view[scan][:, None] for scan in range(batch) for view in images])
     model = SimDINO(M3RetModel(config), SimDINOLoss(), len(images))
     if checkpointing:
-        model.student.activation_checkpointing_enable()
+        checkpoint_activations(model.student)
     return build_step(model, inputs, dtype, compiled)
 
 

@@ -165,7 +165,7 @@ def build_objective(run: RunConfig) -> tuple[Objective, M3RetConfig]:
     if run.initial and not run.resume:  # --resume loads all weights later
         load_initial(objective.model, config, objective.weights_file, run.initial)
     if run.gradient_checkpointing:
-        objective.trained_encoder.activation_checkpointing_enable()
+        checkpoint_activations(objective.trained_encoder)
     if run.compile_layers:
         compile_layers(objective)
     return objective, config
@@ -185,6 +185,14 @@ def attention_implementation(run: RunConfig) -> str:
         problem = f"expected null or an installed library, got {run.attn_implementation}. Install flash-attn."
         raise ConfigError("attn_implementation", problem)
     return run.attn_implementation
+
+
+def checkpoint_activations(encoder: M3RetModel) -> None:
+    """Recompute activations in the backward pass. transformers 5.17 has another name for it."""
+    if hasattr(encoder, "activation_checkpointing_enable"):
+        encoder.activation_checkpointing_enable()
+    else:
+        encoder.gradient_checkpointing_enable()
 
 
 def compile_layers(model: nn.Module) -> None:
