@@ -269,3 +269,13 @@ def test_an_image_in_memory_is_not_reduced() -> None:
     with Image.open(buffer) as image:
         assert M3RetImageProcessor().read(image, min_pixels=1).array.shape[2:] == (256, 256)
         assert image.size == (256, 256)
+
+
+@pytest.mark.parametrize("dtype", [np.int16, np.uint16, np.float32])
+def test_percentiles_of_integers_are_those_of_numpy(dtype: type) -> None:
+    generator = np.random.default_rng(0)
+    for values in (generator.normal(300, 150, (6, 30, 31)), generator.gamma(0.3, 900, (1, 45, 46))):
+        voxels = values.round().clip(0).astype(dtype) - dtype(20 if dtype == np.int16 else 0)
+        low, high = np.percentile(voxels, (0.5, 99.5))
+        expected = ((voxels.astype(np.float64) - low) / (high - low)).clip(0, 1)
+        assert np.abs(M3RetImageProcessor().read(voxels).array[0] - expected).max() <= 1e-6
