@@ -44,7 +44,7 @@ MAX_DECODED = 64 * MIB
 MAX_GROWTH = 2 * MAX_DECODED + 128 * MIB  # of resident memory: twice the limit, as documented, and what decoders need
 ADDRESS_SPACE = 8 * 2**30  # protects the machine
 MAX_SEED_BYTES = 300_000
-SLOW_SECONDS, STUCK_SECONDS = 20.0, 120.0
+SLOW_SECONDS, STUCK_SECONDS, START_SECONDS = 20.0, 120.0, 900.0
 CHUNK = 5_000  # cases between two reports
 VALID_EVERY = 5  # each fifth case is valid
 
@@ -89,11 +89,8 @@ def compare(
     if padding is not None:
         expected = np.where(padding, 0, expected)
     error = float(np.abs(got - expected).max())
-    return (
-        None
-        if error <= (0 if rule == "8-bit" else 2e-3 if rule.startswith("percent") else 2e-4)
-        else f"{rule}: off by {error:.3g}"
-    )
+    limit = 0 if rule == "8-bit" else 2e-3 if rule.startswith("percent") else 2e-4
+    return None if error <= limit else f"{rule}: off by {error:.3g}"
 
 
 def lookup_table(rng: np.random.Generator, low: int, stored: int, signed: bool) -> Any:
@@ -130,11 +127,8 @@ def valid_dicom(rng: np.random.Generator) -> Case:
     syntax = pick(uid.ImplicitVRLittleEndian, uid.ExplicitVRLittleEndian, uid.ExplicitVRBigEndian,
                   uid.DeflatedExplicitVRLittleEndian, uid.RLELossless, uid.JPEG2000Lossless)  # fmt: skip
     jpeg = syntax == uid.JPEG2000Lossless
-    kind = (
-        pick("MONOCHROME1", "MONOCHROME2")
-        if jpeg
-        else pick("MONOCHROME1", "MONOCHROME2", "MONOCHROME2", "RGB", "YBR_FULL", "PALETTE COLOR")
-    )
+    kinds = ("MONOCHROME1", "MONOCHROME2", "MONOCHROME2", "RGB", "YBR_FULL", "PALETTE COLOR")
+    kind = pick(*kinds[: 2 if jpeg else None])
     colour = kind in ("RGB", "YBR_FULL")
     frames, (rows, columns) = pick(1, 1, 1, 3), rng.integers(2, 20, 2)
     allocated = 8 if colour else pick(8, 16, 16)
@@ -158,12 +152,8 @@ def valid_dicom(rng: np.random.Generator) -> Case:
     ds.SOPInstanceUID = ds.file_meta.MediaStorageSOPInstanceUID = "1.2.3.4"
     ds.SeriesInstanceUID = "1.2.3"
     ds.Rows, ds.Columns, ds.SamplesPerPixel, ds.PhotometricInterpretation = shape[1], shape[2], shape[3], kind
-    ds.BitsAllocated, ds.BitsStored, ds.HighBit, ds.PixelRepresentation = (
-        allocated,
-        stored,
-        stored - 1 + shift,
-        int(signed),
-    )
+    ds.BitsAllocated, ds.BitsStored, ds.HighBit = allocated, stored, stored - 1 + shift
+    ds.PixelRepresentation = int(signed)
     if frames > 1:
         ds.NumberOfFrames = frames
     planar = colour and syntax != uid.RLELossless and pick(0, 1)  # pydicom encodes planes wrongly
@@ -189,9 +179,8 @@ def valid_dicom(rng: np.random.Generator) -> Case:
             measured_range = (0.0, 65535.0)
         if modality == "rescale":
             ds.RescaleSlope, ds.RescaleIntercept = pick(1, 2, 0.5, 0.37), pick(0, -1024, 12.5)
-            measured_range = tuple(
-                edge * float(ds.RescaleSlope) + float(ds.RescaleIntercept) for edge in measured_range
-            )
+            slope, intercept = float(ds.RescaleSlope), float(ds.RescaleIntercept)
+            measured_range = (measured_range[0] * slope + intercept, measured_range[1] * slope + intercept)
         voi = pick("", "window", "window", "LUT")
         if voi == "LUT" and not modality:
             ds.VOILUTSequence = [lookup_table(rng, low, stored, signed)]
@@ -202,7 +191,7 @@ def valid_dicom(rng: np.random.Generator) -> Case:
             ds.VOILUTFunction = pick("LINEAR", "LINEAR_EXACT", "SIGMOID")
         if pick(0, 0, 1):
             value = int(values.flat[0])
-            (ds.add_new(0x00280120, "SS" if signed else "US", value))
+            ds.add_new(0x00280120, "SS" if signed else "US", value)
             padding = values == value
     elif kind == "PALETTE COLOR":
         for number, name in enumerate(("Red", "Green", "Blue")):
@@ -211,10 +200,8 @@ def valid_dicom(rng: np.random.Generator) -> Case:
             ds.add_new(0x00281101 + number, "US", [entries % 65536, 0, 16])
             ds.add_new(0x00281201 + number, "OW", table[:entries].astype(f"{big}u2").tobytes())
             ds[f"{name}PaletteColorLookupTableData"].VR = "OW"
-    if syntax == uid.RLELossless:
-        ds.compress(
-            syntax, encoding_plugin="pydicom", generate_instance_uid=False
-        )  # GDCM aborts the process for some sizes
+    if syntax == uid.RLELossless:  # GDCM aborts the process for some sizes
+        ds.compress(syntax, encoding_plugin="pydicom", generate_instance_uid=False)
     stream = io.BytesIO()
     ds.save_as(stream, enforce_file_format=True)
     data = stream.getvalue()
@@ -230,9 +217,8 @@ def valid_dicom(rng: np.random.Generator) -> Case:
             return compare(scan, expected >> (8 if expected.max() > 255 else 0)) if len(tables[0]) > 255 else None
         if colour:
             rgb = values.astype(np.uint8)
-            return compare(
-                scan, (convert_color_space(rgb, kind, "RGB") if kind != "RGB" else rgb).transpose(3, 0, 1, 2)
-            )
+            rgb = rgb if kind == "RGB" else convert_color_space(rgb, kind, "RGB")
+            return compare(scan, rgb.transpose(3, 0, 1, 2))
         if not shift and not np.array_equal(read.pixel_array.reshape(shape), values):
             return "pydicom reads other pixels than were written"
         measured = np.asarray(apply_modality_lut(values[..., 0], read), float)
@@ -339,9 +325,8 @@ def valid_itk(rng: np.random.Generator) -> Case:
     import SimpleITK
 
     shape = tuple(int(side) for side in rng.integers(2, 9, 3))
-    image = SimpleITK.GetImageFromArray(
-        random_values(rng, choose(rng, "u1", "i1", "i2", "u2", "i4", "f4", "f8"), shape)
-    )
+    values = random_values(rng, choose(rng, "u1", "i1", "i2", "u2", "i4", "f4", "f8"), shape)
+    image = SimpleITK.GetImageFromArray(values)
     affine = np.diag([-1.0, -1, 1, 1]) @ random_affine(rng)
     image.SetSpacing(np.linalg.norm(affine[:3, :3], axis=0).tolist())
     image.SetDirection((affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)).ravel().tolist())
@@ -373,14 +358,9 @@ def valid_image(rng: np.random.Generator) -> Case:
         pixels = random_values(rng, {"I;16": "u2", "I": "i4", "F": "f4"}[mode], (height, width))
         image = Image.fromarray(np.nan_to_num(pixels))
     else:
-        rgba = Image.fromarray(rng.integers(0, 256, (height, width, 4), dtype=np.uint8))
-        image = (
-            rgba
-            if mode == "RGBA"
-            else rgba.convert("RGB").quantize(16)
-            if mode == "P"
-            else rgba.convert("RGB").convert(mode)
-        )
+        image = Image.fromarray(rng.integers(0, 256, (height, width, 4), dtype=np.uint8))
+        if mode != "RGBA":
+            image = image.convert("RGB").quantize(16) if mode == "P" else image.convert("RGB").convert(mode)
     options: dict[str, Any] = {"lossless": True} if kind == "WEBP" else {}
     if kind == "TIFF":
         options["compression"] = choose(rng, None, "tiff_lzw", "tiff_adobe_deflate", "packbits")
@@ -429,9 +409,9 @@ def valid_video(rng: np.random.Generator) -> Case:
     container, codec, pixels = choose(rng, *VIDEOS)
     even = pixels.startswith("yuv") and "444" not in pixels
     height, width = (int(side) * (2 if even else 1) for side in rng.integers(16, 30, 2))
-    options = {"threads": "1"} | (
-        {"bf": str(rng.integers(3)), "g": str(rng.integers(2, 12))} if codec in ("libx264", "mpeg4") else {}
-    )
+    options = {"threads": "1"}
+    if codec in ("libx264", "mpeg4"):
+        options |= {"bf": str(rng.integers(3)), "g": str(rng.integers(2, 12))}
     stream = io.BytesIO()
     with av.open(stream, "w", format=container, options={"fflags": "+bitexact"}) as out:
         track = out.add_stream(codec, rate=25, options=options)
@@ -512,11 +492,7 @@ def seeds() -> dict[str, list[bytes]]:
     found: dict[str, list[bytes]] = defaultdict(list)
     roots = [Path(pydicom.__file__).parent / "data" / "test_files", Path(nibabel.__file__).parent]
     data_package = importlib.util.find_spec("data_store")  # pydicom-data
-    roots += (
-        [Path(next(iter(data_package.submodule_search_locations)), "data")]
-        if data_package and data_package.submodule_search_locations
-        else []
-    )
+    roots += [Path(folder, "data") for folder in (data_package and data_package.submodule_search_locations) or ()]
     endings = {".dcm": "DICOM", ".nii": "NIfTI", ".nii.gz": "NIfTI", ".mgz": "MGH", ".mgh": "MGH", ".mnc": "MINC"}
     for path in sorted(path for root in roots for path in root.rglob("*") if path.is_file()):
         kind = next((kind for ending, kind in endings.items() if path.name.endswith(ending)), None)
@@ -679,6 +655,7 @@ def work(connection: Any, seed: int, indices: list[int]) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     warnings.simplefilter("ignore")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # decoders print to it
+    seeds()
     with tempfile.TemporaryDirectory() as folder:
         for index in indices:
             connection.send(index)
@@ -696,7 +673,8 @@ def run(seed: int, indices: list[int]) -> list[dict[str, Any]]:
         sender.close()
         running: Any = None
         try:
-            while receiver.poll(STUCK_SECONDS):
+            has_started = receiver.poll(START_SECONDS)
+            while has_started and receiver.poll(STUCK_SECONDS):
                 message = receiver.recv()
                 if message is None:
                     running, indices = None, []
@@ -722,20 +700,16 @@ def run(seed: int, indices: list[int]) -> list[dict[str, Any]]:
 
 def summarise(results: list[dict[str, Any]]) -> str:
     """Return a table with one row for each format."""
-    lines = [
-        "| format | mutated | valid | read | refused, by reason | failures | peak MiB | slowest s |",
-        "|" + "---|" * 8,
-    ]
+    titles = "format", "mutated", "valid", "read", "refused, by reason", "failures", "peak MiB", "slowest s"
+    lines = [f"| {' | '.join(titles)} |", "|" + "---|" * len(titles)]
     for kind in sorted({result["format"] for result in results}):
         rows = [result for result in results if result["format"] == kind]
-        refused = Counter(row["outcome"] for row in rows if row["outcome"] != "read")
-        cells = [kind, sum(not row["valid"] for row in rows), sum(row["valid"] for row in rows)]
-        cells += [
-            sum(row["outcome"] == "read" for row in rows),
-            ", ".join(f"{n} {why}" for why, n in refused.most_common()),
-        ]
-        cells += [sum(row["failure"] is not None for row in rows), f"{max(row['growth'] for row in rows) / MIB:.0f}"]
-        lines.append("| " + " | ".join(map(str, [*cells, f"{max(row['seconds'] for row in rows):.1f}"])) + " |")
+        outcomes, valid = Counter(row["outcome"] for row in rows), sum(row["valid"] for row in rows)
+        refused = ", ".join(f"{count} {why}" for why, count in outcomes.most_common() if why != "read")
+        failures = sum(row["failure"] is not None for row in rows)
+        peak, slowest = (max(row[key] for row in rows) for key in ("growth", "seconds"))
+        cells = (kind, len(rows) - valid, valid, outcomes["read"], refused, failures)
+        lines.append(f"| {' | '.join(map(str, cells))} | {peak / MIB:.0f} | {slowest:.1f} |")
     return "\n".join(lines)
 
 

@@ -22,7 +22,8 @@ from .scan_m3ret import Description, ReadRequest, spacing_of_aspect
 
 CT_STORAGE = tuple("1.2.840.10008.5.1.4.1.1.2" + tail for tail in ("", ".1", ".2"))  # CT, enhanced, legacy enhanced
 PIXEL_KEYS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
-RLE, JPEG_BASELINE, JPEG_EXTENDED = "1.2.840.10008.1.2.5", "1.2.840.10008.1.2.4.50", "1.2.840.10008.1.2.4.51"
+RLE = "1.2.840.10008.1.2.5"
+JPEG_BASELINE, JPEG_EXTENDED, JPEG_LOSSLESS = (f"1.2.840.10008.1.2.4.{number}" for number in (50, 51, 70))
 PHOTOMETRIC = {  # by samples per pixel; HSV, ARGB, CMYK and YBR_PARTIAL are retired
     1: ("MONOCHROME1", "MONOCHROME2", "PALETTE COLOR"),
     3: ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT"),
@@ -246,8 +247,12 @@ def decode_frames(
     if bits:  # decoders return whole words, and GDCM aborts the process if a word of 8 bits has unused ones
         size = 8 if bits <= 8 else 16 if bits <= 16 else 32
         options |= {"bits_stored": size, "bits_allocated": size}
-    if syntax == JPEG_EXTENDED and bits > 8:
-        return (_decode_jpeg_12bit(dataset, frame, total, bits, request) for frame in frames), codestreams
+    if syntax == JPEG_EXTENDED and bits > 8:  # pydicom requires a GPL decoder, but GDCM decodes it as its lossless JPEG
+        syntax = JPEG_LOSSLESS
+        head = dataset.group_dataset(0x0028)
+        head.update(dataset.group_dataset(0x7FE0))
+        head.file_meta = type(dataset.file_meta)()
+        head.file_meta.TransferSyntaxUID, dataset = syntax, head
     try:
         decoder = importlib.import_module("pydicom.pixels").get_decoder(syntax)
     except NotImplementedError as error:
@@ -321,26 +326,6 @@ def transfer_syntax(dataset: Any) -> Any:
     if little is False:
         return uid.ExplicitVRBigEndian
     return uid.ImplicitVRLittleEndian if implicit else uid.ExplicitVRLittleEndian
-
-
-def _decode_jpeg_12bit(dataset: Any, frame: int, total: int, bits: int, request: ReadRequest) -> np.ndarray:
-    """Decode a frame of 12-bit JPEG Extended with GDCM, which pydicom does not use here: it requires a GPL decoder."""
-    gdcm = request.import_decoder("gdcm", "python-gdcm")
-    encaps = importlib.import_module("pydicom.encaps")
-    rows, columns = int(dataset.Rows), int(dataset.Columns)
-    fragment, fragments = gdcm.Fragment(), gdcm.SequenceOfFragments.New()
-    fragment.SetByteStringValue(encaps.get_frame(dataset.PixelData, frame, number_of_frames=total))
-    fragments.AddFragment(fragment)
-    element, image = gdcm.DataElement(gdcm.Tag(0x7FE0, 0x0010)), gdcm.Image()
-    element.SetValue(fragments.__ref__())
-    image.SetNumberOfDimensions(2)
-    image.SetDimensions((columns, rows, 1))
-    image.SetDataElement(element)
-    image.SetPhotometricInterpretation(gdcm.PhotometricInterpretation(gdcm.PhotometricInterpretation.MONOCHROME2))
-    image.SetTransferSyntax(gdcm.TransferSyntax(gdcm.TransferSyntax.JPEGExtendedProcess2_4))
-    image.SetPixelFormat(gdcm.PixelFormat(1, 16, bits, bits - 1, int(dataset.PixelRepresentation)))
-    data = image.GetBuffer().encode("utf-8", "surrogateescape")  # GDCM returns bytes as text
-    return np.frombuffer(data, "<i2" if dataset.PixelRepresentation else "<u2").reshape(rows, columns)
 
 
 # --------------------------------------------------------------------------------------------- what the header declares

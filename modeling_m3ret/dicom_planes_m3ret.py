@@ -192,11 +192,7 @@ def _unit_vectors(cosines: Sequence[float]) -> np.ndarray | None:
 
 def _pixel_spacing(dataset: Any, measures: Any) -> tuple[float | None, float | None]:
     """Return mm between rows and between columns: in the patient, otherwise at the detector without magnification."""
-    for item, keyword in (
-        (measures, "PixelSpacing"),
-        (dataset, "PixelSpacing"),
-        (dataset, "ImagerPixelSpacing"),
-    ):
+    for item, keyword in ((measures, "PixelSpacing"), (dataset, "PixelSpacing"), (dataset, "ImagerPixelSpacing")):
         mm = read_numbers(item, keyword, 2)
         if mm and min(mm) > 0:
             factor = read_numbers(dataset, "EstimatedRadiographicMagnificationFactor", 1)

@@ -24,15 +24,7 @@ from .dicom_pixels_m3ret import PIXEL_KEYS, decode_frames, in_plane_spacing, is_
 from .dicom_planes_m3ret import Arrangement, Plane, arrange, frames_are_described, split_into_planes
 from .intensity_m3ret import to_unit_range
 from .reading_video_m3ret import read_video
-from .scan_m3ret import (
-    AnyScan,
-    Description,
-    ReadRequest,
-    Spacing,
-    display_name,
-    sniff,
-    to_canonical_orientation,
-)
+from .scan_m3ret import AnyScan, Description, ReadRequest, Spacing, display_name, sniff, to_canonical_orientation
 
 
 EXPLICIT_LITTLE_ENDIAN, DEFLATED = "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.1.99"
