@@ -174,7 +174,7 @@ def check_parity(quick: bool) -> list[Check]:
 def embeddings(encoder: M3RetModel, run: RunConfig, scans: Sequence[Array], dtype: torch.dtype | None) -> Tensor:
     inputs = processor_of(run)([scan.open() for scan in scans], return_tensors="pt").to(device())
     with torch.no_grad(), autocast(dtype, device()):
-        return encoder.get_image_features(**inputs).cpu()
+        return encoder.embed_scans(**inputs).cpu()
 
 
 def check_batch_independence(quick: bool) -> list[Check]:
@@ -235,12 +235,12 @@ def check_compile(quick: bool) -> list[Check]:
     encoder = build(run).encoder.eval()
     torch._dynamo.reset()
     counters.clear()
-    compiled = torch.compile(encoder.get_image_features, dynamic=True, fullgraph=True, backend=backend)
+    compiled = torch.compile(encoder.embed_scans, dynamic=True, fullgraph=True, backend=backend)
     distances = []
     with torch.no_grad():
         for batch in (2, 3, 5):
             images = torch.randn(batch, 3, run.size, run.size, device=device())
-            distances.append(float((compiled(images) - encoder.get_image_features(images)).abs().max()))
+            distances.append(float((compiled(images) - encoder.embed_scans(images)).abs().max()))
     checks = [Check("dense batches: largest difference", largest(distances), 1e-4)]
     checks.append(Check("dense batches: graphs beyond the first", counters["stats"]["unique_graphs"] - 1, 0))
     pack = planned_pack(build(run), run)

@@ -182,9 +182,7 @@ def our_embedding(preset: str, quick: bool, images: int, compiled: bool) -> Work
     run = run_config(quick, "mae", preset)
     model = build(run).encoder.eval().to(torch.bfloat16)
     pixels = random_images(images, run.size).to(torch.bfloat16)
-    call = (
-        torch.compile(model.get_image_features, dynamic=True, fullgraph=True) if compiled else model.get_image_features
-    )
+    call = torch.compile(model.embed_scans, dynamic=True, fullgraph=True) if compiled else model.embed_scans
     tokens = (run.size // 16) ** 2 + model.config.num_prefix_tokens
     return Work(torch.no_grad()(partial(call, pixels)), images, images * tokens)
 

@@ -4,7 +4,7 @@
     m3ret export --model m3ret-vitb --output m3ret-vitb-int8 --format onnx-int8
 
 One graph takes images, clips and volumes. Its input is `pixel_values (B, 3, D, H, W)` float32 with any B and D and with
-H and W multiples of the patch size; its output is `embeddings (B, d)`, equal to `get_image_features`. ONNX needs
+H and W multiples of the patch size; its output is `embeddings (B, d)`, equal to `embed_scans`. ONNX needs
 `pip install -e ".[export]"`. See docs/export.md for preprocessing and for what int8 costs.
 """
 
@@ -49,7 +49,7 @@ CHECKED_SHAPES = {"image": (3, 1, 4, 3), "clip": (1, 6, 2, 5), "volume": (2, 13,
 
 
 class DenseEmbedder(nn.Module):
-    """`get_image_features` of a batch of equal shapes, with symbolic batch, depth, height and width.
+    """`embed_scans` of a batch of equal shapes, with symbolic batch, depth, height and width.
 
     The depth is padded with the last slice to whole patches. An image is treated the same, so that one graph serves
     images, clips and volumes; an image then pays for embedding four slices, about 3 % of a ViT-B's work.
@@ -235,7 +235,7 @@ def check_graph(model: M3RetModel, embed: Callable[[Tensor], Tensor], format: Fo
     with torch.inference_mode():
         for kind, shape in CHECKED_SHAPES.items():
             pixel_values = _random_scans(model, shape)
-            difference = embed(pixel_values) - model.get_image_features(pixel_values)
+            difference = embed(pixel_values) - model.embed_scans(pixel_values)
             differences[kind] = difference.abs().max().item()
             if not differences[kind] <= TOLERANCE[format]:
                 raise RuntimeError(

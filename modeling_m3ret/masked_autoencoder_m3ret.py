@@ -19,7 +19,14 @@ from transformers import initialization as init
 from transformers.utils.generic import ModelOutput, can_return_tuple
 
 from .configuration_m3ret import M3RetConfig
-from .modeling_m3ret import M3RetLayer, M3RetModel, M3RetPreTrainedModel, drop_path_rates, rotary_tables
+from .modeling_m3ret import (
+    M3RetLayer,
+    M3RetModel,
+    M3RetPreTrainedModel,
+    drop_path_rates,
+    recorded,
+    rotary_tables,
+)
 from .packing_m3ret import Movable, PackLayout, patch_coordinates
 
 
@@ -144,12 +151,16 @@ def plan_masks(
 
 @dataclass
 class M3RetForPreTrainingOutput(ModelOutput):
-    """Output of [`M3RetForPreTraining`]."""
+    """Output of [`M3RetForPreTraining`]. Hidden states and attentions are the encoder's, of CLS, registers and visible
+    patches, in the form that [`M3RetModel`] returns them.
+    """
 
     loss: Tensor | None = None  # scalar, see `masked_patch_loss`
     logits: Tensor | None = None  # predicted pixels of the masked patches, `(M, C*t*p*p)`
     masked: Tensor | None = None  # rows of the masked patches in the pack, int64 `(M,)`
-    weight: int | None = None  # number of scans, or of patches, that the loss averages over
+    weight: Tensor | None = None  # number of scans, or of patches, that the loss averages over, int64 scalar
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Any, ...] | None = None
 
 
 class M3RetForPreTraining(M3RetPreTrainedModel):
@@ -170,20 +181,36 @@ class M3RetForPreTraining(M3RetPreTrainedModel):
     ) -> M3RetForPreTrainingOutput:
         """Mask patches, predict them and compute the loss.
 
-        `pixel_values` and `grid_thw` are those of [`M3RetModel`]. The `noise` of `choose_visible` is sampled if None;
-        pass it to make the mask reproducible.
+        `pixel_values` and `grid_thw` are those of [`M3RetModel`]. The `noise` of `choose_visible`, `(P,)` or for
+        dense input `(B, patches)`, is sampled if None; pass it to make the mask reproducible.
         """
         rows, grids = self.m3ret.prepare_rows(pixel_values, grid_thw)
         grids = grids if grid_thw is not None else grids * len(pixel_values)
-        noise = torch.rand(rows.shape[0]) if noise is None else noise.cpu()
-        return self.predict(rows, plan_masks(grids, noise, cast(M3RetConfig, self.config)).to(rows.device), **kwargs)
+        patches = rows.shape[0]
+        noise = torch.rand(patches) if noise is None else noise.cpu().flatten()
+        if len(noise) != patches:
+            raise ValueError(
+                f"noise does not fit pixel_values: expected {patches} numbers, one for each patch, got {len(noise)}. "
+                "Leave it out to sample it."
+            )
+        plan = plan_masks(grids, noise, cast(M3RetConfig, self.config)).to(rows.device)
+        return self.predict(rows, plan, grid_thw is None, **kwargs)
 
-    def predict(self, rows: Tensor, plan: MaskPlan, **kwargs: Any) -> M3RetForPreTrainingOutput:
-        """Predict the masked patches of a pack of `rows` and compute the loss."""
-        tokens, _ = self.m3ret.encode(rows[plan.visible], plan.visible_coordinates, plan.encoder, **kwargs)
+    def predict(self, rows: Tensor, plan: MaskPlan, dense: bool = False, **kwargs: Any) -> M3RetForPreTrainingOutput:
+        """Predict the masked patches of a pack of `rows` and compute the loss.
+
+        `dense` selects the form of the recorded states, as in [`M3RetModel`].
+        """
+        tokens, encoded = self.m3ret.encode(rows[plan.visible], plan.visible_coordinates, plan.encoder, **kwargs)
         predicted = self.decoder(tokens, plan.decoder, plan.coordinates)  # (M, C*t*p*p)
         loss = masked_patch_loss(predicted, rows[plan.masked], plan.row_weights, cast(M3RetConfig, self.config))
-        return M3RetForPreTrainingOutput(loss=loss, logits=predicted, masked=plan.masked, weight=plan.weight)
+        return M3RetForPreTrainingOutput(
+            loss=loss,
+            logits=predicted,
+            masked=plan.masked,
+            weight=torch.full((), plan.weight, device=rows.device),  # a tensor, as `Trainer.predict` gathers outputs
+            **recorded(encoded, plan.encoder, dense),
+        )
 
 
 def choose_visible(noise: Tensor, patch_counts: ArrayLike, mask_ratios: ArrayLike) -> tuple[Tensor, Tensor, np.ndarray]:

@@ -239,8 +239,12 @@ class M3RetLayer(GradientCheckpointingLayer):
     ) -> Tensor:
         """Apply the block: `(N, d)` -> `(N, d)` by position, or with `cls_only` the CLS tokens only, `(B, d)`.
 
-        Attention and MLP run on the scans of `subsets`, by default on all.
+        Scans of equal length may also be `(B, L, d)`, and so is then the result. Attention and MLP run on the scans of
+        `subsets`, by default on all.
         """
+        if tokens.ndim == 3:
+            output = self.forward(tokens.flatten(0, 1), layout, rotary, cls_only, subsets, **kwargs)
+            return output if cls_only else output.view_as(tokens)
         if cls_only and is_plain_linear(self.attention.qkv) and not has_hooks(self.attention):
             return self.forward_cls(tokens, layout, rotary, subsets)
         if cls_only:
@@ -479,6 +483,24 @@ SENTENCE_TRANSFORMERS_FILES: dict[str, Any] = {
 }
 
 
+def recorded(encoded: BaseModelOutput, layout: PackLayout, dense: bool) -> dict[str, Any]:
+    """Return the recorded hidden states and attentions of the layers in the form of `M3RetModel.forward`."""
+    attentions: Any = encoded.attentions  # for each layer one tensor per group
+    if attentions is not None and dense:
+        attentions = tuple(weights[0] for weights in attentions)
+    elif attentions is not None:
+        by_position = [[weights for group in layer for weights in group] for layer in attentions]
+        positions = range(layout.scans) if layout.positions is None else layout.positions.tolist()
+        attentions = tuple(tuple(layer[position] for position in positions) for layer in by_position)
+    hidden_states: Any = encoded.hidden_states  # None for each layer that the caller does not select
+    if hidden_states is not None and not dense:
+        hidden_states = tuple(
+            state if state is None else layout.to_caller_order(state.view(-1, state.shape[-1]))
+            for state in hidden_states
+        )
+    return {"hidden_states": hidden_states, "attentions": attentions}
+
+
 class M3RetModel(M3RetPreTrainedModel):
     """Embed scans of any kind and size with one transformer that does not know the modality.
 
@@ -537,24 +559,13 @@ class M3RetModel(M3RetPreTrainedModel):
         rows, coordinates, layout = self.lay_out(pixel_values, grid_thw)
         tokens, encoded = self.encode(rows, coordinates, layout, **kwargs)
 
-        def arrange(state: Tensor) -> Tensor:
-            return state.unflatten(0, layout.groups[0]) if dense else layout.to_caller_order(state)
-
-        attentions: Any = encoded.attentions  # for each layer one tensor per group
-        if attentions is not None and dense:
-            attentions = tuple(weights[0] for weights in attentions)
-        elif attentions is not None:
-            by_position = [[weights for group in layer for weights in group] for layer in attentions]
-            positions = range(layout.scans) if layout.positions is None else layout.positions.tolist()
-            attentions = tuple(tuple(layer[position] for position in positions) for layer in by_position)
-        hidden_states: Any = encoded.hidden_states  # None for each layer that the caller does not select
-        if hidden_states is not None:
-            hidden_states = tuple(state if state is None else arrange(state) for state in hidden_states)
+        last_hidden_state = tokens.unflatten(0, layout.groups[0]) if dense else layout.to_caller_order(tokens)
+        if layout.order is None:  # the pooled tokens are those of the output, so that its gradients are theirs
+            tokens = last_hidden_state.view_as(tokens)
         return BaseModelOutputWithPooling(
-            last_hidden_state=arrange(tokens),
+            last_hidden_state=last_hidden_state,
             pooler_output=self.pool(tokens, layout),
-            hidden_states=hidden_states,
-            attentions=attentions,
+            **recorded(encoded, layout, dense),
         )
 
     def embed(self, pixel_values: Tensor, grid_thw: Tensor | None = None) -> Tensor:
@@ -570,7 +581,19 @@ class M3RetModel(M3RetPreTrainedModel):
         tokens, _ = self.encode(rows, coordinates, layout, cls_only=is_cls)
         return layout.scans_to_caller_order(tokens) if is_cls else self.pool(tokens, layout)
 
-    def get_image_features(self, pixel_values: Tensor, grid_thw: Tensor | None = None, **kwargs: Any) -> Tensor:
+    @can_return_tuple
+    def get_image_features(
+        self, pixel_values: Tensor, grid_thw: Tensor | None = None, **kwargs: Any
+    ) -> BaseModelOutputWithPooling:
+        """Return the output of `forward` with the retrieval embedding of `embed_scans` as `pooler_output (B, d)`.
+
+        Args and errors are those of `forward`.
+        """
+        output = self(pixel_values, grid_thw, **kwargs | {"return_dict": True})
+        output.pooler_output = self.normalise(output.pooler_output)
+        return output
+
+    def embed_scans(self, pixel_values: Tensor, grid_thw: Tensor | None = None, **kwargs: Any) -> Tensor:
         """Return the retrieval embedding: `pooler_output`, whitened and L2-normalised.
 
         Args and errors are those of `forward`.
@@ -579,17 +602,12 @@ class M3RetModel(M3RetPreTrainedModel):
             `(B, d)` float32 of unit length.
         """
         if kwargs:  # options of `forward`, for example of the attention implementation
-            pooled = self(pixel_values, grid_thw, **(kwargs | {"return_dict": True})).pooler_output
-        else:
-            pooled = self.embed(pixel_values, grid_thw)
+            return self.get_image_features(pixel_values, grid_thw, **kwargs | {"return_dict": True}).pooler_output
+        return self.normalise(self.embed(pixel_values, grid_thw))
+
+    def normalise(self, pooled: Tensor) -> Tensor:
+        """Whiten and L2-normalise `pooler_output (B, pooled)` to `(B, d)` float32."""
         return nn.functional.normalize(self.whitening(pooled), dim=-1)
-
-    def embed_scans(self, pixel_values: Tensor, grid_thw: Tensor | None = None, **kwargs: Any) -> Tensor:
-        """Return the retrieval embedding `(B, d)`: `pooler_output`, whitened and L2-normalised, float32.
-
-        Args and errors are those of `forward`.
-        """
-        return self.get_image_features(pixel_values, grid_thw, **kwargs)
 
     def save_pretrained(
         self, save_directory: str | os.PathLike, is_main_process: bool = True, *args: Any, **kwargs: Any
@@ -688,8 +706,10 @@ class M3RetModel(M3RetPreTrainedModel):
             layout = replace(layout, subsets=())
         elif not layout.subsets:
             layout = layout.sample_subsets(drop_path_rates(cast(M3RetConfig, config)), torch.rand(8)).to(rows.device)
-        output = self.encoder(tokens, layout, rotary, **kwargs)
-        return self.norm(output.last_hidden_state), output
+        if layout.order is None:  # recorded as (B, L, d), so that gradients reach the recorded states
+            tokens = tokens.unflatten(0, layout.groups[0])
+        output = self.encoder(tokens, layout, rotary, **kwargs | {"return_dict": True})
+        return self.norm(output.last_hidden_state).view(-1, tokens.shape[-1]), output
 
     def pool(self, tokens: Tensor, layout: PackLayout) -> Tensor:
         """Pool normalised tokens `(N, d)` by position to `(B, pooled)` in the caller's order."""

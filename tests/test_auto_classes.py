@@ -50,7 +50,7 @@ model = AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
 pretraining = AutoModelForPreTraining.from_pretrained(folder, subfolder="pretraining", trust_remote_code=True)
 inputs = processor([folder + "/scan.png", numpy.load(folder + "/scan.npy")], return_tensors="pt")
 with torch.no_grad():
-    features = model.get_image_features(**inputs)
+    features = model.embed_scans(**inputs)
 print(json.dumps({
     "module": type(model).__module__, "pretraining": type(pretraining).__name__,
     "packages": [name for name in sys.modules if name.split(".")[0] == "modeling_m3ret"],
@@ -76,7 +76,7 @@ def test_checkpoint_loads_as_remote_code_without_the_package(tmp_path: Path) -> 
     assert loaded["packages"] == []
     assert loaded["pretraining"] == "M3RetForPreTraining"
     inputs = AutoImageProcessor.from_pretrained(folder)([folder / "scan.png", np.load(folder / "scan.npy")])
-    assert largest_difference(torch.tensor(loaded["features"]), model.get_image_features(**inputs)) <= 1e-6
+    assert largest_difference(torch.tensor(loaded["features"]), model.embed_scans(**inputs)) <= 1e-6
 
 
 @torch.no_grad()

@@ -72,7 +72,7 @@ def test_embed_saves_the_embeddings_of_the_files_that_can_be_read(
     assert saved["files"].tolist() == [str(scans[0]), str(scans[2])]
     model, processor = M3RetModel.from_pretrained(checkpoint).eval(), M3RetImageProcessor.from_pretrained(checkpoint)
     with torch.no_grad():
-        expected = model.get_image_features(**processor([scans[0], scans[2]], return_tensors="pt"))
+        expected = model.embed_scans(**processor([scans[0], scans[2]], return_tensors="pt"))
     np.testing.assert_allclose(saved["embeddings"], expected.numpy(), atol=1e-5)
 
 

@@ -89,7 +89,7 @@ def test_dense_embedder_equals_the_model_for_each_pooling(pooling: str) -> None:
     model = make_model(pooling)
     for B, D, H, W in SHAPES:
         pixel_values = torch.randn(B, 3, D, H, W)
-        difference = DenseEmbedder(model)(pixel_values) - model.get_image_features(pixel_values)
+        difference = DenseEmbedder(model)(pixel_values) - model.embed_scans(pixel_values)
         assert difference.abs().max() <= 1e-5
 
 
@@ -102,7 +102,7 @@ def test_graph_gives_the_embeddings_of_the_model_for_any_batch_and_grid(
     embed = load_once(only_graph(folder))
     for B, D, H, W in SHAPES:
         pixel_values = torch.randn(B, 3, D, H, W)
-        found, expected = embed(pixel_values), model.get_image_features(pixel_values)
+        found, expected = embed(pixel_values), model.embed_scans(pixel_values)
         assert found.shape == (B, 48)
         assert found.dtype == torch.float32
         assert (found.norm(dim=1) - 1).abs().max() < 1e-5
@@ -125,7 +125,7 @@ def test_graph_takes_what_the_processor_resizes(exported: tuple[str, Path], mode
         generator.integers(0, 255, (90, 70, 3), dtype=np.uint8),
         generator.random((7, 50, 60), dtype=np.float32),  # a depth that does not fill its patches
     ]
-    packed = model.get_image_features(**processor(scans))
+    packed = model.embed_scans(**processor(scans))
     for scan, expected in zip(scans, packed, strict=True):
         volume = processor.resize(processor.read(scan))  # (1 or 3, D, H, W)
         found = embed(volume.expand(3, -1, -1, -1)[None].contiguous())[0]
@@ -223,7 +223,7 @@ def test_int8_quantises_linear_layers_but_not_the_whitening(model: M3RetModel) -
 def test_graph_that_differs_from_the_model_is_refused(error: float) -> None:
     model = make_model()
     with pytest.raises(RuntimeError):
-        check_graph(model, lambda pixel_values: model.get_image_features(pixel_values) + error, "onnx")
+        check_graph(model, lambda pixel_values: model.embed_scans(pixel_values) + error, "onnx")
 
 
 @slow

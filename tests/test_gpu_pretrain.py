@@ -216,7 +216,7 @@ def test_run_in_pieces_exports_the_encoder_of_an_uninterrupted_run(tmp_path: Pat
     model = AutoModel.from_pretrained(tmp_path / "checkpoint").float()
     assert not torch.equal(model.whitening.matrix, torch.eye(48))
     with torch.no_grad():
-        features = model.get_image_features(torch.rand(2, 3, 32, 32))
+        features = model.embed_scans(torch.rand(2, 3, 32, 32))
     assert features.shape == (2, 48)
 
 

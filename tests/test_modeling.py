@@ -242,7 +242,7 @@ def test_pooling_follows_the_config() -> None:
                 "statistics": torch.cat([patches.mean(0), deviation]),
             }[pooling]
             assert largest_difference(output.pooler_output[scan], expected) <= 1e-5
-        features = model.get_image_features(rows, grids)
+        features = model.embed_scans(rows, grids)
         assert features.shape[1] == model.config.hidden_size
         assert largest_difference(features, nn.functional.normalize(output.pooler_output[:, :48], dim=-1)) <= 1e-6
 
@@ -409,7 +409,7 @@ def test_whitening_is_the_identity_until_fitted_and_then_gives_unit_covariance()
     model = make_model()
     rows, grids = pack(make_scans())
     pooled = model(rows, grids).pooler_output
-    features = model.get_image_features(rows, grids)
+    features = model.embed_scans(rows, grids)
     assert largest_difference(features, nn.functional.normalize(pooled, dim=-1)) <= 1e-6
     samples = torch.randn(4000, 48) @ torch.randn(48, 48) + 5
     model.whitening.fit(samples, shrinkage=0)
@@ -422,7 +422,7 @@ def test_whitening_is_the_identity_until_fitted_and_then_gives_unit_covariance()
     assert left.max().item() == pytest.approx(1 / 1.5, rel=0.05)
     assert left.min().item() == pytest.approx(1 / 5.5, rel=0.05)
     model.whitening.fit(samples[:5])  # fewer scans than dimensions
-    assert model.get_image_features(rows, grids).isfinite().all()
+    assert model.embed_scans(rows, grids).isfinite().all()
 
 
 @torch.no_grad()
@@ -457,10 +457,10 @@ def test_flash_attention_gets_the_cumulative_lengths_of_the_scans(monkeypatch: p
 def test_bfloat16_autocast_and_weights_stay_close_to_float32() -> None:
     rows, grids = pack(make_scans())
     model = make_model()
-    exact = model.get_image_features(rows, grids)
+    exact = model.embed_scans(rows, grids)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        autocast = model.get_image_features(rows, grids)
-    half = model.to(torch.bfloat16).get_image_features(rows, grids)
+        autocast = model.embed_scans(rows, grids)
+    half = model.to(torch.bfloat16).embed_scans(rows, grids)
     for approximate in (autocast, half):
         assert approximate.dtype == torch.float32
         assert (exact * approximate).sum(-1).min() > 0.999

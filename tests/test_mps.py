@@ -56,4 +56,4 @@ def test_embedding_needs_no_float64() -> None:
     model = M3RetModel(tiny_config())
     rows, grids = pack(make_scans())
     with RefuseFloat64():
-        model.get_image_features(rows, grids)
+        model.embed_scans(rows, grids)

@@ -68,7 +68,7 @@ processor = AutoImageProcessor.from_pretrained(name, **pinned)
 model = AutoModel.from_pretrained(name, **pinned).eval()
 pretraining = AutoModelForPreTraining.from_pretrained(name, subfolder="pretraining", **pinned)
 with torch.no_grad():
-    features = model.get_image_features(**processor([image], return_tensors="pt"))
+    features = model.embed_scans(**processor([image], return_tensors="pt"))
 print(json.dumps({
     "modules": [type(loaded).__module__ for loaded in (processor, model, pretraining)],
     "packages": [name for name in sys.modules if name.split(".")[0] == "modeling_m3ret"],
@@ -169,7 +169,7 @@ def test_pinned_revision_embeds_as_remote_code_without_the_package(
 
     local = pushed.folder / "m3ret-tiny"
     model, processor = AutoModel.from_pretrained(local).eval(), AutoImageProcessor.from_pretrained(local)
-    features = model.get_image_features(**processor([image], return_tensors="pt"))
+    features = model.embed_scans(**processor([image], return_tensors="pt"))
     torch.testing.assert_close(torch.tensor(loaded["features"]), features, rtol=0, atol=1e-6)
 
 

@@ -78,7 +78,7 @@ def test_training_ends_with_a_checkpoint_whose_evaluation_gives_the_same_table(
     model, processor = AutoModel.from_pretrained("m3ret-tiny"), AutoImageProcessor.from_pretrained("m3ret-tiny")
     sources = [next(r.location for r in read_manifest(phantom) if r.modality == m) for m in ("ct", "xray", "endoscopy")]
     with torch.no_grad():
-        features = model.get_image_features(**processor(sources, return_tensors="pt"))
+        features = model.embed_scans(**processor(sources, return_tensors="pt"))
     assert features.shape == (3, 192)
 
     options = {"--data": str(phantom), "--holdout": "0.5", "--output": "table", "--rerank": "5"}

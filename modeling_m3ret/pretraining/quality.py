@@ -129,7 +129,7 @@ class OnlineQuality:
             if not pooled.records:
                 return {}
             white = encoder.whitening(pooled.embeddings.to(encoder.device)).cpu()
-            embeddings = torch.nn.functional.normalize(white, dim=-1)  # as get_image_features does
+            embeddings = torch.nn.functional.normalize(white, dim=-1)  # as embed_scans does
             return quality_of(Embedded(embeddings, pooled.records), pooled.embeddings)
 
         return decide_on_main(self.accelerator, evaluate_pooled)

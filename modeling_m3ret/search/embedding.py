@@ -116,7 +116,7 @@ def batched(items: Iterable[T], size: Callable[[T], int], max_size: int) -> Iter
 
 def encoder_embedder(model: M3RetModel) -> Embedder:
     """Return an embedder that computes the model's retrieval embedding, on the model's device."""
-    return lambda inputs: model.get_image_features(**{name: value.to(model.device) for name, value in inputs.items()})
+    return lambda inputs: model.embed_scans(**{name: value.to(model.device) for name, value in inputs.items()})
 
 
 def pooled_embedder(model: M3RetModel) -> Embedder:

@@ -239,7 +239,7 @@ class SearchService:
     def _encode_here(self, scan: Scan) -> Tensor:
         with torch.inference_mode():
             inputs = self.processor.preprocess(scan).to(self.model.device)
-            embedding: Tensor = self.model.get_image_features(**inputs)
+            embedding: Tensor = self.model.embed_scans(**inputs)
         return embedding[0].float().cpu().clone()
 
 

@@ -237,7 +237,7 @@ def test_gathered_encoder_shares_its_memory_if_nothing_is_sharded() -> None:
     assert mine.keys() == theirs.keys()
     assert all(mine[name].data_ptr() == theirs[name].data_ptr() for name in theirs)
     scans = torch.rand(2, 3, 32, 32)
-    assert torch.equal(whole.get_image_features(scans), encoder.eval().get_image_features(scans))
+    assert torch.equal(whole.embed_scans(scans), encoder.eval().embed_scans(scans))
 
 
 @pytest.mark.parametrize(

@@ -79,7 +79,7 @@ def test_embed_returns_the_models_embedding_of_a_series(client: Any, server: Spa
     series = server.scan_path("ct", "")
     answer = client.predict([upload(path) for path in sorted(series.iterdir())], api_name="/embed")
     with torch.no_grad():
-        expected = server.service.model.get_image_features(**server.service.processor([series]))[0]
+        expected = server.service.model.embed_scans(**server.service.processor([series]))[0]
     np.testing.assert_allclose(answer["embedding"], expected.numpy(), atol=1e-5)
     scan = server.service.processor.read(series)
     assert answer["query"] == {"shape": [*scan.array.shape[1:]], "spacing": pytest.approx([*scan.spacing])}
