@@ -158,6 +158,8 @@ def main() -> None:
     if arguments.list:
         print("\n".join(PARTS))
         return
+    if not arguments.quick and not torch.cuda.is_available():
+        parser.error("no GPU: expected a CUDA device, got none. Use --quick for a test on the CPU.")
     arguments.output.mkdir(parents=True, exist_ok=True)
     results, started = arguments.output / "results.json", time.perf_counter()
     saved = json.loads(results.read_text()) if results.is_file() else {"quick": arguments.quick, "parts": {}}

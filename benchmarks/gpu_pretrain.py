@@ -178,7 +178,7 @@ class Run:
             self.step += 1
             if self.step % config.log_every == 0 or self.step == config.steps:
                 values = {"loss": loss, "gradient_norm": norm, **terms}
-                metrics: dict[str, Any] = {"step": self.step} | {name: float(each) for name, each in values.items()}
+                metrics: dict[str, Any] = {"step": self.step} | {name: each.item() for name, each in values.items()}
                 if not np.isfinite(metrics["loss"]):
                     sys.exit(f"step {self.step}: the loss is not finite. The last checkpoint is intact.")
                 rate = (self.step - first) * config.batch_size / (time.monotonic() - started)

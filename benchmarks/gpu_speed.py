@@ -33,7 +33,7 @@ from modeling_m3ret.pretraining.simdino import SimDINOHead, SimDINOLoss
 BATCH = {"vits": 256, "vitb": 128, "vitl": 64}  # scans of a training step; halved until they fit into memory
 EMBEDDED = 4  # times as many are embedded at once
 # dense bfloat16 rates of data sheets in TFLOP/s, by a part of the device's name; of others the measured product counts
-PEAKS = {"H200": 989, "H100": 989, "A100": 312, "L40S": 362, "L4": 121}
+PEAKS = {"H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "A100": 312, "L40S": 362, "L40": 181, "L4": 121}
 
 
 @dataclass

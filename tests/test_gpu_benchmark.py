@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from bare_machine import ROOT, make_site, run_bare
 
 
@@ -53,6 +54,13 @@ def test_every_part_passes_and_none_runs_twice(site: Path, tmp_path: Path) -> No
     assert ours["gflop_per_image"] == pytest.approx(peer["gflop_per_image"], rel=0.1)
     table = (tmp_path / "gpu_results" / "results.md").read_text()
     assert all(model in table for model in ("M3Ret", "DINOv3ViT", "ViTMAE"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_machine_without_a_gpu_is_refused(site: Path, tmp_path: Path) -> None:
+    ran = run_bare(site, [str(SCRIPT)], tmp_path)
+    assert ran.returncode == 2
+    assert not list(tmp_path.iterdir())
 
 
 BROKEN = """
