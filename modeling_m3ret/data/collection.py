@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,13 @@ def open_collection(data: str | Path, *, stream: bool = False) -> list[Record]:
 
 
 def _open(data: str | Path, stream: bool) -> list[Record]:
-    if not Path(data).exists():
+    try:
+        exists = Path(data).exists()
+    except OSError as error:  # a name that is too long
+        raise CollectionError(
+            f"cannot open a collection: expected a folder or a name, got {error.strerror}."
+        ) from error
+    if not exists:
         if str(data).split(":")[0] == "phantom" and not stream:
             return read_manifest(phantom_folder(str(data)))
         if HUB_NAME.fullmatch(str(data)):
@@ -101,8 +108,12 @@ def _read_parquet(shards: Shards) -> list[Record]:
 
 def _parquet_records(shards: Shards) -> Iterator[Record]:
     spelling: dict[str, str] = {}  # as in a manifest
-    yield from (
-        Record(
+    seen: set[str] = set()
+    for number, (location, split, row) in enumerate(read_locations(shards)):
+        if problem := _wrong_cell(row) or (row["id"] in seen and ("a unique id", "an id of another row")):
+            raise TableError(f"{shards.name}, row {number} of all shards", *problem, "Build the dataset again.")
+        seen.add(row["id"])
+        yield Record(
             id=row["id"],
             location=location,
             modality=parse_modality(row["modality"] or ""),
@@ -116,12 +127,33 @@ def _parquet_records(shards: Shards) -> Iterator[Record]:
             # the same rule as in `read_scan`
             is_clip=(row.get("spacing") or [None])[0] is None and row.get("intensity") != "hounsfield",
         )
-        for location, split, row in read_locations(shards)
-    )
+
+
+def _wrong_cell(row: dict[str, Any]) -> tuple[str, str] | None:
+    """Return what is expected in a cell of a Parquet row and what it holds, for the first cell of a wrong type."""
+    if not isinstance(row["id"], str) or not row["id"]:
+        return "text as id", repr(row["id"])
+    for name in ("modality", "patient", "anatomy", "source", "intensity"):
+        if not isinstance(row.get(name), str | None):
+            return f"text or null as {name}", repr(row[name])
+    labels, shape, spacing = (row.get(name) for name in ("labels", "shape", "spacing"))
+    if labels is not None and not (isinstance(labels, list) and all(isinstance(label, str) for label in labels)):
+        return "a list of texts or null as labels", repr(labels)
+    if shape is not None and not _is_triple_of(shape, lambda side: type(side) is int and side > 0):
+        return "three whole numbers above 0 or null as shape", repr(shape)
+    if spacing is not None and not _is_triple_of(
+        spacing, lambda mm: mm is None or (type(mm) in (int, float) and 0 < mm < math.inf)
+    ):
+        return "three numbers above 0 or null as spacing", repr(spacing)
+    return None
+
+
+def _is_triple_of(cell: Any, accepts: Callable[[Any], bool]) -> bool:
+    return isinstance(cell, list) and len(cell) == 3 and all(map(accepts, cell))
 
 
 def _triple(values: Sequence[Any] | None) -> Any:
-    return tuple(values) if values is not None and len(values) == 3 else None
+    return None if values is None else tuple(values)
 
 
 def phantom_folder(data: str) -> Path:
@@ -129,7 +161,7 @@ def phantom_folder(data: str) -> Path:
     from ..phantom.dataset import write_phantom  # loads SciPy and codecs, which no other collection needs
 
     numbers = data.split(":")[1:]
-    if len(numbers) > 2 or not all(number.isdecimal() for number in numbers):
+    if len(numbers) > 2 or not all(number.isdecimal() and len(number) < 10 for number in numbers):
         raise CollectionError(
             f"unknown phantom: expected phantom[:SUBJECTS[:SEED]] with whole numbers, got {data!r}. "
             "For example, phantom:50:1 has 50 subjects."

@@ -13,6 +13,7 @@ import os
 import re
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from itertools import accumulate, pairwise
@@ -143,8 +144,11 @@ def read_locations(shards: Shards) -> Iterator[tuple[ParquetRow, str, dict[str, 
     files = {_file_name(file): file for file in shards.files}
     for row in table.to_pylist():
         location = ParquetRow(files[row["shard"]], row["group"], row["row"], row["size"])
-        if isinstance(row["modality"], int):
-            row["modality"] = modalities[row["modality"]]
+        if type(number := row["modality"]) is int:
+            if not 0 <= number < len(modalities):  # -1 is the class of unlabelled rows in `datasets`
+                expected = f"a modality from 0 to {len(modalities) - 1}"
+                raise CollectionError(f"{row['shard']} of {shards.name}: expected {expected}, got {number}.")
+            row["modality"] = modalities[number]
         yield location, row["shard"].split("-")[0], row
 
 
@@ -156,7 +160,13 @@ def _read_index(shards: Shards) -> pa.Table | None:
     """Return the table of `index.parquet`, or None if it is missing or lists other shards."""
     if shards.index is None:
         return None
-    table = pq.read_table(shards.index)
+    with _readable(shards, shards.index):
+        table = pq.read_table(shards.index)
+    if missing_columns := {"shard", "group", "row", "size", "id", "modality", "patient"} - set(table.column_names):
+        raise CollectionError(
+            f"{INDEX} of {shards.name} lacks columns: expected {', '.join(sorted(missing_columns))}, got "
+            f"{', '.join(table.column_names)}. Delete it, or build the dataset again."
+        )
     indexed = set(table.column("shard").unique().to_pylist())
     present = {_file_name(file) for file in shards.files}
     if missing := len(indexed - present):
@@ -190,7 +200,8 @@ def build_index(shards: Shards) -> pa.Table:
         raise _incomplete(shards, total - len(names), total)
     tables = []
     for file in shards.files:
-        parquet = open_parquet(file)
+        with _readable(shards, file):
+            parquet = open_parquet(file)
         columns = [name for name in parquet.schema_arrow.names if name not in MEDIA]
         if missing := {"id", "modality", "patient"} - set(columns):
             raise CollectionError(
@@ -198,8 +209,31 @@ def build_index(shards: Shards) -> pa.Table:
                 f"{', '.join(columns)}. Add {', '.join(sorted(missing))}, or build the dataset with "
                 "dataset_scripts/build.py."
             )
-        tables.append(add_location_columns(_file_name(file), parquet, parquet.read(columns=columns)))
-    return pa.concat_tables(tables)
+        with _readable(shards, file):
+            table = parquet.read(columns=columns)
+        tables.append(add_location_columns(_file_name(file), parquet, table))
+    try:
+        return pa.concat_tables(tables)
+    except pa.ArrowInvalid as error:
+        raise CollectionError(
+            f"shards of {shards.name} differ: expected the same columns and types in all of them, got others in at "
+            "least one. Build the dataset again."
+        ) from error
+
+
+@contextmanager
+def _readable(shards: Shards, file: str | Path) -> Iterator[None]:
+    """Name a file that is not a complete Parquet file. Failures of the network keep their type."""
+    try:
+        yield
+    except (pa.ArrowException, OSError) as error:
+        is_damaged = isinstance(error, pa.ArrowException) or (error.errno is None and "://" not in str(file))
+        if not is_damaged:
+            raise
+        raise CollectionError(
+            f"{_file_name(str(file))} of {shards.name} is damaged: expected a complete Parquet file, got "
+            f"{type(error).__name__} when reading it. Download or build the dataset again."
+        ) from error
 
 
 def add_location_columns(shard: str, parquet: pq.ParquetFile, table: pa.Table) -> pa.Table:
@@ -212,7 +246,7 @@ def add_location_columns(shard: str, parquet: pq.ParquetFile, table: pa.Table) -
     rows = [(group, row) for group, metadata in enumerate(groups) for row in range(metadata.num_rows)]
     sizes = [
         sum(metadata.column(column).total_compressed_size for column in range(metadata.num_columns))
-        // metadata.num_rows
+        // max(1, metadata.num_rows)
         for metadata in groups
     ]
     return (
@@ -281,7 +315,7 @@ class RowReader:
             self.fetch(location.shard, location.group, location.group + 1)
         self._groups.move_to_end(key)
         row = self._groups[key].slice(location.row, 1).to_pylist()[0]
-        return row | {name: row[name]["bytes"] if row.get(name) else None for name in MEDIA}
+        return row | {name: _media_bytes(row.get(name)) for name in MEDIA}
 
     def fetch(self, shard: str, first: int, end: int) -> None:
         """Fetch the row groups `first` to `end` that are not cached, in one read.
@@ -319,6 +353,12 @@ class RowReader:
             raise
         ends = list(accumulate(parquet.metadata.row_group(group).num_rows for group in groups))
         return [table.slice(start, end - start) for start, end in pairwise([0, *ends])]
+
+
+def _media_bytes(cell: Any) -> bytes | None:
+    """Return the content of a media cell. A path is not followed, because it may lead anywhere."""
+    content = cell.get("bytes") if isinstance(cell, dict) else cell
+    return content if isinstance(content, bytes) else None
 
 
 def open_parquet(shard: str) -> pq.ParquetFile:
