@@ -118,11 +118,11 @@ def _check_jpeg(frame: bytes, samples: int, is_ls: bool, request: ReadRequest) -
             _require(marker in kinds, request, f"{family} without hierarchy and arithmetic coding", damaged=False)
             kind, (bits, rows, columns, _) = marker, struct.unpack_from(">BHHB", content)
             names, largest = _check_components(kind, content, samples, request), 2**bits - 1
-        elif marker == JFIF and content[:5] == b"JFIF\0":  # GDCM aborts where libjpeg only warns
-            _require(len(content) >= 14 and content[5] == 1, request, "JFIF version 1")
+        elif marker == JFIF and content[:5] == b"JFIF\0" and len(content) >= 14:  # libjpeg ignores shorter ones
+            _require(content[5] == 1, request, "JFIF version 1")  # GDCM aborts where libjpeg only warns
             is_jfif = True
-        elif marker == ADOBE and content[:5] == b"Adobe":
-            _require(len(content) >= 12 and content[11] <= 1, request, "RGB or YCbCr as its Adobe transform")
+        elif marker == ADOBE and content[:5] == b"Adobe" and len(content) >= 12:
+            _require(content[11] <= 1, request, "RGB or YCbCr as its Adobe transform")
             transform = content[11]
         elif marker == RESTART and is_ls:
             _require(not any(content), request, "JPEG-LS without restart intervals", damaged=False)

@@ -75,13 +75,13 @@ def in_plane_spacing(dataset: Any, description: Description) -> tuple[float | No
     It is that of the scanned film or of the ultrasound regions, if all of them agree. If only the ratio of a pixel's
     height to its width is known, it is returned as `spacing_of_aspect` documents.
     """
-    sides = _read_pair(dataset, "NominalScannedPixelSpacing")
+    sides = read_pair(dataset, "NominalScannedPixelSpacing")
     if sides is None and dataset.get("SequenceOfUltrasoundRegions"):
         regions = {_region_spacing(region) for region in dataset.SequenceOfUltrasoundRegions} - {None}
         sides = regions.pop() if len(regions) == 1 else None
     if sides is not None:
         return sides
-    vertical, horizontal = _read_pair(dataset, "PixelAspectRatio") or (1.0, 1.0)
+    vertical, horizontal = read_pair(dataset, "PixelAspectRatio") or (1.0, 1.0)
     return spacing_of_aspect(vertical / horizontal, description)[1:]
 
 
@@ -95,7 +95,8 @@ def _region_spacing(region: Any) -> tuple[float, float] | None:
     return round(abs(down[0]) * 10, 6), round(abs(across[0]) * 10, 6)
 
 
-def _read_pair(dataset: Any, keyword: str) -> tuple[float, float] | None:
+def read_pair(dataset: Any, keyword: str) -> tuple[float, float] | None:
+    """Return two positive numbers of an element, or None."""
     pair = read_numbers(dataset, keyword, 2)
     return (pair[0], pair[1]) if pair and min(pair) > 0 else None
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from .dicom_pixels_m3ret import Frame, read_numbers
+from .dicom_pixels_m3ret import Frame, read_numbers, read_pair
 from .scan_m3ret import Description, ReadRequest
 
 
@@ -60,6 +60,7 @@ ORDER = (
 )
 # Each projection is an image of its own: CR, DX, mammography, intra-oral.
 PROJECTIONS = tuple(f"1.2.840.10008.5.1.4.1.1.1{tail}" for tail in ("", ".1", ".1.1", ".2", ".2.1", ".3", ".3.1"))
+MAGNIFICATION = "EstimatedRadiographicMagnificationFactor"
 MAX_DIRECTIONS = 64  # of planes that are compared with each other
 # Multi-frame images with one of these are not slices, even if they declare a spacing between slices.
 CLIP_ELEMENTS = (
@@ -192,13 +193,11 @@ def _unit_vectors(cosines: Sequence[float]) -> np.ndarray | None:
 
 def _pixel_spacing(dataset: Any, measures: Any) -> tuple[float | None, float | None]:
     """Return mm between rows and between columns: in the patient, otherwise at the detector without magnification."""
-    for item, keyword in ((measures, "PixelSpacing"), (dataset, "PixelSpacing"), (dataset, "ImagerPixelSpacing")):
-        mm = read_numbers(item, keyword, 2)
-        if mm and min(mm) > 0:
-            factor = read_numbers(dataset, "EstimatedRadiographicMagnificationFactor", 1)
-            scale = factor[0] if factor and factor[0] > 0 and keyword == "ImagerPixelSpacing" else 1.0
-            return mm[0] / scale, mm[1] / scale
-    return None, None
+    if mm := read_pair(measures, "PixelSpacing") or read_pair(dataset, "PixelSpacing"):
+        return mm
+    mm, factor = (read_pair(dataset, "ImagerPixelSpacing"), read_numbers(dataset, MAGNIFICATION, 1))
+    scale = factor[0] if factor and factor[0] > 0 else 1.0
+    return (mm[0] / scale, mm[1] / scale) if mm else (None, None)
 
 
 def _frame_offsets(dataset: Any) -> tuple[str, Callable[[int], float], bool] | None:

@@ -194,6 +194,8 @@ def test_codestream_of_another_family_is_refused(lossless: dict[str, Any]) -> No
         ("jls", "jls", b"\xff\xe8\0\6abcd"),
         ("jpeg", "jpeg", b"\xff\xfe\0\6abcd"),
         ("jpeg", "SOS", b"\xff\xff"),  # fill bytes
+        ("jpeg", "jpeg", b"\xff\xee\0\x0cAdobe\0\0\0\0\0"),  # too short, which libjpeg ignores
+        ("jpeg", "jpeg", b"\xff\xe0\0\x09JFIF\0\2\1"),
         ("jpeg", "jpeg", b"\xff\xe0\0\x10JFIF\0\1\2\0\0\1\0\1\0\0"),
         ("j2k", "SOT", b"\xff\x64\0\7\0\1abc"),  # comment
     ],

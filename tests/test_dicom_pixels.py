@@ -137,6 +137,12 @@ REFERENCE = {  # test files of pydicom: compressed file, and the uncompressed or
 LOSSY = ["SC_rgb_jpeg_dcmtk.dcm", "SC_rgb_dcmtk_+eb+cr.dcm", "SC_rgb_gdcm_KY.dcm", "SC_rgb_jls_lossy_line.dcm"]
 LOSSY += ["SC_rgb_dcmtk_+eb+cy+np.dcm", "SC_ybr_full_422_uncompressed.dcm", "JPEGLSNearLossless_16.dcm"]
 LOSSY += ["JPEGLSNearLossless_08.dcm", "693_J2KI.dcm", "J2K_pixelrep_mismatch.dcm", "image_dfl.dcm"]
+LOSSY += [
+    "SC_rgb_jpeg.dcm",
+    "SC_rgb_jpeg_app14_dcmd.dcm",
+    "SC_jpeg_no_color_transform.dcm",
+    "SC_rgb_small_odd_jpeg.dcm",
+]
 LOSSY += ["examples_ybr_color.dcm", "examples_rgb_color.dcm", "GDCMJ2K_TextGBR.dcm"]
 
 
