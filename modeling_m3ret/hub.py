@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING
+from textwrap import shorten
+from typing import TYPE_CHECKING, Any, cast
 
 from huggingface_hub.constants import HF_HOME
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from transformers import AutoConfig
 
 from .configuration_m3ret import M3RetConfig
@@ -22,6 +25,10 @@ logger = logging.getLogger(__name__)
 
 CACHE_FOLDER = Path(HF_HOME) / "m3ret"  # phantoms, embeddings, galleries, and this machine's secrets
 ATTEMPTS = 5
+LOADING_ERRORS = (
+    *(OSError, ValueError, TypeError, AttributeError, RuntimeError),  # of transformers and torch
+    *(SafetensorError, StrictDataclassError),
+)
 FIRST_WAIT_SECONDS = 2.0  # doubled after each attempt: 30 s in all, longer than most gateway outages
 
 
@@ -58,16 +65,30 @@ def load_pretrained(name: str) -> tuple[M3RetModel, M3RetImageProcessor]:
         name: checkpoint folder or Hub id.
 
     Raises:
-        InputError: if there is no such checkpoint, or it holds another kind of model.
+        InputError: if there is no such checkpoint, it holds another kind of model, or weights that are missing, of
+            other shapes or not finite.
     """
-    problem = f"cannot load a model: expected a folder or Hub id of an M3Ret checkpoint, got {name!r}."
-    if not Path(name).is_dir() and name.count("/") != 1:  # not ORG/NAME: a missing folder, no need to ask the Hub
+    problem = f"cannot load a model: expected a folder or Hub id of an M3Ret checkpoint, got {shorten(name, 200)!r}."
+    try:
+        is_folder = Path(name).is_dir()
+    except OSError:  # a name that is too long
+        is_folder = False
+    if not is_folder and name.count("/") != 1:  # not ORG/NAME: a missing folder, no need to ask the Hub
         raise InputError(f"{problem} The folder does not exist.")
     try:
-        model_type = AutoConfig.from_pretrained(name).model_type
-        if model_type == M3RetConfig.model_type:
-            return M3RetModel.from_pretrained(name).eval(), M3RetImageProcessor.from_pretrained(name)
-        reason = f"Its model type is {model_type!r}."
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-    raise InputError(f"{problem} {reason}")
+        # without trust_remote_code=False, transformers asks on the terminal whether to run the code of a checkpoint
+        model_type = AutoConfig.from_pretrained(name, trust_remote_code=False).model_type
+        if model_type != M3RetConfig.model_type:
+            raise ValueError(f"Its model type is {model_type!r}.")
+        with_info: Any = M3RetModel.from_pretrained(name, output_loading_info=True)
+        processor = M3RetImageProcessor.from_pretrained(name)
+    except LOADING_ERRORS as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise InputError(f"{problem} {reason}") from error
+    model, loaded = with_info
+    if missing := sorted(loaded["missing_keys"]):  # transformers would initialise them at random
+        raise InputError(f"{problem} Its weights lack {len(missing)} tensors, the first is {missing[0]}.")
+    for key, tensor in model.state_dict().items():
+        if not tensor.isfinite().all():
+            raise InputError(f"{problem} Its weights hold values that are not finite, in {key}.")
+    return cast(M3RetModel, model.eval()), processor
