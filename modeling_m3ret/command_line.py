@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import sys
@@ -11,6 +12,7 @@ from typing import Any, NoReturn, get_args
 
 import jsonargparse
 import yaml
+from safetensors import SafetensorError
 
 from .errors import InputError
 from .scan_m3ret import M3RetReadError
@@ -27,6 +29,9 @@ WRONG_VALUE = re.compile(
 
 # the error about a float where an integer is expected says what to write
 FLOAT_FOR_INTEGER = re.compile(r"expected int\b.*, got ([\d.]+(?:e\+?\d{1,2})?)\.", re.IGNORECASE | re.DOTALL)
+
+
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 
 
 class YamlLoader(yaml.SafeLoader):
@@ -124,13 +129,24 @@ class _Help(jsonargparse.DefaultHelpFormatter):
 def user_errors(prog: str) -> Iterator[None]:
     """Turn an exception that the user can act on into one line on stderr and exit code 2.
 
-    These are `InputError`, `M3RetReadError`, and files or folders that are missing or not readable. Any other exception
-    is a fault of the program and keeps its traceback.
+    These are `InputError`, `M3RetReadError`, files or folders that are missing or not readable, and a disk that is full
+    or read-only. Any other exception is a fault of the program and keeps its traceback.
     """
     try:
         yield
     except (InputError, M3RetReadError, FileNotFoundError, NotADirectoryError, PermissionError) as error:
         exit_with_error(prog, str(error))
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        exit_with_error(
+            prog, f"cannot write {error.filename or 'a file'}: {error.strerror}. Free space, or write elsewhere."
+        )
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))  # it wraps the error of the operating system in text
+        if number is None or int(number[1]) not in DISK_ERRORS:
+            raise
+        exit_with_error(prog, f"cannot write weights: {os.strerror(int(number[1]))}. Free space, or write elsewhere.")
 
 
 def exit_with_error(prog: str, message: str) -> NoReturn:

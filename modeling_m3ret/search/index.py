@@ -196,6 +196,18 @@ class RetrievalIndex:
         folder.mkdir(parents=True, exist_ok=True)
         version = folder / f"version-{uuid.uuid4().hex[:12]}"
         version.mkdir()
+        try:
+            manifest = self._write_version(version)
+        except BaseException:  # such as a full disk
+            shutil.rmtree(version, ignore_errors=True)
+            raise
+        older = [path for path in folder.glob("version-*") if path != version]
+        atomic_write_text(folder / CURRENT, json.dumps(manifest, indent=2) + "\n")
+        for path in older:
+            shutil.rmtree(path, ignore_errors=True)
+
+    def _write_version(self, version: Path) -> dict[str, Any]:
+        """Write the files of a version into its folder, and return the manifest."""
         save_file({"embeddings": self.embeddings.contiguous()}, version / EMBEDDINGS)
         pq.write_table(self.metadata, version / METADATA, compression="zstd")
         files = {}
@@ -205,7 +217,7 @@ class RetrievalIndex:
         if self.approximate is not None:
             self.approximate.save(version / APPROXIMATE, files[EMBEDDINGS])
         sync(version)
-        manifest = {
+        return {
             "format": FORMAT,
             "version": version.name,
             "scans": len(self),
@@ -214,10 +226,6 @@ class RetrievalIndex:
             "files": files,
             "approximate": self.approximate.settings.to_dict() if self.approximate else None,
         }
-        older = [path for path in folder.glob("version-*") if path != version]
-        atomic_write_text(folder / CURRENT, json.dumps(manifest, indent=2) + "\n")
-        for path in older:
-            shutil.rmtree(path, ignore_errors=True)
 
     @classmethod
     def load(cls, folder: Path, expected: ModelFacts | None = None, *, verify: bool = True) -> RetrievalIndex:
