@@ -209,25 +209,33 @@ class RandomViews(Dataset[Pack]):
         return replace(self._views(index, scan, generator), failures=failures)
 
     def _views(self, index: int, scan: Scan, generator: np.random.Generator) -> Pack:
-        """Return the pack of all views of a scan.
-
-        Each transform is applied to all views before the next one, which takes less time than one view after the other:
-        views are small, so that most of the time would go to loading the code of the transforms into caches.
-        """
+        """Return the pack of all views of a scan."""
         kinds = [kind for kind in self.views for _ in range(kind.count)]
         crops = [random_crop(scan, kind.ranges, generator) for kind in kinds]
-        resized = [self.processor.resample(crop, size=kind.size) for crop, kind in zip(crops, kinds, strict=True)]
-        flips = [generator.random() < kind.flip_probability for kind in kinds]
-        views = [_to_float(values.numpy(), is_flipped) for values, is_flipped in zip(resized, flips, strict=True)]
-        views = [
-            values if kind.jitter is None else random_intensity(values, kind.jitter, generator)
-            for values, kind in zip(views, kinds, strict=True)
-        ]
+        # Views of an image are small: most of the time would go to loading the code of each step into caches, so a step
+        # is applied to all of them before the next. Views of volumes and clips fill the caches themselves.
+        at_once = len(kinds) if scan.array.shape[1] == 1 else 1
+        views: list[np.ndarray] = []
+        for first in range(0, len(kinds), at_once):
+            part = slice(first, first + at_once)
+            views += self._transform(crops[part], kinds[part], generator)
         grids = [self.processor.grid_shape(view.shape) for view in views]
         noise = generator.random(sum(math.prod(grid) for grid in grids), dtype=np.float32)
         pack = Pack.from_volumes(index, [*map(torch.from_numpy, views)], self.processor, torch.from_numpy(noise))
         self.processor.normalise(pack.values)
         return pack
+
+    def _transform(
+        self, crops: Sequence[Scan], kinds: Sequence[ViewKind], generator: np.random.Generator
+    ) -> list[np.ndarray]:
+        """Resize crops, mirror them and change their intensities, as their kinds say: float32 in [0, 1]."""
+        resized = [self.processor.resample(crop, size=kind.size) for crop, kind in zip(crops, kinds, strict=True)]
+        flips = [generator.random() < kind.flip_probability for kind in kinds]
+        views = [_to_float(values.numpy(), is_flipped) for values, is_flipped in zip(resized, flips, strict=True)]
+        return [
+            view if kind.jitter is None else random_intensity(view, kind.jitter, generator)
+            for view, kind in zip(views, kinds, strict=True)
+        ]
 
     def _read(self, index: int) -> Scan:
         if index in self._cache:
