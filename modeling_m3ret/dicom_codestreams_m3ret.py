@@ -22,6 +22,7 @@ JPEG, JPEG_LS, JPEG_2000 = ("50", "51", "57", "70"), ("80", "81"), ("90", "91", 
 # second bytes of markers
 DCT, LOSSLESS, LS = (0xC0, 0xC1, 0xC2), 0xC3, 0xF7
 FRAMES = (LS, *(marker for marker in range(0xC0, 0xD0) if marker not in (0xC4, 0xC8, 0xCC)))
+WITHOUT_SEGMENT = range(0xD0, 0xD9)  # restart markers and start of image
 END, SCAN, RESTART, JFIF, ADOBE, PRESETS = 0xD9, 0xDA, 0xDD, 0xE0, 0xEE, 0xF8
 CODING, QUANTISATION, TILE_PART = 0x52, 0x5C, 0x90  # of JPEG 2000
 LS_MARKER = re.compile(rb"\xff[\x80-\xff]")  # within the data of a scan, 0xff is followed by a smaller byte
@@ -113,6 +114,7 @@ def _check_jpeg(frame: bytes, samples: int, is_ls: bool, request: ReadRequest) -
     names = presets = b""
     is_jfif, transform = False, None
     for marker, content, _ in _segments(frame, request):
+        _require(marker >= 0xC0 and marker not in WITHOUT_SEGMENT, request, "complete marker segments")
         if marker in FRAMES:
             _require(not kind, request, "one frame header")
             _require(marker in kinds, request, f"{family} without hierarchy and arithmetic coding", damaged=False)

@@ -102,7 +102,7 @@ def lossless(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Datase
 
 
 SEGMENTS = {"j2k": b"\xff\x51", "jls": b"\xff\xf7", "jpeg": b"\xff\xc3", "COD": b"\xff\x52", "SOT": b"\xff\x90"}
-SEGMENTS |= {"SOS": b"\xff\xda"}
+SEGMENTS |= {"SOS": b"\xff\xda", "DHT": b"\xff\xc4"}
 PRESETS = b"\xff\xf8\0\x0d\1"
 HUGE = b"\0\x0b\x10\xff\xff\xff\xff\1\1\x11\0"  # a frame header of 65535 x 65535
 
@@ -123,6 +123,7 @@ HUGE = b"\0\x0b\x10\xff\xff\xff\xff\1\1\x11\0"  # a frame header of 65535 x 6553
         ("jpeg", "SOS", 7, "B", 0, "unsupported"),  # predictor
         ("jpeg", "SOS", 9, "B", 2, "unsupported"),  # point transform
         ("jpeg", "jpeg", 1, "B", 0xCB, "unsupported"),  # arithmetic coding
+        *(("jpeg", "DHT", 1, "B", marker, "damaged") for marker in (0, 1, 0xBF, 0xD4, 0xD8)),  # have no segment
         ("j2k", "j2k", 6, ">I", 2**32 - 1, "damaged"),  # width
         ("j2k", "j2k", 22, ">I", 1, "damaged"),  # tiles of 1 x 13 pixels
         ("j2k", "j2k", 22, ">I", 0, "damaged"),
