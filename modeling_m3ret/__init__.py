@@ -22,7 +22,9 @@ AutoConfig.register("m3ret", M3RetConfig, exist_ok=True)
 AutoModel.register(M3RetConfig, M3RetModel, exist_ok=True)
 AutoModelForPreTraining.register(M3RetConfig, M3RetForPreTraining, exist_ok=True)
 if is_vision_available():  # without Pillow, which only files of images need, transformers has no AutoImageProcessor
-    AutoImageProcessor.register(M3RetConfig, image_processor_classes={"pil": M3RetImageProcessor}, exist_ok=True)
+    # "torchvision" is asked for where it is installed
+    backends: dict[str, type] = {"pil": M3RetImageProcessor, "torchvision": M3RetImageProcessor}
+    AutoImageProcessor.register(M3RetConfig, image_processor_classes=backends, exist_ok=True)
 TASK = "image-feature-extraction"
 of_task = {"impl": M3RetFeatureExtractionPipeline, "pt": (AutoModel,), "type": "image"}
 PIPELINE_REGISTRY.supported_tasks[TASK] = PIPELINE_REGISTRY.supported_tasks[TASK] | of_task  # its default model stays

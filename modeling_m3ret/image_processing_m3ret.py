@@ -7,8 +7,9 @@ checkpoint and imports nothing else of the project.
 
 from __future__ import annotations
 
+import importlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypedDict
 
 import numpy as np
@@ -34,12 +35,24 @@ class M3RetImageProcessorKwargs(TypedDict, total=False):
     image_std: float
 
 
+# Standard settings of other image processors that have one possible value here, so that giving it changes nothing.
+FIXED_SETTINGS = {
+    "do_resize": True,
+    "do_rescale": True,
+    "do_normalize": True,
+    "do_convert_rgb": True,
+    "data_format": "channels_first",
+}
+SAVED_BY_TRANSFORMERS = ("auto_map", "image_processor_type", "feature_extractor_type", "processor_class")
+
+
 class M3RetImageProcessor(BaseImageProcessor):
     """Read scans and pack them: `processor(["ct.nii.gz", "clip.mp4", "chest.dcm", "series/"], return_tensors="pt")`.
 
-    A scan is a path, bytes, an open file, a PIL image, an array or tensor (`H W`, `H W C`, `D H W` or `D H W C`), a
-    folder with a DICOM series, a list of DICOM slices, a `datasets` row, or a `Scan`. A call takes one scan or a list
-    of scans of any kinds. Wrap the slices of one series in a list of their own: `processor([[slice_1, slice_2]])`.
+    A scan is a path, bytes, an open file, a PIL, nibabel or SimpleITK image, an array or tensor (`H W`, `H W C`,
+    `D H W` or `D H W C`), a folder with a DICOM series, a list of DICOM slices, a `datasets` row or a value of one,
+    decoded or not, or a `Scan`. URLs are not fetched. A call takes one scan, or a list or `datasets` column of scans of
+    any kinds. Wrap the slices of one series in a list of their own: `processor([[slice_1, slice_2]])`.
 
     Channels come last, unless `input_data_format="channels_first"`: then an array is `H W`, `C H W`, or a batch
     `B C H W` of images. Within a list, `C H W` is an image and `D C H W` a clip. Without it, an array `(3, H, W)` is
@@ -53,7 +66,8 @@ class M3RetImageProcessor(BaseImageProcessor):
     3. A scan that still exceeds `max_patches` is scaled down by one factor along every axis.
 
     Args:
-        size: edge in pixels of the square with the area of a resized slice. ViT, DINO and MAE use 224.
+        size: edge in pixels of the square with the area of a resized slice. ViT, DINO and MAE use 224. A dictionary
+            with one number, as other image processors have it (`{"height": 224, "width": 224}`), means that number.
         num_frames: maximum number of slices or frames. With patches of 4 x 16 x 16, 32 gives a CT a grid of
             8 x 14 x 14, about the work of eight X-rays.
         max_patches: maximum number of patches of a scan. 2048 is the next power of two above the 1,568 patches of that
@@ -62,11 +76,13 @@ class M3RetImageProcessor(BaseImageProcessor):
         patch_depth: slices or frames of a patch.
         num_channels: channels of a patch. Colour is converted to grey if it is 1.
         image_mean: subtracted from values in [0, 1]. One number for all channels, since ImageNet's colour means do not
-            describe medical scans.
+            describe medical scans. A list of equal numbers means that number.
         image_std: divides the centred values. Together with `image_mean`, maps [0, 1] to [-1, 1].
 
     Raises:
-        ValueError: if a size is less than 1.
+        ValueError: if a size is less than 1, or a standard setting of image processors has another value than
+            the only one that this processor supports.
+        TypeError: if an argument is unknown.
     """
 
     model_input_names = ["pixel_values", "grid_thw"]
@@ -74,34 +90,44 @@ class M3RetImageProcessor(BaseImageProcessor):
 
     def __init__(
         self,
-        size: int = 224,
+        size: int | Mapping[str, int] = 224,
         num_frames: int = 32,
         max_patches: int = 2048,
         patch_size: int = 16,
         patch_depth: int = 4,
         num_channels: int = 3,
-        image_mean: float = 0.5,
-        image_std: float = 0.5,
+        image_mean: float | Sequence[float] = 0.5,
+        image_std: float | Sequence[float] = 0.5,
         **kwargs: Any,
     ):
-        super().__init__(**kwargs)
+        ours = {name: value for name, value in kwargs.items() if name not in SAVED_BY_TRANSFORMERS and name[0] != "_"}
+        _check_fixed_settings(ours, M3RetImageProcessorKwargs.__annotations__)
+        super().__init__(**{name: value for name, value in kwargs.items() if name not in ours})
+        self.size: int = _single_number("size", size)
         _require_positive(
-            size=size, num_frames=num_frames, max_patches=max_patches, patch_size=patch_size, patch_depth=patch_depth
+            size=self.size,
+            num_frames=num_frames,
+            max_patches=max_patches,
+            patch_size=patch_size,
+            patch_depth=patch_depth,
         )
-        self.size = size
         self.num_frames = num_frames
         self.max_patches = max_patches
         self.patch_size = patch_size
         self.patch_depth = patch_depth
         self.num_channels = num_channels
-        self.image_mean = image_mean
-        self.image_std = image_std
+        self.image_mean: float = _single_number("image_mean", image_mean)
+        self.image_std: float = _single_number("image_std", image_std)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # by name, because `datasets` hashes classes of remote code by their content, which differs between processes
+        return _restore, (type(self).__module__, type(self).__qualname__, self.__dict__)
 
     def preprocess(
         self,
         images: Any,
         *,
-        size: int | None = None,
+        size: int | Mapping[str, int] | None = None,
         num_frames: int | None = None,
         max_patches: int | None = None,
         intensity: str | None = None,
@@ -130,16 +156,17 @@ class M3RetImageProcessor(BaseImageProcessor):
             ValueError: if the list is empty, a size is less than 1, or `series` is neither a string nor an integer.
             TypeError: if an argument is unknown.
         """
-        if unknown:
-            known = "size, num_frames, max_patches, intensity, input_data_format, series or return_tensors"
-            raise TypeError(f"unknown argument: expected {known}, got {', '.join(sorted(unknown))}.")
-        settings = {"size": size, "num_frames": num_frames, "max_patches": max_patches}
+        call = ("size", "num_frames", "max_patches", "intensity", "input_data_format", "series", "return_tensors")
+        _check_fixed_settings(unknown, call)
+        edge: int | None = None if size is None else _single_number("size", size)
+        settings = {"size": edge, "num_frames": num_frames, "max_patches": max_patches}
         is_batch = input_data_format == "channels_first" and getattr(images, "ndim", None) == 4
-        scans = list(images) if is_batch or isinstance(images, (list, tuple)) else [images]
+        is_sequence = isinstance(images, Sequence) and not isinstance(images, (str, bytes, bytearray, memoryview))
+        scans = list(images) if is_batch or is_sequence else [images]  # a `datasets` column is a sequence, too
         if not scans:
             raise ValueError("images is empty: expected at least one scan, got an empty list.")
         declared: dict[str, Any] = {"intensity": intensity, "input_data_format": input_data_format, "series": series}
-        declared["min_pixels"] = (self.size if size is None else size) ** 2
+        declared["min_pixels"] = (self.size if edge is None else edge) ** 2
         rows, grids = self.pack([self.resize(self.read(scan, num_frames, **declared), **settings) for scan in scans])
         return BatchFeature({"pixel_values": rows, "grid_thw": grids}, tensor_type=return_tensors)
 
@@ -275,6 +302,39 @@ def _to_luma(volume: Tensor) -> Tensor:
     """Return the grey values `(1, D, H, W)` of a colour scan `(3, D, H, W)`."""
     weights = volume.new_tensor([0.299, 0.587, 0.114])
     return torch.einsum("c,cdhw->dhw", weights, volume)[None]
+
+
+def _single_number(name: str, value: Any) -> Any:
+    """Return the number that a dictionary of sizes, or a list of one value per channel, holds once or repeats."""
+    if isinstance(value, Mapping) or (isinstance(value, Sequence) and not isinstance(value, str)):
+        numbers = set(value.values() if isinstance(value, Mapping) else value)
+        if len(numbers) != 1:
+            expected = "one number (equal height and width)" if name == "size" else "one number for all channels"
+            raise ValueError(f"{name} is not supported: expected {expected}, got {value}.")
+        (value,) = numbers
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError(f"{name} is not supported: expected a number, got {value!r}.")
+    return value
+
+
+def _check_fixed_settings(settings: Mapping[str, Any], known: Iterable[str]) -> None:
+    """Raise if a setting is unknown, or is a standard one whose value has no effect here."""
+    unknown = sorted(settings.keys() - FIXED_SETTINGS.keys())
+    if unknown:
+        raise TypeError(f"unknown argument: expected {', '.join(known)}, got {', '.join(unknown)}.")
+    for name, value in settings.items():
+        if value not in (None, FIXED_SETTINGS[name]):
+            raise ValueError(
+                f"{name} is not supported: expected {FIXED_SETTINGS[name]!r}, got {value!r}. Leave it out."
+            )
+
+
+def _restore(module: str, name: str, settings: dict[str, Any]) -> Any:
+    """Return an image processor of the class with this name. For pickle."""
+    cls = getattr(importlib.import_module(module), name)
+    processor = cls.__new__(cls)
+    processor.__dict__.update(settings)
+    return processor
 
 
 def _require_positive(**settings: int) -> None:

@@ -511,7 +511,7 @@ class M3RetModel(M3RetPreTrainedModel):
     >>> from modeling_m3ret import M3RetConfig, M3RetModel
     >>> model = M3RetModel(M3RetConfig.vitt()).eval()
     >>> with torch.no_grad():
-    ...     model.get_image_features(torch.rand(2, 3, 20, 96, 64)).shape
+    ...     model.embed_scans(torch.rand(2, 3, 20, 96, 64)).shape
     torch.Size([2, 192])
 
     ```

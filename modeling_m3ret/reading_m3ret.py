@@ -18,6 +18,7 @@ import shutil
 import stat
 import struct
 import sys
+import tempfile
 import zipfile
 import zlib
 from contextlib import closing
@@ -34,6 +35,7 @@ from .reading_video_m3ret import read_video
 from .reading_volume_m3ret import VOLUME_READERS, gunzip, read_nifti
 from .scan_m3ret import (
     HEAD_BYTES,
+    MEDIA_COLUMNS,
     AnyScan,
     Description,
     M3RetReadError,
@@ -70,6 +72,7 @@ IMAGEJ_STACK = re.compile(r"ImageJ=.*^images=(\d+)", re.DOTALL | re.MULTILINE)
 NEW_SUBFILE_TYPE, BITS_PER_SAMPLE, PHOTOMETRIC, DESCRIPTION, STRIP_OFFSETS, PLANAR = 254, 258, 262, 270, 273, 284
 SAMPLE_FORMAT = 339
 NATIVE_ORDER = {"I;16BS": "I;16S", "I;32BS": "I;32S", "F;32BF": "F;32F"} if sys.byteorder == "little" else {}
+URL = re.compile(r"[a-z][a-z0-9+.-]+://|data:", re.IGNORECASE)
 STRIP_BYTE_COUNTS, TILE_OFFSETS, TILE_BYTE_COUNTS = 279, 324, 325
 
 
@@ -99,9 +102,9 @@ def read_scan(
             - a binary file object, which is read from its start and left at its position. One that cannot seek is read
               from its position;
             - a folder or a list of files that make up one DICOM series;
-            - a PIL image;
+            - a PIL image, a nibabel image, a SimpleITK image, or a video decoder of torchcodec;
             - a NumPy array or torch tensor `(H, W)`, `(H, W, C)`, `(D, H, W)` or `(D, H, W, C)` with C = 1, 3 or 4;
-            - a row of a `datasets` dataset with exactly one of the columns image, video, volume. The columns
+            - a row of a `datasets` dataset with exactly one of the columns image, video, volume, nifti. The columns
               intensity and spacing, if present, override what its file declares (see `data/schema.py`);
             - a `Scan`, which is returned unchanged.
         num_frames: maximum number of frames, taken from the centres of equal segments, of sources whose depth has no
@@ -172,7 +175,10 @@ def _read(source: Any, request: ReadRequest) -> AnyScan:
         if path.is_dir():
             return read_folder(path, request)
         if not path.is_file():
-            raise request.error("not_found", "an existing file or folder", "a path that does not exist")
+            url = URL.match(str(source))
+            advice = "URLs are not fetched: download the file and pass its path." if url else ""
+            got = "a URL" if url else "a path that does not exist"
+            raise request.error("not_found", "an existing file or folder", got, advice)
         return _read_file(path, replace(request, open_sibling=lambda name: _read_sibling(path, name, request)))
     if isinstance(source, (list, tuple)):
         files = [_read_stream(item, request) if _is_open_file(item) else item for item in source]
@@ -181,6 +187,15 @@ def _read(source: Any, request: ReadRequest) -> AnyScan:
         return read_series([source], request, {})
     if hasattr(source, "getbands"):  # a PIL image
         return _read_image(source, replace(request, min_pixels=None))  # the caller's image must not be changed
+    if hasattr(source, "dataobj"):  # a nibabel image
+        return _read_nibabel(source, request)
+    if hasattr(source, "GetNumberOfComponentsPerPixel"):  # a SimpleITK image
+        return _read_simpleitk(source, request)
+    if hasattr(source, "get_frames_at"):  # a decoder of torchcodec, as `datasets` gives for a Video column
+        indices = request.select_frames(len(source), description := {"format": "video"})
+        frames = source.get_frames_at(indices=[int(index) for index in indices]).data
+        channels_first = replace(request, input_data_format="channels_first", num_frames=None)
+        return _read_array(frames.cpu().numpy(), channels_first, description)
     if _is_open_file(source):
         return _read_file(_read_stream(source, request), request)
     if hasattr(source, "detach") and hasattr(source, "cpu"):  # a torch tensor; NumPy has no bfloat16
@@ -192,6 +207,25 @@ def _read(source: Any, request: ReadRequest) -> AnyScan:
         return _read_array(np.asarray(source), request, {"format": "array"})
     expected = "a path, bytes, open file, image, array, DICOM series or dataset row"
     raise request.error("unsupported", expected, f"an object of type {type(source).__name__}")
+
+
+def _read_nibabel(image: Any, request: ReadRequest) -> AnyScan:
+    """Read a nibabel image as the file that it would be saved to, so that the rules for files apply."""
+    request.check_size(tuple(image.shape), bytes_per_voxel(image.get_data_dtype()))
+    if not hasattr(image, "to_bytes"):
+        expected, got = "a nibabel image of NIfTI or MGH in one file", f"a nibabel {type(image).__name__}"
+        raise request.error("unsupported", expected, got, "Pass its path, or convert it to NIfTI.")
+    return _read_file(image.to_bytes(), request)
+
+
+def _read_simpleitk(image: Any, request: ReadRequest) -> AnyScan:
+    """Read a SimpleITK image as the file that it would be saved to, so that the rules for files apply."""
+    request.check_size((*image.GetSize(), image.GetNumberOfComponentsPerPixel()), image.GetSizeOfPixelComponent())
+    sitk = request.import_decoder("SimpleITK", "'m3ret[itk]'")
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "scan.nrrd")
+        sitk.WriteImage(image, str(file))
+        return _read_file(file.read_bytes(), request)
 
 
 def _is_open_file(source: Any) -> bool:
@@ -253,9 +287,9 @@ def _read_row(row: dict[str, Any], request: ReadRequest) -> AnyScan:
             if row.get(key) is not None:
                 return _read(row[key], request)
         raise request.error("unsupported", "bytes or a path", "null for both")
-    media = [key for key in ("image", "video", "volume") if row.get(key) is not None]
+    media = [key for key in MEDIA_COLUMNS if row.get(key) is not None]
     if len(media) != 1:
-        expected = "a row with exactly one of image, video, volume"
+        expected = f"a row with exactly one of {', '.join(MEDIA_COLUMNS)}"
         raise request.error("unsupported", expected, f"a row with {len(media)} of them")
     intensity = row.get("intensity")
     if intensity not in (None, *INTENSITIES):

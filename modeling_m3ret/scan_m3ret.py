@@ -237,12 +237,17 @@ def spacing_of_aspect(ratio: float, description: Description) -> Spacing:
     return (None, ratio, 1.0)
 
 
+MEDIA_COLUMNS = ("image", "video", "volume", "nifti")  # of a row of `datasets`; `niftifolder` calls its column nifti
+
+
 def display_name(source: Any) -> str:
     """Return the name of a source in messages: the name of its file, or its type in angle brackets."""
+    if isinstance(source, str) and source.startswith("data:"):
+        return "<data URL>"
     if isinstance(source, (str, os.PathLike)):
         return Path(source).absolute().name
     if isinstance(source, dict):
-        for key in ("image", "video", "volume", "path"):
+        for key in (*MEDIA_COLUMNS, "path"):
             if source.get(key) is not None:
                 name = display_name(source[key])
                 return f"row {source['id']}" if name == "<bytes>" and source.get("id") else name
