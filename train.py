@@ -32,7 +32,12 @@ from modeling_m3ret.data.loading import RandomViews, expected_tokens, training_l
 from modeling_m3ret.data.parquet import group_into_blocks
 from modeling_m3ret.data.sampler import SeededBatchSampler, TokenBatchSampler
 from modeling_m3ret.pretraining.checkpoints import validate_output_folder
-from modeling_m3ret.pretraining.distributed import clip_gradient, gather_encoder, prepare_training
+from modeling_m3ret.pretraining.distributed import (
+    clip_gradient,
+    gather_encoder,
+    prepare_training,
+    supported_precision,
+)
 from modeling_m3ret.pretraining.objectives import build_objective
 from modeling_m3ret.pretraining.optimisation import accumulate_gradients, build_optimiser, set_schedule
 from modeling_m3ret.pretraining.quality import OnlineQuality, collapse_alarm
@@ -51,7 +56,7 @@ def main() -> None:
         problem = f"expected an installed tracker, got {config.report_to}. Run `pip install {config.report_to}`."
         raise ConfigError("report_to", problem)
     accelerator = Accelerator(
-        mixed_precision=config.precision,
+        mixed_precision=supported_precision(config.precision),
         log_with=config.report_to,
         project_dir=run_dir,
         # a rank may decode or evaluate for longer than the default timeout of ten minutes

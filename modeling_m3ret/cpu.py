@@ -1,4 +1,4 @@
-"""Threads and memory of a process that computes on the CPU: use every core, and avoid repeated page faults."""
+"""Threads, memory and precision of a process that computes on the CPU."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import torch
 
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # names and values of glibc's malloc.h
+# instructions that multiply bfloat16, by their names in `torch.cpu.get_capabilities`: Intel and AMD; Arm
+BFLOAT16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16")
 
 
 def prepare_cpu(processes: int = 1) -> None:
@@ -36,3 +38,9 @@ def keep_freed_memory() -> bool:
     except (OSError, AttributeError):  # another platform or C library, such as musl
         return False
     return bool(mallopt(M_MMAP_MAX, 0)) and bool(mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
+
+
+def has_bfloat16() -> bool:
+    """Return whether this CPU has instructions for bfloat16. Others emulate it, up to 10 times as slow as float32."""
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name, False) for name in BFLOAT16_INSTRUCTIONS)

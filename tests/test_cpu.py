@@ -1,4 +1,4 @@
-"""Test the CPU settings of a process: its share of the cores, and the reuse of freed memory."""
+"""Test the CPU settings of a process: its share of the cores, the reuse of freed memory, and its precision."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from modeling_m3ret.pretraining.distributed import supported_precision
 
 
-pytestmark = pytest.mark.slow  # starts processes
+slow = pytest.mark.slow  # starts processes
 
 ROOT = Path(__file__).parents[1]
 # loads the file without the package, whose import takes seconds
@@ -41,6 +44,7 @@ def run(code: str, *arguments: str) -> str:
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
 
 
+@slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a setting of glibc")
 def test_kept_memory_causes_no_page_faults() -> None:
     """Twenty blocks of 64 MiB have 327,680 pages of 4 KiB, each of which faults when the block is mapped again."""
@@ -49,6 +53,7 @@ def test_kept_memory_causes_no_page_faults() -> None:
     assert returned > 10 * max(kept, 1)
 
 
+@slow
 def test_processes_share_the_cores_of_their_machine() -> None:
     """`OMP_NUM_THREADS` does not limit them, and `LOCAL_WORLD_SIZE` counts the processes of this machine."""
     shares = """
@@ -62,3 +67,42 @@ print(torch.get_num_threads())
 """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     assert [int(line) for line in run(shares).split()] == [max(1, cores // processes) for processes in (1, 2, 1000, 1)]
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "requested", "launched", "expected"),
+    [
+        ({"avx512_f": True, "avx512_bf16": True, "amx_bf16": False}, "bf16", None, "bf16"),
+        ({"avx512_f": True, "avx512_bf16": False, "amx_bf16": True}, "bf16", None, "bf16"),
+        ({"neon": True, "bf16": True}, "bf16", None, "bf16"),
+        ({"avx2": True, "avx512_bf16": False, "amx_bf16": False}, "bf16", None, "no"),
+        ({"neon": True, "bf16": False}, None, "bf16", "no"),
+        ({"avx2": True}, "no", "bf16", "no"),
+        ({"avx2": True}, None, "no", None),
+        ({"avx2": True}, None, None, None),
+        ({"avx512_bf16": True}, None, "bf16", None),
+    ],
+)
+def test_bfloat16_needs_instructions_of_the_cpu(
+    capabilities: dict[str, bool],
+    requested: str | None,
+    launched: str | None,
+    expected: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    if launched is not None:
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launched)
+    assert supported_precision(requested) == expected
+    replaces = (requested or launched) == "bf16" and expected == "no"
+    assert len(caplog.records) == replaces
+
+
+def test_an_accelerator_trains_in_bfloat16_whatever_the_cpu_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True})
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    assert supported_precision("bf16") == "bf16"

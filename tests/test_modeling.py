@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -477,6 +479,25 @@ def test_torch_compile_gives_the_same_embeddings() -> None:
     assert largest_difference(dense(images).pooler_output, expected[0]) <= 1e-5
     packed = torch.compile(model, backend="aot_eager")
     assert largest_difference(packed(rows, grids).pooler_output, expected[1]) <= 1e-5
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_dense_batches_of_any_size_share_one_graph_with_one_attention_call_per_layer() -> None:
+    model, graphs = make_model(), []
+
+    def keep(graph: torch.fx.GraphModule, _: list[Tensor]) -> Callable[..., Any]:
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    compiled = torch.compile(model.embed, dynamic=True, fullgraph=True, backend=keep)
+    for batch in (2, 3, 5, 8, 64):
+        images = torch.randn(batch, 3, 32, 48)
+        assert largest_difference(compiled(images), model.embed(images)) <= 1e-5
+    assert len(graphs) == 1
+    called = [node.target for node in graphs[0].graph.nodes if node.op == "call_function"]
+    assert called.count(nn.functional.scaled_dot_product_attention) == model.config.num_hidden_layers
 
 
 @pytest.mark.parametrize(

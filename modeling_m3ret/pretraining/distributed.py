@@ -6,22 +6,26 @@ sums over ranks make the loss and its gradient those of one large batch, however
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Callable
 from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, broadcast_object_list
+from accelerate.utils import DistributedType, broadcast_object_list, parse_flag_from_env
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 
 from ..configuration_m3ret import M3RetConfig
+from ..cpu import has_bfloat16
 from ..errors import InputError
 from ..modeling_m3ret import M3RetModel
 
 
+logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
@@ -39,6 +43,24 @@ UNSUPPORTED = {
     "activation_checkpointing": "Recomputed layers would draw another stochastic depth. Use gradient_checkpointing of "
     "the run instead.",
 }
+
+
+def supported_precision(precision: str | None) -> str | None:
+    """Return the mixed precision for `Accelerator`: "no" instead of "bf16" on a CPU without instructions for bfloat16.
+
+    Args:
+        precision: of the run config; None follows `accelerate launch`.
+    """
+    requested = precision or os.environ.get("ACCELERATE_MIXED_PRECISION")
+    uses_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    if requested != "bf16" or not uses_cpu or has_bfloat16():
+        return precision
+    if int(os.environ.get("RANK", "0")) == 0:
+        logger.warning(
+            "precision bf16 is emulated on this CPU: expected instructions for bfloat16 (AVX-512 BF16, AMX or Arm "
+            "BF16), got none. Training in float32 instead, which is several times as fast. Set `--precision no`."
+        )
+    return "no"
 
 
 def prepare_training(
