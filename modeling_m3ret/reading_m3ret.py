@@ -595,9 +595,10 @@ def _read_image(image: Any, request: ReadRequest) -> AnyScan:
     width, height = image.size
     request.check_pixels(height, width)
     request.check_size((len(pages), height, width), 4)
-    if request.min_pixels is not None and image.format == "JPEG" and image.mode in ("L", "RGB"):
-        width, height = _reduce_jpeg(image, request.min_pixels, description)
     spacing = _pixel_aspect(image, description)
+    if request.min_pixels is not None and image.format == "JPEG" and image.mode in ("L", "RGB"):
+        spacing = _reduce_jpeg(image, request.min_pixels, spacing, description)
+        width, height = image.size
     frames, kinds = [], set()
     for page in pages:
         if page != pages[0]:
@@ -616,16 +617,23 @@ def _read_image(image: Any, request: ReadRequest) -> AnyScan:
     return to_unit_range(array, spacing, request, description, inverted=inverted)
 
 
-def _reduce_jpeg(image: Any, min_pixels: int, description: Description) -> tuple[int, int]:
-    """Have a JPEG that is not decoded yet decoded at the smallest size of at least `min_pixels`, and return its size.
+def _reduce_jpeg(image: Any, min_pixels: int, spacing: Spacing, description: Description) -> Spacing:
+    """Have a JPEG that is not decoded yet decoded at the smallest size of at least `min_pixels`.
 
-    The decoder leaves out high frequencies. Sides that the factor does not divide are rounded up.
+    The decoder leaves out high frequencies and rounds up sides that the factor does not divide. The returned spacing
+    accounts for that, so that the scan has the same shape and number of patches as when it is decoded whole.
     """
     width, height = image.size
     factor = next((n for n in (8, 4, 2) if (width // n) * (height // n) >= min_pixels), 1)
-    if factor > 1 and image.draft(image.mode, (width // factor, height // factor)) and image.size != (width, height):
-        description["decoded_at"] = f"1/{factor}"
-    return image.size
+    if factor == 1 or not image.draft(image.mode, (width // factor, height // factor)) or image.size == (width, height):
+        return spacing
+    description["decoded_at"] = f"1/{factor}"
+    stretch = (height * image.width) / (width * image.height)  # of a pixel along a column
+    if stretch == 1:
+        return spacing
+    turned = image.getexif().get(EXIF_ORIENTATION, 1) > 4  # by 90 degrees
+    _, row, column = spacing
+    return None, (row or 1.0) * (1 / stretch if turned else stretch), column or 1.0
 
 
 def _pages(image: Any, request: ReadRequest, description: Description) -> list[int]:

@@ -263,6 +263,20 @@ def test_other_images_are_decoded_whole_and_exif_rotation_is_applied() -> None:
     assert np.abs(scan.array.astype(int) - whole).mean() <= 6
 
 
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_reduced_jpeg_has_the_grid_of_the_whole_image(orientation: int) -> None:
+    """Sides round up: 455 x 256 becomes 228 x 128, whose aspect ratio belongs to another grid at some sizes."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    for size, sides in [(224, (256, 455)), (96, (256, 455)), (64, (301, 203)), (32, (131, 517))]:
+        buffer = io.BytesIO()
+        Image.fromarray(smooth_picture(*sides).astype(np.uint8)).save(buffer, "JPEG", exif=exif)
+        processor = M3RetImageProcessor(size=size)
+        reduced, whole = (processor.read(buffer.getvalue(), min_pixels=pixels) for pixels in (128 * 101 // 4, None))
+        assert "decoded_at" in reduced.description
+        assert processor.resize(reduced).shape == processor.resize(whole).shape
+
+
 def test_an_image_in_memory_is_not_reduced() -> None:
     buffer = io.BytesIO()
     Image.fromarray(smooth_picture(256, 256).astype(np.uint8)).save(buffer, "JPEG")
