@@ -41,8 +41,8 @@ import numpy as np
 import train
 from modeling_m3ret import M3RetImageProcessor
 read = M3RetImageProcessor.read
-def read_with_nan(self, source):
-    scan = read(self, source)
+def read_with_nan(self, source, **options):
+    scan = read(self, source, **options)
     if str(source).endswith("scan-10.npy"):
         scan.array[..., 20, 24] = np.nan
     return scan

@@ -165,8 +165,8 @@ class OptimisationOptions:
     gradient_clip: float = 3.0
     """Maximum gradient norm; 3 as in SimDINO. MAE does not clip; at 3 only outliers are clipped."""
     precision: Literal["no", "bf16"] | None = None
-    """Mixed precision: bf16, or no for float32 (quote "no" in YAML); null follows `accelerate launch`. fp16 is not
-    supported, because its loss scale is not saved in checkpoints."""
+    """Mixed precision: bf16, or no for float32 (quote "no" in YAML); null follows `accelerate launch`. A CPU without
+    instructions for bfloat16 trains in float32. fp16 is not supported: its loss scale is not saved in checkpoints."""
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3"] | None = None
     """Attention kernels, by their names in transformers. null chooses, on CUDA, one variable-length kernel for packs of
     mixed lengths (of PyTorch or else of flash-attn, if installed); otherwise one call for each length."""
