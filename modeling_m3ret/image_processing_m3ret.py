@@ -19,7 +19,7 @@ from transformers import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor  # `transformers` itself has none without Pillow
 
 from .packing_m3ret import split_into_patches
-from .reading_m3ret import Scan, read_scan
+from .reading_m3ret import M3RetReadError, Scan, read_scan
 
 
 class M3RetImageProcessorKwargs(TypedDict, total=False):
@@ -344,4 +344,4 @@ def _require_positive(**settings: int) -> None:
             raise ValueError(f"{name} is out of range: expected at least 1, got {value}.")
 
 
-__all__ = ["M3RetImageProcessor"]
+__all__ = ["M3RetImageProcessor", "M3RetReadError"]

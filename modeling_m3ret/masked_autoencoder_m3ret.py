@@ -16,6 +16,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor, nn
 from transformers import initialization as init
+from transformers.utils import logging
 from transformers.utils.generic import ModelOutput, can_return_tuple
 
 from .configuration_m3ret import M3RetConfig
@@ -28,6 +29,9 @@ from .modeling_m3ret import (
     rotary_tables,
 )
 from .packing_m3ret import Movable, PackLayout, patch_coordinates
+
+
+logger = logging.get_logger(__name__)
 
 
 class M3RetDecoder(M3RetPreTrainedModel):
@@ -174,6 +178,19 @@ class M3RetForPreTraining(M3RetPreTrainedModel):
 
     def get_input_embeddings(self) -> nn.Module:
         return self.m3ret.get_input_embeddings()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Load a pretraining checkpoint, as every model does, and warn if it holds an encoder only."""
+        with_info = kwargs.pop("output_loading_info", False)
+        loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        model, info = loaded
+        if {f"decoder.{name}" for name in model.decoder.state_dict()} <= set(info["missing_keys"]):
+            logger.warning(
+                "no decoder found: expected a pretraining checkpoint, got an encoder, so the decoder is initialised at "
+                "random. Pass subfolder='pretraining' for the decoder of a masked autoencoding."
+            )
+        return (model, info) if with_info else model
 
     @can_return_tuple
     def forward(

@@ -13,7 +13,7 @@ from remote_code import run_new_process
 from test_modeling import largest_difference, make_scans, pack
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForPreTraining
 
-from modeling_m3ret import M3RetConfig, M3RetForPreTraining, M3RetImageProcessor, M3RetModel
+from modeling_m3ret import M3RetConfig, M3RetForPreTraining, M3RetImageProcessor, M3RetModel, masked_autoencoder_m3ret
 from modeling_m3ret.pretraining.checkpoints import write_checkpoint
 from modeling_m3ret.pretraining.objectives import MaskedAutoencoding
 from modeling_m3ret.pretraining.run_config import RunConfig
@@ -48,6 +48,15 @@ folder = sys.argv[1]
 processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=True)
 model = AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
 pretraining = AutoModelForPreTraining.from_pretrained(folder, subfolder="pretraining", trust_remote_code=True)
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+ReadError = get_class_from_dynamic_module("image_processing_m3ret.M3RetReadError", folder)
+try:
+    processor("no such file.dcm")
+    raise SystemExit("a missing file was read")
+except ReadError:
+    pass
+of_pretraining = AutoImageProcessor.from_pretrained(folder, subfolder="pretraining", trust_remote_code=True)
+assert of_pretraining.to_dict() == processor.to_dict()
 inputs = processor([folder + "/scan.png", numpy.load(folder + "/scan.npy")], return_tensors="pt")
 with torch.no_grad():
     features = model.embed_scans(**inputs)
@@ -77,6 +86,19 @@ def test_checkpoint_loads_as_remote_code_without_the_package(tmp_path: Path) -> 
     assert loaded["pretraining"] == "M3RetForPreTraining"
     inputs = AutoImageProcessor.from_pretrained(folder)([folder / "scan.png", np.load(folder / "scan.npy")])
     assert largest_difference(torch.tensor(loaded["features"]), model.embed_scans(**inputs)) <= 1e-6
+
+
+def test_encoder_checkpoint_as_a_pretraining_model_names_the_subfolder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_tiny_checkpoint(tmp_path / "encoder")
+    M3RetForPreTraining(tiny_config()).save_pretrained(tmp_path / "pretraining")
+    warnings: list[str] = []
+    monkeypatch.setattr(masked_autoencoder_m3ret.logger, "warning", warnings.append)
+    AutoModelForPreTraining.from_pretrained(tmp_path / "pretraining")
+    assert not warnings
+    AutoModelForPreTraining.from_pretrained(tmp_path / "encoder")
+    assert ["subfolder='pretraining'" in warning for warning in warnings] == [True]
 
 
 @torch.no_grad()

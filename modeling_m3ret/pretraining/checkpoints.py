@@ -64,6 +64,8 @@ def write_checkpoint(
     objective.encoder.save_pretrained(folder, state_dict=model_weights(of_model, objective.encoder_name))
     processor.save_pretrained(folder)
     objective.save(folder, of_model)
+    if (folder / "pretraining" / "config.json").is_file():  # a model of transformers, which is then complete
+        processor.save_pretrained(folder / "pretraining")
     (folder / "README.md").write_text(card, encoding="utf-8")
     (folder / "training.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
