@@ -185,6 +185,12 @@ def _check_jpeg_2000(frame: bytes, samples: int, request: ReadRequest) -> Codest
     """Check the main header and the lengths of the tile-parts of JPEG 2000."""
     start = frame.find(b"\xff\x4f\xff\x51", 0, 4096)  # a JP2 file may wrap the codestream
     _require(start >= 0, request, "JPEG 2000, as the transfer syntax declares")
+    at = 0
+    while at < start:
+        size, kind = struct.unpack_from(">I4s", frame, at)
+        _require(size >= 8 or kind == b"jp2c", request, "complete boxes of JP2")  # pydicom never returns for size 0
+        at += 8 if kind == b"jp2c" else size
+    _require(at == start, request, "a codestream that begins where its JP2 box does")
     frame = frame[start:]
     right, bottom, left, top, width, height, tile_left, tile_top, count = struct.unpack_from(">8IH", frame, 8)
     _require(count == samples, request, f"{samples} component(s), as the DICOM header declares")

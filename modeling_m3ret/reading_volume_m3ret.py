@@ -313,6 +313,9 @@ def _split_header(data: bytes, kind: str, request: ReadRequest) -> tuple[bytes, 
         if end is None:
             raise request.error("damaged", "a MetaImage header with ElementDataFile", "a header without it")
         header = data[: end.end()]
+        dimensions = re.findall(rb"(?m)^[ \t]*NDims\s*[=:]\s*(\S+)", header)
+        if not all(number.isdigit() and 1 <= int(number) <= 4 for number in dimensions):  # more overflow its buffers
+            raise request.error("unsupported", "a MetaImage of at most four dimensions", "another number of them")
     values = re.findall(rb"(?im)^[ \t]*" + field + rb"([^\r\n]*)", header)
     if not values or (len(values) == 1 and values[0].strip().upper() == local):
         return header, None

@@ -221,6 +221,18 @@ def test_tiles_and_layers_of_jpeg_2000(progression: str) -> None:
     np.testing.assert_array_equal(read_scan(with_frame(ds, stream.getvalue())).array[0, 0], GREY)
 
 
+def test_boxes_around_jpeg_2000() -> None:
+    stream = io.BytesIO()
+    Image.fromarray(GREY).save(stream, "JPEG2000", irreversible=False)  # a JP2 file
+    ds = dicom(GREY)
+    ds.file_meta.TransferSyntaxUID = pydicom.uid.JPEG2000Lossless
+    np.testing.assert_array_equal(read_scan(with_frame(ds, stream.getvalue())).array[0, 0], GREY)
+    for size in (0, 7, 2**31):  # of the second box; pydicom never returned for 0
+        frame = bytearray(stream.getvalue())
+        struct.pack_into(">I", frame, 12, size)
+        assert refusal(with_frame(ds, bytes(frame))) == "damaged"
+
+
 @pytest.mark.parametrize("options", [{}, {"progressive": True}, {"restart_marker_rows": 1}, {"optimize": True}])
 def test_variants_of_baseline_jpeg(options: dict[str, Any]) -> None:
     stream = io.BytesIO()

@@ -220,6 +220,7 @@ BAD: dict[str, bytes | Callable[[], bytes]] = {
     "bomb.mha": metaimage("LOCAL", "2000 2000 600"),
     "bomb_under_the_limit.mha": metaimage("LOCAL", "500 500 300"),
     "cut.mha": metaimage("LOCAL", "4 4 4") + bytes(100),
+    "dimensions.mha": metaimage("LOCAL", "4 4 4").replace(b"NDims = 3", b"NDims = 355"),
     "corrupt_zlib.mha": metaimage("LOCAL", "4 4 4").replace(b"Element", b"CompressedData = True\nElement", 1)
     + bytes(128),
     "no_data.mha": metaimage("LOCAL", "4 4 4").split(b"ElementDataFile")[0],
@@ -424,6 +425,7 @@ def test_num_frames_brings_a_long_clip_within_limits(kind: str) -> None:
         ("cut.zip", "damaged"),
         ("cut.nii.gz", "damaged"),
         ("cut_checksum.nii.gz", "damaged"),
+        ("dimensions.mha", "unsupported"),
         ("bomb.mha", "too_large"),
         ("bomb_under_the_limit.mha", "too_large"),
         ("cut.mha", "damaged"),
