@@ -242,13 +242,21 @@ class M3RetLayer(GradientCheckpointingLayer):
         Scans of equal length may also be `(B, L, d)`, and so is then the result. Attention and MLP run on the scans of
         `subsets`, by default on all.
         """
-        if tokens.ndim == 3:
-            output = self.forward(tokens.flatten(0, 1), layout, rotary, cls_only, subsets, **kwargs)
-            return output if cls_only else output.view_as(tokens)
+        rows = tokens.flatten(0, -2)
         if cls_only and is_plain_linear(self.attention.qkv) and not has_hooks(self.attention):
-            return self.forward_cls(tokens, layout, rotary, subsets)
-        if cls_only:
-            return layout.first_tokens(self.forward(tokens, layout, rotary, False, subsets, **kwargs))
+            return self.forward_cls(rows, layout, rotary, subsets)
+        output = self.forward_all(rows, layout, rotary, subsets, **kwargs)
+        return layout.first_tokens(output) if cls_only else output.view_as(tokens)
+
+    def forward_all(
+        self,
+        tokens: Tensor,
+        layout: PackLayout,
+        rotary: tuple[Tensor, Tensor],
+        subsets: tuple[ScanSubset | None, ScanSubset | None],
+        **kwargs: Any,
+    ) -> Tensor:
+        """Apply the block to all tokens: `(N, d)` -> `(N, d)` by position."""
         of_attention, of_mlp = subsets
         if of_attention is None:
             attended, _ = self.attention(self.attention_norm(tokens), layout, rotary, **kwargs)
