@@ -235,6 +235,8 @@ def _check_hdf5(file: Any, request: ReadRequest) -> None:
 
 # fields that name the file with the voxels, and the word for voxels that follow the header
 DATA_FIELDS = {"nrrd": (rb"data ?file\s*:", b""), "metaimage": (rb"ElementDataFile\s*[=:]", b"LOCAL")}
+# of a MetaImage header; SimpleITK corrupts memory for some other lines
+META_LINE = re.compile(rb"\s*|[ \t]*[\w.-]{1,100}[ \t]*[=:][^\0-\x08\x0e-\x1f]{0,4000}")
 
 
 def read_itk(file: bytes | Path, request: ReadRequest) -> AnyScan:
@@ -313,6 +315,8 @@ def _split_header(data: bytes, kind: str, request: ReadRequest) -> tuple[bytes, 
         if end is None:
             raise request.error("damaged", "a MetaImage header with ElementDataFile", "a header without it")
         header = data[: end.end()]
+        if not all(META_LINE.fullmatch(line) for line in header.splitlines()):
+            raise request.error("damaged", "a MetaImage header of lines of text, `Key = value`", "other bytes")
         dimensions = re.findall(rb"(?m)^[ \t]*NDims\s*[=:]\s*(\S+)", header)
         if not all(number.isdigit() and 1 <= int(number) <= 4 for number in dimensions):  # more overflow its buffers
             raise request.error("unsupported", "a MetaImage of at most four dimensions", "another number of them")

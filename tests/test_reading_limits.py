@@ -221,6 +221,9 @@ BAD: dict[str, bytes | Callable[[], bytes]] = {
     "bomb_under_the_limit.mha": metaimage("LOCAL", "500 500 300"),
     "cut.mha": metaimage("LOCAL", "4 4 4") + bytes(100),
     "dimensions.mha": metaimage("LOCAL", "4 4 4").replace(b"NDims = 3", b"NDims = 355"),
+    "binary_line.mha": metaimage("LOCAL", "4 4 4").replace(b"ElementData", b"\2\2\0yData = True\nElementData"),
+    "nul_in_field.mha": metaimage("LOCAL", "4 4 4").replace(b"File =", b"File\0\0") + metaimage("LOCAL", "4 4 4"),
+    "long_line.mha": metaimage("LOCAL", "4 4 4").replace(b"Image\n", b"Image" * 9_000 + b"\n"),
     "corrupt_zlib.mha": metaimage("LOCAL", "4 4 4").replace(b"Element", b"CompressedData = True\nElement", 1)
     + bytes(128),
     "no_data.mha": metaimage("LOCAL", "4 4 4").split(b"ElementDataFile")[0],
