@@ -9,11 +9,11 @@
 # than 16 MiB each. Further arguments go to gpu_pretrain.py. OPTIONS (JSON) replaces options of the recipe below.
 set -euo pipefail
 here=$(dirname "$0")
-# SimDINO, ViT-S: the published learning rate of 5e-4 for 256 scans, and a teacher that averages over a hundred steps.
-# Not tried at this size. Choose the steps by the scans per second of a first piece, in another RUN.
+# SimDINO, ViT-S: the published learning rate of 5e-4 for 256 scans, a teacher that averages over a hundred steps, and
+# the pooling that was best with a ViT-T (docs/results.md). Not tried at this size. Choose the steps by the scans per second of a first piece, in another RUN.
 recipe='{"objective": "simdino", "preset": "vits", "size": 160, "num_frames": 16, "local_size": 96, "local_views": 6,
   "batch_size": 256, "steps": 8000, "learning_rate": 5e-4, "teacher_momentum": 0.99, "mixture_alpha": 0.5,
-  "precision": "bf16", "model": {"pooling": "mean"}}'
+  "precision": "bf16", "model": {"pooling": "statistics"}}'
 command=${1:?expected pack, train or join}
 shift
 if [ "$command" = train ]; then
