@@ -1,6 +1,6 @@
 """Check and measure M3Ret on a GPU, with torch, transformers and accelerate alone, and without a network.
 
-    python benchmarks/gpu.py                       # everything, a few minutes on a data-centre GPU
+    python benchmarks/gpu.py                       # everything
     python benchmarks/gpu.py --parts "check *"     # some parts; --list prints all
     python benchmarks/gpu.py --quick               # tiny models and sizes, for a test on a CPU
 

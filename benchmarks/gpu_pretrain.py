@@ -83,7 +83,11 @@ def join_files(folder: Path, output: Path) -> None:
 
 
 def pack_corpus(data: list[str], output: Path, size: int, num_frames: int, quality: float, keep: Path | None) -> None:
-    """Read, resize and compress the scans of collections; leave out MRI, unreadable scans, and ids not in `keep`."""
+    """Read, resize and compress the scans of collections.
+
+    MRI, the test split, unreadable scans, and ids that are not in the file `keep` are left out. The validation split is
+    not: leave its ids out of `keep` to evaluate on it.
+    """
     from modeling_m3ret.data.collection import exclude_modalities, open_collection
     from modeling_m3ret.reading_m3ret import M3RetReadError
 
@@ -151,7 +155,7 @@ class Run:
             PackLoader(
                 sampler,  # type: ignore[arg-type]
                 self.workers,
-                collate_fn=_same,
+                collate_fn=_unchanged,
                 sampler=zip(count(self.step), order),
                 batch_size=None,
                 pin_memory=self.accelerator.device.type == "cuda",
@@ -237,7 +241,7 @@ class Run:
         split_files(folder)
 
 
-def _same(batch: Any) -> Any:
+def _unchanged(batch: Any) -> Any:  # a function, because workers receive it by name
     return batch
 
 

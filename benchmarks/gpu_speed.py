@@ -276,9 +276,9 @@ def fitting_batch(make: Callable[[int], Work], images: int) -> tuple[Work, int]:
 
 
 def measure_speed(work_name: str, preset: str, quick: bool) -> list[dict[str, Any]]:
-    """Measure ours, ours compiled (on a GPU) and the peer. All take the batch that fits for ours.
+    """Return a row each for M3Ret, M3Ret compiled (on a GPU) and the model of transformers.
 
-    `share_of_peak` is left to the report, which knows the machine's peak.
+    The batch is halved until it fits, and that of a row is at most that of the row before.
     """
     images = 2 if quick else BATCH[preset] * (EMBEDDED if work_name == "embedding" else 1)
     peer, make_peer = PEERS[work_name]

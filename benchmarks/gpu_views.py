@@ -1,8 +1,12 @@
 """Random views that a GPU renders: loader workers only draw numbers, and the scans lie in the memory of the device.
 
-The views are those of `data/views.py` with three differences. The side ratio of a crop is that of its view, one of
-three for each view of a batch, so a batch has few lengths and no crop is distorted. Clips and volumes are sampled at
-four or eight slices. There is no loss of resolution among the intensity changes.
+The views follow `data/views.py`, with these differences:
+
+- The side ratio of a crop is that of its view, one of three for each view of a batch, so a batch has few lengths and
+  no crop is distorted.
+- Crops are cut from scans that are already resized and compressed, and are resized without antialiasing.
+- Clips and volumes are sampled at four or eight slices, the nearest ones.
+- There is no loss of resolution among the intensity changes.
 """
 
 from __future__ import annotations

@@ -27,9 +27,8 @@ WRONG_VALUE = re.compile(
 )
 
 
-# the error about a float where an integer is expected says what to write
+# a float where an integer is expected: the error then states the integer to write
 FLOAT_FOR_INTEGER = re.compile(r"expected int\b.*, got ([\d.]+(?:e\+?\d{1,2})?)\.", re.IGNORECASE | re.DOTALL)
-
 
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 
@@ -37,7 +36,7 @@ DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 class YamlLoader(yaml.SafeLoader):
     """Read YAML with the numbers of version 1.2, where 1e-4 is a float; a whole number such as 1e5 is an integer.
 
-    A repeated key is an error: otherwise the last one would be used in silence.
+    A repeated key is an error; PyYAML would use the last one without a warning.
     """
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
@@ -66,8 +65,8 @@ YamlLoader.add_implicit_resolver("tag:yaml.org,2002:float", FLOAT_WITH_EXPONENT,
 def load_yaml(text: str) -> Any:
     """Return the value of an option or the content of a YAML file. Text such as "name:" stays text."""
     value = yaml.load(text, Loader=YamlLoader)
-    is_text = isinstance(value, dict) and bool(value) and not any(value.values()) and "\n" not in text.strip()
-    return text if is_text and all(item is None for item in value.values()) else value
+    is_mapping = isinstance(value, dict) and bool(value) and "\n" not in text.strip()
+    return text if is_mapping and all(item is None for item in value.values()) else value
 
 
 jsonargparse.set_loader("yaml", load_yaml, exceptions=(yaml.YAMLError,))
@@ -107,7 +106,7 @@ class CommandLine(jsonargparse.ArgumentParser):
         return super().parse_args(words, *positional, **settings)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        if not self.exit_on_error:  # of a mapping in a list: the parser of the whole command reports it
+        if not self.exit_on_error:  # this parser reads a mapping in a list; that of the command reports the error
             super().error(message, ex)
         if wrong_value := WRONG_VALUE.fullmatch(message):
             key, expected, value = wrong_value.groups()

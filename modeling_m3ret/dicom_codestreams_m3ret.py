@@ -38,11 +38,17 @@ class Codestream(NamedTuple):
     is_converted: bool = False  # whether Pillow returns RGB, as an Adobe segment declares YCbCr
 
 
-RLE = Codestream(0, 0, None, None)
+NO_HEADER = Codestream(0, 0, None, None)  # of RLE
 
 
 def check_codestreams(dataset: Any, syntax: str, total: int, request: ReadRequest) -> list[Codestream]:
     """Return the headers of all codestreams of a dataset.
+
+    Args:
+        dataset: pydicom dataset with compressed `PixelData`.
+        syntax: UID of its transfer syntax.
+        total: number of frames that its header declares.
+        request: names the file in errors.
 
     Raises:
         M3RetReadError: if their number or size differs from the DICOM header, or one is not valid or not supported.
@@ -63,6 +69,7 @@ def check_codestreams(dataset: Any, syntax: str, total: int, request: ReadReques
 
 
 def check_frame_size(size: tuple[int, ...], declared: tuple[int, int], request: ReadRequest) -> None:
+    """Raise an `M3RetReadError` if the rows and columns of a frame differ from those that the header declares."""
     if size != declared:
         expected = f"frames of {declared[0]} x {declared[1]} pixels, as the DICOM header declares"
         raise request.error("damaged", expected, f"{size[0]} x {size[1]}")
@@ -72,12 +79,13 @@ def _check_codestream(frame: bytes, syntax: str, samples: int, request: ReadRequ
     try:
         if syntax in JPEG_2000:
             return _check_jpeg_2000(frame, samples, request)
-        return _check_jpeg(frame, samples, syntax in JPEG_LS, request) if syntax in JPEG + JPEG_LS else RLE
+        return _check_jpeg(frame, samples, syntax in JPEG_LS, request) if syntax in JPEG + JPEG_LS else NO_HEADER
     except (struct.error, IndexError) as error:
         raise request.error("damaged", "a complete codestream", "one that ends in its header") from error
 
 
 def _require(condition: bool, request: ReadRequest, expected: str, damaged: bool = True) -> None:
+    """Raise an `M3RetReadError` unless the condition holds; without `damaged`, the frame is unsupported instead."""
     if not condition:
         raise request.error(
             "damaged" if damaged else "unsupported", f"a compressed frame with {expected}", "one without"
@@ -167,6 +175,7 @@ def _check_presets(content: bytes, largest: int, request: ReadRequest) -> int:
 
 
 def _check_scan(kind: int, content: bytes, names: bytes, largest: int, request: ReadRequest) -> None:
+    """Check a scan header of JPEG or JPEG-LS. `names` are the component identifiers, `largest` the largest sample."""
     count, chosen, (first, second, bits) = content[0], content[1:-3:2], content[-3:]
     fits = len(content) == 4 + 2 * count and 1 <= count <= len(names) and set(chosen) <= set(names)
     _require(fits, request, "a valid scan header")

@@ -96,7 +96,7 @@ def _region_spacing(region: Any) -> tuple[float, float] | None:
 
 
 def read_pair(dataset: Any, keyword: str) -> tuple[float, float] | None:
-    """Return two positive numbers of an element, or None."""
+    """Return the two numbers of an element, or None if it is missing or one of them is not positive."""
     pair = read_numbers(dataset, keyword, 2)
     return (pair[0], pair[1]) if pair and min(pair) > 0 else None
 
@@ -248,12 +248,13 @@ def decode_frames(
     if bits:  # decoders return whole words, and GDCM aborts the process if a word of 8 bits has unused ones
         size = 8 if bits <= 8 else 16 if bits <= 16 else 32
         options |= {"bits_stored": size, "bits_allocated": size}
-    if syntax == JPEG_EXTENDED and bits > 8:  # pydicom requires a GPL decoder, but GDCM decodes it as its lossless JPEG
+    if syntax == JPEG_EXTENDED and bits > 8:
+        # For 12 bits pydicom uses a GPL decoder only. GDCM decodes the frames if lossless JPEG is declared instead.
         syntax = JPEG_LOSSLESS
-        head = dataset.group_dataset(0x0028)
-        head.update(dataset.group_dataset(0x7FE0))
-        head.file_meta = type(dataset.file_meta)()
-        head.file_meta.TransferSyntaxUID, dataset = syntax, head
+        relabelled = dataset.group_dataset(0x0028)
+        relabelled.update(dataset.group_dataset(0x7FE0))
+        relabelled.file_meta = type(dataset.file_meta)()
+        relabelled.file_meta.TransferSyntaxUID, dataset = syntax, relabelled
     try:
         decoder = importlib.import_module("pydicom.pixels").get_decoder(syntax)
     except NotImplementedError as error:

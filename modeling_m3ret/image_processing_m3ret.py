@@ -100,9 +100,9 @@ class M3RetImageProcessor(BaseImageProcessor):
         image_std: float | Sequence[float] = 0.5,
         **kwargs: Any,
     ):
-        ours = {name: value for name, value in kwargs.items() if name not in SAVED_BY_TRANSFORMERS and name[0] != "_"}
-        _check_fixed_settings(ours, M3RetImageProcessorKwargs.__annotations__)
-        super().__init__(**{name: value for name, value in kwargs.items() if name not in ours})
+        given = {name: value for name, value in kwargs.items() if name not in SAVED_BY_TRANSFORMERS and name[0] != "_"}
+        _check_fixed_settings(given, M3RetImageProcessorKwargs.__annotations__)
+        super().__init__(**{name: value for name, value in kwargs.items() if name not in given})
         self.size: int = _single_number("size", size)
         _require_positive(
             size=self.size,
@@ -305,7 +305,11 @@ def _to_luma(volume: Tensor) -> Tensor:
 
 
 def _single_number(name: str, value: Any) -> Any:
-    """Return the number that a dictionary of sizes, or a list of one value per channel, holds once or repeats."""
+    """Return the single number of a setting: a number, or a mapping or sequence whose values are all equal.
+
+    Raises:
+        ValueError: if the values differ or are not numbers. The message names the setting.
+    """
     if isinstance(value, Mapping) or (isinstance(value, Sequence) and not isinstance(value, str)):
         numbers = set(value.values() if isinstance(value, Mapping) else value)
         if len(numbers) != 1:
@@ -318,7 +322,12 @@ def _single_number(name: str, value: Any) -> Any:
 
 
 def _check_fixed_settings(settings: Mapping[str, Any], known: Iterable[str]) -> None:
-    """Raise if a setting is unknown, or is a standard one whose value has no effect here."""
+    """Check settings that the processor does not have itself.
+
+    Raises:
+        TypeError: if one is unknown; the message lists the `known` ones.
+        ValueError: if one of `FIXED_SETTINGS` has another value than the supported one.
+    """
     unknown = sorted(settings.keys() - FIXED_SETTINGS.keys())
     if unknown:
         raise TypeError(f"unknown argument: expected {', '.join(known)}, got {', '.join(unknown)}.")

@@ -188,7 +188,7 @@ class M3RetForPreTraining(M3RetPreTrainedModel):
         if {f"decoder.{name}" for name in model.decoder.state_dict()} <= set(info["missing_keys"]):
             logger.warning(
                 "no decoder found: expected a pretraining checkpoint, got an encoder, so the decoder is initialised at "
-                "random. Pass subfolder='pretraining' for the decoder of a masked autoencoding."
+                "random. Pass subfolder='pretraining' for the decoder of a masked autoencoder."
             )
         return (model, info) if with_info else model
 

@@ -239,8 +239,8 @@ class M3RetLayer(GradientCheckpointingLayer):
     ) -> Tensor:
         """Apply the block: `(N, d)` -> `(N, d)` by position, or with `cls_only` the CLS tokens only, `(B, d)`.
 
-        Scans of equal length may also be `(B, L, d)`, and so is then the result. Attention and MLP run on the scans of
-        `subsets`, by default on all.
+        For scans of equal length, tokens and result may have the shape `(B, L, d)`. Attention and MLP run on the scans
+        of `subsets`, by default on all.
         """
         rows = tokens.flatten(0, -2)
         if cls_only and is_plain_linear(self.attention.qkv) and not has_hooks(self.attention):
@@ -427,7 +427,8 @@ class M3RetWhitening(nn.Module):
         Args:
             pooled: `(n, pooled)` features of n scans, before whitening.
             shrinkage: e as a fraction of the largest variance. Small variances are noise, and some are zero if there
-                are fewer scans than dimensions. On phantom scans, 0.001 to 0.1 changed mAP by at most 0.02.
+                are fewer scans than dimensions. On phantom scans, 0.001 to 0.1 changed mAP by at most 0.02. On real
+                scans, 0.1 gained 0.13 across modalities and 0.01 within them (one encoder, docs/results.md).
         """
         pooled = pooled.cpu().double()  # MPS has no float64
         centred = pooled - pooled.mean(0)

@@ -289,7 +289,7 @@ def _read_video_stream(dataset: Any, request: ReadRequest, description: Descript
 
 def _make_scan(arrangement: Arrangement, request: ReadRequest, description: Description) -> AnyScan:
     """Decode sorted planes and scale them to [0, 1]. Planes with a step are a volume, which is oriented too."""
-    planes = _untile(arrangement.planes, request, description)
+    planes = _untile(arrangement.planes, request)
     step = arrangement.step
     pixels = read_pixels(planes, step is not None, request, description)
     view, spacing = _orient(pixels.array, planes[0], step, description)
@@ -299,7 +299,7 @@ def _make_scan(arrangement: Arrangement, request: ReadRequest, description: Desc
     )
 
 
-def _untile(planes: list[Plane], request: ReadRequest, description: Description) -> list[Plane]:
+def _untile(planes: list[Plane], request: ReadRequest) -> list[Plane]:
     """Replace the datasets of mosaics by ones with a frame per tile."""
     tiled = {}
     for plane in {id(plane.dataset): plane for plane in planes if plane.is_tile}.values():

@@ -130,7 +130,7 @@ def _parquet_records(shards: Shards) -> Iterator[Record]:
 
 
 def _wrong_cell(row: dict[str, Any]) -> tuple[str, str] | None:
-    """Return what is expected in a cell of a Parquet row and what it holds, for the first cell of a wrong type."""
+    """Return the expected and the actual content of the first invalid cell of a Parquet row, or None."""
     if not isinstance(row["id"], str) or not row["id"]:
         return "text as id", repr(row["id"])
     for name in ("modality", "patient", "anatomy", "source", "intensity"):

@@ -179,7 +179,7 @@ class RandomViews(Dataset[Pack]):
 
     def __post_init__(self) -> None:
         self._cache: dict[int, Scan] = {}
-        # of a scan, for the smallest crop of each kind to have the pixels of its view
+        # a scan of this many pixels is large enough that even the smallest crop of each kind is not enlarged
         sizes = [self.processor.size if kind.size is None else kind.size for kind in self.views]
         self._min_pixels = math.ceil(
             max(size**2 / kind.ranges.area[0] for size, kind in zip(sizes, self.views, strict=True))
@@ -228,7 +228,7 @@ class RandomViews(Dataset[Pack]):
     def _transform(
         self, crops: Sequence[Scan], kinds: Sequence[ViewKind], generator: np.random.Generator
     ) -> list[np.ndarray]:
-        """Resize crops, mirror them and change their intensities, as their kinds say: float32 in [0, 1]."""
+        """Return the views `(1 or 3, D, H, W)`, float32 in [0, 1]: resized, mirrored and changed in intensity."""
         resized = [self.processor.resample(crop, size=kind.size) for crop, kind in zip(crops, kinds, strict=True)]
         flips = [generator.random() < kind.flip_probability for kind in kinds]
         views = [_to_float(values.numpy(), is_flipped) for values, is_flipped in zip(resized, flips, strict=True)]
@@ -252,7 +252,7 @@ class RandomViews(Dataset[Pack]):
 
 
 def _to_float(values: np.ndarray, is_flipped: bool) -> np.ndarray:
-    """Return a copy, float32 in [0, 1], mirrored left to right if `is_flipped`."""
+    """Return a float32 copy in [0, 1] of uint8 or float32 `(C, D, H, W)`, mirrored left to right if `is_flipped`."""
     copy = np.empty(values.shape, np.float32)
     white = np.float32(1 / 255 if values.dtype == np.uint8 else 1)
     return np.multiply(values[..., ::-1] if is_flipped else values, white, out=copy)

@@ -223,7 +223,10 @@ def build_index(shards: Shards) -> pa.Table:
 
 @contextmanager
 def _readable(shards: Shards, file: str | Path) -> Iterator[None]:
-    """Name a file that is not a complete Parquet file. Failures of the network keep their type."""
+    """Raise a `CollectionError` that names the file if it is not a complete Parquet file.
+
+    Other errors, such as those of the network, are raised unchanged.
+    """
     try:
         yield
     except (pa.ArrowException, OSError) as error:
@@ -356,7 +359,7 @@ class RowReader:
 
 
 def _media_bytes(cell: Any) -> bytes | None:
-    """Return the content of a media cell. A path is not followed, because it may lead anywhere."""
+    """Return the content of a media cell, or None. A path in it is ignored: it may lead outside the dataset."""
     content = cell.get("bytes") if isinstance(cell, dict) else cell
     return content if isinstance(content, bytes) else None
 

@@ -67,9 +67,11 @@ class Protocol:
         return [(title, torch.tensor(queries)) for (title, _), queries in sorted(parts.items())]
 
     def _gallery_of(self, record: Record) -> tuple[str, str]:
+        """Return modality and source of the gallery that a query searches; the source is empty for all sources."""
         return record.modality, record.source if self.gallery == "own source" else ""
 
     def _trivial_galleries(self, records: Sequence[Record]) -> set[tuple[str, str]]:
+        """Return the galleries with fewer than two classes, in which every scan would be relevant."""
         if self.relevant != "source" and self.gallery != "own source":
             return set()
         classes: dict[tuple[str, str], set[str]] = {}

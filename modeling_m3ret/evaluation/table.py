@@ -114,7 +114,7 @@ def differences_from(main: str, rows: Sequence[Row]) -> dict[str, Difference]:
 
 
 def all_differences(main: str, rows: Sequence[Row]) -> dict[str, dict[str, Difference]]:
-    """Return by protocol, as in the table, the paired difference of mAP of the main method from each other method."""
+    """Return the paired differences of mAP of the main method from all others: row of the table -> method -> value."""
     differences: dict[str, dict[str, Difference]] = {}
     for title in dict.fromkeys(row.protocol for row in rows):
         methods = {row.method: row for row in rows if row.protocol == title and "mAP" in row.leave_one_out}
@@ -170,7 +170,10 @@ def _evaluate_method(
 
 
 def _mean_of_parts(title: str, parts: Sequence[Sequence[Row]], same_gallery: bool = True) -> list[Row]:
-    """Average the rows of each method: each part weighs the same, and a patient leaves all of them at once."""
+    """Average the rows of each method: each part weighs the same, and a patient leaves all of them at once.
+
+    The size of the gallery is the largest of the parts if they search the `same_gallery`, otherwise their sum.
+    """
     if len(parts) == 1:
         return [replace(row, protocol=title) for row in parts[0]]
     means = []

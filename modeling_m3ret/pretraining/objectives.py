@@ -189,10 +189,10 @@ def attention_implementation(run: RunConfig) -> str:
 
 
 def checkpoint_activations(encoder: M3RetModel) -> None:
-    """Recompute activations in the backward pass. transformers 5.17 has another name for it."""
+    """Recompute activations in the backward pass instead of storing them."""
     if hasattr(encoder, "activation_checkpointing_enable"):
         encoder.activation_checkpointing_enable()
-    else:
+    else:  # transformers 5.17
         encoder.gradient_checkpointing_enable()
 
 

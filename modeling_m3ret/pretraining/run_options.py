@@ -24,7 +24,6 @@ class RunConfigParser(CommandLine):
 
     def __init__(self, description: str | None):
         super().__init__(description)
-        self.allow_abbrev = False
         self.add_argument("--config", action="config", help="YAML file with any of the options below.")
         for group in RunConfig.__bases__:
             self.add_class_arguments(group)
