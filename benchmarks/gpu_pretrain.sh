@@ -10,7 +10,8 @@
 set -euo pipefail
 here=$(dirname "$0")
 # SimDINO, ViT-S: the published learning rate of 5e-4 for 256 scans, a teacher that averages over a hundred steps, and
-# the pooling that was best with a ViT-T (docs/results.md). Not tried at this size. Choose the steps by the scans per second of a first piece, in another RUN.
+# the pooling that was best with a ViT-T (docs/results.md). Not tried at this size. Choose the steps by the scans per
+# second of a first piece, in another RUN.
 recipe='{"objective": "simdino", "preset": "vits", "size": 160, "num_frames": 16, "local_size": 96, "local_views": 6,
   "batch_size": 256, "steps": 8000, "learning_rate": 5e-4, "teacher_momentum": 0.99, "mixture_alpha": 0.5,
   "precision": "bf16", "model": {"pooling": "statistics"}}'
