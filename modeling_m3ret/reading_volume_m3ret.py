@@ -235,8 +235,8 @@ def _check_hdf5(file: Any, request: ReadRequest) -> None:
 
 # fields that name the file with the voxels, and the word for voxels that follow the header
 DATA_FIELDS = {"nrrd": (rb"data ?file\s*:", b""), "metaimage": (rb"ElementDataFile\s*[=:]", b"LOCAL")}
-# of a MetaImage header; SimpleITK corrupts memory for some other lines
-META_LINE = re.compile(rb"\s*|[ \t]*[\w.-]{1,100}[ \t]*[=:][^\0-\x08\x0e-\x1f]{0,4000}")
+# of a MetaImage header; SimpleITK corrupts memory for some other lines. It writes keys such as 0008|0060 for DICOM
+META_LINE = re.compile(rb"\s*|[^\0-\x08\x0a-\x1f\x7f-\xff=:]{1,200}[=:][^\0-\x08\x0e-\x1f]{0,4000}")
 
 
 def read_itk(file: bytes | Path, request: ReadRequest) -> AnyScan:
@@ -279,8 +279,12 @@ def read_itk(file: bytes | Path, request: ReadRequest) -> AnyScan:
         request.check_size((*shape, channels), bytes_per_voxel(dtype))
         decoded = math.prod(shape) * channels * dtype.itemsize
         request.check_ratio(decoded, size)
-        if re.search(rb"(?m)^CompressedData\s*[=:]\s*[TtYy1]", header):
-            _check_deflated(data[len(header) + 1 :] if voxel_file is None else content or b"", decoded, request)
+        if re.search(rb"(?m)^[ \t]*CompressedData\s*[=:]\s*[TtYy1]", header):
+            stream = data[len(header) + 1 :] if voxel_file is None else content or b""
+            declared = re.search(rb"(?m)^[ \t]*CompressedDataSize\s*[=:]\s*(\d+)", header)
+            if declared or voxel_file is None:  # SimpleITK would return other bytes as voxels
+                stream = stream[: int(declared.group(1)) if declared else 0]
+            _check_deflated(stream, decoded, request)
         try:
             array = sitk.GetArrayFromImage(reader.Execute())
         except RuntimeError as error:

@@ -23,7 +23,7 @@ from PIL import Image
 from pydicom.data import get_testdata_file
 from scan_files import dicom_bytes, nifti_bytes, reorient, series
 
-from modeling_m3ret.reading_m3ret import M3RetReadError, Scan, read_scan
+from modeling_m3ret.reading_m3ret import M3RetReadError, Scan, read_scan, read_stored
 
 
 RNG = np.random.default_rng(7)
@@ -728,6 +728,19 @@ def test_files_of_nibabel_are_read_as_by_nibabel(name: str) -> None:
     expected = truth if scan.description["intensity"] == "already in [0, 1]" else percentiles(truth)
     np.testing.assert_allclose(scan.array[0], expected, atol=1e-4)
     assert scan.spacing == pytest.approx(nib.affines.voxel_sizes(image.affine)[::-1], rel=1e-5)
+
+
+@pytest.mark.parametrize("compress", [False, True])
+@pytest.mark.parametrize("name", ["scan.mha", "scan.mhd", "scan.nrrd"])
+def test_dicom_converted_by_simpleitk(name: str, compress: bool, tmp_path: Path) -> None:
+    """SimpleITK carries the header over: in MetaImage, as fields such as `0008|0060`."""
+    sitk = pytest.importorskip("SimpleITK")
+    voxels = np.random.default_rng(0).integers(-1000, 1000, (3, 5, 7)).astype(np.int16)
+    image = sitk.GetImageFromArray(voxels)
+    for key in ("0008|0060", "field of view (mm)", "a/b", "x.y-z"):
+        image.SetMetaData(key, "CT")
+    sitk.WriteImage(image, str(tmp_path / name), useCompression=compress)
+    assert np.array_equal(read_stored(tmp_path / name).array[0], voxels)
 
 
 @pytest.mark.parametrize("name", ["colour.mha", "colour.nrrd", "colour.nii.gz"])

@@ -226,6 +226,8 @@ BAD: dict[str, bytes | Callable[[], bytes]] = {
     "long_line.mha": metaimage("LOCAL", "4 4 4").replace(b"Image\n", b"Image" * 9_000 + b"\n"),
     "corrupt_zlib.mha": metaimage("LOCAL", "4 4 4").replace(b"Element", b"CompressedData = True\nElement", 1)
     + bytes(128),
+    "no_size.mha": metaimage("LOCAL", "4 4 4").replace(b"Element", b"CompressedData = True\nElement", 1)
+    + zlib.compress(bytes(128)),  # SimpleITK returns the compressed bytes as voxels
     "no_data.mha": metaimage("LOCAL", "4 4 4").split(b"ElementDataFile")[0],
     "bomb.nrrd": nrrd("", "2000 2000 600"),
     "cut.nrrd": nrrd("", "4 4 4") + bytes(100),
@@ -434,6 +436,7 @@ def test_num_frames_brings_a_long_clip_within_limits(kind: str) -> None:
         ("cut.mha", "damaged"),
         ("no_data.mha", "damaged"),
         ("corrupt_zlib.mha", "damaged"),
+        ("no_size.mha", "damaged"),
         ("cut.nrrd", "damaged"),
         ("cut_header.nrrd", "damaged"),
         ("path.nhdr", "unsupported"),
