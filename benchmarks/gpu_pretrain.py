@@ -85,15 +85,14 @@ def join_files(folder: Path, output: Path) -> None:
 def pack_corpus(data: list[str], output: Path, size: int, num_frames: int, quality: float, keep: Path | None) -> None:
     """Read, resize and compress the scans of collections.
 
-    MRI, the test split, unreadable scans, and ids that are not in the file `keep` are left out. The validation split is
-    not: leave its ids out of `keep` to evaluate on it.
+    MRI, the validation and test splits, unreadable scans, and ids that are not in the file `keep` are left out.
     """
     from modeling_m3ret.data.collection import exclude_modalities, open_collection
     from modeling_m3ret.reading_m3ret import M3RetReadError
 
     kept = None if keep is None else set(keep.read_text().split())
     records = [r for each in data for r in exclude_modalities(open_collection(each), ["mri"])]
-    records = [r for r in records if r.split != "test" and (kept is None or r.id in kept)]
+    records = [r for r in records if r.split in ("", "train") and (kept is None or r.id in kept)]
     processor = M3RetImageProcessor(size=size, num_frames=num_frames)
     scans: list[PackedScan] = []
     volumes: list[Tensor] = []

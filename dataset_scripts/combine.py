@@ -109,6 +109,8 @@ def combine(options: CombineOptions, progress: bool = False) -> dict[str, Any]:
     if not names or len(set(names)) < len(names):
         got = ", ".join(names) or "none"
         raise InputError(f"parts: expected folders with distinct names, got {got}. Set `name` of each part.")
+    if options.num_proc < 1:
+        raise InputError(f"num_proc: expected at least 1, got {options.num_proc}.")
     if output.exists():
         raise InputError(f"output: expected a new folder, got {output}, which exists. Remove it, or choose another.")
     excluded = {parse_modality(word) for word in require_words("exclude_modalities", options.exclude_modalities)}

@@ -223,11 +223,12 @@ def test_run_in_pieces_exports_the_encoder_of_an_uninterrupted_run(tmp_path: Pat
 
 
 @pytest.mark.slow
-def test_packed_collection_holds_its_scans_but_mri(tmp_path: Path) -> None:
-    lines = ["id,file,modality,anatomy,label,group"]
-    for number, modality in enumerate(("xray", "mri", "ct")):
+def test_packed_collection_holds_its_training_scans_but_mri(tmp_path: Path) -> None:
+    lines = ["id,file,modality,anatomy,label,group,split"]
+    kinds = (("xray", ""), ("mri", "train"), ("ct", "train"), ("ct", "validation"), ("ct", "test"))
+    for number, (modality, split) in enumerate(kinds):
         np.save(tmp_path / f"{number}.npy", np.full((40, 40), 50 * number, dtype=np.uint8))
-        lines.append(f"s{number},{number}.npy,{modality},,,p{number}")
+        lines.append(f"s{number},{number}.npy,{modality},,,p{number},{split}")
     (tmp_path / "manifest.csv").write_text("\n".join(lines) + "\n")
     script, output = ROOT / "benchmarks" / "gpu_pretrain.sh", tmp_path / "corpus.safetensors"
     python = {"PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

@@ -142,3 +142,9 @@ def test_parts_need_distinct_names(tmp_path: Path) -> None:
         with pytest.raises(InputError):
             combine(CombineOptions(str(tmp_path / "out"), parts))
     assert not (tmp_path / "out").exists()
+
+
+def test_number_of_processes_is_at_least_one(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "scans", xrays(2))
+    with pytest.raises(InputError):
+        combine(CombineOptions(str(tmp_path / "out"), [Part(str(folder))], num_proc=0))
