@@ -703,6 +703,6 @@ def _image_pixels(image: Any, request: ReadRequest) -> tuple[np.ndarray, bool]:
             pixels = pixels.view(np.int8)
         # Pillow inverts WhiteIsZero only for up to 8 bits
         return pixels, image.mode != "L" and tags.get(PHOTOMETRIC) == 0
-    if "A" in image.getbands() or "a" in image.getbands() or transparent:
+    if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or transparent:  # in LAB, "A" is a colour
         return blend_over_black(np.asarray(image.convert("RGBA"))), False
     return np.asarray(image if image.mode == "RGB" else image.convert("RGB")), False  # palette, CMYK, YCbCr, HSV

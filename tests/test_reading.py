@@ -730,6 +730,16 @@ def test_files_of_nibabel_are_read_as_by_nibabel(name: str) -> None:
     assert scan.spacing == pytest.approx(nib.affines.voxel_sizes(image.affine)[::-1], rel=1e-5)
 
 
+def test_tiff_in_cielab_is_read_as_pillow_shows_it(tmp_path: Path) -> None:
+    image = Image.merge(
+        "LAB", [Image.linear_gradient("L"), Image.new("L", (256, 256), 150), Image.radial_gradient("L")]
+    )
+    image.save(tmp_path / "scan.tif")
+    expected = np.asarray(image.convert("RGB"))
+    assert len(np.unique(expected)) > 100
+    np.testing.assert_array_equal(read_stored(tmp_path / "scan.tif").array[:, 0], expected.transpose(2, 0, 1))
+
+
 @pytest.mark.parametrize("compress", [False, True])
 @pytest.mark.parametrize("name", ["scan.mha", "scan.mhd", "scan.nrrd"])
 def test_dicom_converted_by_simpleitk(name: str, compress: bool, tmp_path: Path) -> None:
