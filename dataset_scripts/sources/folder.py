@@ -26,7 +26,7 @@ _MASK_FOLDER = re.compile(
 _MASK_WORDS = "seg|segm|dseg|probseg|segmentations?|masks?|labelmaps?|groundtruth|aseg|rtstruct|rtss|[gcpi]tv|gtv[pnt]"
 _LAST_MASK_WORDS = "labels?|gt|ground[ _-]truth|annotations?|contours?|wmparc|ribbon"
 _MASK_FILE = re.compile(
-    rf"(.*[^a-z])?({_MASK_WORDS})([^a-z].*)?|aparc.*"
+    rf"(.*[^a-z])?({_MASK_WORDS})([^a-z].*)?|aparc.*|sub-.*_msk"
     rf"|((.*[^a-z])?({_LAST_MASK_WORDS})|.*(mask|segmentation)s?)[ _.-]*\d*"
 )
 _MASK_BESIDE_IMAGES = re.compile(r"(.*[^a-z])?rois?([^a-z].*)?|(labels?|gt|annotations?|contours?)[^a-z].*")

@@ -294,6 +294,7 @@ MASKS = (
     *(
         "ct/labelsTr/la_003.nii.gz",
         "BraTS_00000/BraTS_00000_seg.nii.gz",
+        "sub-strokecase0001/ses-0001/sub-strokecase0001_ses-0001_msk.nii.gz",  # ISLES 2022
         "ct/segmentation-0.nii",
         "ct/segmentation.nii.gz",
     ),
