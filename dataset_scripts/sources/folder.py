@@ -22,6 +22,8 @@ _MASK_FOLDER = re.compile(
     r"labels?|labels(tr|ts|val?)|gt([ _-].*)?|ground([ _-]?truth)?|segs?([ _-].*)?|segmentations?"
     r"|annotations?|contours?|rtstructs?|.*masks?([^a-z].*)?"
 )
+# Words of a folder of images with or without masks, or of both
+_WITH_IMAGES = re.compile(r"(.*[^a-z])?(and|with|without|no|removed|applied)([^a-z].*)?")
 # Words that name a mask wherever they stand in a file name, those that do at its end, and those that do beside images
 _MASK_WORDS = "seg|segm|dseg|probseg|segmentations?|masks?|labelmaps?|groundtruth|aseg|rtstruct|rtss|[gcpi]tv|gtv[pnt]"
 _LAST_MASK_WORDS = "labels?|gt|ground[ _-]truth|annotations?|contours?|wmparc|ribbon"
@@ -200,7 +202,8 @@ def _is_no_image(header: dict[str, str]) -> bool:
 
 def _is_mask(path: Path, name: str) -> bool:
     *folders, stem = _names(name)
-    if _MASK_FILE.fullmatch(stem) or any(map(_MASK_FOLDER.fullmatch, folders)):
+    mask_folders = (folder for folder in folders if not _WITH_IMAGES.fullmatch(folder))
+    if _MASK_FILE.fullmatch(stem) or any(map(_MASK_FOLDER.fullmatch, mask_folders)):
         return True
     if not _MASK_BESIDE_IMAGES.fullmatch(stem):
         return False

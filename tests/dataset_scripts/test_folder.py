@@ -302,7 +302,7 @@ MASKS = (
     *("ct/a-seg.nii.gz", "sub-01_dseg.nii", "ct/scan.seg.nii", "aparc+aseg.nii.gz", "ct/a_Mask.nii.gz"),
     # BUSI, Kvasir-SEG, CVC-ClinicDB, TotalSegmentator, Montgomery
     *("us/benign (1)_mask_1.png", "masks/1.png", "Ground Truth/1.png", "s0011/segmentations/liver.nii.gz"),
-    *("xray/leftMask/MCUCXR_0001_0.png", "ct/mask_1.png"),
+    *("xray/leftMask/MCUCXR_0001_0.png", "ct/mask_1.png", "images_and_masks/masks/1.png"),
     # HECKTOR, NSCLC-Radiomics, SegTHOR, LUNA16, CHAOS, nnU-Net's preprocessed data, and exports of planning systems
     *("ct/CHUM-001__GTVt.nii.gz", "ct/LUNG1-001_GTV-1.nii.gz", "ct/GT.nii.gz", "seg-lungs-LUNA16/1.nii"),
     *("mri/1/Ground/IMG-0004.png", "gt_segmentations/la_003.nii.gz", "ct/p1_CTV_boost.nii", "ct/ptv.nii.gz"),
@@ -326,6 +326,12 @@ NO_MASKS = (
     *("Liver-Segmentation/ct/1.nii", "us/labelled/1.png", "ct/unmasked_1.nii", "ct/segment/1.nii"),
     # titles with such a word, and words within others
     *("us/1/label_free_imaging_1.png", "us/1/label_free_imaging_2.png", "ct/spin_label_study.nii", "ct/heroic_1.nii"),
+    *(
+        "Chest Xray Masks and Labels/CXR_png/1.png",
+        "images_and_masks/ct/1.png",
+        "no_mask/1.png",
+        "lung_mask_removed/1.png",
+    ),
     *("us/2/roi_1.png", "us/2/roi_2.png", "ct/activtv_1.nii", "ct/background_1.nii", "ct/unlabeled_2.nii"),
 )
 
