@@ -17,6 +17,7 @@ HU_RANGE = (-1000.0, 1000.0)  # air to dense bone, as in SPECTRE and most CT fou
 PERCENTILES = (0.5, 99.5)  # per scan, if no unit is declared (nnU-Net's clipping range)
 ONE_GREY_LEVEL = 1 / 256  # what varies by less shows nothing
 FLOAT32_MAX = float(np.finfo(np.float32).max)
+FLOAT32_TINY = float(np.finfo(np.float32).tiny)  # 1 divided by a smaller range is infinite
 PERCENTILE_SAMPLE = 1_000_000  # approximate number of voxels for percentiles; more change them by less than 0.1 %
 # Mapping of stored values to [0, 1]: divided by 255; HU clipped to `HU_RANGE`; clipped to `PERCENTILES` of the scan;
 # divided by the largest value of their type.
@@ -89,7 +90,8 @@ def to_unit_range(
     if request.intensity == "full range":
         array *= np.float32(1 / np.iinfo(values.dtype).max)
     measured = _sample_voxels(array, padding)
-    constant = measured.size == 0 or low == high or (padding is not None and float(np.ptp(array[~padding])) == 0)
+    width = high - low if padding is None or measured.size == 0 else float(np.ptp(array[~padding]))
+    constant = measured.size == 0 or width < FLOAT32_TINY
     description["intensity"] = DESCRIBED_RULES.get(rule, rule)
     if request.return_stored and not inverted:
         stored = _keep_16_bit(np.zeros_like(array) if constant else array, rule, None if constant else padding)
@@ -160,10 +162,13 @@ def _declared_rule(values: np.ndarray, scaled: bool, request: ReadRequest) -> st
 def _percentile_range(
     sample: np.ndarray, array: np.ndarray, padding: np.ndarray | None, are_integers: bool
 ) -> tuple[float, float]:
-    """Return the percentiles of a sample, or the full range of the measured voxels if both percentiles are equal."""
+    """Return the percentiles of a sample, or the full range of the measured voxels if both percentiles are equal.
+
+    Percentiles that differ by less than the smallest normal float32 count as equal.
+    """
     percentiles = _percentiles_of_integers(sample) if are_integers else np.percentile(sample, PERCENTILES)
     low, high = (float(edge) for edge in percentiles)
-    if high > low:
+    if high - low >= FLOAT32_TINY:
         return low, high
     measured = array if padding is None else array[~padding]
     return float(measured.min()), float(measured.max())

@@ -362,6 +362,18 @@ def test_outliers_do_not_set_the_scale() -> None:
     assert 0.4 < read_scan(mr).array.mean() < 0.6
 
 
+def test_values_too_close_for_float32_are_constant_and_do_not_hide_larger_ones() -> None:
+    """1 divided by their range is infinite in float32."""
+    close = np.random.default_rng(0).integers(0, 2_000, (40, 50)).astype(np.float32) * np.float32(1e-45)
+    scan = read_scan(close, intensity="percentiles")
+    assert scan.description["constant"]
+    assert np.count_nonzero(scan.array) == 0
+    close[3, 4] = 7.0
+    scan = read_scan(close, intensity="percentiles")
+    assert np.argwhere(scan.array[0, 0] > 1e-30).tolist() == [[3, 4]]
+    assert scan.array.max() == 1
+
+
 @pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.uint16, np.float32])
 def test_constant_scan_is_zeros_and_marked(dtype: Any) -> None:
     scan = read_scan(np.full((5, 8, 8), 77, dtype))
