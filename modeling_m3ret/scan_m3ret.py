@@ -227,7 +227,7 @@ silence_libraries = _LibrarySilencer()
 
 
 def spacing_of_aspect(ratio: float, description: Description) -> Spacing:
-    """Return the spacing of pixels of which only height / width is known, the meaning of DICOM's Pixel Aspect Ratio.
+    """Return the relative spacing of pixels from their height / width, which is DICOM's Pixel Aspect Ratio.
 
     It is relative, not in mm, which the key `pixel_aspect_ratio` of the description records.
     """

@@ -1,9 +1,10 @@
-"""Scan files with known voxels, spacing and headers, written by pydicom and nibabel."""
+"""Scan files with known voxels, spacing and headers, written by pydicom and nibabel, and archives of files."""
 
 from __future__ import annotations
 
 import gzip
 import io
+import zipfile
 from typing import Any
 
 import nibabel as nib
@@ -101,3 +102,12 @@ def percentiles(array: np.ndarray) -> np.ndarray:
     """Return values scaled to [0, 1] by their percentiles."""
     low, high = np.percentile(array, [0.5, 99.5])
     return ((array.astype(np.float64) - low) / (high - low)).clip(0, 1)
+
+
+def zip_bytes(files: dict[str, bytes], method: int = zipfile.ZIP_DEFLATED) -> bytes:
+    """Return a zip archive of files by name."""
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w", method) as archive:
+        for name, data in files.items():
+            archive.writestr(name, data)
+    return stream.getvalue()

@@ -21,7 +21,7 @@ import pytest
 import torch
 from PIL import Image
 from pydicom.data import get_testdata_file
-from scan_files import dicom_bytes, nifti_bytes, reorient, series
+from scan_files import dicom_bytes, nifti_bytes, reorient, series, zip_bytes
 
 from modeling_m3ret.reading_m3ret import M3RetReadError, Scan, read_scan, read_stored
 
@@ -506,14 +506,6 @@ def test_file_objects_that_do_not_return_bytes_are_refused() -> None:
         with pytest.raises(M3RetReadError) as caught:
             read_scan(source)
         assert caught.value.reason == "unsupported"
-
-
-def zip_bytes(files: dict[str, bytes], method: int = zipfile.ZIP_DEFLATED) -> bytes:
-    stream = io.BytesIO()
-    with zipfile.ZipFile(stream, "w", method) as archive:
-        for name, data in files.items():
-            archive.writestr(name, data)
-    return stream.getvalue()
 
 
 CLUTTER = {

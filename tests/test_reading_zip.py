@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from scan_files import dicom_bytes, series
+from scan_files import dicom_bytes, series, zip_bytes
 
 from modeling_m3ret.reading_m3ret import M3RetReadError, ReadLimits, read_scan
 
@@ -201,14 +201,6 @@ def test_hostile_archives_are_refused_without_taking_memory(tmp_path: Path) -> N
     found = {name: (reason, peak) for name, reason, peak in map(json.loads, run.stdout.splitlines())}
     assert {name: reason for name, (reason, _) in found.items()} == {name: why for name, (_, why) in archives.items()}
     assert max(peak for _, peak in found.values()) < MAX_PEAK, found
-
-
-def zip_bytes(files: dict[str, bytes], method: int = zipfile.ZIP_DEFLATED) -> bytes:
-    stream = io.BytesIO()
-    with zipfile.ZipFile(stream, "w", method) as archive:
-        for name, data in files.items():
-            archive.writestr(name, data)
-    return stream.getvalue()
 
 
 @pytest.mark.parametrize(("method", "name"), [(zipfile.ZIP_BZIP2, "bzip2"), (zipfile.ZIP_LZMA, "LZMA")])

@@ -1,6 +1,6 @@
 """The common tests of transformers, from the source distribution of the installed version, with dense input.
 
-Its wheel has no tests. The distribution lacks a few files, of which `STAND_INS` replaces what these tests use.
+The wheel has no tests, and the distribution lacks a few of their files. `STAND_INS` replaces those that are imported.
 Exporters and generation are not tested here.
 """
 
@@ -20,6 +20,7 @@ import transformers
 
 pytestmark = pytest.mark.slow
 
+OURS = "m3ret_in_common_tests.py"
 STAND_INS = {
     "__init__.py": "",
     "exporters/__init__.py": "",
@@ -64,7 +65,7 @@ def upstream(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, content in STAND_INS.items():
         (package / name).parent.mkdir(exist_ok=True)
         (package / name).resolve().write_text(content)
-    shutil.copy(Path(__file__).parent / "upstream" / "common_tests.py", package)
+    shutil.copy(Path(__file__).parent / "upstream" / OURS, package)
     return folder
 
 
@@ -82,13 +83,13 @@ def test_only_the_listed_tests_fail(upstream: Path, name: str, least: int) -> No
     environment = os.environ | {"PYTHONPATH": paths, "HF_HUB_OFFLINE": "1", "RUN_SLOW": "1"}
     options = ["-n", "0", "-o", "addopts=", "-p", "no:cacheprovider", "-q", "--tb=short", "-rfE", "-c", os.devnull]
     ran = subprocess.run(
-        [sys.executable, "-m", "pytest", *options, "--rootdir", ".", f"upstream_tests/common_tests.py::{name}"],
+        [sys.executable, "-m", "pytest", *options, "--rootdir", ".", f"upstream_tests/{OURS}::{name}"],
         cwd=upstream,
         env=environment,
         capture_output=True,
         text=True,
     )
-    failed = set(re.findall(r"^(?:SUB)?(?:FAILED|ERROR)\S* \S+common_tests\.py::(\w+::\w+)", ran.stdout, re.MULTILINE))
+    failed = set(re.findall(rf"^(?:SUB)?(?:FAILED|ERROR)\S* \S+{OURS}::(\w+::\w+)", ran.stdout, re.MULTILINE))
     assert failed == {test for test in EXPECTED_FAILURES if test.startswith(f"{name}::")}, ran.stdout[-5000:]
     passed = re.search(r"(\d+) passed", ran.stdout)
     assert passed, ran.stdout[-5000:]

@@ -171,7 +171,7 @@ INSTANCE = Protocol("instance within modality", "same instance", "subject", "own
 DEFAULT = (WITHIN_MODALITY, ACROSS_BY_ANATOMY)
 ALL = (WITHIN_MODALITY, UNSEEN_MODALITY, ACROSS_BY_ANATOMY, ACROSS_BY_LABEL, SAME_SUBJECT, MIXED_GALLERY, INSTANCE)
 
-# Collections of several sources, in which scans of one source are often told apart by their device or format alone.
+# For collections of several sources. A source can often be recognised by its device or format alone.
 LABEL_OVER_SOURCES = replace(
     WITHIN_MODALITY,
     name="within modality by label, mean over sources",

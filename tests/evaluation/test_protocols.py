@@ -126,7 +126,7 @@ def test_names_and_titles_are_unique(protocols: tuple[Protocol, ...]) -> None:
     assert len({p.name for p in protocols}) == len({p.title for p in protocols}) == len(protocols)
 
 
-# CT of two sources, of which only p has several classes; X-rays of one source; two scans of one patient (a, b)
+# CT of two sources, only p with several classes; X-rays of one source; two scans of one patient (a, b)
 OF_SOURCES = [
     replace(record(name, modality, anatomy, label, group), source=source)
     for name, modality, anatomy, label, group, source in (

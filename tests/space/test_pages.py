@@ -20,7 +20,8 @@ from space_server import DirectReaders
 from modeling_m3ret import M3RetImageProcessor, M3RetModel
 from modeling_m3ret.data.collection import Record
 from modeling_m3ret.model_facts import ModelFacts
-from modeling_m3ret.reading_m3ret import FORMATS, IMAGE_FORMATS
+from modeling_m3ret.reading_image_m3ret import IMAGE_FORMATS
+from modeling_m3ret.reading_m3ret import FORMATS
 from modeling_m3ret.reading_volume_m3ret import VOLUME_READERS
 from modeling_m3ret.search.index import RetrievalIndex
 from modeling_m3ret.space.explore import SIDE, ExplorePage, GalleryMap
