@@ -1,8 +1,8 @@
 """Read still images, animations and TIFF stacks with Pillow.
 
-Pages and animation frames become depth. Grey pixels keep their bit depth; EXIF rotation, alpha and the ratio of a pixel's
-sides are applied as the file declares them. This file is copied into every checkpoint and imports only NumPy; Pillow is
-imported when a file needs it.
+Pages and animation frames become depth. Grey pixels keep their bit depth; EXIF rotation, alpha and the ratio of a
+pixel's sides are applied as the file declares them. This file is copied into every checkpoint and imports only NumPy;
+Pillow is imported when a file needs it.
 """
 
 from __future__ import annotations
