@@ -18,13 +18,14 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from jsonargparse.typing import NonNegativeInt, OpenUnitInterval, PositiveInt
+from tqdm.auto import tqdm
 
 from modeling_m3ret.command_line import CommandLine, user_errors
 from modeling_m3ret.cpu import prepare_cpu
 from modeling_m3ret.data.collection import open_collection
 from modeling_m3ret.data.schema import SPLITS
 from modeling_m3ret.errors import InputError
-from modeling_m3ret.evaluation.baselines import embed_with_baseline
+from modeling_m3ret.evaluation.baselines import embed_with_baseline, load_baseline
 from modeling_m3ret.evaluation.checkpoints import NO_TOKEN_WHITENING, load_checkpoint, method_titles, rerank_embedded
 from modeling_m3ret.evaluation.leakage import describe_selection, leakage_warning, select_records, training_records
 from modeling_m3ret.evaluation.protocols import PROTOCOLS
@@ -71,36 +72,52 @@ def main(arguments: argparse.Namespace) -> None:
     if not records:
         problem = f"--data {arguments.data}: expected at least one scan in this selection, got none."
         raise InputError(f"{problem} Change --split or --holdout.")
-    # all processes embed the checkpoints and the untrained encoder
-    embed = partial(embed_collection, records=records, accelerator=accelerator, dtype=dtype, **batching)
     titles = method_titles(arguments.model, arguments.baselines)
     main_title, names = titles[0], dict(zip(titles, arguments.model, strict=False))
-    checkpoints, trained, notes = {}, {}, []
-    for title, name in names.items():
-        model, checkpoint = load_checkpoint(name)
-        if warning := leakage_warning(title, collection, records, arguments.holdout, checkpoint.training):
-            notes.append(warning)
-        checkpoints[title], trained[title] = checkpoint, embed(model.to(device), checkpoint.processor, name=name)
-    config, processor = checkpoints[main_title].config, checkpoints[main_title].processor
-    training = training_records(collection, records, arguments.holdout, checkpoints[main_title].training)
-    untrained = build_untrained_baseline(config, processor, training, accelerator, seed=arguments.seed, **batching)
-    notes.append(untrained.note)
-    random_weights = embed(untrained.encoder, processor, name="untrained")
-    if not accelerator.is_main_process:  # it alone embeds the other methods
-        return
+    checkpoints, embedded, notes = {}, {}, []
+    # one bar for the job: checkpoints and baselines, and the untrained encoder and pixels
+    bar = tqdm(total=len(records) * (len(titles) + 2), unit="scan", disable=not accelerator.is_main_process)
+    # all processes share all methods but pixels
+    with bar:
+        shared = {
+            "records": records,
+            "accelerator": accelerator,
+            "dtype": dtype,
+            "num_workers": num_workers,
+            "bar": bar,
+        }
+        embed = partial(embed_collection, max_tokens=max_tokens, **shared)
+        for title, name in names.items():
+            bar.set_description(title)
+            model, checkpoint = load_checkpoint(name)
+            if warning := leakage_warning(title, collection, records, arguments.holdout, checkpoint.training):
+                notes.append(warning)
+            checkpoints[title], embedded[title] = checkpoint, embed(model.to(device), checkpoint.processor, name=name)
+        config, processor = checkpoints[main_title].config, checkpoints[main_title].processor
+        training = training_records(collection, records, arguments.holdout, checkpoints[main_title].training)
+        bar.set_description("untrained")
+        untrained = build_untrained_baseline(
+            config, processor, training, accelerator, seed=arguments.seed, bar=bar, **batching
+        )
+        notes.append(untrained.note)
+        embedded[untrained.title] = embed(untrained.encoder, processor, name="untrained")
+        for title, name in zip(titles[len(names) :], arguments.baselines, strict=True):
+            bar.set_description(title)
+            embedded[title] = embed_with_baseline(load_baseline(name, device), **shared)
+        if not accelerator.is_main_process:
+            return
+        bar.set_description("pixels")
+        pixels = embed_records([pixel_embedder(processor)], processor, records, bar=bar, **batching)[0]
 
-    pixels = embed_records([pixel_embedder(processor)], processor, records, **batching)[0]
-    methods = {"pixels": pixels, untrained.title: random_weights}
-    for title, name in zip(titles[len(names) :], arguments.baselines, strict=True):
-        methods[title] = embed_with_baseline(name, records, device=device, dtype=dtype, num_workers=num_workers)
-    methods |= trained
+    others = titles[len(names) :]
+    methods = {"pixels": pixels} | {title: embedded[title] for title in (untrained.title, *others, *names)}
     if arguments.rerank is not None:  # the untrained encoder too, to show what comparing patches gains without training
         sample = untrained.whitening_records
         rerank = partial(rerank_embedded, depth=arguments.rerank, sample=sample, dtype=dtype, max_tokens=max_tokens)
-        reranked = {untrained.title: rerank(random_weights, untrained.encoder, processor)}
+        reranked = {untrained.title: rerank(embedded[untrained.title], untrained.encoder, processor)}
         for title, name in names.items():
-            reranked[title] = rerank(trained[title], load_pretrained(name)[0].to(device), checkpoints[title].processor)
-        methods |= {f"{title}, re-ranked {arguments.rerank}": embedded for title, embedded in reranked.items()}
+            reranked[title] = rerank(embedded[title], load_pretrained(name)[0].to(device), checkpoints[title].processor)
+        methods |= {f"{title}, re-ranked {arguments.rerank}": search for title, search in reranked.items()}
         if not sample and any(c.config.pooling == "cls" for c in checkpoints.values()):
             notes.append(NO_TOKEN_WHITENING)
     rows = evaluate(methods, PROTOCOLS[arguments.protocols])

@@ -2,10 +2,9 @@
 
     m3ret embed --model m3ret-smoke chest.dcm ct.nii.gz clip.mp4 series_folder/ --output embeddings.npz
 
-Each argument is one scan: a file of any supported format, or a folder that holds one DICOM series (of several,
-`--series` selects one). The output holds the arrays `files` (as given) and `embeddings` (N, d), float32 and
-L2-normalised: `embeddings @ embeddings.T` is the cosine similarity. A scan that cannot be read is reported on stderr
-and left out.
+Each argument is one scan: a file of any supported format, or a folder that holds one DICOM series. The output holds the
+arrays `files` (as given) and `embeddings` (N, d), float32 and L2-normalised: `embeddings @ embeddings.T` is the cosine
+similarity. A scan that cannot be read is reported on stderr and left out.
 """
 
 from __future__ import annotations
@@ -30,7 +29,6 @@ def main() -> None:
     parser.add_argument("scans", nargs="+", metavar="SCAN", help="scan file, or folder of one DICOM series")
     parser.add_argument("--model", required=True, help="checkpoint folder or Hub id")
     parser.add_argument("--output", required=True, type=Path, help="file to write, ending in .npz")
-    parser.add_argument("--series", help="DICOM series of a folder with several: UID, index from 0, or largest")
     parser.add_argument("--num_workers", default=0, type=int, help="processes that read scans; 0 reads in this one")
     parser.add_argument(
         "--intensity",
@@ -39,8 +37,7 @@ def main() -> None:
     )
     options = parser.parse_args()
     with user_errors(parser.prog):
-        series = int(options.series) if (options.series or "").isdecimal() else options.series
-        embed_files(options.scans, options.model, options.output, options.num_workers, options.intensity, series)
+        embed_files(options.scans, options.model, options.output, options.num_workers, options.intensity)
 
 
 def embed_files(
@@ -49,11 +46,10 @@ def embed_files(
     output: Path,
     num_workers: int = 0,
     intensity: str | None = None,
-    series: str | int | None = None,
 ) -> None:
     """Embed `scans` with the checkpoint `model_name` and write `output` (`.npz` with `files` and `embeddings`).
 
-    `intensity` declares the scale of all scans, and `series` selects one of several DICOM series, as in `read_scan`.
+    `intensity` declares the scale of all scans.
 
     Raises:
         InputError: if the checkpoint cannot be loaded, `output` is not a `.npz` file, or no scan could be read.
@@ -66,7 +62,7 @@ def embed_files(
         Record(scan, Path(scan), modality="", anatomy="", label="", group="", intensity=intensity) for scan in scans
     ]
     embedder = encoder_embedder(model)
-    embedded = embed_records([embedder], processor, records, num_workers=num_workers, series=series)[0]
+    embedded = embed_records([embedder], processor, records, num_workers=num_workers)[0]
     for failure in embedded.failures:
         print(failure, file=sys.stderr)
     if not embedded.records:

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from .image_processing_m3ret import M3RetImageProcessor
 from .modeling_m3ret import M3RetModel
@@ -27,13 +30,22 @@ class ModelFacts:
 
 def model_facts(model: M3RetModel, processor: M3RetImageProcessor, name: str) -> ModelFacts:
     """Return the identity of a loaded model; of its name, path or Hub id only the last part is stored."""
+    settings = {key: value for key, value in processor.to_dict().items() if not key.startswith("_")}
+    return ModelFacts(Path(name).name, sha256_of_weights(model.state_dict()), sha256_of_settings(settings))
+
+
+def sha256_of_weights(weights: Mapping[str, Tensor]) -> str:
+    """Return the SHA-256 of the names, shapes and values of weights in hex."""
     digest = hashlib.sha256()
-    for key, tensor in sorted(model.state_dict().items()):
+    for key, tensor in sorted(weights.items()):
         digest.update(f"{key} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    settings = {key: value for key, value in processor.to_dict().items() if not key.startswith("_")}
-    serialized = json.dumps(settings, sort_keys=True, default=str)
-    return ModelFacts(Path(name).name, digest.hexdigest(), hashlib.sha256(serialized.encode()).hexdigest())
+    return digest.hexdigest()
+
+
+def sha256_of_settings(settings: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of settings in hex, whatever their order."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def sha256_of(path: Path) -> str:

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import tiny_config
-from scan_files import dicom, dicom_bytes
 
 from modeling_m3ret import M3RetImageProcessor, M3RetModel, __version__, cli
 
@@ -74,21 +73,6 @@ def test_embed_saves_the_embeddings_of_the_files_that_can_be_read(
     with torch.no_grad():
         expected = model.embed_scans(**processor([scans[0], scans[2]], return_tensors="pt"))
     np.testing.assert_allclose(saved["embeddings"], expected.numpy(), atol=1e-5)
-
-
-def test_embed_selects_a_series_of_a_folder(
-    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "series").mkdir()
-    for number in (1, 2):
-        ds = dicom(np.full((40, 40), number, np.uint8), series=f"1.2.{number}")
-        (tmp_path / "series" / str(number)).write_bytes(dicom_bytes(ds))
-    command = ["embed", "--model", checkpoint, tmp_path / "series", "--output", tmp_path / "embeddings.npz"]
-    assert run(monkeypatch, *command) != 0
-    assert run(monkeypatch, *command, "--series", "2") != 0
-    capsys.readouterr()
-    for choice in ("1.2.2", "0", "largest"):
-        assert run(monkeypatch, *command, "--series", choice) == 0
 
 
 @pytest.mark.parametrize("wrong", ["model", "output", "scan"])

@@ -35,7 +35,7 @@ class Record:
     """One scan of a collection. `modality`, `anatomy` and `label` serve sampling and evaluation; no model sees them."""
 
     id: str  # unique in the collection
-    location: Path | ParquetRow  # file or folder of the scan, or its row in a Parquet dataset
+    location: Path | tuple[Path, ...] | ParquetRow  # file, folder or files of the scan, or its row in a dataset
     modality: str  # `xray`, `ultrasound`, `endoscopy`, `ct` or `mri`
     anatomy: str  # body part in lower case, or empty
     label: str  # labels, joined by `|`, or empty
@@ -47,11 +47,12 @@ class Record:
     is_clip: bool = False  # whether the slices are frames, from which the processor samples `num_frames`
     intensity: str | None = None  # of a file that does not declare it, see `read_scan`
 
-    def open(self) -> Path | dict[str, Any]:
-        """Return what `read_scan` takes: a path, or the fetched row. A failed fetch raises `M3RetReadError`."""
+    def open(self) -> Path | list[Path] | dict[str, Any]:
+        """Return what `read_scan` takes: paths, or the fetched row. A failed fetch raises `M3RetReadError`."""
         if isinstance(self.location, ParquetRow):
             return self.location.open()
-        return self.location if self.intensity is None else {"volume": self.location, "intensity": self.intensity}
+        source = list(self.location) if isinstance(self.location, tuple) else self.location
+        return source if self.intensity is None else {"volume": source, "intensity": self.intensity}
 
 
 def open_collection(data: str | Path, *, stream: bool = False) -> list[Record]:

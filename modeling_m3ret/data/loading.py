@@ -145,7 +145,6 @@ class WholeScans(Dataset[Pack]):
 
     records: Sequence[Record]
     processor: M3RetImageProcessor
-    series: str | int | None = None  # of records with several DICOM series, see `read_scan`
 
     def __len__(self) -> int:
         return len(self.records)
@@ -153,7 +152,7 @@ class WholeScans(Dataset[Pack]):
     def __getitem__(self, index: int) -> Pack:
         try:
             pixels = self.processor.size**2
-            scan = self.processor.read(self.records[index].open(), series=self.series, min_pixels=pixels)
+            scan = self.processor.read(self.records[index].open(), min_pixels=pixels)
             return Pack.from_scan(index, self.processor.resize(scan), self.processor)
         except M3RetReadError as error:
             return Pack(failures=[(index, str(error))])

@@ -22,23 +22,26 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from huggingface_hub import snapshot_download
 from safetensors.torch import load_file
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import MODEL_MAPPING, AutoConfig
 
 from ..data.collection import Record
 from ..data.loading import Pack, WholeScans, embedding_loader
 from ..errors import InputError
 from ..image_processing_m3ret import M3RetImageProcessor
+from ..model_facts import ModelFacts, sha256_of_settings, sha256_of_weights
 from ..reading_m3ret import M3RetReadError, Scan
-from ..search.embedding import Embedded
+from ..search.embedding import Embedded, EmbeddedBatch
+from ..search.embedding_store import embed_cached
 
 
 SLICES = 8  # the depth of our encoder's patch grid of a CT: 32 slices in patches of 4
@@ -102,49 +105,65 @@ class SliceDataset(WholeScans):
         return Pack(volume.flatten(), [(*volume.shape,)], [index])
 
 
-def embed_with_baseline(
-    name: str,
-    records: Sequence[Record],
-    *,
-    slices: int = SLICES,
-    batch_size: int = 16,
-    num_workers: int = 0,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
-    progress: bool = True,
-) -> Embedded:
-    """Embed every readable scan, in order, with a baseline encoder.
+@dataclass(frozen=True)
+class Baseline:
+    """A loaded baseline encoder."""
 
-    Args:
-        name: as for `load_baseline`, which also raises its errors.
-        slices: largest number of slices per scan.
-        batch_size: scans per forward pass, each of up to `slices` images.
-        num_workers: processes that decode.
-        dtype: bfloat16 runs the encoder under autocast; weights and embeddings stay float32.
-    """
-    transform, encode = load_baseline(name, device)
-    loader = embedding_loader(SliceDataset(records, transform, slices), batch_size, num_workers)
-    batches: list[Tensor] = []
-    readable: list[int] = []
-    failures: list[str] = []
-    autocast = torch.autocast(torch.device(device).type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
-    bar = tqdm(total=len(records), desc=baseline_name(name), unit="scan", disable=not progress, leave=False)
-    with bar, torch.inference_mode(), autocast:
-        for pack in loader:
-            bar.update(len(pack.scans) + len(pack.failures))
-            failures += [message for _, message in pack.failures]
-            if not pack.scans:
-                continue
-            readable += pack.scans
-            values = pack.values.to(device, non_blocking=True).split([math.prod(shape) for shape in pack.shapes])
-            volumes = [voxels.view(shape) for voxels, shape in zip(values, pack.shapes, strict=True)]
-            features = encode(transform.normalize(volumes)).float().split([shape[1] for shape in pack.shapes])
-            pooled = torch.stack([scan_features.mean(0) for scan_features in features])
-            batches.append(torch.nn.functional.normalize(pooled, dim=-1).cpu())
-    embeddings = torch.cat(batches) if batches else torch.empty(0, 0)
-    if not torch.isfinite(embeddings).all():
-        raise BaselineError(name, "invalid embeddings", "finite features", "NaN or infinity")
-    return Embedded(embeddings, [records[index] for index in readable], failures)
+    name: str  # as the user wrote it
+    facts: ModelFacts
+    transform: ImageTransform
+    encode: Encoder
+    device: torch.device
+
+    def embed(
+        self,
+        records: Sequence[Record],
+        *,
+        slices: int = SLICES,
+        batch_size: int = 16,
+        num_workers: int = 0,
+        dtype: torch.dtype = torch.float32,
+    ) -> Iterator[EmbeddedBatch]:
+        """Embed every readable scan lazily, in order; vectors are L2-normalised float32 `(n, d)`.
+
+        Args:
+            slices: largest number of slices per scan.
+            batch_size: scans per forward pass, each of up to `slices` images.
+            num_workers: processes that decode.
+            dtype: bfloat16 runs the encoder under autocast; weights and embeddings stay float32.
+
+        Raises:
+            BaselineError: if an embedding is not finite.
+        """
+        autocast = torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
+        for pack in embedding_loader(SliceDataset(records, self.transform, slices), batch_size, num_workers):
+            vectors = []
+            if pack.scans:
+                values = pack.values.to(self.device, non_blocking=True).split([*map(math.prod, pack.shapes)])
+                volumes = [voxels.view(shape) for voxels, shape in zip(values, pack.shapes, strict=True)]
+                with torch.inference_mode(), autocast:
+                    features = self.encode(self.transform.normalize(volumes)).float()
+                pooled = torch.stack([of_scan.mean(0) for of_scan in features.split([n for _, n, _, _ in pack.shapes])])
+                vectors = [torch.nn.functional.normalize(pooled, dim=-1).cpu()]
+            if not all(batch.isfinite().all() for batch in vectors):
+                raise BaselineError(self.name, "invalid embeddings", "finite features", "NaN or infinity")
+            yield EmbeddedBatch(pack.scans, vectors, pack.failures)
+
+
+def embed_with_baseline(
+    baseline: Baseline,
+    records: Sequence[Record],
+    accelerator: Accelerator,
+    *,
+    dtype: torch.dtype = torch.float32,
+    num_workers: int = 0,
+    bar: Any = None,
+) -> Embedded:
+    """Embed all readable records with a baseline encoder, see `embed_cached`; the options are those of `embed`."""
+    identity = asdict(baseline.facts) | {"dtype": str(dtype), "slices": SLICES}
+    del identity["model"]
+    embed = partial(baseline.embed, dtype=dtype, num_workers=num_workers)
+    return embed_cached(embed, records, accelerator, identity, bar=bar)
 
 
 def baseline_name(name: str) -> str:
@@ -152,7 +171,7 @@ def baseline_name(name: str) -> str:
     return Path(name).resolve().name if Path(name).is_dir() else Path(name.removeprefix(OPEN_CLIP).split("@")[0]).name
 
 
-def load_baseline(name: str, device: torch.device | str = "cpu") -> tuple[ImageTransform, Encoder]:
+def load_baseline(name: str, device: torch.device | str = "cpu") -> Baseline:
     """Load a baseline encoder with its image transform.
 
     Args:
@@ -174,12 +193,15 @@ def load_baseline(name: str, device: torch.device | str = "cpu") -> tuple[ImageT
         is_open_clip |= (folder / "open_clip_config.json").is_file()
     with _baseline_errors(name, "cannot be loaded", "a vision model of transformers or open_clip without custom code"):
         load = _load_open_clip if is_open_clip else _load_transformers
-        transform, encode = load(name, folder, torch.device(device))
+        transform, encode, weights = load(name, folder, torch.device(device))
         with torch.inference_mode():  # a test image fails now rather than after hours of reading
             shape = tuple(encode(torch.zeros(1, 3, *transform.size, device=device)).shape)
     if len(shape) != 2:
         raise BaselineError(name, "not an image encoder", "one feature vector (1, d) per image", f"shape {shape}")
-    return transform, encode
+    # with the configuration: two numbers of heads have weights of the same shapes
+    settings = asdict(transform) | {file: _read_json(folder / file) for file in CONFIGS}
+    facts = ModelFacts(baseline_name(name), sha256_of_weights(weights), sha256_of_settings(settings))
+    return Baseline(name, facts, transform, encode, torch.device(device))
 
 
 @contextmanager
@@ -205,7 +227,9 @@ def _read_weights(name: str, folder: Path, patterns: Sequence[str]) -> dict[str,
     return {key: value for file in files for key, value in load_file(file).items()}
 
 
-def _load_transformers(name: str, folder: Path, device: torch.device) -> tuple[ImageTransform, Encoder]:
+def _load_transformers(
+    name: str, folder: Path, device: torch.device
+) -> tuple[ImageTransform, Encoder, dict[str, Tensor]]:
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     if config.model_type.startswith("siglip2"):
         raise BaselineError(name, "unsupported SigLIP 2", "a fixed image size (...-patch16-224)", "siglip2 (NaFlex)")
@@ -234,7 +258,7 @@ def _load_transformers(name: str, folder: Path, device: torch.device) -> tuple[I
             raise BaselineError(name, "unsupported features", "a pooled output or a class token", "neither")
         return output.last_hidden_state[:, 0]
 
-    return transform, encode
+    return transform, encode, weights
 
 
 def _read_transform(name: str, folder: Path) -> ImageTransform:
@@ -265,7 +289,7 @@ def _height_and_width(size: int | Sequence[int] | Mapping[str, int]) -> tuple[in
     return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
-def _load_open_clip(name: str, folder: Path, device: torch.device) -> tuple[ImageTransform, Encoder]:
+def _load_open_clip(name: str, folder: Path, device: torch.device) -> tuple[ImageTransform, Encoder, dict[str, Tensor]]:
     """Load the vision tower only, since a text tower may fetch its configuration from another repository.
 
     open_clip's own loaders fall back to pickles if a repository has no safetensors, so weights are read here.
@@ -291,4 +315,4 @@ def _load_open_clip(name: str, folder: Path, device: torch.device) -> tuple[Imag
         (*preprocessing.get("std", open_clip.OPENAI_DATASET_STD),),
         "bilinear" if preprocessing.get("interpolation") == "bilinear" else "bicubic",
     )
-    return transform, tower.to(device).eval()
+    return transform, tower.to(device).eval(), weights

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast, set_seed
@@ -44,16 +44,20 @@ def build_untrained_baseline(
     seed: int = 0,
     max_tokens: int = MAX_TOKENS,
     num_workers: int = 0,
+    bar: Any = None,
 ) -> UntrainedBaseline:
     """Initialise an encoder randomly and fit its whitening to training scans.
 
     All processes must call it together; they get the same encoder. If no scan of `training` is readable, the whitening
-    stays the identity. The default seed is that of `RunConfig`.
+    stays the identity. The default seed is that of `RunConfig`. `bar` is a tqdm bar to which the scans are added.
     """
     set_seed(seed)
     encoder = M3RetModel(config).eval().to(accelerator.device)
-    embed = partial(embed_collection, max_tokens=max_tokens, num_workers=num_workers, pooled=True)
-    pooled = embed(encoder, processor, whitening_sample(training), accelerator, name="untrained")
+    embed = partial(embed_collection, max_tokens=max_tokens, num_workers=num_workers, pooled=True, bar=bar)
+    sample = whitening_sample(training)
+    if bar is not None:
+        bar.total += len(sample)
+    pooled = embed(encoder, processor, sample, accelerator, name="untrained")
     if not pooled.records:
         note = (
             "The untrained encoder is not whitened: no training scans of patients outside the evaluation are known. "

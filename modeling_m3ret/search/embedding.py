@@ -44,60 +44,96 @@ class Embedded:
         return self.embeddings[queries] @ self.embeddings.T
 
 
-def embed_records(
+@dataclass
+class EmbeddedBatch:
+    """Consecutive records that were embedded together."""
+
+    rows: list[int]  # indices of the readable records
+    vectors: list[Tensor]  # (len(rows), d) of each embedder, on the CPU; without readable records, none
+    failures: list[tuple[int, str]]  # index and message of each record that could not be read
+
+    def __len__(self) -> int:
+        return len(self.rows) + len(self.failures)
+
+
+# embeds records lazily, in order
+BatchEmbedder = Callable[[Sequence[Record]], Iterator[EmbeddedBatch]]
+
+
+def embed_batches(
     embedders: Sequence[Embedder],
     processor: M3RetImageProcessor,
     records: Sequence[Record],
     *,
     max_tokens: int = MAX_TOKENS,
     num_workers: int = 0,
-    progress: bool = True,
-    bar: Any = None,
-    series: str | int | None = None,
-) -> list[Embedded]:
-    """Embed every readable scan, in order, with one or several embedders that share each decode.
+) -> Iterator[EmbeddedBatch]:
+    """Embed every readable scan lazily, in order, with one or several embedders that share each decode.
 
     Args:
-        embedders: such as `encoder_embedder(model)`.
+        embedders: such as `encoder_embedder(model)`. Vectors are float32, or of the embedder's own integer dtype.
         max_tokens: patches per forward pass. Embeddings do not depend on it.
         num_workers: processes that decode ahead.
-        bar: a tqdm bar to advance instead of showing one.
-        series: which DICOM series to read of a record with several, see `read_scan`.
-
-    Returns:
-        One `Embedded` per embedder: float32, or the embedder's own dtype if it is an integer.
 
     Raises:
         ValueError: if an embedding is not finite.
     """
-    vectors: list[list[Tensor]] = [[] for _ in embedders]
-    readable: list[int] = []
-    failures: list[str] = []
 
     def tokens(pack: Pack) -> int:
         return sum(math.prod(processor.grid_shape(shape)) for shape in pack.shapes)
 
-    loader = embedding_loader(WholeScans(records, processor, series), 1, num_workers)
+    loader = embedding_loader(WholeScans(records, processor), 1, num_workers)
+    for pack in map(Pack.concatenate, batched(loader, tokens, max_tokens)):
+        vectors = []
+        if pack.scans:
+            with torch.inference_mode():
+                inputs = pack.inputs(processor)
+                vectors = [embedder(inputs).cpu() for embedder in embedders]
+        vectors = [batch.float() if batch.is_floating_point() else batch for batch in vectors]
+        if not all(batch.isfinite().all() for batch in vectors):
+            raise ValueError("embeddings are not finite: the encoder's weights have diverged. Use another checkpoint.")
+        yield EmbeddedBatch(pack.scans, vectors, pack.failures)
+
+
+def collect(
+    batches: Iterable[EmbeddedBatch], records: Sequence[Record], embedders: int = 1, bar: Any = None
+) -> list[Embedded]:
+    """Join the batches of some records to one `Embedded` per embedder. `bar`, a tqdm bar, counts the records."""
+    rows: list[int] = []
+    vectors: list[list[Tensor]] = [[] for _ in range(embedders)]
+    failures: list[str] = []
+    for batch in batches:
+        if bar is not None:
+            bar.update(len(batch))
+        rows += batch.rows
+        failures += [message for _, message in batch.failures]
+        for joined, part in zip(vectors, batch.vectors, strict=bool(batch.rows)):
+            joined.append(part)
+    return [
+        Embedded(torch.cat(joined) if joined else torch.empty(0, 0), [records[row] for row in rows], list(failures))
+        for joined in vectors
+    ]
+
+
+def embed_records(
+    embedders: Sequence[Embedder],
+    processor: M3RetImageProcessor,
+    records: Sequence[Record],
+    *,
+    progress: bool = True,
+    bar: Any = None,
+    **options: Any,
+) -> list[Embedded]:
+    """Embed every readable scan as `embed_batches` does, which takes `options`. Return one `Embedded` per embedder.
+
+    `bar` is a tqdm bar to advance instead of showing one.
+    """
     if bar is None:
         bar = tqdm(total=len(records), desc="embedding", unit="scan", disable=not progress)
     else:
         bar = nullcontext(bar)  # its owner closes it
-    with torch.inference_mode(), bar as shown:
-        for pack in map(Pack.concatenate, batched(loader, tokens, max_tokens)):
-            shown.update(len(pack.scans) + len(pack.failures))
-            failures += [message for _, message in pack.failures]
-            if pack.scans:
-                readable += pack.scans
-                inputs = pack.inputs(processor)
-                for batches, embedder in zip(vectors, embedders, strict=True):
-                    batch = embedder(inputs).cpu()
-                    batches.append(batch.float() if batch.is_floating_point() else batch)
-    if any(not torch.isfinite(batch).all() for batches in vectors for batch in batches):
-        raise ValueError("embeddings are not finite: the encoder's weights have diverged. Use another checkpoint.")
-    return [
-        Embedded(torch.cat(batches) if batches else torch.empty(0, 0), [records[i] for i in readable], list(failures))
-        for batches in vectors
-    ]
+    with bar as shown:
+        return collect(embed_batches(embedders, processor, records, **options), records, len(embedders), shown)
 
 
 def batched(items: Iterable[T], size: Callable[[T], int], max_size: int) -> Iterator[list[T]]:

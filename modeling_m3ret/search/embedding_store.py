@@ -14,14 +14,19 @@ import functools
 import hashlib
 import json
 import logging
-import time
+from bisect import bisect_left
+from collections import deque
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file, save
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..atomic_io import atomic_write
@@ -32,13 +37,15 @@ from ..hub import CACHE_FOLDER
 from ..image_processing_m3ret import M3RetImageProcessor
 from ..model_facts import model_facts
 from ..modeling_m3ret import M3RetModel
-from .embedding import MAX_TOKENS, Embedded, Embedder, embed_records, encoder_embedder, pooled_embedder
+from .embedding import MAX_TOKENS, BatchEmbedder, Embedded, embed_batches, encoder_embedder, pooled_embedder
 
 
 logger = logging.getLogger(__name__)
 
 FORMAT = 3  # of the shard files, and of what is read from a scan; part of the cache key
-SHARD_SCANS = 512  # scans that are embedded again after an interruption: some minutes of CTs on a CPU
+# Scans that are embedded again after an interruption, and the unit in which processes share the work: a minute of CTs
+# on a CPU. A shard of a ViT-B has 200 kB.
+SHARD_SCANS = 64
 
 
 def embed_collection(
@@ -53,49 +60,62 @@ def embed_collection(
     max_tokens: int = MAX_TOKENS,
     num_workers: int = 0,
     pooled: bool = False,
+    bar: Any = None,
+) -> Embedded:
+    """Embed all readable records with an encoder, see `embed_cached`.
+
+    Args:
+        model: encoder in evaluation mode, on its device.
+        dtype: bfloat16 runs the encoder under autocast, which is faster on hardware that supports it.
+        max_tokens, num_workers: as for `embed_batches`.
+        pooled: return pooled features `(n, pooled_size)`, neither whitened nor normalised, for fitting a whitening.
+    """
+    facts = asdict(model_facts(model, processor, name))
+    del facts["model"]
+    identity = {
+        **facts,
+        # two poolings, or two numbers of heads, have weights of the same shapes and, untrained, of the same values
+        "config": {field: getattr(model.config, field) for field in M3RetConfig.__annotations__},
+        "dtype": str(dtype),
+        "pooled": pooled,
+    }
+    embedder = pooled_embedder(model) if pooled else encoder_embedder(model)
+    embed = partial(embed_batches, [embedder], processor, max_tokens=max_tokens, num_workers=num_workers)
+    with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+        return embed_cached(embed, records, accelerator, identity, folder=folder, bar=bar)
+
+
+def embed_cached(
+    embed: BatchEmbedder,
+    records: Sequence[Record],
+    accelerator: Accelerator,
+    identity: Mapping[str, object],
+    *,
+    folder: Path | None = None,
+    bar: Any = None,
 ) -> Embedded:
     """Embed all readable records, in order, or read the embeddings from the cache.
 
     All processes must call it together; each embeds a part of the shards, and all return the same.
 
     Args:
-        model: encoder in evaluation mode, on its device.
+        embed: of one embedder.
+        identity: JSON-serialisable description of all that determines the embedding of a scan.
         folder: of the cache; by default `HF_HOME/m3ret/embeddings`.
-        dtype: bfloat16 runs the encoder under autocast, which is faster on hardware that supports it.
-        max_tokens, num_workers: as for `embed_records`.
-        pooled: return pooled features `(n, pooled_size)`, neither whitened nor normalised, for fitting a whitening.
+        bar: tqdm bar to advance by the number of records, instead of showing one.
     """
-    facts = asdict(model_facts(model, processor, name))
-    del facts["model"]
-    key = cache_key(
-        **facts,
-        # two poolings, or two numbers of heads, have weights of the same shapes and, untrained, of the same values
-        config={field: getattr(model.config, field) for field in M3RetConfig.__annotations__},
-        records=fingerprint(records),
-        dtype=str(dtype),
-        shard=SHARD_SCANS,
-        pooled=pooled,
-    )
+    key = cache_key(**identity, records=fingerprint(records), shard=SHARD_SCANS)
     folder = (folder or CACHE_FOLDER / "embeddings") / key
-    embedder = pooled_embedder(model) if pooled else encoder_embedder(model)
-    start = time.perf_counter()
-    with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-        embedded = write_shards(
-            {"embeddings": embedder},
-            processor,
-            records,
-            folder,
-            SHARD_SCANS,
-            rank=accelerator.process_index,
-            world_size=accelerator.num_processes,
-            max_tokens=max_tokens,
-            num_workers=num_workers,
-            progress=accelerator.is_main_process,
-        )
-    if embedded:
-        rate = embedded / (time.perf_counter() - start)
-        accelerator.print(f"embedded {embedded:,} scans per process, {rate:.1f} scans/s")
-    accelerator.wait_for_everyone()
+    ranks = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
+    if bar is None:
+        bar = tqdm(total=len(records), desc="embedding", unit="scan", disable=not accelerator.is_main_process)
+    else:
+        bar = nullcontext(bar)  # its owner closes it
+    with bar as shown:
+        done = shown.n
+        write_shards(["embeddings"], embed, records, folder, SHARD_SCANS, bar=shown, **ranks)
+        accelerator.wait_for_everyone()
+        shown.update(done + len(records) - shown.n)  # shards that other processes finished since
     return read_shards(["embeddings"], records, folder, SHARD_SCANS)["embeddings"]
 
 
@@ -115,7 +135,8 @@ def fingerprint(records: Sequence[Record]) -> str:
             shard = location.shard if "://" in location.shard else state(Path(location.shard))
             content = f"{shard} {location.group} {location.row}"
         else:
-            content = state(location)
+            files = location if isinstance(location, tuple) else (location,)
+            content = "\0".join(map(state, files))
         content += f" {record.intensity}" if record.intensity else ""
         digest.update(f"{record.id}\0{content}\n".encode())
     return digest.hexdigest()
@@ -130,53 +151,57 @@ def _file_state(path: Path) -> str:
 
 
 def write_shards(
-    embedders: Mapping[str, Embedder],
-    processor: M3RetImageProcessor,
+    names: Sequence[str],
+    embed: BatchEmbedder,
     records: Sequence[Record],
     folder: Path,
     shard_scans: int,
     *,
+    bar: Any,
     rank: int = 0,
     world_size: int = 1,
-    max_tokens: int = MAX_TOKENS,
-    num_workers: int = 0,
-    description: str = "embedding",
-    progress: bool = True,
     log_failures: bool = True,
-) -> int:
+) -> None:
     """Embed those shards of a collection that are not in the folder yet.
 
     Args:
-        embedders: by name; they share each decode.
+        names: of the embedders.
         folder: of the shards; created if needed.
+        bar: tqdm bar to advance, also by shards that are in the folder already or that other processes finish.
         rank: index of this process; it embeds every `world_size`-th shard.
-        max_tokens, num_workers: as for `embed_records`.
-        description: title of the progress bar.
-        log_failures: log why a scan cannot be read, with its path. Not for logs that others read.
-
-    Returns:
-        The number of scans that this call embedded or could not read.
+        log_failures: log why a scan cannot be read, with its file name. Not for logs that others read.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    shards = _shards(records, shard_scans)[rank::world_size]
-    missing = [shard for shard in shards if not _shard_path(folder, shard).is_file()]
-    total, remaining = sum(map(len, shards)), sum(map(len, missing))
-    hidden = not (progress and missing)
-    with tqdm(total=total, initial=total - remaining, desc=description, unit="scan", disable=hidden) as bar:
-        for shard in missing:
-            scans = [records[index] for index in shard]
-            embedded = embed_records(
-                list(embedders.values()), processor, scans, max_tokens=max_tokens, num_workers=num_workers, bar=bar
-            )
-            for failure in embedded[0].failures if log_failures else ():
-                logger.warning("cannot read a scan: %s", failure)
-            index_of = {record.id: index for record, index in zip(scans, shard, strict=True)}
-            tensors = {name: one.embeddings.contiguous() for name, one in zip(embedders, embedded, strict=True)}
+    missing = _missing(folder, _shards(records, shard_scans))
+    own = deque(shard for shard in missing if shard.start // shard_scans % world_size == rank)
+    others = [shard for shard in missing if shard not in own]
+    bar.update(len(records) - sum(map(len, missing)))
+    todo = [row for shard in own for row in shard]
+    rows: list[int] = []  # embedded, but not written yet
+    vectors: list[list[Tensor]] = [[] for _ in names]
+    seen = 0
+    for batch in embed([records[row] for row in todo]) if todo else ():
+        bar.update(len(batch))
+        for _, failure in batch.failures if log_failures else ():
+            logger.warning("cannot read a scan: %s", failure)
+        rows += [todo[row] for row in batch.rows]
+        for waiting, part in zip(vectors, batch.vectors, strict=bool(batch.rows)):
+            waiting.append(part)
+        seen += len(batch)
+        while own and todo[seen - 1] >= own[0].stop - 1:
+            shard = own.popleft()
+            count = bisect_left(rows, shard.stop)
+            joined = [torch.cat(waiting) if waiting else torch.empty(0, 0) for waiting in vectors]
+            tensors = {name: values[:count].clone() for name, values in zip(names, joined, strict=True)}
             # the index of each row's record
-            tensors["rows"] = torch.tensor([index_of[record.id] for record in embedded[0].records], dtype=torch.int64)
+            tensors["rows"] = torch.tensor(rows[:count], dtype=torch.int64)
             with atomic_write(_shard_path(folder, shard)) as stream:
                 stream.write(save(tensors))
-    return remaining
+            rows = rows[count:]
+            vectors = [[values[count:]] if rows else [] for values in joined]
+            unfinished = _missing(folder, others)
+            bar.update(sum(map(len, others)) - sum(map(len, unfinished)))
+            others = unfinished
 
 
 def read_shards(names: Sequence[str], records: Sequence[Record], folder: Path, shard_scans: int) -> dict[str, Embedded]:
@@ -200,6 +225,11 @@ def read_shards(names: Sequence[str], records: Sequence[Record], folder: Path, s
 
 def _shards(records: Sequence[Record], shard_scans: int) -> list[range]:
     return [range(start, min(start + shard_scans, len(records))) for start in range(0, len(records), shard_scans)]
+
+
+def _missing(folder: Path, shards: Sequence[range]) -> list[range]:
+    present = {path.name for path in folder.iterdir()} if shards else set()
+    return [shard for shard in shards if _shard_path(folder, shard).name not in present]
 
 
 def _shard_path(folder: Path, shard: range) -> Path:

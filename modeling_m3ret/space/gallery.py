@@ -14,7 +14,7 @@ import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TypedDict, cast
 
@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 from filelock import FileLock
 from PIL import Image
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from ..atomic_io import atomic_write, atomic_write_text
 from ..data.collection import Record, open_collection
@@ -31,7 +32,7 @@ from ..hub import CACHE_FOLDER
 from ..image_processing_m3ret import M3RetImageProcessor
 from ..model_facts import ModelFacts, model_facts
 from ..modeling_m3ret import M3RetModel
-from ..search.embedding import encoder_embedder
+from ..search.embedding import embed_batches, encoder_embedder
 from ..search.embedding_store import cache_key, fingerprint, read_shards, write_shards
 from ..search.exact import Hits
 from ..search.filters import MetadataFilter
@@ -224,9 +225,11 @@ def _embed(
 ) -> None:
     """Embed a gallery in shards and save it."""
     embedders = {"embeddings": encoder_embedder(model), "thumbnails": thumbnail_embedder(processor)}
-    shards, title = folder / SHARDS, "embedding the gallery"
-    write_shards(embedders, processor, records, shards, SHARD_SCANS, description=title, log_failures=False)
-    embedded = read_shards(list(embedders), records, shards, SHARD_SCANS)
+    names, shards = list(embedders), folder / SHARDS
+    embed = partial(embed_batches, list(embedders.values()), processor)
+    with tqdm(total=len(records), desc="embedding the gallery", unit="scan") as bar:
+        write_shards(names, embed, records, shards, SHARD_SCANS, bar=bar, log_failures=False)
+    embedded = read_shards(names, records, shards, SHARD_SCANS)
     readable = embedded["embeddings"].records
     if not readable:
         problem = f"no scan of the gallery can be read: expected at least one of {len(records)}, got none."

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from accelerate import Accelerator
 from conftest import Hub
 from huggingface_hub import HfApi
 from PIL import Image
@@ -23,7 +26,9 @@ from torch import Tensor
 
 from modeling_m3ret.data.collection import Record
 from modeling_m3ret.evaluation import baselines
-from modeling_m3ret.evaluation.baselines import BaselineError, baseline_name, embed_with_baseline
+from modeling_m3ret.evaluation.baselines import BaselineError, baseline_name, embed_with_baseline, load_baseline
+from modeling_m3ret.search import embedding_store
+from modeling_m3ret.search.embedding import Embedded, collect
 
 
 # the real architectures, 2 layers deep and 16 wide
@@ -49,6 +54,10 @@ CROPPED = SQUARE | {
     "crop_size": {"height": 32, "width": 32},
     "resample": 3,
 }
+
+
+def embed(name: str, records: list[Record], **options: Any) -> Embedded:
+    return collect(load_baseline(name).embed(records, **options), records)[0]
 
 
 def pooler_output(model: Any, pixels: Tensor) -> Tensor:
@@ -199,23 +208,48 @@ def test_embeddings_are_the_features_of_the_model(
     else:
         model = getattr(transformers, KINDS[kind][0]).from_pretrained(tmp_path / kind)
     expected = embedding_by_hand(partial(feature, model.eval()), arrays, processor)
-    embedded = embed_with_baseline(str(tmp_path / kind), records, progress=False)
+    embedded = embed(str(tmp_path / kind), records)
     assert embedded.embeddings.dtype == torch.float32
     assert smallest_distance(expected) > 1e-3
     torch.testing.assert_close(embedded.embeddings, expected, atol=2e-5, rtol=0)
 
 
 def test_embeddings_are_in_order_and_unreadable_files_are_reported(dinov3: Path, records: list[Record]) -> None:
-    embedded = embed_with_baseline(str(dinov3), records, batch_size=2, progress=False)
+    embedded = embed(str(dinov3), records, batch_size=2)
     assert [record.id for record in embedded.records] == READABLE
     assert len(embedded.failures) == 1
     assert "broken.png" in embedded.failures[0]
-    backwards = embed_with_baseline(str(dinov3), records[::-1], batch_size=2, progress=False)
+    backwards = embed(str(dinov3), records[::-1], batch_size=2)
     torch.testing.assert_close(backwards.embeddings.flip(0), embedded.embeddings, atol=1e-5, rtol=0)
 
 
+def test_embeddings_of_a_baseline_are_cached(
+    dinov3: Path, records: list[Record], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(embedding_store, "CACHE_FOLDER", tmp_path)
+    baseline, accelerator = load_baseline(str(dinov3)), Accelerator(cpu=True)
+    first = embed_with_baseline(baseline, records, accelerator)
+    torch.testing.assert_close(first.embeddings, embed(str(dinov3), records).embeddings)
+    monkeypatch.setattr(baselines.Baseline, "embed", lambda *_, **__: pytest.fail("embedded again"))
+    again = embed_with_baseline(load_baseline(str(dinov3)), records, accelerator)
+    assert torch.equal(again.embeddings, first.embeddings)
+    assert [record.id for record in again.records] == READABLE
+
+
+def test_facts_of_a_baseline_change_with_weights_and_preprocessing(dinov3: Path, tmp_path: Path) -> None:
+    facts = load_baseline(str(dinov3)).facts
+    other, resized = tmp_path / "other" / dinov3.name, tmp_path / "resized" / dinov3.name
+    torch.manual_seed(1)
+    save_checkpoint("dinov3", other)
+    shutil.copytree(dinov3, resized)
+    change("preprocessor_config.json", size={"height": 48, "width": 48})(resized)
+    assert replace(load_baseline(str(other)).facts, revision=facts.revision) == facts
+    assert replace(load_baseline(str(resized)).facts, processor=facts.processor) == facts
+    assert len({facts, load_baseline(str(other)).facts, load_baseline(str(resized)).facts}) == 3
+
+
 def test_no_readable_scan_gives_no_embedding(dinov3: Path, records: list[Record]) -> None:
-    embedded = embed_with_baseline(str(dinov3), records[2:3], progress=False)
+    embedded = embed(str(dinov3), records[2:3])
     assert (len(embedded.embeddings), embedded.records, len(embedded.failures)) == (0, [], 1)
 
 
@@ -223,16 +257,16 @@ def test_no_readable_scan_gives_no_embedding(dinov3: Path, records: list[Record]
 def test_embeddings_do_not_depend_on_batch_size_and_workers(
     batch_size: int, num_workers: int, dinov3: Path, records: list[Record]
 ) -> None:
-    embed = partial(embed_with_baseline, str(dinov3), records, progress=False)
-    expected = embed(batch_size=3).embeddings
-    embedded = embed(batch_size=batch_size, num_workers=num_workers)
+    embed_all = partial(embed, str(dinov3), records)
+    expected = embed_all(batch_size=3).embeddings
+    embedded = embed_all(batch_size=batch_size, num_workers=num_workers)
     assert [record.id for record in embedded.records] == READABLE
     torch.testing.assert_close(embedded.embeddings, expected, atol=1e-5, rtol=0)
 
 
 def test_bfloat16_embeddings_are_close(dinov3: Path, records: list[Record]) -> None:
-    whole = embed_with_baseline(str(dinov3), records, progress=False).embeddings
-    half = embed_with_baseline(str(dinov3), records, dtype=torch.bfloat16, progress=False).embeddings
+    whole = embed(str(dinov3), records).embeddings
+    half = embed(str(dinov3), records, dtype=torch.bfloat16).embeddings
     assert half.dtype == torch.float32
     assert 1e-5 < (half - whole).norm(dim=-1).max() < 0.05  # different, within the precision of 8 bits
 
@@ -241,8 +275,8 @@ def test_one_slice_is_the_middle_of_the_volume(dinov3: Path, records: list[Recor
     middle = np.load(records[0].location)["hu"][10]
     np.savez(tmp_path / "middle.npz", hu=middle)
     alone = [Record("middle", tmp_path / "middle.npz", "any", "", "", "")]
-    of_volume = embed_with_baseline(str(dinov3), records[:1], slices=1, progress=False).embeddings
-    torch.testing.assert_close(of_volume, embed_with_baseline(str(dinov3), alone, progress=False).embeddings)
+    of_volume = embed(str(dinov3), records[:1], slices=1).embeddings
+    torch.testing.assert_close(of_volume, embed(str(dinov3), alone).embeddings)
 
 
 class Explosive:
@@ -257,7 +291,7 @@ def test_pickled_weights_are_rejected(dinov3: Path, records: list[Record], tmp_p
         (tmp_path / file).write_bytes((dinov3 / file).read_bytes())
     torch.save(Explosive(), tmp_path / "pytorch_model.bin")
     with pytest.raises(BaselineError, match=r"model\.safetensors.*pytorch_model\.bin") as caught:
-        embed_with_baseline(str(tmp_path), records, progress=False)
+        embed(str(tmp_path), records)
     assert caught.value.name == str(tmp_path)
 
 
@@ -266,7 +300,7 @@ def test_pickled_weights_of_open_clip_are_rejected(records: list[Record], tmp_pa
     (tmp_path / "open_clip_config.json").write_text("{}")
     torch.save(Explosive(), tmp_path / "open_clip_pytorch_model.bin")
     with pytest.raises(BaselineError, match=r"open_clip_model\.safetensors.*open_clip_pytorch_model\.bin"):
-        embed_with_baseline(str(tmp_path), records, progress=False)
+        embed(str(tmp_path), records)
 
 
 def test_open_clip_must_be_installed_for_its_models(
@@ -275,7 +309,7 @@ def test_open_clip_must_be_installed_for_its_models(
     monkeypatch.setitem(sys.modules, "open_clip", None)
     (tmp_path / "open_clip_config.json").write_text("{}")
     with pytest.raises(BaselineError, match=r"m3ret\[clip\]") as caught:
-        embed_with_baseline(str(tmp_path), records, progress=False)
+        embed(str(tmp_path), records)
     assert isinstance(caught.value.__cause__, ImportError)
 
 
@@ -283,7 +317,7 @@ def test_sharded_weights_are_read(dinov3: Path, records: list[Record], tmp_path:
     transformers.DINOv3ViTModel.from_pretrained(dinov3).save_pretrained(tmp_path, max_shard_size="5KB")
     (tmp_path / "preprocessor_config.json").write_bytes((dinov3 / "preprocessor_config.json").read_bytes())
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
-    sharded, whole = (embed_with_baseline(str(folder), records, progress=False) for folder in (tmp_path, dinov3))
+    sharded, whole = (embed(str(folder), records) for folder in (tmp_path, dinov3))
     assert torch.equal(sharded.embeddings, whole.embeddings)
 
 
@@ -325,7 +359,7 @@ def test_unsupported_or_damaged_checkpoints_are_rejected(
         (tmp_path / file.name).write_bytes(file.read_bytes())
     damage(tmp_path)
     with pytest.raises(BaselineError) as caught:
-        embed_with_baseline(str(tmp_path), [], progress=False)
+        embed(str(tmp_path), [])
     assert caught.value.name == str(tmp_path)
     assert identifier in str(caught.value)
     assert caught.value.__cause__ is None if cause is None else isinstance(caught.value.__cause__, cause)
@@ -337,7 +371,7 @@ def test_the_processor_format_of_newer_transformers_is_read(
     for file in ("config.json", "model.safetensors"):
         (tmp_path / file).write_bytes((dinov3 / file).read_bytes())
     change("processor_config.json", image_processor=SQUARE)(tmp_path)
-    nested, flat = (embed_with_baseline(str(folder), records, progress=False) for folder in (tmp_path, dinov3))
+    nested, flat = (embed(str(folder), records) for folder in (tmp_path, dinov3))
     assert torch.equal(nested.embeddings, flat.embeddings)
 
 
@@ -366,12 +400,12 @@ def test_only_json_and_safetensors_are_downloaded(
         huggingface_hub.snapshot_download, endpoint=hub.endpoint, token=hub.token, cache_dir=tmp_path / "cache"
     )
     monkeypatch.setattr(baselines, "snapshot_download", fetch)
-    fetched = embed_with_baseline(f"{repository}@{hub.head(repository)}", records, progress=False)
-    assert torch.equal(fetched.embeddings, embed_with_baseline(str(dinov3), records, progress=False).embeddings)
+    fetched = embed(f"{repository}@{hub.head(repository)}", records)
+    assert torch.equal(fetched.embeddings, embed(str(dinov3), records).embeddings)
     files = {file.name for file in (tmp_path / "cache").rglob("snapshots/*/*")}
     assert files == {"config.json", "preprocessor_config.json", "model.safetensors"}
     with pytest.raises(BaselineError) as caught:
-        embed_with_baseline("org/no-such-model", records, progress=False)
+        embed("org/no-such-model", records)
     assert caught.value.name == "org/no-such-model"
 
 
@@ -433,5 +467,5 @@ def test_open_clip_embeddings_are_those_of_encode_image(
     expected = embedding_by_hand(feature, arrays, processor)
     assert smallest_distance(expected) > 1e-3
     for name in (str(tmp_path), f"hf-hub:{tmp_path}"):
-        embedded = embed_with_baseline(name, records, progress=False)
+        embedded = embed(name, records)
         torch.testing.assert_close(embedded.embeddings, expected, atol=2e-5, rtol=0)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import signal
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,7 @@ import torch
 from accelerate import Accelerator
 from conftest import tiny_config
 from processes import Script
+from tqdm import tqdm
 
 from modeling_m3ret import M3RetImageProcessor, M3RetModel
 from modeling_m3ret.data.collection import Record
@@ -72,7 +75,7 @@ def test_cached_embeddings_are_those_of_a_plain_run(
     def refuse(*arguments: object, **options: object) -> None:
         raise EmbeddedAgainError
 
-    monkeypatch.setattr(embedding_store, "embed_records", refuse)
+    monkeypatch.setattr(embedding_store, "embed_batches", refuse)
     for name in ("m3ret-tiny", "step-000100"):  # the name of the checkpoint does not matter
         cached = embed_collection(make_model(), PROCESSOR, records, Accelerator(cpu=True), **settings | {"name": name})
         assert torch.equal(cached.embeddings, first.embeddings)
@@ -92,6 +95,20 @@ def test_cached_embeddings_are_those_of_a_plain_run(
         changed = {"model": make_model(), "processor": PROCESSOR, "records": records} | other
         with pytest.raises(EmbeddedAgainError):
             embed_collection(accelerator=Accelerator(cpu=True), **changed, **settings)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("computed_before", [0, 12])
+def test_bar_of_a_job_counts_each_scan_once(records: list[Record], tmp_path: Path, computed_before: int) -> None:
+    """It is shared by two collections of 12 scans in 3 shards, one unreadable; the first may be cached."""
+    embed = partial(embed_collection, make_model(), PROCESSOR, name="m", folder=tmp_path / "cache")
+    embed(records[:computed_before], Accelerator(cpu=True))
+    with tqdm(total=24, file=io.StringIO()) as bar:
+        counts = []
+        for batch in (records, records[::-1]):
+            embed(batch, Accelerator(cpu=True), bar=bar)
+            counts.append(bar.n)
+        assert not bar.disable
+    assert counts == [12, 24]
 
 
 def test_cache_holds_no_names_of_scans(records: list[Record], tmp_path: Path) -> None:

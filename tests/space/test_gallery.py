@@ -90,13 +90,13 @@ def test_index_of_another_model_is_refused(
 @pytest.fixture
 def embedded(monkeypatch: pytest.MonkeyPatch) -> list[Record]:
     """The records that the test embeds, in order."""
-    embed, embedded = embedding_store.embed_records, []
+    embed, embedded = gallery_module.embed_batches, []
 
     def record(embedders: Any, processor: Any, records: list[Record], **options: Any) -> Any:
         embedded.extend(records)
         return embed(embedders, processor, records, **options)
 
-    monkeypatch.setattr(embedding_store, "embed_records", record)
+    monkeypatch.setattr(gallery_module, "embed_batches", record)
     return embedded
 
 
