@@ -421,14 +421,14 @@ class M3RetWhitening(nn.Module):
             return (pooled.float() - self.mean.float()) @ self.matrix.float().T
 
     @torch.no_grad()
-    def fit(self, pooled: Tensor, shrinkage: float = 0.01) -> None:
+    def fit(self, pooled: Tensor, shrinkage: float = 0.1) -> None:
         """Fit to pooled features of mean m and covariance V diag(c) V^T: x -> diag(c + e)^(-1/2) V^T (x - m).
 
         Args:
             pooled: `(n, pooled)` features of n scans, before whitening.
             shrinkage: e as a fraction of the largest variance. Small variances are noise, and some are zero if there
-                are fewer scans than dimensions. On phantom scans, 0.001 to 0.1 changed mAP by at most 0.02. On real
-                scans, 0.1 gained 0.13 across modalities and 0.01 within them (one encoder, docs/results.md).
+                are fewer scans than dimensions. On a development benchmark of real scans, 0.1 gained 0.13 across
+                modalities and 0.01 within them against 0.01 (one encoder, docs/results.md).
         """
         pooled = pooled.cpu().double()  # MPS has no float64
         centred = pooled - pooled.mean(0)

@@ -420,7 +420,7 @@ def test_token_whitening_decorrelates_the_patches_for_any_pooling(
 
 def test_token_whitening_uses_a_bounded_number_of_patches(model: M3RetModel, monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[Tensor] = []
-    monkeypatch.setattr(matching.M3RetWhitening, "fit", lambda self, sample: taken.append(sample))
+    monkeypatch.setattr(matching.M3RetWhitening, "fit", lambda self, sample, shrinkage: taken.append(sample))
     monkeypatch.setattr(matching, "PATCHES_PER_SCAN", 5)
     arrays = [np.zeros((1, 96, 96), np.uint8), np.zeros((1, 16, 16), np.uint8)]
     patches = [math.prod(PROCESSOR(array)["grid_thw"][0].tolist()) for array in arrays]
