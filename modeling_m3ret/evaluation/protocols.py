@@ -6,6 +6,7 @@ is searched for. A scan without a label matches no other scan, not even another 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args, get_type_hints
@@ -16,6 +17,11 @@ from torch import Tensor
 from ..data.collection import Record
 from ..data.schema import parse_modality, parse_split, require_words
 from ..errors import InputError
+
+
+# a source with fewer queries has no weight of its own in a mean over sources: the standard error of its mean is above
+# 0.05 for the usual standard deviation of average precision, about 0.25
+FEW_QUERIES = 25
 
 
 @dataclass(frozen=True)
@@ -33,7 +39,8 @@ class Protocol:
     # title of the row of each modality, whose name replaces "{}"; the row `title` is then the mean over modalities
     per_modality: str = ""  # if empty, there is one row, in which all queries weigh the same
     per_source: str = ""  # the same for each source, instead of each modality
-    mean_over_sources: bool = False  # each row is the mean over the sources of its queries, which all weigh the same
+    # each row is the mean over the sources of its queries, which all weigh the same; small ones count as one
+    mean_over_sources: bool = False
     query_split: str = ""  # split of the queries; empty for all scans (leave-one-out)
     gallery_split: str = ""  # the same for the gallery
 
@@ -50,21 +57,26 @@ class Protocol:
     def parts(self, annotations: Annotations) -> list[tuple[str, Tensor]]:
         """Return the title and the record indices `(Q,)` of the queries of each separately measured part.
 
-        Parts with the same title, one for each source, are averaged to one row. Queries whose whole gallery would be
+        Parts with the same title, one for each source, are averaged to one row. Sources with fewer than `FEW_QUERIES`
+        are one part together, because a mean over a few queries is mostly noise. Queries whose whole gallery would be
         relevant are left out: those of a source with one class, or of a modality with one source.
         """
         parts: dict[tuple[str, str], list[int]] = {}
         trivial = self._trivial_galleries(annotations.records)
-        for index, record in enumerate(annotations.records):
-            if self.query_split not in ("", record.split) or (
-                self.modalities and record.modality not in self.modalities
-            ):
-                continue
-            if self._gallery_of(record) in trivial:
-                continue
+        queries = {
+            index: record
+            for index, record in enumerate(annotations.records)
+            if self.query_split in ("", record.split)
+            and (not self.modalities or record.modality in self.modalities)
+            and self._gallery_of(record) not in trivial
+        }
+        sizes = Counter((record.modality, record.source) for record in queries.values())
+        for index, record in queries.items():
             title = self.per_source.format(record.source) or self.per_modality.format(record.modality) or self.title
-            parts.setdefault((title, record.source if self.mean_over_sources else ""), []).append(index)
-        return [(title, torch.tensor(queries)) for (title, _), queries in sorted(parts.items())]
+            is_small = sizes[record.modality, record.source] < FEW_QUERIES
+            part = "" if is_small or not self.mean_over_sources else record.source
+            parts.setdefault((title, part), []).append(index)
+        return [(title, torch.tensor(indices)) for (title, _), indices in sorted(parts.items())]
 
     def _gallery_of(self, record: Record) -> tuple[str, str]:
         """Return modality and source of the gallery that a query searches; the source is empty for all sources."""

@@ -197,13 +197,24 @@ def test_protocols_of_several_sources(protocol: Protocol, expected: dict[str, di
     assert titles == {name: title for title, queries in expected.items() for name in queries}
 
 
-def test_sources_are_separate_parts_of_a_mean_over_sources() -> None:
-    parts = LABEL_OVER_SOURCES.parts(Annotations(OF_SOURCES))
-    assert [("".join(OF_SOURCES[i].id for i in queries), title) for title, queries in parts] == [
-        ("abcd", "ct by label"),
-        ("ef", "ct by label"),
-        ("gh", "xray by label"),
+def test_sources_are_separate_parts_of_a_mean_over_sources_unless_they_are_small() -> None:
+    sizes = {("ct", "p"): 25, ("ct", "q"): 40, ("ct", "r"): 24, ("ct", "s"): 1, ("xray", "p"): 3, ("xray", "r"): 60}
+    records = [
+        replace(record(f"{modality} {source} {i}", modality, "chest", "mass", str(i)), source=source)
+        for (modality, source), size in sizes.items()
+        for i in range(size)
     ]
+
+    def parts(protocol: Protocol) -> list[tuple[str, set[str]]]:
+        found = protocol.parts(Annotations(records))
+        return [(title, {records[i].id.rsplit(" ", 1)[0] for i in queries}) for title, queries in found]
+
+    of_ct, of_xray = [{"ct r", "ct s"}, {"ct p"}, {"ct q"}], [{"xray p"}, {"xray r"}]
+    assert parts(LABEL_OVER_SOURCES) == [("ct by label", p) for p in of_ct] + [("xray by label", p) for p in of_xray]
+    across = [{"ct r", "ct s", "xray p"}, {"ct p"}, {"ct q"}, {"xray r"}]
+    assert parts(ANATOMY_OVER_SOURCES) == [("across modalities", p) for p in across]
+    plain = replace(LABEL_OVER_SOURCES, mean_over_sources=False)
+    assert parts(plain) == [("ct by label", {"ct p", "ct q", "ct r", "ct s"}), ("xray by label", {"xray p", "xray r"})]
 
 
 def test_parts_are_the_modalities_of_the_queries() -> None:
