@@ -19,6 +19,7 @@ import torch
 from accelerate import Accelerator
 from jsonargparse.typing import NonNegativeInt, OpenUnitInterval, PositiveInt
 from tqdm.auto import tqdm
+from transformers.utils import logging as transformers_logging
 
 from modeling_m3ret.command_line import CommandLine, user_errors
 from modeling_m3ret.cpu import prepare_cpu
@@ -130,5 +131,6 @@ def main(arguments: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     arguments = parse_arguments()
+    transformers_logging.disable_progress_bar()  # of the weights; the job has one of its own
     with user_errors(Path(__file__).name):
         main(arguments)

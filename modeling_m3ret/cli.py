@@ -11,7 +11,9 @@ from .version import __version__
 
 # command: module with a `main()` that reads `sys.argv`, and what it does
 COMMANDS = {
-    "embed": ("modeling_m3ret.embed", "Embed scan files and save one embedding per scan"),
+    "embed": ("modeling_m3ret.embed", "Embed a folder, a dataset or files, and save one vector per scan as Parquet"),
+    "index": ("modeling_m3ret.index_command", "Build a search index from embeddings"),
+    "search": ("modeling_m3ret.search_command", "Find the scans of an index that are most similar to a scan"),
     "export": ("modeling_m3ret.export", "Export an encoder as an ONNX graph or a torch.export program"),
     "build": ("dataset_scripts.build", "Build a de-identified Parquet dataset from a folder or a known collection"),
     "combine": (

@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -72,10 +72,10 @@ class Folder(Source):
 
     With a `manifest.csv`, each of its rows is a scan, see `read_manifest_rows`.
 
-    Without a manifest, every file is a scan, except that DICOM slices of CT and MRI are grouped into series by patient,
-    study and series. The patient is that of the DICOM header, or the study if it names none. The modality is that of
-    the DICOM header, otherwise the last name in the path that states one ("ct", "ultrasound"), otherwise `modality`.
-    Segmentation masks are not scans.
+    Without a manifest, every file is a scan, except that DICOM slices of CT, MRI and PET are grouped into series by
+    patient, study and series. The patient is that of the DICOM header, or the study if it names none. The modality is
+    that of the DICOM header, otherwise the last name in the path that states one ("ct", "ultrasound"), otherwise
+    `modality`. Segmentation masks are not scans.
 
     Args:
         title: title of the collection, for its card and rows.
@@ -99,7 +99,7 @@ class Folder(Source):
     layout = "a manifest.csv, or DICOM, NIfTI, video or image files"
 
     def find_entries(self, root: Path) -> Iterator[Entry]:
-        return self._read_manifest(root) if (root / MANIFEST).is_file() else self._scan_files(root)
+        return self._read_manifest(root) if (root / MANIFEST).is_file() else self.group(find_files(root, ("",)), root)
 
     def _read_manifest(self, root: Path) -> Iterator[Entry]:
         for row in read_manifest_rows(root):
@@ -107,19 +107,25 @@ class Folder(Source):
             scan = (row.id, (row.file,), modality, row.anatomy, row.labels, row.group, row.split or None)
             yield Entry(*scan, licence=row.licence, intensity=row.intensity)
 
-    def _scan_files(self, root: Path) -> Iterator[Entry]:
+    def group(self, paths: Iterable[Path], root: Path | None = None) -> Iterator[Entry]:
+        """Yield the scans that some files make up.
+
+        Args:
+            root: folder in which the files were found. Their names are relative to it, and files that hold no scan are
+                left out. Without it, files are those that a user named, and none is left out.
+        """
         series: dict[tuple[str, str, str], list[Path]] = defaultdict(list)  # of a series, a patient and a study
         described: dict[tuple[str, str, str], tuple[str, str]] = {}  # modality and anatomy
-        for path in find_files(root, ("",)):
-            name = path.relative_to(root).as_posix()
+        for path in paths:
+            name = (path.relative_to(root) if root else path).as_posix()
             try:
                 kind = sniff(path) if path.is_file() else None  # opening a pipe would block
             except OSError:  # reported when the builder reads the file
                 kind = None
-            if kind is None and path.suffix.lower() in NON_SCAN_SUFFIXES:
+            if root and kind is None and path.suffix.lower() in NON_SCAN_SUFFIXES:
                 continue
             header = _dicom_header(path) if kind == "dicom" else None
-            if _is_mask(path, name) if header is None else _is_no_image(header):
+            if root and (_is_mask(path, name) if header is None else _is_no_image(header)):
                 self.notes["segmentation masks and other objects without an image, left out"] += 1
                 continue
             if header is None:
@@ -131,7 +137,8 @@ class Folder(Source):
                 modality = _modality_of_path(name) or self.modality
             else:
                 modality = find_modality(declared) or ""
-            is_slice = modality in ("ct", "mri") and header["ImagePositionPatient"] and header["Rows"]
+            is_volume = modality in ("ct", "mri") or declared == "PT"  # PET has no modality here, but may be embedded
+            is_slice = is_volume and header["ImagePositionPatient"] and header["Rows"]
             if is_slice and header["SeriesInstanceUID"] and header["NumberOfFrames"] in ("", "0", "1"):
                 key = (header["SeriesInstanceUID"], patient, study)
                 series[key].append(path)
