@@ -15,7 +15,7 @@ from typing import Any, TypedDict
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import BatchFeature
+from transformers import BatchFeature, default_data_collator
 from transformers.image_processing_utils import BaseImageProcessor  # `transformers` itself has none without Pillow
 
 from .packing_m3ret import split_into_patches
@@ -285,6 +285,51 @@ class M3RetImageProcessor(BaseImageProcessor):
             shrink *= 0.98
 
 
+class M3RetCollator:
+    """Join scans, processed one by one, to a batch: `Trainer(..., data_collator=M3RetCollator())`.
+
+    The default collators stack, which scans of different sizes do not allow. Here their rows become one pack, and all
+    else is collated as in `default_data_collator`: `label` or `labels` to `labels (B, ...)`, text is left out.
+    """
+
+    def __call__(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """Collate B items, each with what the processor returns for one scan, as tensors, arrays or lists.
+
+        Returns:
+            `grid_thw (B, 3)` int64, first, as libraries take the batch size from the first tensor; `pixel_values
+            (P, C*t*p*p)`, float32 unless the items hold tensors of another type; and the other columns.
+
+        Raises:
+            ValueError: if an item lacks `pixel_values` or `grid_thw`, or does not hold exactly one scan. The message
+                gives the index of the item.
+        """
+        grids, rows = [], []
+        for number, item in enumerate(items):
+            if absent := [name for name in M3RetImageProcessor.model_input_names if item.get(name) is None]:
+                raise ValueError(
+                    f"item {number} has no {' and no '.join(absent)}: expected the output of the processor for one "
+                    f"scan, got {', '.join(item) or 'an empty item'}. If scans are read in a transform, set "
+                    "remove_unused_columns=False in TrainingArguments."
+                )
+            grid, values = (_to_tensor(item[name]) for name in ("grid_thw", "pixel_values"))
+            if grid.numel() != 3 or values.ndim != 2 or len(values) != int(grid.prod()):
+                raise ValueError(
+                    f"item {number} is not one scan: expected grid_thw (1, 3) and one row of pixel_values for each of "
+                    f"its patches, got grid_thw {grid.tolist()} and pixel_values {tuple(values.shape)}. Call the "
+                    "processor for each scan, without batched=True."
+                )
+            grids.append(grid.long().reshape(1, 3))
+            rows.append(values)
+        others = [{k: v for k, v in item.items() if k not in M3RetImageProcessor.model_input_names} for item in items]
+        return {"grid_thw": torch.cat(grids), "pixel_values": torch.cat(rows), **default_data_collator(others)}
+
+
+def _to_tensor(values: Any) -> Tensor:
+    """Convert an array or nested lists, as `datasets` stores them, to a tensor; float64 becomes float32."""
+    tensor = values if isinstance(values, Tensor) else torch.from_numpy(np.array(values))
+    return tensor.float() if tensor.dtype == torch.float64 else tensor
+
+
 def _interpolate(frames: Tensor, height: int, width: int) -> Tensor:
     """Resize the planes of `(C, D, H, W)` to `(C, D, height, width)`, bilinear with antialiasing, in the same dtype."""
     if tuple(frames.shape[2:]) == (height, width):
@@ -353,4 +398,4 @@ def _require_positive(**settings: int) -> None:
             raise ValueError(f"{name} is out of range: expected at least 1, got {value}.")
 
 
-__all__ = ["M3RetImageProcessor", "M3RetReadError"]
+__all__ = ["M3RetCollator", "M3RetImageProcessor", "M3RetReadError"]

@@ -319,6 +319,34 @@ class M3RetLayer(GradientCheckpointingLayer):
         self.feed_forward = torch.compile(self.feed_forward, dynamic=True)  # type: ignore[method-assign]
 
 
+# options of `save_pretrained` that its `push_to_hub` takes
+HUB_OPTIONS = ("repo_id", "commit_message", "commit_description", "private", "token", "revision", "create_pr", "tags")
+
+# With these files, `SentenceTransformer(checkpoint)` calls `embed_scans`; without, it averages the rows of a pack.
+SENTENCE_TRANSFORMERS_FILES: dict[str, Any] = {
+    "modules.json": [
+        {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.base.modules.transformer.Transformer"}
+    ],
+    "sentence_bert_config.json": {
+        "transformer_task": "feature-extraction",
+        "modality_config": {"image": {"method": "embed_scans", "method_output_name": None}},
+        "module_output_name": "sentence_embedding",
+    },
+    "config_sentence_transformers.json": {
+        "model_type": "SentenceTransformer",
+        "similarity_fn_name": "cosine",
+        "prompts": {},
+        "default_prompt_name": None,
+    },
+}
+
+# with remote code, the Auto classes find these classes in every checkpoint; the package registers them instead
+AUTO_CLASSES = {
+    "AutoModel": "modeling_m3ret.M3RetModel",
+    "AutoModelForImageClassification": "classification_m3ret.M3RetForImageClassification",
+}
+
+
 class M3RetPreTrainedModel(PreTrainedModel):
     """Weight initialisation and the capabilities that transformers asks for."""
 
@@ -350,6 +378,27 @@ class M3RetPreTrainedModel(PreTrainedModel):
             init.eye_(module.matrix)
         elif isinstance(module, M3RetLayerScale):
             init.constant_(module.gain, float(self.config.layer_scale_init))
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, is_main_process: bool = True, *args: Any, **kwargs: Any
+    ) -> None:
+        """Save the model as every model does, and what `pipeline`, `SentenceTransformer` and a head need to load it."""
+        push_to_hub = kwargs.pop("push_to_hub", False)
+        of_hub = {name: kwargs.pop(name) for name in HUB_OPTIONS if push_to_hub and name in kwargs}
+        self.config.auto_map = getattr(self.config, "auto_map", None) or {}
+        self.config.auto_map |= AUTO_CLASSES
+        super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
+        if not is_main_process:
+            return
+        from .classification_m3ret import M3RetForImageClassification  # imports this file
+        from .pipeline_m3ret import M3RetFeatureExtractionPipeline  # not needed to embed or train
+
+        for with_code in (M3RetForImageClassification, M3RetFeatureExtractionPipeline):
+            custom_object_save(with_code, save_directory)
+        for name, content in SENTENCE_TRANSFORMERS_FILES.items():
+            Path(save_directory, name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        if push_to_hub:
+            self.push_to_hub(of_hub.pop("repo_id", Path(save_directory).name), **of_hub)
 
 
 class M3RetEmbeddings(nn.Module):
@@ -468,28 +517,6 @@ class M3RetEncoder(M3RetPreTrainedModel):
             tokens = layer(tokens, layout, rotary, False, of_layer, **kwargs)
         tokens = self.layers[-1](tokens, layout, rotary, cls_only, subsets[-1], **kwargs)
         return BaseModelOutput(last_hidden_state=tokens)
-
-
-# options of `save_pretrained` that its `push_to_hub` takes
-HUB_OPTIONS = ("repo_id", "commit_message", "commit_description", "private", "token", "revision", "create_pr", "tags")
-
-# With these files, `SentenceTransformer(checkpoint)` calls `embed_scans`; without, it averages the rows of a pack.
-SENTENCE_TRANSFORMERS_FILES: dict[str, Any] = {
-    "modules.json": [
-        {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.base.modules.transformer.Transformer"}
-    ],
-    "sentence_bert_config.json": {
-        "transformer_task": "feature-extraction",
-        "modality_config": {"image": {"method": "embed_scans", "method_output_name": None}},
-        "module_output_name": "sentence_embedding",
-    },
-    "config_sentence_transformers.json": {
-        "model_type": "SentenceTransformer",
-        "similarity_fn_name": "cosine",
-        "prompts": {},
-        "default_prompt_name": None,
-    },
-}
 
 
 def recorded(encoded: BaseModelOutput, layout: PackLayout, dense: bool) -> dict[str, Any]:
@@ -617,23 +644,6 @@ class M3RetModel(M3RetPreTrainedModel):
     def normalise(self, pooled: Tensor) -> Tensor:
         """Whiten and L2-normalise `pooler_output (B, pooled)` to `(B, d)` float32."""
         return nn.functional.normalize(self.whitening(pooled), dim=-1)
-
-    def save_pretrained(
-        self, save_directory: str | os.PathLike, is_main_process: bool = True, *args: Any, **kwargs: Any
-    ) -> None:
-        """Save the model as every model does, and what `pipeline` and `SentenceTransformer` need to load it."""
-        push_to_hub = kwargs.pop("push_to_hub", False)
-        of_hub = {name: kwargs.pop(name) for name in HUB_OPTIONS if push_to_hub and name in kwargs}
-        super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
-        if not is_main_process:
-            return
-        from .pipeline_m3ret import M3RetFeatureExtractionPipeline  # not needed to embed or train
-
-        custom_object_save(M3RetFeatureExtractionPipeline, save_directory)
-        for name, content in SENTENCE_TRANSFORMERS_FILES.items():
-            Path(save_directory, name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        if push_to_hub:
-            self.push_to_hub(of_hub.pop("repo_id", Path(save_directory).name), **of_hub)
 
     def split_tokens(self, last_hidden_state: Tensor, grid_thw: Tensor) -> list[Tensor]:
         """Split a packed output `(N, d)` into the tokens `(L, d)` of each scan: CLS, registers, patches."""

@@ -8,10 +8,11 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
-from modeling_m3ret import modeling_m3ret
+from modeling_m3ret import classification_m3ret, modeling_m3ret
 
 
 ROOT = Path(__file__).parents[1]
@@ -57,8 +58,9 @@ def test_rooms_import_only_earlier_rooms() -> None:
                     assert target[1] not in ROOMS[position + 1 :], f"{path.name} imports {'.'.join(target)}"
 
 
-def test_docstring_examples_give_their_printed_output() -> None:
-    results = doctest.testmod(modeling_m3ret)
+@pytest.mark.parametrize("module", [modeling_m3ret, classification_m3ret])
+def test_docstring_examples_give_their_printed_output(module: ModuleType) -> None:
+    results = doctest.testmod(module)
     assert results.attempted > 0
     assert results.failed == 0
 

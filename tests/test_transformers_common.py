@@ -73,6 +73,7 @@ def upstream(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("name", "least"),
     [
         ("M3RetModelTest", 80),
+        ("M3RetForImageClassificationTest", 80),
         ("M3RetForPreTrainingTest", 80),
         ("M3RetImageProcessorTest", 10),
         ("M3RetPipelineTest", 2),

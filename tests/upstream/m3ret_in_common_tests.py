@@ -10,13 +10,24 @@ import numpy as np
 import torch
 from PIL import Image
 from transformers import pipeline
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
 from transformers.pipelines import ImageFeatureExtractionPipeline
 
-from modeling_m3ret import M3RetConfig, M3RetForPreTraining, M3RetImageProcessor, M3RetModel
+from modeling_m3ret import (
+    M3RetConfig,
+    M3RetForImageClassification,
+    M3RetForPreTraining,
+    M3RetImageProcessor,
+    M3RetModel,
+)
 
 from .test_configuration_common import ConfigTester
 from .test_image_processing_common import ImageProcessingTestMixin, prepare_image_inputs
 from .test_modeling_common import ModelTesterMixin, floats_tensor
+
+
+# the tests look up here which classes take labels
+MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES["m3ret"] = "M3RetForImageClassification"
 
 
 class ModelTester:
@@ -63,6 +74,18 @@ class M3RetModelTest(ModelTesterMixin, unittest.TestCase):
 
     def test_model_get_set_embeddings(self) -> None:
         check_embeddings(self, M3RetModel)
+
+
+class M3RetForImageClassificationTest(ModelTesterMixin, unittest.TestCase):
+    all_model_classes = (M3RetForImageClassification,)
+    test_resize_embeddings = False
+    test_torch_exportable = True
+
+    def setUp(self) -> None:
+        self.model_tester = ModelTester(self)
+
+    def test_model_get_set_embeddings(self) -> None:
+        check_embeddings(self, M3RetForImageClassification)
 
 
 class M3RetForPreTrainingTest(ModelTesterMixin, unittest.TestCase):
