@@ -30,7 +30,8 @@ class ModelFacts:
 
 def model_facts(model: M3RetModel, processor: M3RetImageProcessor, name: str) -> ModelFacts:
     """Return the identity of a loaded model; of its name, path or Hub id only the last part is stored."""
-    settings = {key: value for key, value in processor.to_dict().items() if not key.startswith("_")}
+    # `auto_map` says where the class comes from, and differs between a new, a saved and a downloaded processor
+    settings = {k: value for k, value in processor.to_dict().items() if not k.startswith("_") and k != "auto_map"}
     return ModelFacts(Path(name).name, sha256_of_weights(model.state_dict()), sha256_of_settings(settings))
 
 
