@@ -102,11 +102,12 @@ def find_checkpoint(model: str | None, quickstart: bool) -> str:
 def main() -> None:
     arguments = parse_arguments()
     check_gallery(arguments.gallery)  # before a model is trained or loaded
+    project = Path(__file__).parent
     name = find_checkpoint(arguments.model, arguments.quickstart)
     model, processor = load_pretrained(name)
     if torch.cuda.is_available():
         model.to("cuda")
-    gallery = open_gallery(arguments.gallery, model, processor, name, arguments.show_labels)
+    gallery = open_gallery(arguments.gallery, model, processor, name, arguments.show_labels, project=project)
     if arguments.push_to_hub:
         from modeling_m3ret.space.publishing import push_space
 

@@ -41,7 +41,8 @@ from ..search.thumbnails import THUMBNAIL_SIZE, thumbnail_embedder, to_image
 from .visible import SAMPLE_SOURCE, visible_columns
 
 
-DEMO = "phantom:48:1"  # six subjects per class, with another seed than the phantom that models are trained on
+DEMO_FOLDER = "space/gallery"  # real scans beside app.py, in this repository and in a Space
+DEMO = "phantom:48:1"  # without that folder: six subjects per class, with another seed than models are trained on
 PUBLISHED = "gallery"  # folder in a Space
 ABOUT = "gallery.json"
 THUMBNAILS = "thumbnails.parquet"
@@ -149,14 +150,21 @@ def check_gallery(source: str | None) -> None:
 
 
 def open_gallery(
-    source: str | None, model: M3RetModel, processor: M3RetImageProcessor, name: str, show_labels: bool = False
+    source: str | None,
+    model: M3RetModel,
+    processor: M3RetImageProcessor,
+    name: str,
+    show_labels: bool = False,
+    *,
+    project: Path = Path(),
 ) -> Gallery:
     """Open a gallery, and embed it if needed, with a model of this name.
 
     Args:
         source: folder of an index, or a collection as `open_collection` takes it. None opens the gallery published with
-            this Space, or the demo if there is none.
+            this Space, or else the demo.
         show_labels: whether visitors see modality, anatomy and labels as they are. Published galleries state it too.
+        project: folder that may hold the real scans of the demo; otherwise it is the phantom.
 
     Raises:
         IndexFormatError: if the index is damaged or of another model.
@@ -168,11 +176,13 @@ def open_gallery(
         gallery = _load(Path(source), model_facts(model, processor, name))
         gallery.show_labels |= show_labels
         return gallery
-    collection = source or DEMO
-    records = open_collection(collection)
     if source is None:
-        records = [*records, *sample_records()]
-    portable = None if Path(collection).exists() else collection
+        has_folder = (project / DEMO_FOLDER).is_dir()
+        portable: str | None = DEMO_FOLDER if has_folder else DEMO
+        records = [*open_collection(project / DEMO_FOLDER if has_folder else DEMO), *sample_records()]
+    else:
+        portable = None if Path(source).exists() else source
+        records = open_collection(source)
     gallery = embed_gallery(records, model, processor, name, portable)
     gallery.show_labels = show_labels
     return gallery

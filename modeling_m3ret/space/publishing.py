@@ -1,7 +1,7 @@
 """Publish app, model and index as a private Hugging Face Space: `app.py --push_to_hub ORG/SPACE`.
 
 No pixel of a local gallery is uploaded, only its embeddings with what visitors may see (`visible.py`). A gallery with a
-public name (the phantom, or a dataset on the Hub) is opened by that name on the Space.
+public name (the phantom, or a dataset on the Hub) is opened by that name on the Space. The demo gallery is uploaded.
 """
 
 from __future__ import annotations
@@ -19,15 +19,14 @@ from huggingface_hub import HfApi
 from jinja2 import Template
 from packaging.requirements import Requirement
 
-from ..data.collection import open_collection
 from ..image_processing_m3ret import M3RetImageProcessor
 from ..modeling_m3ret import M3RetModel
 from ..phantom import SYNTHETIC_SOURCE
 from ..reading_m3ret import FORMATS
 from ..search.index import RetrievalIndex
-from .gallery import PUBLISHED, Gallery
+from .gallery import DEMO_FOLDER, PUBLISHED, Gallery
 from .pages import model_card
-from .visible import visible_columns
+from .visible import SAMPLE_SOURCE, visible_columns
 
 
 MODEL_FOLDER = "m3ret-space"  # app.py finds it as the newest checkpoint
@@ -81,6 +80,8 @@ def write_space(
         (folder / MODEL_FOLDER / "README.md").write_text(card, encoding="utf-8")
     published = publishable(gallery)
     published.save(folder / PUBLISHED)
+    if published.collection == DEMO_FOLDER:  # its licences allow it
+        shutil.copytree(app.parent / DEMO_FOLDER, folder / DEMO_FOLDER)
     template = Template((package / "space" / "folder" / "README.md").read_text(encoding="utf-8"))
     readme = template.render(
         title=title,
@@ -116,21 +117,21 @@ def requirements() -> list[str]:
 def publishable(gallery: Gallery) -> Gallery:
     """Return the part of a gallery that may be uploaded.
 
-    Of a gallery with a public name these are the scans of that collection, with thumbnails if they are synthetic. Of
-    any other gallery it is the index, with ids and patients replaced by numbers. Metadata that visitors may not see is
-    not uploaded.
+    Of the demo and of a gallery with a public name these are the scans of that collection, with thumbnails if they are
+    of the demo or synthetic. Of any other gallery it is the index, with ids and patients replaced by numbers. Metadata
+    that visitors may not see is not uploaded.
     """
     index, thumbnails = gallery.index, None
     if gallery.collection is None:
         keys = pseudonyms(index.metadata)
     else:
-        collection_size = len(open_collection(gallery.collection))
-        ids = index.metadata.column("id").to_pylist()
-        rows = [row for row, id in enumerate(ids) if int(id) < collection_size]
-        index = index.remove({id for id in ids if int(id) >= collection_size})  # samples that the Space may not have
-        is_synthetic = set(index.metadata.column("source").to_pylist()) <= {SYNTHETIC_SOURCE}
-        if gallery.thumbnails is not None and is_synthetic:
-            thumbnails = gallery.thumbnails.take(pa.array(rows))
+        # without the samples of a package that the Space may not have
+        sources = index.metadata.column("source").to_pylist()
+        samples = {row for row, source in enumerate(sources) if source == SAMPLE_SOURCE}
+        index = index.remove({index.metadata.column("id")[row].as_py() for row in samples})
+        is_open = gallery.collection == DEMO_FOLDER or set(sources) <= {SYNTHETIC_SOURCE, SAMPLE_SOURCE}
+        if gallery.thumbnails is not None and is_open:
+            thumbnails = gallery.thumbnails.take(pa.array(sorted(set(range(len(sources))) - samples)))
         keys = {name: index.metadata.column(name).to_pylist() for name in ("id", "patient")}
     visible = visible_columns(index.metadata, gallery.show_labels)
     metadata = pa.table(keys | {name: visible.column(name) for name in visible.column_names})

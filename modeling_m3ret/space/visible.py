@@ -23,12 +23,14 @@ from ..phantom import SYNTHETIC_SOURCE
 
 
 SAMPLE_SOURCE = "pydicom-data (real)"
-# titles of the collections that dataset_scripts can build; listed here because a Space does not contain that package
+# titles of the collections that dataset_scripts can build, listed here because a Space does not contain that package;
+# the last line is the demo gallery
 SOURCES = frozenset({
     SYNTHETIC_SOURCE, SAMPLE_SOURCE, "a folder of scans", "Breast Ultrasound Images (BUSI)", "CheXpert", "CholecT50",
     "COVID-19 Lung Ultrasound (POCUS)", "CT-RATE", "HyperKvasir, labelled videos", "LDPolypVideo", "LIDC-IDRI",
     "Medical Segmentation Decathlon, CT", "Medical Segmentation Decathlon, MRI", "MedMNIST+", "MIMIC-CXR-JPG",
     "NIH ChestX-ray14", "OASIS-3", "PadChest", "RSNA-ASNR-MICCAI BraTS 2021",
+    "BUS-BRA", "COVID-19-NY-SBU", "EndoTect", "HC18", "IQ-OTH/NCCD", "Kvasir-SEG", "OpenKBP", "TimTrack",
 })  # fmt: skip
 # body regions, findings and qualifiers of those collections and of DICOM's body parts (PS3.16, annex L). No first name,
 # few surnames, and no digits but those of covid-19 and of the weightings of MRI

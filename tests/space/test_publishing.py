@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import importlib.metadata
 import json
 import subprocess
@@ -21,6 +22,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from space_server import small_gallery, small_phantom
 
+from modeling_m3ret.data.collection import open_collection
+from modeling_m3ret.hub import load_pretrained
 from modeling_m3ret.model_facts import ModelFacts
 from modeling_m3ret.reading_m3ret import FORMATS
 from modeling_m3ret.search.index import RetrievalIndex
@@ -28,9 +31,10 @@ from modeling_m3ret.search.index import RetrievalIndex
 
 pytest.importorskip("gradio", reason="the Space needs gradio: pip install m3ret[app]")
 
-from modeling_m3ret.space import pages, publishing
-from modeling_m3ret.space.gallery import Gallery, embed_gallery
+from modeling_m3ret.space import pages
+from modeling_m3ret.space.gallery import DEMO_FOLDER, Gallery, embed_gallery, open_gallery
 from modeling_m3ret.space.publishing import EXTRAS, publishable, requirements, write_space
+from modeling_m3ret.space.visible import SAMPLE_SOURCE
 
 
 pytestmark = pytest.mark.slow
@@ -211,21 +215,43 @@ def test_names_in_an_index_are_not_published(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "gallery.json").read_text())["show_labels"], "the Space shows them too"
 
 
-@pytest.mark.parametrize(("source", "has_thumbnails"), [("phantom (synthetic)", True), ("a hospital", False)])
-def test_only_synthetic_thumbnails_of_a_named_collection_are_published(
-    source: str, has_thumbnails: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("source", "collection", "has_thumbnails"),
+    [
+        ("phantom (synthetic)", "phantom:9", True),
+        ("a hospital", "phantom:9", False),
+        ("a hospital", DEMO_FOLDER, True),
+    ],
+)
+def test_only_synthetic_and_demo_thumbnails_of_a_named_collection_are_published(
+    source: str, collection: str, has_thumbnails: bool, tmp_path: Path
 ) -> None:
     records = small_phantom(tmp_path / "p")
     model, processor, _ = small_gallery(tmp_path / "galleries", records[:2])
-    collection = [replace(record, source=source) for record in records[:3]]
-    monkeypatch.setattr(publishing, "open_collection", lambda name: collection)
-    other = records[5]  # a sample that is not in the collection
-    gallery = embed_gallery([*collection, other], model, processor, "m", "phantom:9", tmp_path / "embedded")
+    of_collection = [replace(record, source=source) for record in records[:3]]
+    sample = replace(records[5], source=SAMPLE_SOURCE)  # of a package that the Space may not have
+    gallery = embed_gallery([*of_collection, sample], model, processor, "m", collection, tmp_path / "embedded")
     published = publishable(gallery)
-    assert (len(published), published.collection) == (3, "phantom:9")
+    assert (len(published), published.collection) == (3, collection)
     assert (published.thumbnails is not None) == has_thumbnails
     published.save(tmp_path / "saved")
     thumbnails = tmp_path / "saved" / "thumbnails.parquet"
     assert thumbnails.exists() == has_thumbnails
     if has_thumbnails:
         assert pq.read_table(thumbnails).num_rows == 3
+
+
+def test_the_demo_gallery_is_published_with_its_scans(tmp_path: Path) -> None:
+    model, processor, _ = small_gallery(tmp_path / "galleries", small_phantom(tmp_path / "p")[:1])
+    gallery = open_gallery(None, model, processor, "m", project=ROOT)
+    (tmp_path / "space").mkdir()
+    write_space(tmp_path / "space", "title", ROOT / "app.py", model, processor, gallery, str(tmp_path))
+    here, there = (
+        {path.name: path.read_bytes() for path in (r / DEMO_FOLDER).iterdir()} for r in (ROOT, tmp_path / "space")
+    )
+    assert here == there
+    with contextlib.chdir(tmp_path / "space"):
+        opened = open_gallery(None, *load_pretrained("m3ret-space"), "m3ret-space")
+    assert opened.records is not None
+    assert len(opened) == len(opened.records) == len(open_collection(ROOT / DEMO_FOLDER))
+    assert opened.thumbnail(0) is not None

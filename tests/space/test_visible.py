@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pyarrow as pa
 import pytest
 
 from dataset_scripts.sources import SOURCES as BUILDERS
 from dataset_scripts.sources import chexpert, folder, hyperkvasir_videos, medmnist, pocus_lung
+from modeling_m3ret.data.collection import open_collection
 from modeling_m3ret.phantom.anatomy import CLASSES
+from modeling_m3ret.space.gallery import DEMO_FOLDER
 from modeling_m3ret.space.visible import SAMPLE_SOURCE, SOURCES, is_visible, visible_columns
 
 
@@ -58,5 +62,6 @@ def test_missing_values_are_empty() -> None:
     assert visible_columns(table).to_pylist() == [{"modality": "", "anatomy": "", "labels": [], "source": ""}]
 
 
-def test_known_sources_are_those_that_can_be_built() -> None:
-    assert {builder.title for builder in BUILDERS.values()} | {SAMPLE_SOURCE} == SOURCES
+def test_known_sources_are_those_that_can_be_built_and_of_the_demo() -> None:
+    demo = {record.source for record in open_collection(Path(__file__).parents[2] / DEMO_FOLDER)}
+    assert {builder.title for builder in BUILDERS.values()} | {SAMPLE_SOURCE} | demo == SOURCES
