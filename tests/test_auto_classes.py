@@ -41,13 +41,18 @@ def test_saved_model_and_processor_load_unchanged(tmp_path: Path) -> None:
 
 
 LOAD_REMOTE_CODE = """
-import json, sys
+import json, logging, sys
 import numpy, torch
 from transformers import AutoImageProcessor, AutoModel, AutoModelForPreTraining
 folder = sys.argv[1]
 processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=True)
 model = AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
 pretraining = AutoModelForPreTraining.from_pretrained(folder, subfolder="pretraining", trust_remote_code=True)
+warnings_of_code = logging.Handler()
+warnings_of_code.messages = []
+warnings_of_code.emit = lambda record: warnings_of_code.messages.append(record.getMessage())
+logging.getLogger("transformers_modules").addHandler(warnings_of_code)
+AutoModelForPreTraining.from_pretrained(folder, trust_remote_code=True)
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 ReadError = get_class_from_dynamic_module("image_processing_m3ret.M3RetReadError", folder)
 try:
@@ -63,7 +68,7 @@ with torch.no_grad():
 print(json.dumps({
     "module": type(model).__module__, "pretraining": type(pretraining).__name__,
     "packages": [name for name in sys.modules if name.split(".")[0] == "modeling_m3ret"],
-    "features": features.tolist(),
+    "features": features.tolist(), "warnings": warnings_of_code.messages,
 }))
 """
 
@@ -84,6 +89,7 @@ def test_checkpoint_loads_as_remote_code_without_the_package(tmp_path: Path) -> 
     assert loaded["module"].startswith("transformers_modules.")
     assert loaded["packages"] == []
     assert loaded["pretraining"] == "M3RetForPreTraining"
+    assert ["subfolder='pretraining'" in warning for warning in loaded["warnings"]] == [True]  # of the root
     inputs = AutoImageProcessor.from_pretrained(folder)([folder / "scan.png", np.load(folder / "scan.npy")])
     assert largest_difference(torch.tensor(loaded["features"]), model.embed_scans(**inputs)) <= 1e-6
 

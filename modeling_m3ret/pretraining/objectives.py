@@ -12,6 +12,7 @@ An objective is a module that maps a pack to its loss and the scalars to log. It
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -80,7 +81,11 @@ class MaskedAutoencoding(nn.Module):
     def save(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
         """Save the encoder with its decoder, for `AutoModelForPreTraining`."""
         self.model.save_pretrained(folder / "pretraining", state_dict=dict(weights))
-        custom_object_save(self.model, folder)  # transformers looks for the code of a subfolder in its parent
+        # transformers looks for the code of a subfolder in its parent, whose own configuration names the class, too: a
+        # user who forgets the subfolder then gets the warning of `M3RetForPreTraining.from_pretrained`
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        custom_object_save(self.model, folder, config)
+        (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 class SelfDistillation(nn.Module):
