@@ -148,6 +148,11 @@ def user_errors(prog: str) -> Iterator[None]:
         exit_with_error(prog, f"cannot write weights: {os.strerror(int(number[1]))}. Free space, or write elsewhere.")
 
 
+def printable(text: str) -> str:
+    """Return a text that every stream can print: names of files may hold bytes that are not UTF-8."""
+    return text.encode(errors="backslashreplace").decode()
+
+
 def exit_with_error(prog: str, message: str) -> NoReturn:
     """Print `prog: error: message` as one line, once per machine of a distributed run, and exit with code 2."""
     if os.environ.get("LOCAL_RANK", "0") == "0":

@@ -33,8 +33,8 @@ from transformers.utils import logging as transformers_logging
 from dataset_scripts.builder import Pseudonyms, read_salt
 from dataset_scripts.sources.folder import Folder
 
-from .atomic_io import atomic_write_text
-from .command_line import CommandLine, user_errors
+from .atomic_io import atomic_write
+from .command_line import CommandLine, printable, user_errors
 from .configuration_m3ret import M3RetConfig
 from .cpu import prepare_cpu
 from .data.collection import Record, open_collection
@@ -117,12 +117,12 @@ def find_scans(sources: Sequence[str], modality: str = "", intensity: str | None
     Raises:
         InputError: if there is no such collection, or it holds no scan.
     """
-    paths = [Path(source) for source in sources]
+    paths = [Path(source) for source in dict.fromkeys(sources)]
     if all(path.is_file() and path.name != MANIFEST for path in paths):
         entries = list(Folder(modality=modality).group(paths))
-    elif len(sources) != 1:
-        got = ", ".join(source for source, path in zip(sources, paths, strict=True) if not path.is_file()) or MANIFEST
-        raise InputError(f"expected files, or one folder or dataset, got {len(sources)} arguments, among them {got}.")
+    elif len(paths) != 1:
+        got = next((path for path in paths if not path.is_file()), MANIFEST)
+        raise InputError(f"expected files, or one folder or dataset, got {len(paths)} arguments, among them {got}.")
     else:
         folder = paths[0].parent if paths[0].name == MANIFEST else paths[0]
         if not folder.is_dir() or (folder / MANIFEST).is_file() or any((folder / "data").glob("*.parquet")):
@@ -237,7 +237,7 @@ def embed(options: Any) -> None:
     names = file_names(records)
     unreadable = [name for record, name in zip(records, names, strict=True) if record.id not in readable]
     for name in unreadable[:SHOWN_FAILURES]:
-        print(f"cannot be read: {name}", file=sys.stderr)
+        print(f"cannot be read: {printable(name)}", file=sys.stderr)
     if more := len(unreadable[SHOWN_FAILURES:]):
         print(f"cannot be read: {more} more", file=sys.stderr)
     if not readable:
@@ -246,7 +246,8 @@ def embed(options: Any) -> None:
         text = io.StringIO()
         rows = ((record.id, name) for record, name in zip(records, names, strict=True) if record.id in readable)
         csv.writer(text, lineterminator="\n").writerows([("id", "file"), *rows])
-        atomic_write_text(key, text.getvalue())
+        with atomic_write(key) as stream:
+            stream.write(text.getvalue().encode(errors="surrogateescape"))  # file names may not be UTF-8
     metadata = metadata_of(embedded.records, options.show_labels)
     write_embeddings(output, embedded.embeddings, metadata, encoder.facts)
     print(f"{output}: {len(readable)} embeddings; {len(unreadable)} of {len(records)} scans could not be read")

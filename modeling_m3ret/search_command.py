@@ -21,7 +21,7 @@ from typing import Any
 from jsonargparse.typing import PositiveInt
 from transformers.utils import logging as transformers_logging
 
-from .command_line import CommandLine, user_errors
+from .command_line import CommandLine, printable, user_errors
 from .cpu import prepare_cpu
 from .embed import AnyEncoder, file_names, find_scans
 from .errors import InputError
@@ -56,7 +56,7 @@ def search(
     check_model(index_folder, replace(index.facts, model=encoder.facts.model), encoder.facts)
     embedded = encoder.embed(find_scans([query], intensity=intensity))
     for failure in embedded.failures:
-        print(failure, file=sys.stderr)
+        print(printable(failure), file=sys.stderr)
     if not embedded.records:
         raise InputError(f"{query}: expected at least one readable scan, got none.")
     hits = index.search(embedded.embeddings, k, where=where)
@@ -71,7 +71,7 @@ def search(
 
 def add_files(answers: Sequence[dict[str, Any]], key: Path) -> None:
     """Add the `file` of each hit from a CSV with the columns id and file; None if it is not in there."""
-    with key.open(encoding="utf-8", newline="") as stream:
+    with key.open(encoding="utf-8", errors="surrogateescape", newline="") as stream:
         file_of = {row.get("id"): row.get("file") for row in csv.DictReader(stream)}
     for answer in answers:
         for hit in answer["hits"]:
@@ -122,7 +122,7 @@ def main() -> None:
     if options.json:
         print(json.dumps(answers, indent=2))
     else:
-        print("\n\n".join(map(format_table, answers)))
+        print(printable("\n\n".join(map(format_table, answers))))
 
 
 if __name__ == "__main__":

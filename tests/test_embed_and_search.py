@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import re
 import signal
 from pathlib import Path
@@ -25,6 +26,9 @@ from transformers import DINOv3ViTConfig, DINOv3ViTModel
 from dataset_scripts import builder
 from dataset_scripts.builder import Pseudonyms
 from modeling_m3ret import M3RetImageProcessor, M3RetModel
+from modeling_m3ret.data.collection import Record
+from modeling_m3ret.data.parquet import ParquetRow
+from modeling_m3ret.embed import pseudonymise
 from modeling_m3ret.errors import InputError
 from modeling_m3ret.search import embedding_store
 from modeling_m3ret.search.embedding_table import read_embeddings
@@ -147,7 +151,7 @@ def test_files_that_are_named_are_all_embedded(
     real = [get_testdata_file(name) for name in ("CT_small.dcm", "MR_small.dcm", "examples_ybr_color.dcm")]
     mask = tmp_path / "mask.png"
     mask.write_bytes(picture_bytes(texture(9)))
-    command = ("embed", *real, mask, "--model", checkpoint, "-o", tmp_path / "e.parquet", "--num_workers", 0)
+    command = ("embed", *real, mask, mask, "--model", checkpoint, "-o", tmp_path / "e.parquet", "--num_workers", 0)
     assert run(monkeypatch, *command) == 0
     table = pq.read_table(tmp_path / "e.parquet")
     assert sorted(table["modality"].to_pylist()) == ["", "ct", "mri", "ultrasound"]
@@ -185,6 +189,32 @@ def test_hits_are_the_nearest_scans(
     (answer,) = json.loads(capsys.readouterr().out)  # the series is one query
     assert answer["hits"][0]["modality"] == "ct"
     assert answer["hits"][0]["score"] == pytest.approx(1, abs=2e-3)
+
+
+def test_names_of_files_need_not_be_text(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = os.fsdecode(b"M\xfcller.png")
+    put(tmp_path / "scans", {name: picture_bytes(texture(1)), f"broken-{name}": b"no picture"})
+    key = tmp_path / "key.csv"
+    table = embed(monkeypatch, tmp_path / "scans", checkpoint, tmp_path / "e.parquet", "--key", key)
+    assert len(table) == 1
+    assert run(monkeypatch, "index", tmp_path / "e.parquet", "-o", tmp_path / "index") == 0
+    query = tmp_path / "scans" / name
+    command = ("search", query, "--index", tmp_path / "index", "--model", checkpoint, "--key", key)
+    assert run(monkeypatch, *command) == 0
+    capsys.readouterr()
+    assert run(monkeypatch, *command, "--json") == 0
+    (answer,) = json.loads(capsys.readouterr().out)
+    assert answer["hits"][0]["file"] == str(query)
+
+
+def test_pseudonyms_of_a_dataset_are_retained() -> None:
+    row = Record("0123", ParquetRow("shard.parquet", 0, 0, 1), "ct", "", "", "4567")
+    file = Record("0123", Path("a.dcm"), "ct", "", "", "4567")
+    (of_row, of_file) = pseudonymise([row, file], SALT)
+    assert of_row == row
+    assert not {of_file.id, of_file.group} & {"0123", "4567"}
 
 
 def test_another_model_is_refused(

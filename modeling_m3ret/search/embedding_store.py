@@ -138,7 +138,7 @@ def fingerprint(records: Sequence[Record]) -> str:
             files = location if isinstance(location, tuple) else (location,)
             content = "\0".join(map(state, files))
         content += f" {record.intensity}" if record.intensity else ""
-        digest.update(f"{record.id}\0{content}\n".encode())
+        digest.update(f"{record.id}\0{content}\n".encode(errors="surrogateescape"))  # file names may not be UTF-8
     return digest.hexdigest()
 
 
