@@ -5,6 +5,7 @@
     python eval_retrieval.py --model m3ret-vitb step-10000 step-20000 --data ORG/NAME --split test --protocols all
     python eval_retrieval.py --model m3ret-vitb --data combined --split validation --protocols sources
     python eval_retrieval.py --model m3ret-vitb --data FOLDER --baselines facebook/dinov3-vits16-pretrain-lvd1689m
+    python eval_retrieval.py --model m3ret-vitb --data FOLDER --holdout 0.3 --probe
     accelerate launch eval_retrieval.py --model m3ret-vitb --data ORG/NAME --precision bf16 --output results
 
 The table compares the checkpoints with chance, pixels, the untrained encoder and other encoders. docs/evaluation.md
@@ -29,6 +30,7 @@ from modeling_m3ret.errors import InputError
 from modeling_m3ret.evaluation.baselines import embed_with_baseline, load_baseline
 from modeling_m3ret.evaluation.checkpoints import NO_TOKEN_WHITENING, load_checkpoint, method_titles, rerank_embedded
 from modeling_m3ret.evaluation.leakage import describe_selection, leakage_warning, select_records, training_records
+from modeling_m3ret.evaluation.probe import probe_accuracy
 from modeling_m3ret.evaluation.protocols import PROTOCOLS
 from modeling_m3ret.evaluation.report.report import Report
 from modeling_m3ret.evaluation.table import evaluate
@@ -47,6 +49,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--holdout", type=OpenUnitInterval, help="evaluate only the fraction of patients that train.py held out")
     add("--protocols", choices=tuple(PROTOCOLS), default="default", help="protocols to evaluate")
     add("--baselines", nargs="*", type=str, default=[], help="transformers vision models, or hf-hub:... of open_clip")
+    add("--probe", action="store_true", help="also measure the accuracy of a linear probe of each modality's labels")
     add("--rerank", type=PositiveInt, help="number of first hits to re-rank by patches, for example 50")
     add("--max_tokens", type=PositiveInt, default=MAX_TOKENS, help="patches that are embedded together")
     add("--num_workers", type=NonNegativeInt, default=1, help="processes that decode scans")
@@ -112,6 +115,7 @@ def main(arguments: argparse.Namespace) -> None:
 
     others = titles[len(names) :]
     methods = {"pixels": pixels} | {title: embedded[title] for title in (untrained.title, *others, *names)}
+    probes = {title: probe_accuracy(method) for title, method in methods.items()} if arguments.probe else {}
     if arguments.rerank is not None:  # the untrained encoder too, to show what comparing patches gains without training
         sample = untrained.whitening_records
         rerank = partial(rerank_embedded, depth=arguments.rerank, sample=sample, dtype=dtype, max_tokens=max_tokens)
@@ -121,7 +125,7 @@ def main(arguments: argparse.Namespace) -> None:
         methods |= {f"{title}, re-ranked {arguments.rerank}": search for title, search in reranked.items()}
         if not sample and any(c.config.pooling == "cls" for c in checkpoints.values()):
             notes.append(NO_TOKEN_WHITENING)
-    rows = evaluate(methods, PROTOCOLS[arguments.protocols])
+    rows = evaluate(methods, PROTOCOLS[arguments.protocols], probes=probes)
     selection = describe_selection(arguments.split, arguments.holdout)
     report = Report(methods, main_title, rows, checkpoints, notes, selection)
     print(report.text())

@@ -84,7 +84,7 @@ def test_training_ends_with_a_checkpoint_whose_evaluation_gives_the_same_table(
     options = {"--data": str(phantom), "--holdout": "0.5", "--output": "table", "--rerank": "5"}
     words = [word for option in options.items() for word in option]
     models = ["--model", "m3ret-tiny", "runs/tiny/checkpoints/step-000002"]
-    evaluation = Script([str(ROOT / "eval_retrieval.py"), *models, *words], tmp_path)
+    evaluation = Script([str(ROOT / "eval_retrieval.py"), *models, *words, "--probe"], tmp_path)
     assert evaluation.finish() == 0, evaluation.printed
 
     trained, evaluated = tmp_path / "runs/tiny/retrieval.json", tmp_path / "table/metrics.json"
@@ -94,6 +94,8 @@ def test_training_ends_with_a_checkpoint_whose_evaluation_gives_the_same_table(
             assert scores_of(evaluated, name)[protocol] == pytest.approx(scores, abs=5e-4)
     for method in ("step-000002", "m3ret-tiny, re-ranked 5", "untrained, whitened, re-ranked 5", "pixels", "chance"):
         assert scores_of(evaluated, method)
+    for method in ("chance", "pixels", "untrained, whitened", "m3ret-tiny"):
+        assert 0 < scores_of(evaluated, method)["all modalities"]["probe"] <= 1
     assert json.loads(evaluated.read_text())["not_read"] == 0
     assert "LEAK" not in evaluation.printed
     report = (tmp_path / "table" / "report.md").read_text()

@@ -16,12 +16,13 @@ from torch import Tensor
 
 from ..search.embedding import Embedded
 from .metrics import DEFINITIONS, KS, METRICS, Ranking, chunks, jackknife_interval, macro_mean
+from .probe import DEFINITION, PROBE, constant_accuracy
 from .protocols import ACROSS_BY_ANATOMY, DEFAULT, WITHIN_MODALITY, Annotations, Protocol
 
 
 ALL_MODALITIES = WITHIN_MODALITY.title
 ACROSS = ACROSS_BY_ANATOMY.title
-MACRO_MAP = "macro mAP"
+MACRO_MAP, MACRO_PROBE = "macro mAP", "macro probe"
 IN_TABLE = ("P@1", "R@5", "mAP")  # the JSON holds all metrics
 MAX_BLOCKS = 100  # patients are left out in at most this many blocks: memory and time grow with their number
 
@@ -30,8 +31,9 @@ MAX_BLOCKS = 100  # patients are left out in at most this many blocks: memory an
 class Row:
     """One row of the table.
 
-    `scores` are means over queries of each of `METRICS`; `MACRO_MAP`, the mean of mAP over classes; and, if the gallery
-    holds all modalities, `own modality@k`, the fraction of the first k hits from the query's modality.
+    `scores` are means over queries of each of `METRICS`; `MACRO_MAP`, the mean of mAP over classes; if the gallery
+    holds all modalities, `own modality@k`, the fraction of the first k hits from the query's modality; and, if the
+    method was probed, `PROBE`, the accuracy of `probe_accuracy`, and `MACRO_PROBE`, its mean over classes.
     """
 
     protocol: str  # title of the protocol, or of its part, such as a modality
@@ -40,6 +42,7 @@ class Row:
     gallery: int  # scans that are a candidate of any query
     scores: Mapping[str, float]
     interval: tuple[float, float] | None = None  # 95 % interval of mAP, see `jackknife_interval`
+    probe_interval: tuple[float, float] | None = None  # the same of the probe, whose classifiers are not trained again
     definition: Protocol | None = None
     # by metric, the mean score without each block of patients, float64 (blocks,)
     leave_one_out: Mapping[str, Tensor] = field(default_factory=dict, compare=False, repr=False)
@@ -53,12 +56,18 @@ class Difference(NamedTuple):
 
 
 def evaluate(
-    methods: Mapping[str, Embedded], protocols: Sequence[Protocol] = DEFAULT, jackknife: Sequence[str] = ("mAP",)
+    methods: Mapping[str, Embedded],
+    protocols: Sequence[Protocol] = DEFAULT,
+    jackknife: Sequence[str] = ("mAP",),
+    probes: Mapping[str, Tensor] | None = None,
 ) -> list[Row]:
     """Evaluate several methods, by name, on the same scans, and return the rows of each protocol, chance first.
 
     A protocol without any answerable query, such as the frames of a single video, gives no row. Leave-one-out values,
     for intervals and paired differences, are computed for the metrics named in `jackknife`.
+
+    `probes` holds `probe_accuracy` of methods, by name. It joins the rows of protocols that search each modality by
+    label, because these ask the same question.
 
     Raises:
         ValueError: if the methods embedded different scans.
@@ -67,13 +76,16 @@ def evaluate(
     if any(embedded.records != records for embedded in methods.values()):
         raise ValueError("methods are not comparable: expected embeddings of the same scans, got different scans.")
     annotations = Annotations(records)
+    constant = constant_accuracy(records) if probes else None
     rows: list[Row] = []
     for protocol in protocols:
         parts: dict[str, list[list[Row]]] = {}  # by title, those with any answerable query
         for title, queries in protocol.parts(annotations):
             part: list[Row] = []
             for method, embedded in methods.items():
-                pair = _evaluate_method(title, method, protocol, annotations, queries, embedded, jackknife)
+                probe = (probes or {}).get(method) if _is_classification(protocol) else None
+                correct = None if probe is None or constant is None else torch.stack([probe, constant], 1)
+                pair = _evaluate_method(title, method, protocol, annotations, queries, embedded, jackknife, correct)
                 part += pair[1:] if part else pair
             if part:
                 parts.setdefault(title, []).append(part)
@@ -113,15 +125,21 @@ def differences_from(main: str, rows: Sequence[Row]) -> dict[str, Difference]:
     return {name: paired_difference(means[main], row) for name, row in means.items() if name != main}
 
 
-def all_differences(main: str, rows: Sequence[Row]) -> dict[str, dict[str, Difference]]:
-    """Return the paired differences of mAP of the main method from all others: row of the table -> method -> value."""
+def all_differences(main: str, rows: Sequence[Row], metric: str = "mAP") -> dict[str, dict[str, Difference]]:
+    """Return the paired differences of the main method from all others: row of the table -> method -> value."""
     differences: dict[str, dict[str, Difference]] = {}
     for title in dict.fromkeys(row.protocol for row in rows):
-        methods = {row.method: row for row in rows if row.protocol == title and "mAP" in row.leave_one_out}
+        methods = {row.method: row for row in rows if row.protocol == title and metric in row.leave_one_out}
         others = {name: row for name, row in methods.items() if main in methods and name != main}
         if others:
-            differences[title] = {name: paired_difference(methods[main], row) for name, row in others.items()}
+            differences[title] = {name: paired_difference(methods[main], row, metric) for name, row in others.items()}
     return differences
+
+
+def _is_classification(protocol: Protocol) -> bool:
+    """Return whether a protocol searches all scans of each modality by any shared label, as a probe classifies them."""
+    searched = (protocol.relevant, protocol.labels, protocol.gallery, protocol.query_split, protocol.gallery_split)
+    return searched == ("label", "any", "own modality", "", "")
 
 
 def _evaluate_method(
@@ -132,15 +150,19 @@ def _evaluate_method(
     queries: Tensor,
     embedded: Embedded,
     jackknife: Sequence[str],
+    correct: Tensor | None = None,
 ) -> list[Row]:
-    """Return the rows of chance and of one method for these queries `(Q,)`, none if no query is answerable."""
+    """Return the rows of chance and of one method for these queries `(Q,)`, none if no query is answerable.
+
+    `correct` `(n, 2)` holds the accuracies of a probe and of a constant prediction.
+    """
     blocks = min(MAX_BLOCKS, int(annotations.group.max()) + 1) if jackknife else 0
     block = annotations.group % max(1, blocks)
     sums, counts = torch.zeros(blocks, len(jackknife), dtype=torch.float64), torch.zeros(blocks, 1, dtype=torch.float64)
     in_gallery = torch.zeros(len(annotations.records), dtype=torch.bool)
     is_mixed = protocol.gallery == "all modalities"
-    names = [*METRICS, *(f"own modality@{k}" for k in KS if is_mixed)]
-    scores, chance_scores, classes = [], [], []
+    names = [*METRICS, *(f"own modality@{k}" for k in KS if is_mixed), *([] if correct is None else [PROBE])]
+    scores, chance_scores, classes, answered = [], [], [], []
     for rows in chunks(len(queries), len(annotations.records)):  # so that no n x n matrix is held
         chunk = queries[rows]
         relevant, candidate = protocol.masks(annotations, chunk)
@@ -153,7 +175,8 @@ def _evaluate_method(
             own_modality, own_modality_chance = ranking.precision_at_k(same)
         scores.append(torch.cat([scored.scores, own_modality[scored.answerable]], 1))
         chance_scores.append(torch.cat([scored.chance, own_modality_chance[scored.answerable]], 1))
-        classes += [protocol.classes(annotations.records[index]) for index in chunk[scored.answerable].tolist()]
+        answered.append(chunk[scored.answerable])
+        classes += [protocol.classes(annotations.records[index]) for index in answered[-1].tolist()]
         if blocks:
             chunk_sums, chunk_counts = ranking.leave_one_out_sums(block[chunk], block, blocks, jackknife)
             sums, counts = sums + chunk_sums, counts + chunk_counts
@@ -163,10 +186,20 @@ def _evaluate_method(
     def row(name: str, table: Tensor) -> Row:
         means = dict(zip(names, table.mean(0).tolist(), strict=True))
         means[MACRO_MAP] = macro_mean(table[:, METRICS.index("mAP")], classes)
+        if correct is not None:
+            means[MACRO_PROBE] = macro_mean(table[:, -1], classes)
         return Row(title, name, len(table), int(in_gallery.sum()), means, definition=protocol)
 
     leave_one_out = dict(zip(jackknife, (sums / counts).unbind(1), strict=True))
-    return [row("chance", torch.cat(chance_scores)), _with_interval(row(method, torch.cat(scores)), leave_one_out)]
+    table, chance = torch.cat(scores), torch.cat(chance_scores)
+    if correct is not None:
+        asked = torch.cat(answered)
+        probe, constant = correct[asked].unbind(1)
+        table, chance = torch.cat([table, probe[:, None]], 1), torch.cat([chance, constant[:, None]], 1)
+        if blocks:
+            hits = torch.bincount(block[asked], probe, blocks)
+            leave_one_out[PROBE] = (probe.sum() - hits) / (len(probe) - torch.bincount(block[asked], minlength=blocks))
+    return [row("chance", chance), _with_interval(row(method, table), leave_one_out)]
 
 
 def _mean_of_parts(title: str, parts: Sequence[Sequence[Row]], same_gallery: bool = True) -> list[Row]:
@@ -189,27 +222,40 @@ def _mean_of_parts(title: str, parts: Sequence[Sequence[Row]], same_gallery: boo
 
 
 def _with_interval(row: Row, leave_one_out: Mapping[str, Tensor]) -> Row:
-    interval = jackknife_interval(row.scores["mAP"], leave_one_out["mAP"]) if "mAP" in leave_one_out else None
-    return replace(row, interval=interval, leave_one_out=leave_one_out)
+    interval, probe_interval = (
+        jackknife_interval(row.scores[metric], leave_one_out[metric]) if metric in leave_one_out else None
+        for metric in ("mAP", PROBE)
+    )
+    return replace(row, interval=interval, probe_interval=probe_interval, leave_one_out=leave_one_out)
 
 
 def format_table(rows: Sequence[Row]) -> str:
-    """Return the rows as a Markdown table that is aligned for the terminal."""
+    """Return the rows as a Markdown table that is aligned for the terminal, with the columns of a probe if any has."""
     first = max([17, *(len(row.protocol) for row in rows)])
     second = max([9, *(len(row.method) for row in rows)])
+    is_probed = any(PROBE in row.scores for row in rows)
     lines = [
         f"| {'protocol':{first}} | {'method':{second}} | queries | gallery |    P@1 |    R@5 |    mAP | mAP, 95 %   |",
         f"|{'-' * (first + 2)}|{'-' * (second + 2)}|--------:|--------:|-------:|-------:|-------:|------------:|",
     ]
+    if is_probed:
+        lines = [lines[0] + "  probe | probe, 95 % |", lines[1] + "-------:|------------:|"]
     previous = None
     for row in rows:
         name = row.protocol if row.protocol != previous else ""
         scores = " | ".join(f"{row.scores[metric]:6.3f}" for metric in IN_TABLE)
-        interval = f"{row.interval[0]:.3f}-{row.interval[1]:.3f}" if row.interval else " " * 11
-        names = f"| {name:{first}} | {row.method:{second}} "
-        lines.append(f"{names}| {row.queries:7} | {row.gallery:7} | {scores} | {interval} |")
+        line = f"| {name:{first}} | {row.method:{second}} | {row.queries:7} | {row.gallery:7} | {scores}"
+        line += f" | {_format_interval(row.interval)} |"
+        if is_probed:
+            probe = f"{row.scores[PROBE]:6.3f}" if PROBE in row.scores else " " * 6
+            line += f" {probe} | {_format_interval(row.probe_interval)} |"
+        lines.append(line)
         previous = row.protocol
     return "\n".join(lines)
+
+
+def _format_interval(interval: tuple[float, float] | None) -> str:
+    return f"{interval[0]:.3f}-{interval[1]:.3f}" if interval else " " * 11
 
 
 def format_differences(first: str, differences: Mapping[str, Difference]) -> str:
@@ -221,10 +267,10 @@ def format_differences(first: str, differences: Mapping[str, Difference]) -> str
     return "\n".join(lines)
 
 
-def format_all_differences(main: str, differences: Mapping[str, Mapping[str, Difference]]) -> str:
+def format_all_differences(main: str, differences: Mapping[str, Mapping[str, Difference]], metric: str = "mAP") -> str:
     """Return the differences of `all_differences` as a Markdown table, with their 95 % intervals."""
     others = list(dict.fromkeys(name for row in differences.values() for name in row))
-    lines = [f"| mAP of {main} minus | {' | '.join(others)} |", f"|---|{'---|' * len(others)}"]
+    lines = [f"| {metric} of {main} minus | {' | '.join(others)} |", f"|---|{'---|' * len(others)}"]
     for title, row in differences.items():
         cells = (f"{value:+.3f} ({low:+.3f} to {high:+.3f})" for value, (low, high) in (row[name] for name in others))
         lines.append(f"| {title} | {' | '.join(cells)} |")
@@ -233,7 +279,8 @@ def format_all_differences(main: str, differences: Mapping[str, Mapping[str, Dif
 
 def to_json(rows: Sequence[Row], **facts: Any) -> str:
     """Return the rows with all scores, the definitions of metrics and protocols, and further facts as JSON."""
-    columns = ("protocol", "method", "queries", "gallery", "scores", "interval")
+    columns = ("protocol", "method", "queries", "gallery", "scores", "interval", "probe_interval")
     table = [{name: getattr(row, name) for name in columns} for row in rows]
     protocols = {row.protocol: asdict(row.definition) for row in rows if row.definition}
-    return json.dumps({**facts, "metrics": DEFINITIONS, "protocols": protocols, "rows": table}, indent=2)
+    definitions = DEFINITIONS | ({PROBE: DEFINITION} if any(PROBE in row.scores for row in rows) else {})
+    return json.dumps({**facts, "metrics": definitions, "protocols": protocols, "rows": table}, indent=2)

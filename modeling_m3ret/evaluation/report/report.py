@@ -16,6 +16,7 @@ from ...search.embedding import Embedded
 from ...search.matching import RerankedSearch
 from ...version import __version__
 from ..checkpoints import Checkpoint
+from ..probe import PROBE
 from ..table import (
     ALL_MODALITIES,
     Row,
@@ -74,6 +75,10 @@ class Report:
                 title: {name: value._asdict() for name, value in row.items()}
                 for title, row in all_differences(self.main, self.rows).items()
             },
+            "differences_of_probe": {
+                title: {name: value._asdict() for name, value in row.items()}
+                for title, row in all_differences(self.main, self.rows, PROBE).items()
+            },
         }
         atomic_write_text(folder / "metrics.json", to_json(self.rows, **facts) + "\n")
         rows = [row for row in self.rows if not isinstance(self.methods.get(row.method), RerankedSearch)]
@@ -85,9 +90,11 @@ class Report:
 
     def _tables(self) -> list[str]:
         differences, paired = differences_from(self.main, self.rows), all_differences(self.main, self.rows)
+        probed = all_differences(self.main, self.rows, PROBE)
         return [
             format_table(self.rows),
             *([format_all_differences(self.main, paired)] if paired else []),
+            *([format_all_differences(self.main, probed, PROBE)] if probed else []),
             *([format_differences(self.main, differences)] if differences else []),
         ]
 
