@@ -111,7 +111,7 @@ class SelfDistillation(nn.Module):
         decoder = M3RetDecoder(config) if run.objective == "mae+simdino" else None
         views = SimDINO.global_views + run.local_views
         self.model = SimDINO(M3RetModel(config), loss, views, decoder, run.patch_weight)
-        self.start_momentum = run.teacher_momentum
+        self.start_momentum = run.start_momentum()
         self.mae_weight, self.simdino_weight = run.mae_weight, run.simdino_weight
 
     @property

@@ -100,9 +100,10 @@ class ObjectiveOptions:
     """Weight of SimDINO's compression term relative to its maximum; 1 as published."""
     expansion_weight: float = 0.45
     """Weight of SimDINO's expansion term relative to its maximum; 0.45 is the published balance (see `SimDINOLoss`)."""
-    teacher_momentum: float = 0.996
+    teacher_momentum: float | None = None
     """Initial EMA momentum of the SimDINO teacher, which averages over about 1 / (1 - momentum) steps; rises to 1 along
-    a cosine. The published 0.996 suits 100,000 steps; use 0.95 for hundreds of steps."""
+    a cosine. null is 1 - 400 / steps, between 0.95 and 0.996: 0.996 is published for 100,000 steps, and in runs of
+    hundreds of steps such a teacher hardly moves, while 0.95 trains well (docs/results.md)."""
 
 
 @dataclass
@@ -306,6 +307,12 @@ class RunConfig(OutputOptions, ResumeOptions, DataOptions, ObjectiveOptions, Vie
         if self.objective != "mae":
             return 5e-4 * self.batch_size * self.accumulate * processes / 256
         return 1.5e-4 * self.batch_size * self.views_per_decode * self.accumulate * processes / 256
+
+    def start_momentum(self) -> float:
+        """Return the teacher's momentum at the first step: as set, or by the rule in its help text."""
+        if self.teacher_momentum is not None:
+            return self.teacher_momentum
+        return min(max(1 - 400 / self.steps, 0.95), 0.996)
 
     def due(self, step: int) -> tuple[bool, bool]:
         """Return whether to evaluate and whether to save after this step; both after the last, if enabled."""

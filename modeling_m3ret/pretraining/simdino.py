@@ -364,6 +364,6 @@ def block_masks(noise: Tensor, grid_thw: Tensor | np.ndarray) -> tuple[Tensor, n
     return torch.from_numpy(hidden), masked
 
 
-def teacher_momentum(step: int, steps: int, start: float = 0.996) -> float:
+def teacher_momentum(step: int, steps: int, start: float) -> float:
     """Return the EMA momentum at a step: half a cosine from `start` to 1, as in DINO."""
     return 1 - (1 - start) * (math.cos(math.pi * step / steps) + 1) / 2

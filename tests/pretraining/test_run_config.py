@@ -153,6 +153,14 @@ def test_resume_accepts_options_that_do_not_apply_to_the_objective() -> None:
     assert parse_run_config(["--teacher_momentum", "0.9", "--resume"]).teacher_momentum == 0.9
 
 
+def test_teacher_of_a_short_run_averages_over_few_steps() -> None:
+    momenta = {
+        steps: RunConfig(objective="simdino", steps=steps).start_momentum() for steps in (300, 20_000, 1_000_000)
+    }
+    assert momenta == pytest.approx({300: 0.95, 20_000: 0.98, 1_000_000: 0.996})
+    assert RunConfig(objective="simdino", steps=300, teacher_momentum=0.9).start_momentum() == 0.9
+
+
 def test_learning_rate_scales_with_the_views_of_a_step() -> None:
     """MAE's linear rule: 1.5e-4 for 256 views."""
     assert RunConfig(batch_size=64, views_per_decode=4).peak_learning_rate(1) == pytest.approx(1.5e-4)

@@ -181,9 +181,9 @@ def test_only_the_student_has_gradients_and_the_teacher_is_its_moving_average() 
 
 
 def test_teacher_momentum_rises_from_its_start_to_one() -> None:
-    assert teacher_momentum(0, 100) == pytest.approx(0.996)
-    assert teacher_momentum(50, 100) == pytest.approx(0.998)
-    assert teacher_momentum(100, 100) == 1
+    assert teacher_momentum(0, 100, 0.996) == pytest.approx(0.996)
+    assert teacher_momentum(50, 100, 0.996) == pytest.approx(0.998)
+    assert teacher_momentum(100, 100, 0.996) == 1
 
 
 def test_both_objectives_from_one_pass_equal_each_alone() -> None:
