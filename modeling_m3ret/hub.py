@@ -58,7 +58,7 @@ def hub_retries(action: str) -> Retrying:
     )
 
 
-def load_pretrained(name: str) -> tuple[M3RetModel, M3RetImageProcessor]:
+def load_pretrained(name: str | Path) -> tuple[M3RetModel, M3RetImageProcessor]:
     """Load an encoder in evaluation mode, and its image processor.
 
     Args:
@@ -68,6 +68,7 @@ def load_pretrained(name: str) -> tuple[M3RetModel, M3RetImageProcessor]:
         InputError: if there is no such checkpoint, it holds another kind of model, or weights that are missing, of
             other shapes or not finite.
     """
+    name = str(name)
     problem = f"cannot load a model: expected a folder or Hub id of an M3Ret checkpoint, got {shorten(name, 200)!r}."
     try:
         is_folder = Path(name).is_dir()

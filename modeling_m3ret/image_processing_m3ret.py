@@ -353,7 +353,7 @@ def _single_number(name: str, value: Any) -> Any:
     """Return the single number of a setting: a number, or a mapping or sequence whose values are all equal.
 
     Raises:
-        ValueError: if the values differ or are not numbers. The message names the setting.
+        ValueError: if the values differ or are not finite numbers. The message names the setting.
     """
     if isinstance(value, Mapping) or (isinstance(value, Sequence) and not isinstance(value, str)):
         numbers = set(value.values() if isinstance(value, Mapping) else value)
@@ -361,8 +361,8 @@ def _single_number(name: str, value: Any) -> Any:
             expected = "one number (equal height and width)" if name == "size" else "one number for all channels"
             raise ValueError(f"{name} is not supported: expected {expected}, got {value}.")
         (value,) = numbers
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ValueError(f"{name} is not supported: expected a number, got {value!r}.")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError(f"{name} is not supported: expected a finite number, got {value!r}.")
     return value
 
 

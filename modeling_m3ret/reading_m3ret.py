@@ -24,6 +24,7 @@ from contextlib import closing
 from dataclasses import replace
 from numbers import Integral
 from pathlib import Path, PurePath, PurePosixPath
+from textwrap import shorten
 from typing import Any
 
 import numpy as np
@@ -295,10 +296,16 @@ def _declared_spacing(row: dict[str, Any], request: ReadRequest) -> Spacing | No
     """Return the spacing of a row: None without the column, and three times None if the column is null."""
     if "spacing" not in row:
         return None
-    mm = (None, None, None) if row["spacing"] is None else tuple(row["spacing"])
-    if len(mm) != 3:
-        raise request.error("unsupported", "a spacing of 3 numbers, along D, H, W", f"{len(mm)} numbers")
-    return tuple(None if value is None else float(value) for value in mm)  # type: ignore[return-value]
+    if row["spacing"] is None:
+        return None, None, None
+    try:
+        mm = tuple(None if value is None else float(value) for value in row["spacing"])
+    except (TypeError, ValueError):
+        mm = ()
+    if len(mm) != 3 or not all(value is None or 0 < value < math.inf for value in mm):
+        expected = "a spacing of 3 numbers above 0 or null, in mm along D, H, W"
+        raise request.error("unsupported", expected, shorten(repr(row["spacing"]), 80))
+    return mm
 
 
 # --------------------------------------------------------------------------------------------------- files and archives

@@ -98,13 +98,15 @@ def test_damaged_weights_file_is_refused(checkpoint: Path, content: bytes | str 
         ("config.json", {"pooling": "maximum"}),
         ("preprocessor_config.json", {"size": "big"}),
         ("preprocessor_config.json", {"size": -5}),
+        ("preprocessor_config.json", {"size": float("nan")}),
+        ("preprocessor_config.json", {"size": float("inf")}),
         ("preprocessor_config.json", {"num_frames": 0}),
     ],
 )
 def test_settings_of_another_model_or_type_are_refused(checkpoint: Path, name: str, changes: dict[str, Any]) -> None:
     edit(checkpoint, name, **changes)
     with pytest.raises(InputError):
-        load_pretrained(str(checkpoint))
+        load_pretrained(checkpoint)
 
 
 @pytest.mark.parametrize("name", ["config.json", "preprocessor_config.json"])

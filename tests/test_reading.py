@@ -334,6 +334,16 @@ def test_column_of_a_row_decides_between_slices_and_colours() -> None:
         read_scan({"image": slices})
 
 
+@pytest.mark.parametrize(
+    "spacing", [(1, 1), (1.0, -2.0, 1.0), (0, 1, 1), (1, np.nan, 1), (1, np.inf, 1), "abc", 3.0, [1, [2], 3]]
+)
+def test_spacing_of_a_row_that_is_not_three_lengths_is_refused(spacing: Any) -> None:
+    volume = np.zeros((2, 8, 8), np.uint8)
+    assert read_scan({"volume": volume, "spacing": (None, np.float32(2), 1)}).spacing == (None, 2.0, 1.0)
+    with pytest.raises(M3RetReadError):
+        read_scan({"volume": volume, "spacing": spacing})
+
+
 def test_intensity_of_arrays_is_inferred_from_their_values() -> None:
     in_unit_range = RNG.random((4, 8, 8), dtype=np.float32)
     np.testing.assert_array_equal(read_scan(in_unit_range).array[0], in_unit_range)
