@@ -1,7 +1,7 @@
 """The common tests of transformers, from the source distribution of the installed version, with dense input.
 
 The wheel has no tests, and the distribution lacks a few of their files. `STAND_INS` replaces those that are imported.
-Exporters and generation are not tested here.
+Generation is not tested. The distribution lacks the tests of the exporters; `test_exporters.py` has tests of ours.
 """
 
 from __future__ import annotations

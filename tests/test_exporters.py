@@ -1,0 +1,32 @@
+"""The exporters of transformers with dynamic axes: a graph serves other batches and sizes than the traced ones."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import tiny_config
+
+from modeling_m3ret import M3RetModel
+
+
+pytestmark = pytest.mark.slow
+
+SHAPES = [(2, 3, 32, 48), (1, 3, 32, 48), (5, 3, 64, 32)]  # the first is traced
+
+
+@pytest.mark.parametrize("exporter", ["dynamo", "onnx"])
+def test_exported_graph_computes_the_outputs_of_the_model(exporter: str) -> None:
+    name = exporter.capitalize()
+    module = pytest.importorskip(f"transformers.exporters.exporter_{exporter}", reason="needs a newer transformers")
+    if exporter == "onnx":
+        pytest.importorskip("onnxruntime", reason="needs the extra `export`")
+    model = M3RetModel(tiny_config(num_hidden_layers=1)).eval()
+    settings = getattr(module, f"{name}Config")(dynamic=True)
+    exported = getattr(module, f"{name}Exporter")().export(model, {"pixel_values": torch.rand(SHAPES[0])}, settings)
+    for shape in SHAPES:
+        scans = torch.rand(shape)
+        with torch.no_grad():
+            expected = model(scans)
+        output = exported(pixel_values=scans)
+        for field in ("last_hidden_state", "pooler_output"):
+            torch.testing.assert_close(torch.as_tensor(output[field]), expected[field], atol=1e-5, rtol=0)
