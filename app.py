@@ -1,7 +1,6 @@
 """Search a gallery with any scan, in a web browser.
 
-    python app.py                                        # newest local checkpoint, demo gallery
-    python app.py --quickstart                           # train a small checkpoint first if there is none
+    python app.py                                        # the shipped encoder and its demo gallery
     python app.py --model m3ret-vitb --gallery FOLDER    # a dataset, or the folder of an index
     python app.py --push_to_hub ORG/SPACE                # publish as a private Hugging Face Space
 
@@ -13,8 +12,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -31,22 +28,23 @@ from modeling_m3ret.space.gallery import check_gallery, open_gallery
 from modeling_m3ret.space.isolation import IsolatedReaders
 
 
-QUICKSTART_CONFIG = "configs/smoke.yaml"
-
-
+SHIPPED = "m3ret-vitt"  # checkpoint folder in this repository
 Port = restricted_number_type("Port", int, [(">=", 1), ("<=", 65535)])
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = CommandLine(__doc__, prog="app.py")
     add = parser.add_argument
-    add("--model", type=str, help="checkpoint folder or Hub id; by default the newest m3ret-* here")
+    add(
+        "--model",
+        type=str,
+        help=f"checkpoint folder or Hub id; by default {SHIPPED} beside app.py, or else the newest m3ret-* here",
+    )
     add("--gallery", type=str, help="dataset (folder, ORG/NAME or phantom) or folder of an index; by default a demo")
     add("--show_labels", action="store_true", help="show all labels; by default only known medical words")
     add("--port", type=Port, help="port of the server; by default the first free one from 7860")
     add("--share", action="store_true", help="also create a public Gradio address; by default this machine only")
     add("--auth", type=str, help="USER:PASSWORD of a login; by default no login")
-    add("--quickstart", action="store_true", help="train a small checkpoint if there is none")
     add("--push_to_hub", type=str, help="ORG/SPACE to publish app, model and index to, instead of serving them")
     arguments = parser.parse_args(argv)
     if arguments.auth is not None:
@@ -56,54 +54,30 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return arguments
 
 
-def newest_checkpoint(folder: Path = Path()) -> Path | None:
-    """Return the most recently written checkpoint folder `m3ret-*` in `folder`."""
-    configs = folder.glob("m3ret-*/config.json")
-    newest = max(configs, key=lambda config: config.stat().st_mtime, default=None)
-    return newest.parent if newest else None
-
-
-def train_small_checkpoint(project: Path, overrides: Sequence[str] = ()) -> None:
-    """Train the checkpoint `m3ret-smoke` in the current folder.
+def find_checkpoint(project: Path, folder: Path = Path()) -> Path:
+    """Return the checkpoint that is used by default: the shipped one, or else the newest `m3ret-*` in `folder`.
 
     Args:
-        project: Folder with `train.py` and `configs`.
-        overrides: Options for `train.py` in addition to its config.
+        project: folder of this script.
 
     Raises:
-        InputError: If there is no `train.py`.
-        SystemExit: If training fails.
+        InputError: if there is none.
     """
-    script = project / "train.py"
-    if not script.is_file():
-        raise InputError(f"--quickstart: {script} does not exist. Use --model instead.")
-    print("Training a small model on synthetic scans (about six minutes on two cores).", flush=True)
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no"]
-    command = [*launch, str(script), "--config", str(project / QUICKSTART_CONFIG), *overrides]
-    if (code := subprocess.run(command, check=False).returncode) != 0:
-        raise SystemExit(f"Training failed with exit code {code}. See its messages above.")
-
-
-def find_checkpoint(model: str | None, quickstart: bool) -> str:
-    """Return the checkpoint to load: the given one, the newest local one, or one that is trained now."""
-    name = model or newest_checkpoint()
-    if name is None and quickstart:
-        train_small_checkpoint(Path(__file__).parent)
-        name = newest_checkpoint()
-    if name is None:
-        raise InputError(
-            "--model: no checkpoint folder m3ret-* in the current folder. Use --quickstart to train a small one, or "
-            "--model FOLDER|HUB_ID."
-        )
-    return str(name)
+    if (project / SHIPPED / "config.json").is_file():
+        return project / SHIPPED
+    configs = folder.glob("m3ret-*/config.json")
+    newest = max(configs, key=lambda config: config.stat().st_mtime, default=None)
+    if newest is None:
+        problem = f"--model: expected a checkpoint folder {SHIPPED} beside app.py or m3ret-* here, got none."
+        raise InputError(f"{problem} Use --model FOLDER|HUB_ID.")
+    return newest.parent
 
 
 def main() -> None:
     arguments = parse_arguments()
     check_gallery(arguments.gallery)  # before a model is trained or loaded
     project = Path(__file__).parent
-    name = find_checkpoint(arguments.model, arguments.quickstart)
+    name = arguments.model or str(find_checkpoint(project))
     model, processor = load_pretrained(name)
     if torch.cuda.is_available():
         model.to("cuda")

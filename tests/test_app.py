@@ -1,4 +1,4 @@
-"""`python app.py`: its checkpoint, its errors, and the small checkpoint that `--quickstart` trains."""
+"""`python app.py`: its checkpoint and its errors."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from modeling_m3ret import M3RetImageProcessor, M3RetModel
 
 pytest.importorskip("gradio", reason="the Space needs gradio: pip install m3ret[app]")
 
-from app import newest_checkpoint, parse_arguments, train_small_checkpoint
+from app import SHIPPED, find_checkpoint, parse_arguments
 from modeling_m3ret.errors import InputError
 
 
@@ -73,8 +73,8 @@ def test_help_explains_every_option(capsys: pytest.CaptureFixture[str]) -> None:
         parse_arguments(["--help"])
     assert stopped.value.code == 0
     printed = capsys.readouterr().out
-    assert "python app.py --quickstart" in printed
-    for name in ("model", "gallery", "show_labels", "port", "share", "auth", "quickstart", "push_to_hub"):
+    assert "python app.py --model" in printed
+    for name in ("model", "gallery", "show_labels", "port", "share", "auth", "push_to_hub"):
         assert f"--{name}" in printed
 
 
@@ -91,7 +91,7 @@ def test_options_are_parsed() -> None:
         (["--model", "m3ret-tiny", "--gallery", "no-such-folder"], "no-such-folder"),
         (["--model", "m3ret-tiny", "--gallery", "m3ret-tiny"], "manifest.csv"),
         (["--model", "no-such-folder", "--gallery", "phantom:many"], "phantom"),
-        (["--quickstart", "--model", "m3ret-tiny", "--gallery", "m3ret-tiny/config.json"], "config.json"),
+        (["--model", "m3ret-tiny", "--gallery", "m3ret-tiny/config.json"], "config.json"),
     ],
 )
 def test_a_missing_folder_is_one_line_that_names_it(options: list[str], name: str, folder: Path) -> None:
@@ -99,15 +99,6 @@ def test_a_missing_folder_is_one_line_that_names_it(options: list[str], name: st
     assert ran.returncode == 2, ran.stderr
     assert len(ran.stderr.splitlines()) == 1, "no checkpoint is loaded first: its progress bar would be shown"
     assert name in ran.stderr
-
-
-@pytest.mark.slow
-def test_without_a_checkpoint_it_exits_and_names_the_options(tmp_path: Path) -> None:
-    ran = run(tmp_path)
-    assert ran.returncode == 2, ran.stderr
-    assert len(ran.stderr.splitlines()) == 1, ran.stderr
-    assert "--quickstart" in ran.stderr
-    assert not list(tmp_path.iterdir()), "no file was created"
 
 
 @pytest.mark.slow
@@ -122,7 +113,17 @@ def test_without_a_tunnel_it_serves_locally(folder: Path) -> None:
         proxies = {name: proxy for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY")}
         local = {"no_proxy": "127.0.0.1,localhost", "NO_PROXY": "127.0.0.1,localhost"}
         environment = os.environ | proxies | local | {"PYTHONPATH": str(ROOT), "HF_HOME": str(folder / "hf_home")}
-        command = [sys.executable, str(ROOT / "app.py"), "--gallery", ".", "--share", "--port", str(port)]
+        command = [
+            sys.executable,
+            str(ROOT / "app.py"),
+            "--model",
+            "m3ret-tiny",
+            "--gallery",
+            ".",
+            "--share",
+            "--port",
+            str(port),
+        ]
         app = subprocess.Popen(
             command, cwd=folder, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
         )
@@ -137,28 +138,13 @@ def test_without_a_tunnel_it_serves_locally(folder: Path) -> None:
         assert app.returncode == 0, "SIGTERM stops it like Ctrl-C"
 
 
-def test_the_newest_checkpoint_is_used(tmp_path: Path) -> None:
-    assert newest_checkpoint(tmp_path) is None
-    for age, name in enumerate(("m3ret-b", "m3ret-a", "other", "m3ret-c")):
-        (tmp_path / name).mkdir()
+def test_the_shipped_checkpoint_is_used_and_else_the_newest(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="--model"):
+        find_checkpoint(tmp_path, tmp_path)
+    for age, name in enumerate(("m3ret-b", "m3ret-a", "other", "m3ret-c", f"project/{SHIPPED}")):
+        (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "config.json").write_text("{}")
         os.utime(tmp_path / name / "config.json", (1e9 - age, 1e9 - age))
     (tmp_path / "m3ret-empty").mkdir()
-    assert newest_checkpoint(tmp_path) == tmp_path / "m3ret-b"
-
-
-@pytest.mark.slow
-def test_quickstart_trains_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf_home"))
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    model = "{num_hidden_layers: 1, hidden_size: 48, num_attention_heads: 4, intermediate_size: 96}"
-    small = {"data": "phantom:6", "model": model, "size": 32, "steps": 2, "batch_size": 2, "num_workers": 0}
-    train_small_checkpoint(ROOT, [option for key, value in small.items() for option in (f"--{key}", str(value))])
-    assert newest_checkpoint() == Path("m3ret-smoke")
-
-
-def test_quickstart_needs_the_training_script(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"train\.py"):
-        train_small_checkpoint(tmp_path)
+    assert find_checkpoint(tmp_path / "elsewhere", tmp_path) == tmp_path / "m3ret-b"
+    assert find_checkpoint(tmp_path / "project", tmp_path) == tmp_path / "project" / SHIPPED

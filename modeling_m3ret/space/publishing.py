@@ -29,7 +29,7 @@ from .pages import model_card
 from .visible import SAMPLE_SOURCE, visible_columns
 
 
-MODEL_FOLDER = "m3ret-space"  # app.py finds it as the newest checkpoint
+MODEL_FOLDER = "m3ret-space"  # app.py finds it as the newest m3ret-*
 EXTRAS = ("app", "itk", "minc", "heif")  # what the app imports, and the decoders of all formats
 PINNED_BY_README = "gradio"  # its version is in the header of the Space's README
 

@@ -53,7 +53,8 @@ def files(hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes
     processor.save_pretrained(folder / "m3ret-tiny")
     (folder / "m3ret-tiny" / "README.md").write_text(CARD)
     repo_id = hub.new_repository("space")
-    command = [sys.executable, str(ROOT / "app.py"), "--gallery", "secret-ward", "--push_to_hub", repo_id]
+    command = [sys.executable, str(ROOT / "app.py"), "--model", "m3ret-tiny"]
+    command += ["--gallery", "secret-ward", "--push_to_hub", repo_id]
     environment = hub.environment(folder) | {"PYTHONPATH": str(ROOT)}
     ran = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stdout + ran.stderr
@@ -152,14 +153,15 @@ def test_the_uploaded_files_start_and_search(files: dict[str, bytes], hub: Hub, 
         (tmp_path / name).write_bytes(content)
     script = """
 import sys
+from pathlib import Path
 sys.path.insert(0, ".")
 from transformers import AutoImageProcessor, AutoModel
 import modeling_m3ret
-from app import newest_checkpoint
+from app import find_checkpoint
 from modeling_m3ret.space.gallery import open_gallery
 from modeling_m3ret.space.service import SearchService
 assert modeling_m3ret.__file__.startswith(sys.argv[1]), modeling_m3ret.__file__
-name = newest_checkpoint()
+name = find_checkpoint(Path())
 model, processor = AutoModel.from_pretrained(name).eval(), AutoImageProcessor.from_pretrained(name)
 service = SearchService(model, processor, open_gallery(None, model, processor, str(name)), readers=None)
 print([hit["item"] for hit in service.search(service.query_of_row(0), 3)])

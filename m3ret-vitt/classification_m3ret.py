@@ -1,0 +1,1 @@
+../modeling_m3ret/classification_m3ret.py

@@ -1,0 +1,1 @@
+../modeling_m3ret/configuration_m3ret.py

@@ -1,0 +1,1 @@
+../modeling_m3ret/dicom_codestreams_m3ret.py

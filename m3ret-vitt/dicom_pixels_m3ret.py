@@ -1,0 +1,1 @@
+../modeling_m3ret/dicom_pixels_m3ret.py

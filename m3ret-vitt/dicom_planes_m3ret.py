@@ -1,0 +1,1 @@
+../modeling_m3ret/dicom_planes_m3ret.py

@@ -1,0 +1,1 @@
+../modeling_m3ret/image_processing_m3ret.py

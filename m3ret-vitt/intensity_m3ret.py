@@ -1,0 +1,1 @@
+../modeling_m3ret/intensity_m3ret.py

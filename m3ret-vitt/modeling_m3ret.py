@@ -1,0 +1,1 @@
+../modeling_m3ret/modeling_m3ret.py

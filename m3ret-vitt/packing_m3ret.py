@@ -1,0 +1,1 @@
+../modeling_m3ret/packing_m3ret.py

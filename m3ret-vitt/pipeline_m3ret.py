@@ -1,0 +1,1 @@
+../modeling_m3ret/pipeline_m3ret.py

@@ -1,0 +1,1 @@
+../modeling_m3ret/reading_dicom_m3ret.py

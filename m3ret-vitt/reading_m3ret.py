@@ -1,0 +1,1 @@
+../modeling_m3ret/reading_m3ret.py

@@ -1,0 +1,1 @@
+../modeling_m3ret/reading_video_m3ret.py

@@ -1,0 +1,1 @@
+../modeling_m3ret/reading_volume_m3ret.py

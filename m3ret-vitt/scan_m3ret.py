@@ -1,0 +1,1 @@
+../modeling_m3ret/scan_m3ret.py
