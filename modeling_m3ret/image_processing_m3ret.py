@@ -31,8 +31,8 @@ class M3RetImageProcessorKwargs(TypedDict, total=False):
     patch_size: int
     patch_depth: int
     num_channels: int
-    image_mean: float
-    image_std: float
+    image_mean: float | list[float]
+    image_std: float | list[float]
 
 
 # Standard settings of other image processors that have one possible value here, so that giving it changes nothing.
@@ -75,8 +75,9 @@ class M3RetImageProcessor(BaseImageProcessor):
         patch_size: edge of a patch in pixels. Must equal the encoder's, as must the next two; see `M3RetConfig`.
         patch_depth: slices or frames of a patch.
         num_channels: channels of a patch. Colour is converted to grey if it is 1.
-        image_mean: subtracted from values in [0, 1]. One number for all channels, since ImageNet's colour means do not
-            describe medical scans. A list of equal numbers means that number.
+        image_mean: subtracted from values in [0, 1]. By default one number for all channels, since ImageNet's colour
+            means do not describe medical scans; encoders that were trained with them need one for each channel. A list
+            of equal numbers means that number.
         image_std: divides the centred values. Together with `image_mean`, maps [0, 1] to [-1, 1].
 
     Raises:
@@ -116,8 +117,8 @@ class M3RetImageProcessor(BaseImageProcessor):
         self.patch_size = patch_size
         self.patch_depth = patch_depth
         self.num_channels = num_channels
-        self.image_mean: float = _single_number("image_mean", image_mean)
-        self.image_std: float = _single_number("image_std", image_std)
+        self.image_mean = _channel_numbers("image_mean", image_mean, num_channels)
+        self.image_std = _channel_numbers("image_std", image_std, num_channels)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # by name, because `datasets` hashes classes of remote code by their content, which differs between processes
@@ -217,8 +218,25 @@ class M3RetImageProcessor(BaseImageProcessor):
         return self.normalise(volume, white)
 
     def normalise(self, volume: Tensor, white: float = 1.0) -> Tensor:
-        """Subtract `image_mean` from float32 values, where `white` means 1, and divide by `image_std`, in place."""
-        return volume.mul_(1 / (white * self.image_std)).sub_(self.image_mean / self.image_std)
+        """Subtract `image_mean` from float32 values, where `white` means 1, and divide by `image_std`.
+
+        `(1 or 3, D, H, W)` is changed in place and returned. If the channels have statistics of their own, a new volume
+        is returned, with all channels also for a grey scan.
+        """
+        mean, std = self.image_mean, self.image_std
+        if isinstance(mean, float | int) and isinstance(std, float | int):
+            return volume.mul_(1 / (white * std)).sub_(mean / std)
+        return (volume / white - self._per_channel(mean)) / self._per_channel(std)
+
+    def denormalise(self, volume: Tensor) -> Tensor:
+        """Return values in [0, 1] of a normalised scan or slice `(C, ...)`; undoes `normalise`."""
+        std, mean = (self._per_channel(numbers, volume.ndim) for numbers in (self.image_std, self.image_mean))
+        return volume * std.to(volume.device) + mean.to(volume.device)
+
+    @staticmethod
+    def _per_channel(numbers: float | list[float], ndim: int = 4) -> Tensor:
+        """Return one number for all channels, or one for each, as a tensor that broadcasts with `(C, ...)`."""
+        return torch.tensor(numbers, dtype=torch.float32).view(-1, *[1] * (ndim - 1))
 
     def resample(self, scan: Scan, **settings: int | None) -> Tensor:
         """Resize a scan by the size policy: `(1 or 3, D, H, W)`, uint8, where 255 means 1, or float32 in [0, 1].
@@ -364,6 +382,19 @@ def _single_number(name: str, value: Any) -> Any:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         raise ValueError(f"{name} is not supported: expected a finite number, got {value!r}.")
     return value
+
+
+def _channel_numbers(name: str, value: Any, num_channels: int) -> float | list[float]:
+    """Return the number for all channels of a setting, or the list of one number for each if they differ.
+
+    Raises:
+        ValueError: if it is neither.
+    """
+    if isinstance(value, Sequence) and not isinstance(value, str) and len(set(value)) > 1:
+        if len(value) != num_channels:
+            raise ValueError(f"{name} is not supported: expected {num_channels} numbers, got {value}.")
+        return [float(_single_number(name, number)) for number in value]
+    return _single_number(name, value)
 
 
 def _check_fixed_settings(settings: Mapping[str, Any], known: Iterable[str]) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import ViTImageProcessorPil
 
 from modeling_m3ret import M3RetImageProcessor, M3RetReadError, Scan
 from modeling_m3ret.data.collection import read_manifest
@@ -293,3 +294,20 @@ def test_percentiles_of_integers_are_those_of_numpy(dtype: type) -> None:
         low, high = np.percentile(voxels, (0.5, 99.5))
         expected = ((voxels.astype(np.float64) - low) / (high - low)).clip(0, 1)
         assert np.abs(M3RetImageProcessor().read(voxels).array[0] - expected).max() <= 1e-6
+
+
+def test_each_channel_has_its_own_mean_and_deviation() -> None:
+    """Against ViT's own processor, on pictures whose size it does not change; a grey scan has three channels, too."""
+    mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+    ours = M3RetImageProcessor(size=32, image_mean=mean, image_std=std)
+    theirs = ViTImageProcessorPil(do_resize=False, image_mean=mean, image_std=std)
+    pictures = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), dtype=np.uint8)
+    pictures[1] = pictures[1, :, :, :1]  # grey
+    rows = ours(list(pictures))["pixel_values"].view(2, 2, 2, 3, 4, 16, 16)
+    images = rows.permute(0, 3, 4, 1, 5, 2, 6).reshape(2, 3, 4, 32, 32)
+    expected = theirs(list(pictures), return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(images, expected[:, :, None].expand_as(images), rtol=0, atol=1e-6)
+    assert M3RetImageProcessor(**ours.to_dict()).to_dict() == ours.to_dict()
+    volume = ours.resize(ours.read(pictures[1]))
+    assert volume.shape == (3, 1, 32, 32)
+    torch.testing.assert_close(ours.denormalise(volume)[0, 0], torch.from_numpy(pictures[1, :, :, 0]) / 255)

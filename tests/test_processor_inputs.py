@@ -71,9 +71,10 @@ def test_settings_without_effect_are_refused_by_name(
         M3RetImageProcessor()(picture, **settings)
 
 
-def test_means_that_differ_between_channels_are_refused() -> None:
+@pytest.mark.parametrize("mean", [[0.485, 0.456], [0.485, 0.456, "0.4"], [0.485, 0.456, float("nan")]])
+def test_means_of_another_number_of_channels_are_refused(mean: list[Any]) -> None:
     with pytest.raises(ValueError, match="image_mean"):
-        M3RetImageProcessor(image_mean=[0.485, 0.456, 0.406])
+        M3RetImageProcessor(image_mean=mean)
 
 
 def test_nibabel_images_are_read_like_their_file(volume: Path) -> None:

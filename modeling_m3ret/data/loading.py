@@ -220,9 +220,8 @@ class RandomViews(Dataset[Pack]):
             views += self._transform(crops[part], kinds[part], generator)
         grids = [self.processor.grid_shape(view.shape) for view in views]
         noise = generator.random(sum(math.prod(grid) for grid in grids), dtype=np.float32)
-        pack = Pack.from_volumes(index, [*map(torch.from_numpy, views)], self.processor, torch.from_numpy(noise))
-        self.processor.normalise(pack.values)
-        return pack
+        volumes = [self.processor.normalise(torch.from_numpy(view)) for view in views]
+        return Pack.from_volumes(index, volumes, self.processor, torch.from_numpy(noise))
 
     def _transform(
         self, crops: Sequence[Scan], kinds: Sequence[ViewKind], generator: np.random.Generator

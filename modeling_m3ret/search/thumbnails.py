@@ -46,7 +46,7 @@ def thumbnail_embedder(processor: M3RetImageProcessor) -> Embedder:
 
 def _middle_slice(volume: Tensor, processor: M3RetImageProcessor) -> Tensor:
     """Undo the normalisation of a scan `(C, D, H, W)` and return its middle slice `(3, H, W)`, float32 in [0, 1]."""
-    middle = volume[:, volume.shape[1] // 2] * processor.image_std + processor.image_mean
+    middle = processor.denormalise(volume[:, volume.shape[1] // 2])
     return middle.clamp(0, 1).expand(3, -1, -1)
 
 
