@@ -20,6 +20,13 @@ CUSTOM_PIPELINES = {
     }
 }
 
+# values of the fields that name one of several methods
+CHOICES = {
+    "pooling": ("mean", "cls", "statistics", "attention"),
+    "rotary_axes": ("separate", "shared", "none"),
+    "loss_weighting": ("scan", "patch"),
+}
+
 
 @strict
 class M3RetConfig(PreTrainedConfig):
@@ -54,9 +61,26 @@ class M3RetConfig(PreTrainedConfig):
     # standard deviation of its patch tokens, concatenated (statistics pooling, Snyder et al., Interspeech 2017). The
     # standard deviation captures texture, which the mean averages away. Masked autoencoding has no loss on the CLS
     # token, so its checkpoints pool patches (`global_pool` in MAE); SimDINO as published trains the CLS token. See
-    # docs/results.md for a comparison.
+    # docs/results.md for a comparison. "attention" is the pooling head of SigLIP (arXiv 2303.15343): a learned query
+    # attends to the patch tokens, and an MLP follows.
     pooling: str = "mean"
     initializer_range: float = 0.02  # standard deviation of the truncated normal that initialises weights, as in ViT
+
+    # What 2D vision transformers have otherwise (docs/start-from-a-vit.md). The defaults are M3Ret's own architecture.
+    #
+    # How the channel pairs of a head are rotated. "separate": a third of them for each of depth, height and width.
+    # "shared": half for height and half for width, as in DINOv3, and every second pair for depth too; the depth of a
+    # single slice is zero, so that it is rotated as in DINOv3. "none": positions come from the table below alone.
+    rotary_axes: str = "separate"
+    # patches along depth, height and width of a learned table of positions, which is interpolated to the grid of each
+    # scan and added to its patches, as in ViT; null for none
+    position_grid: list[int] | None = None
+    position_antialias: bool = False  # whether the table is interpolated with antialiasing, as in DINOv2 with registers
+    use_cls_token: bool = True  # SigLIP has none
+    embedding_norm: bool = False  # layer norm of the embedded tokens before the first layer, as in CLIP
+    gated_mlp: bool = False  # MLP with a gate (SwiGLU, arXiv 2002.05202), as in the largest DINOv2 and DINOv3
+    converted_from: str | None = None  # name of the 2D encoder from which the weights were converted
+    converted_license: str | None = None  # its licence, as its model card states it
 
     # masked autoencoding
     mask_ratio: float = 0.75  # fraction of each scan's patches hidden from the encoder; MAE, and SPECTRE for 3D CT
@@ -90,10 +114,22 @@ class M3RetConfig(PreTrainedConfig):
                     f"{width} does not fit {heads}: expected an even number of channels per head, at least 6 (a rotary "
                     f"pair for each of depth, height and width), got {getattr(self, width)} / {getattr(self, heads)}."
                 )
-        if self.pooling not in ("mean", "cls", "statistics"):
-            raise ValueError(f"unknown pooling: expected 'mean', 'cls' or 'statistics', got {self.pooling!r}.")
-        if self.loss_weighting not in ("scan", "patch"):
-            raise ValueError(f"unknown loss_weighting: expected 'scan' or 'patch', got {self.loss_weighting!r}.")
+        if self.rotary_axes == "shared" and self.hidden_size // self.num_attention_heads % 4:
+            raise ValueError(
+                "hidden_size does not fit rotary_axes 'shared': expected a multiple of 4 channels per head, got "
+                f"{self.hidden_size} / {self.num_attention_heads}."
+            )
+        for name, known in CHOICES.items():
+            if getattr(self, name) not in known:
+                raise ValueError(
+                    f"unknown {name}: expected {', '.join(map(repr, known))}, got {getattr(self, name)!r}."
+                )
+        if self.position_grid is not None and (len(self.position_grid) != 3 or min(self.position_grid) < 1):
+            raise ValueError(
+                f"invalid position_grid: expected [depth, height, width] of at least 1, got {self.position_grid}."
+            )
+        if self.pooling == "cls" and not self.use_cls_token:
+            raise ValueError("pooling 'cls' does not fit use_cls_token: expected true, got false.")
         if not 0 < self.mask_ratio < 1:
             raise ValueError(f"invalid mask_ratio: expected a number between 0 and 1, got {self.mask_ratio}.")
 
@@ -110,7 +146,7 @@ class M3RetConfig(PreTrainedConfig):
     @property
     def num_prefix_tokens(self) -> int:
         """Number of tokens before a scan's patches: CLS and registers."""
-        return 1 + self.num_register_tokens
+        return int(self.use_cls_token) + self.num_register_tokens
 
     @classmethod
     def vitt(cls, **overrides: Any) -> Self:

@@ -67,7 +67,7 @@ class DenseEmbedder(nn.Module):
         slices = torch.arange(T * config.patch_depth, device=device).clamp(max=D - 1)
         volumes = pixel_values.index_select(2, slices)  # (B, C, T*t, H, W)
         rows = patchify(volumes, config.patch_depth, config.patch_size).flatten(0, 1)  # (P, C*t*p*p)
-        coordinates = grid_coordinates((T, H // config.patch_size, W // config.patch_size), device)  # (T*H*W, 3)
+        coordinates = grid_coordinates((T, H // config.patch_size, W // config.patch_size), device)  # (T*H*W, 6)
         prefix = config.num_prefix_tokens
         layout = PackLayout(((B, prefix + coordinates.shape[0]),), prefix)
         pooled = self.model.embed_rows(rows, coordinates.repeat(B, 1), layout)

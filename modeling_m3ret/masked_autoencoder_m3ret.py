@@ -64,7 +64,7 @@ class M3RetDecoder(M3RetPreTrainedModel):
         Args:
             encoded: CLS, registers and visible patches of each scan `(N - M, d)`.
             layout: arrangement of the scans, with the encoded tokens as first tokens and M masked patches.
-            coordinates: of all tokens by position, `(N, 3)`.
+            coordinates: of all tokens by position, `(N, 6)`.
         """
         config = self.config
         encoded = self.input_proj(encoded)
@@ -85,11 +85,11 @@ class MaskPlan(Movable):
     Attributes:
         visible: rows of the visible patches in the pack, scan after scan, int64 `(K,)`.
         masked: rows of the masked patches, int64 `(M,)`.
-        visible_coordinates: of the visible patches, `(K, 3)`.
+        visible_coordinates: of the visible patches, `(K, 6)`.
         encoder: layout of the visible patches.
         decoded: indices of the encoder's tokens that the decoder gets; None for all.
         decoder: layout of these tokens and the masked patches.
-        coordinates: of the decoder's tokens by position, `(N, 3)`.
+        coordinates: of the decoder's tokens by position, `(N, 6)`.
         row_weights: weight of each masked patch in the loss, float32 `(M,)`.
         weight: number of scans, or of patches, that the loss averages over.
     """
@@ -137,7 +137,7 @@ def plan_masks(
         decoded = torch.from_numpy(np.flatnonzero(is_decoded[order].repeat(lengths[order])))
 
     coordinates = patch_coordinates(grids, noise.device)
-    encoded = encoder.join(coordinates.new_zeros(len(counts), prefix, 3), coordinates[visible])
+    encoded = encoder.join(coordinates.new_zeros(len(counts), prefix, coordinates.shape[1]), coordinates[visible])
     encoded = encoded if decoded is None else encoded[decoded]
     row_weights, weight = loss_weights(masked_counts, config.loss_weighting)
     return MaskPlan(

@@ -35,25 +35,33 @@ from .configuration_m3ret import M3RetConfig
 from .packing_m3ret import PackLayout, ScanSubset, grid_coordinates, patch_coordinates, patchify, put, take
 
 
-def rotary_tables(coordinates: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+Rotary = tuple[Tensor, Tensor]  # result of `rotary_tables`
+
+
+def rotary_tables(coordinates: Tensor, head_dim: int, theta: float, axes: str = "separate") -> Rotary:
     """Return the cosines and signed sines that rotate the channel pairs of a head by the coordinates of each token.
 
-    This is RoFormer (arXiv 2104.09864) in three axes. Each axis rotates head_dim // 6 channel pairs. Their periods are
-    those of DINOv3 (arXiv 2508.10104): geometric from 1 to `theta`, in units of half a scan. The remaining pairs carry
-    no position. Coordinates of zero, which CLS and registers have, rotate nothing.
+    This is RoFormer (arXiv 2104.09864) in three axes. The periods of an axis are those of DINOv3 (arXiv 2508.10104):
+    geometric from 1 to `theta`, in units of half a scan. Coordinates of zero, which CLS and registers have, rotate
+    nothing.
 
     Args:
-        coordinates: `(N, 3)`, from `patch_coordinates`.
-        head_dim: channels of one head, even and at least 6.
+        coordinates: `(N, 3)` or more columns, from `patch_coordinates`.
+        head_dim: channels of one head, even and at least 6; a multiple of 4 for "shared".
         theta: ratio of the longest to the shortest period.
+        axes: "separate": each axis rotates head_dim // 6 pairs, and the remaining ones carry no position. "shared":
+            height and width rotate half of the pairs each, as in DINOv3, and depth is added to every second pair.
 
     Returns:
         Cosines and sines, both `(N, head_dim)`; float32 for float32 coordinates.
     """
-    pairs = head_dim // 6
+    pairs = head_dim // (6 if axes == "separate" else 4)
     exponents = torch.arange(pairs, dtype=torch.float32, device=coordinates.device) / pairs
-    angles = 2 * math.pi * coordinates[:, :, None] * theta**-exponents  # (N, 3, pairs)
-    angles = nn.functional.pad(angles.flatten(1), (0, head_dim // 2 - 3 * pairs))  # (N, head_dim / 2)
+    angles = 2 * math.pi * coordinates[:, :3, None] * theta**-exponents  # (N, 3, pairs)
+    if axes == "shared":
+        is_even = torch.arange(pairs, device=coordinates.device) % 2 == 0
+        angles = angles[:, 1:] + angles[:, :1] * is_even  # (N, 2, pairs)
+    angles = nn.functional.pad(angles.flatten(1), (0, head_dim // 2 - angles[0].numel()))  # (N, head_dim / 2)
     sines = torch.sin(angles)
     return torch.cos(angles).repeat(1, 2), torch.cat([-sines, sines], dim=1)
 
@@ -132,24 +140,30 @@ class M3RetAttention(nn.Module):
         self.qkv = nn.Linear(hidden_size, 3 * hidden_size, bias=config.qkv_bias)
         self.out_proj = nn.Linear(hidden_size, hidden_size)
 
-    def project_qkv(self, tokens: Tensor, cosines: Tensor, sines: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Project `(N, d)` to queries, keys and values `(N, heads, head_dim)`; queries and keys are rotated."""
+    def project_qkv(self, tokens: Tensor, *rotary: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Project `(N, d)` to queries, keys and values `(N, heads, head_dim)`; queries and keys are rotated, if at all.
+
+        `rotary` are the two tables of `rotary_tables`, or nothing.
+        """
         qkv = self.qkv(tokens).view(-1, 3, self.num_heads, self.head_dim)
-        tables = [table.to(qkv.dtype)[:, None, None] for table in (cosines, sines)]
+        if not rotary:
+            query, key, value = qkv.unbind(1)
+            return query, key, value
+        tables = [table.to(qkv.dtype)[:, None, None] for table in rotary]
         if torch.compiler.is_compiling():  # fuses these operations and their gradients
             query, key = rotate(qkv[:, :2], *tables).unbind(1)
             return query, key, qkv[:, 2]
         return _RotateQueriesAndKeys.apply(qkv, *tables)
 
     def forward(
-        self, tokens: Tensor, layout: PackLayout, rotary: tuple[Tensor, Tensor], **kwargs: Any
+        self, tokens: Tensor, layout: PackLayout, rotary: Rotary | None, **kwargs: Any
     ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
         """Attend within each scan: `(N, d)` -> `(N, d)` by position, weights `(scans, heads, L, L)` of each group.
 
         The weights are None if the attention implementation returns none.
         """
         N, d = tokens.shape
-        query, key, value = self.project_qkv(tokens, *rotary)
+        query, key, value = self.project_qkv(tokens, *(rotary or ()))
         implementation = self.config._attn_implementation
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         kwargs |= {
@@ -200,16 +214,19 @@ class M3RetLayerScale(nn.Module):
 
 
 class M3RetMLP(nn.Module):
-    """Two-layer perceptron of a transformer block."""
+    """Two-layer perceptron of a transformer block, with a gate if `config.gated_mlp` (SwiGLU, arXiv 2002.05202)."""
 
     def __init__(self, config: M3RetConfig, hidden_size: int, intermediate_size: int):
         super().__init__()
+        self.gate_proj = nn.Linear(hidden_size, intermediate_size) if config.gated_mlp else None
         self.up_proj = nn.Linear(hidden_size, intermediate_size)
         self.activation = ACT2FN[config.hidden_act]
         self.down_proj = nn.Linear(intermediate_size, hidden_size)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return self.down_proj(self.activation(self.up_proj(tokens)))
+        if self.gate_proj is None:
+            return self.down_proj(self.activation(self.up_proj(tokens)))
+        return self.down_proj(self.activation(self.gate_proj(tokens)) * self.up_proj(tokens))
 
 
 class M3RetLayer(GradientCheckpointingLayer):
@@ -232,7 +249,7 @@ class M3RetLayer(GradientCheckpointingLayer):
         self,
         tokens: Tensor,
         layout: PackLayout,
-        rotary: tuple[Tensor, Tensor],
+        rotary: Rotary | None,
         cls_only: bool = False,
         subsets: tuple[ScanSubset | None, ScanSubset | None] = (None, None),
         **kwargs: Any,
@@ -252,7 +269,7 @@ class M3RetLayer(GradientCheckpointingLayer):
         self,
         tokens: Tensor,
         layout: PackLayout,
-        rotary: tuple[Tensor, Tensor],
+        rotary: Rotary | None,
         subsets: tuple[ScanSubset | None, ScanSubset | None],
         **kwargs: Any,
     ) -> Tensor:
@@ -263,7 +280,10 @@ class M3RetLayer(GradientCheckpointingLayer):
             tokens = self.attention_scale(tokens, attended)
         else:
             running, others = take(tokens, of_attention.tokens)
-            tables = (rotary[0].index_select(0, of_attention.tokens), rotary[1].index_select(0, of_attention.tokens))
+            tables = None
+            if rotary is not None:
+                cosines, sines = (table.index_select(0, of_attention.tokens) for table in rotary)
+                tables = (cosines, sines)
             attended, _ = self.attention(self.attention_norm(running), of_attention.layout, tables, **kwargs)
             running = self.attention_scale(running, attended, of_attention.rescale)
             tokens = put(others, of_attention.tokens, running)
@@ -276,7 +296,7 @@ class M3RetLayer(GradientCheckpointingLayer):
         self,
         tokens: Tensor,
         layout: PackLayout,
-        rotary: tuple[Tensor, Tensor],
+        rotary: Rotary | None,
         subsets: tuple[ScanSubset | None, ScanSubset | None] = (None, None),
     ) -> Tensor:
         """Apply the block and return the CLS tokens only: `(N, d)` -> `(B, d)` by position.
@@ -293,7 +313,8 @@ class M3RetLayer(GradientCheckpointingLayer):
         # CLS has coordinates of zero, so its query needs no rotation
         query = nn.functional.linear(layout.first_tokens(normed), query_weight, query_bias).view(-1, *heads)
         key, value = nn.functional.linear(normed, key_value_weight, key_value_bias).view(-1, 2, *heads).unbind(1)
-        key = rotate(key, *(table.to(key.dtype)[:, None] for table in rotary))
+        if rotary is not None:
+            key = rotate(key, *(table.to(key.dtype)[:, None] for table in rotary))
         attended = []
         counts = [scans for scans, _ in layout.groups]
         for q, k, v in zip(query.split(counts), layout.split_groups(key), layout.split_groups(value), strict=True):
@@ -371,8 +392,14 @@ class M3RetPreTrainedModel(PreTrainedModel):
             if module.bias is not None:
                 init.zeros_(module.bias)
         elif isinstance(module, M3RetEmbeddings):
-            init.trunc_normal_(module.cls_token, mean=0.0, std=std)
+            if module.cls_token is not None:
+                init.trunc_normal_(module.cls_token, mean=0.0, std=std)
             init.trunc_normal_(module.register_tokens, mean=0.0, std=std)
+        elif isinstance(module, M3RetPositionTable):
+            init.trunc_normal_(module.plane_table, mean=0.0, std=std)
+            init.zeros_(module.depth_table)
+        elif isinstance(module, M3RetAttentionPooling):
+            init.trunc_normal_(module.probe, mean=0.0, std=std)
         elif isinstance(module, M3RetWhitening):
             init.zeros_(module.mean)
             init.eye_(module.matrix)
@@ -401,19 +428,84 @@ class M3RetPreTrainedModel(PreTrainedModel):
             self.push_to_hub(of_hub.pop("repo_id", Path(save_directory).name), **of_hub)
 
 
+def interpolation_weights(centres: Tensor, sizes: Tensor, table_size: int, antialias: bool) -> Tensor:
+    """Return the weights by which bicubic interpolation computes samples from a table: `(P, table_size)` float32.
+
+    They are those of `torch.nn.functional.interpolate(mode="bicubic", antialias=antialias)`, here for samples of grids
+    of different sizes at once. The cubic kernel (Keys, 1981) has the parameter -0.75, and -0.5 with antialiasing.
+
+    Args:
+        centres: position of each sample along the axis, from -1 to 1, `(P,)`.
+        sizes: number of samples of its grid along the axis, `(P,)`.
+        table_size: number of values of the table along the axis.
+    """
+    indices = (((centres + 1) * sizes - 1) / 2).round()
+    scale = table_size / sizes
+    a, stretch = (-0.5, scale.clamp(min=1)) if antialias else (-0.75, torch.ones_like(scale))
+    source = scale * (indices + 0.5) - 0.5
+    border = 0 if antialias else 2  # without antialiasing, the table continues with its first and last value
+    taps = torch.arange(-border, table_size + border, dtype=torch.float32, device=centres.device)
+    x = ((taps - source[:, None]) / stretch[:, None]).abs()  # (P, taps)
+    near, far = ((a + 2) * x - (a + 3)) * x * x + 1, (((x - 5) * x + 8) * x - 4) * a
+    weights = torch.where(x <= 1, near, torch.where(x < 2, far, 0.0))
+    if antialias:
+        return weights / weights.sum(1, keepdim=True)
+    inside = weights[:, 2:-2].clone()
+    inside[:, 0] += weights[:, 0] + weights[:, 1]
+    inside[:, -1] += weights[:, -2] + weights[:, -1]
+    return inside
+
+
+class M3RetPositionTable(nn.Module):
+    """Learned positions of patches, as in ViT (arXiv 2010.11929): one for each place of a slice, one for each depth.
+
+    Both tables are interpolated to the grid of each scan and added. The depths are zero at first, so that a table of a
+    2D encoder gives the patches of all slices the positions of one.
+    """
+
+    def __init__(self, config: M3RetConfig):
+        super().__init__()
+        assert config.position_grid is not None
+        self.grid, self.antialias = config.position_grid, config.position_antialias
+        self.plane_table = nn.Parameter(torch.zeros(self.grid[1] * self.grid[2], config.hidden_size))
+        self.depth_table = nn.Parameter(torch.zeros(self.grid[0], config.hidden_size))
+
+    def forward(self, coordinates: Tensor) -> Tensor:
+        """Return the positions `(P, d)` of patches at the coordinates `(P, 6)` of `patch_coordinates`."""
+        with torch.autocast(coordinates.device.type, enabled=False):
+            depth, height, width = (
+                interpolation_weights(coordinates[:, axis], coordinates[:, 3 + axis], size, self.antialias)
+                for axis, size in enumerate(self.grid)
+            )
+            plane = (height[:, :, None] * width[:, None]).flatten(1).to(self.plane_table.dtype)  # (P, H*W)
+            return plane @ self.plane_table + depth.to(self.depth_table.dtype) @ self.depth_table
+
+
 class M3RetEmbeddings(nn.Module):
-    """Patch embedding, CLS token and register tokens."""
+    """Patch embedding, CLS token, register tokens, and the table of positions and the norm of some encoders."""
 
     def __init__(self, config: M3RetConfig):
         super().__init__()
         self.config = config
         self.patch_embeddings = nn.Linear(config.patch_values, config.hidden_size)
-        self.cls_token = nn.Parameter(torch.zeros(1, config.hidden_size))
+        self.cls_token = nn.Parameter(torch.zeros(1, config.hidden_size)) if config.use_cls_token else None
         self.register_tokens = nn.Parameter(torch.zeros(config.num_register_tokens, config.hidden_size))
+        self.positions = M3RetPositionTable(config) if config.position_grid else None
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if config.embedding_norm else None
 
     def prefix_tokens(self, scans: int) -> Tensor:
-        """Return the CLS and register tokens of each scan: `(B, 1 + registers, d)`."""
-        return torch.cat([self.cls_token, self.register_tokens]).expand(scans, -1, -1)
+        """Return the CLS and register tokens of each scan: `(B, prefix, d)`."""
+        parts: list[Tensor] = [self.register_tokens]
+        if self.cls_token is not None:
+            parts.insert(0, self.cls_token)
+        return torch.cat(parts).expand(scans, -1, -1)
+
+    def add_positions(self, patches: Tensor, coordinates: Tensor) -> Tensor:
+        """Add the positions of a table to embedded patches `(P, d)`, at the coordinates that `encode` takes."""
+        if self.positions is None:
+            return patches
+        positions = self.positions(coordinates)  # (P, d), or of one scan for all
+        return (patches.unflatten(0, (-1, positions.shape[0])) + positions.to(patches.dtype)).flatten(0, 1)
 
     def forward(self, rows: Tensor) -> Tensor:
         """Embed patch rows: `(P, C*t*p*p)` -> `(P, d)`.
@@ -423,7 +515,7 @@ class M3RetEmbeddings(nn.Module):
         """
         config, embed = self.config, self.patch_embeddings
         if rows.shape[1] == config.patch_values or not is_plain_linear(embed):
-            dtype = embed.weight.dtype if is_plain_linear(embed) else self.cls_token.dtype
+            dtype = embed.weight.dtype if is_plain_linear(embed) else self.register_tokens.dtype
             return embed(self.repeat_slices(rows).to(dtype))
         weight = embed.weight.unflatten(1, (config.num_channels, config.patch_depth, -1)).sum(2).flatten(1)
         return nn.functional.linear(rows.to(weight.dtype), weight, embed.bias)
@@ -445,6 +537,29 @@ def mean_and_std(patches: Tensor) -> Tensor:
     wide = patches.to(torch.promote_types(patches.dtype, torch.float32))
     variance, mean = torch.var_mean(wide, dim=1, correction=0)
     return torch.cat([mean, (variance + 1e-6).sqrt()], dim=-1).to(patches.dtype)
+
+
+class M3RetAttentionPooling(nn.Module):
+    """Pool patch tokens by a learned query that attends to them, and an MLP, as SigLIP does (arXiv 2303.15343)."""
+
+    def __init__(self, config: M3RetConfig):
+        super().__init__()
+        d = config.hidden_size
+        self.num_heads = config.num_attention_heads
+        self.probe = nn.Parameter(torch.zeros(1, d))
+        self.query, self.key_value, self.out_proj = nn.Linear(d, d), nn.Linear(d, 2 * d), nn.Linear(d, d)
+        self.norm = nn.LayerNorm(d, eps=config.layer_norm_eps)
+        self.mlp = M3RetMLP(config, d, config.intermediate_size)
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """Pool `(B, patches, d)` to `(B, d)`."""
+        heads = (self.num_heads, -1)
+        query = self.query(self.probe).expand(len(patches), -1, -1).unflatten(2, heads)  # (B, 1, heads, head_dim)
+        key, value = (x.unflatten(2, heads) for x in self.key_value(patches).chunk(2, dim=2))
+        attend = nn.functional.scaled_dot_product_attention
+        mixed = attend(*(x.transpose(1, 2) for x in (query.to(key.dtype), key, value)))  # (B, heads, 1, head_dim)
+        pooled = self.out_proj(mixed.flatten(1))
+        return pooled + self.mlp(self.norm(pooled))
 
 
 class M3RetWhitening(nn.Module):
@@ -509,7 +624,7 @@ class M3RetEncoder(M3RetPreTrainedModel):
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
     def forward(
-        self, tokens: Tensor, layout: PackLayout, rotary: tuple[Tensor, Tensor], cls_only: bool = False, **kwargs: Any
+        self, tokens: Tensor, layout: PackLayout, rotary: Rotary | None, cls_only: bool = False, **kwargs: Any
     ) -> BaseModelOutput:
         """Run all layers: `(N, d)` -> `(N, d)` by position, or with `cls_only` the CLS tokens only, `(B, d)`."""
         subsets = layout.subsets or ((None, None),) * len(self.layers)
@@ -561,6 +676,7 @@ class M3RetModel(M3RetPreTrainedModel):
         self.embeddings = M3RetEmbeddings(config)
         self.encoder = M3RetEncoder(config)
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.pooler = M3RetAttentionPooling(config) if config.pooling == "attention" else None
         self.whitening = M3RetWhitening(config)
         self.post_init()
 
@@ -612,7 +728,7 @@ class M3RetModel(M3RetPreTrainedModel):
         return self.embed_rows(*self.lay_out(pixel_values, grid_thw))
 
     def embed_rows(self, rows: Tensor, coordinates: Tensor, layout: PackLayout) -> Tensor:
-        """Embed patch rows `(P, C*t*p*p)` at `coordinates (P, 3)`, as `embed` does: `(B, pooled)`."""
+        """Embed patch rows `(P, C*t*p*p)` as `embed` does: `(B, pooled)`. The other args are those of `encode`."""
         is_cls = self.config.pooling == "cls"
         tokens, _ = self.encode(rows, coordinates, layout, cls_only=is_cls)
         return layout.scans_to_caller_order(tokens) if is_cls else self.pool(tokens, layout)
@@ -658,8 +774,7 @@ class M3RetModel(M3RetPreTrainedModel):
         rows, grids = self.prepare_rows(pixel_values, grid_thw)
         if grid_thw is None:
             coordinates = grid_coordinates(grids[0], rows.device)
-            B = pixel_values.shape[0]
-            return rows, coordinates.repeat(B, 1), PackLayout(((B, prefix + coordinates.shape[0]),), prefix)
+            return rows, coordinates, PackLayout(((pixel_values.shape[0], prefix + coordinates.shape[0]),), prefix)
         layout = PackLayout.from_patch_counts([math.prod(grid) for grid in grids], prefix)
         return rows, patch_coordinates(grids, rows.device), layout.to(rows.device)
 
@@ -709,7 +824,7 @@ class M3RetModel(M3RetPreTrainedModel):
 
         Args:
             rows: `(P, C*t*p*p)`, scan after scan, or compact rows of images `(P, C*p*p)`.
-            coordinates: `(P, 3)`, from `patch_coordinates`.
+            coordinates: of all rows `(P, 6)`, from `patch_coordinates`; or of one scan, if all have the same.
             layout: arrangement of the scans, from the number of rows of each. Its subsets are drawn here if it has
                 none and the encoder trains with stochastic depth.
             kwargs: passed to the attention implementation.
@@ -717,10 +832,17 @@ class M3RetModel(M3RetPreTrainedModel):
         Returns:
             The normalised tokens `(N, d)` by position, and the output of the layers before the norm.
         """
-        patches, scans, config = self.embeddings(rows), layout.scans, self.config  # (P, d)
-        tokens = layout.join(self.embeddings.prefix_tokens(scans).to(patches.dtype), patches)  # (N, d)
-        positions = layout.join(coordinates.new_zeros(scans, layout.prefix, 3), coordinates)
-        rotary = rotary_tables(positions, config.hidden_size // config.num_attention_heads, float(config.rope_theta))
+        scans, config, embeddings = layout.scans, self.config, self.embeddings
+        patches = embeddings.add_positions(embeddings(rows), coordinates)  # (P, d)
+        tokens = layout.join(embeddings.prefix_tokens(scans).to(patches.dtype), patches)  # (N, d)
+        if embeddings.norm is not None:
+            tokens = embeddings.norm(tokens)
+        rotary = None
+        if config.rotary_axes != "none":
+            coordinates = coordinates.repeat(rows.shape[0] // coordinates.shape[0], 1)
+            positions = layout.join(coordinates.new_zeros(scans, layout.prefix, coordinates.shape[1]), coordinates)
+            head_dim = config.hidden_size // config.num_attention_heads
+            rotary = rotary_tables(positions, head_dim, float(config.rope_theta), config.rotary_axes)
         if not self.training or config.drop_path_rate == 0:
             layout = replace(layout, subsets=())
         elif not layout.subsets:
@@ -734,7 +856,8 @@ class M3RetModel(M3RetPreTrainedModel):
         """Pool normalised tokens `(N, d)` by position to `(B, pooled)` in the caller's order."""
         if self.config.pooling == "cls":
             return layout.scans_to_caller_order(layout.first_tokens(tokens))
-        pool = mean_and_std if self.config.pooling == "statistics" else functools.partial(torch.mean, dim=1)
+        mean = functools.partial(torch.mean, dim=1)
+        pool = self.pooler or (mean_and_std if self.config.pooling == "statistics" else mean)
         pooled = []
         for group in layout.split_groups(tokens):  # (scans, L, d)
             _, patches = group.split([layout.prefix, group.shape[1] - layout.prefix], dim=1)

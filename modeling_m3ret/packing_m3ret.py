@@ -58,24 +58,26 @@ def patchify(volumes: Tensor, patch_depth: int, patch_size: int) -> Tensor:
 
 
 def grid_coordinates(grid: tuple[int, int, int], device: torch.device) -> Tensor:
-    """Return the patch centres of one scan in raster order: `(T*H*W, 3)` float32 from -1 to 1 along every axis.
+    """Return the coordinates of the patches of one scan in raster order: `(T*H*W, 6)` float32.
 
-    Coordinates relative to the scan (DINOv3, arXiv 2508.10104) keep this range for every grid size and after resizing;
-    indices would not.
+    The first three columns are the centre of the patch along depth, height and width, from -1 to 1; the last three are
+    T, H and W. Coordinates relative to the scan (DINOv3, arXiv 2508.10104) keep this range for every grid size and
+    after resizing; indices would not. Tables of positions are interpolated by both.
     """
     axes = [(2 * torch.arange(n, dtype=torch.float32, device=device) + 1) / n - 1 for n in grid]
-    return torch.cartesian_prod(*axes)
+    sizes = [torch.ones_like(axis) * n for axis, n in zip(axes, grid, strict=True)]
+    return torch.cat([torch.cartesian_prod(*axes), torch.cartesian_prod(*sizes)], dim=1)
 
 
 def patch_coordinates(grids: ArrayLike, device: torch.device) -> Tensor:
-    """Return the `grid_coordinates` of all scans of a pack, scan after scan: `(P, 3)` float32."""
+    """Return the `grid_coordinates` of all scans of a pack, scan after scan: `(P, 6)` float32."""
     sizes = np.asarray(grids, dtype=np.int64).reshape(-1, 3)  # (B, 3)
     counts = sizes.prod(1)
     sizes = np.repeat(sizes, counts, axis=0)  # (P, 3)
     _, H, W = sizes.T
     patch = np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts)  # index within the scan
     indices = np.stack([patch // (H * W), patch // W % H, patch % W], axis=1).astype(np.float32)
-    coordinates = (2 * indices + 1) / sizes.astype(np.float32) - 1
+    coordinates = np.concatenate([(2 * indices + 1) / sizes.astype(np.float32) - 1, sizes.astype(np.float32)], axis=1)
     return torch.from_numpy(coordinates).to(device, non_blocking=True)
 
 

@@ -15,7 +15,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from modeling_m3ret import M3RetConfig, M3RetModel
 from modeling_m3ret.modeling_m3ret import rotary_tables, rotate
-from modeling_m3ret.packing_m3ret import PackLayout, patch_coordinates, patchify, permute, put, take
+from modeling_m3ret.packing_m3ret import PackLayout, grid_coordinates, patch_coordinates, patchify, permute, put, take
 
 
 # depth, height and width in voxels; all grids differ, and some depths do not fill their last patch
@@ -157,10 +157,11 @@ def test_patchify_equals_its_definition_by_loops() -> None:
 
 def test_coordinates_are_patch_centres_between_minus_one_and_one() -> None:
     coordinates = patch_coordinates([(1, 2, 4), (1, 1, 1)], torch.device("cpu"))
-    assert coordinates.shape == (9, 3)
-    assert coordinates[0].tolist() == [0, -0.5, -0.75]
-    assert coordinates[7].tolist() == [0, 0.5, 0.75]
-    assert coordinates[8].tolist() == [0, 0, 0]
+    assert coordinates.shape == (9, 6)
+    assert coordinates[0].tolist() == [0, -0.5, -0.75, 1, 2, 4]
+    assert coordinates[7].tolist() == [0, 0.5, 0.75, 1, 2, 4]
+    assert coordinates[8].tolist() == [0, 0, 0, 1, 1, 1]
+    assert torch.equal(grid_coordinates((1, 2, 4), torch.device("cpu")), coordinates[:8])
 
 
 def test_rotary_attention_scores_depend_only_on_the_offset() -> None:

@@ -270,7 +270,7 @@ class ViewPlan(Movable):
     Attributes:
         student: layout of all views.
         teacher: layout of the global views.
-        coordinates: of all patches, `(P, 3)`.
+        coordinates: of all patches, `(P, 6)`.
         global_rows: rows of the global views' patches in the pack, int64.
         masks: for a decoder, the masks of the student's global views.
         hidden: for the patch term, rows of the hidden patches in the pack; else None, like all below.
@@ -356,7 +356,7 @@ def block_masks(noise: Tensor, grid_thw: Tensor | np.ndarray) -> tuple[Tensor, n
     masked = np.rint(counts * (minimum + (maximum - minimum) * first / MASKED_VIEWS)).astype(np.int64).clip(1)
     masked = np.where((first < MASKED_VIEWS) & (counts > 1), masked, 0)
     centres = np.lexsort((values, view))[starts + counts - 1]  # patch of highest noise of each view
-    coordinates = patch_coordinates(grids, noise.device).numpy()
+    coordinates = patch_coordinates(grids, noise.device)[:, :3].numpy()
     distance = np.abs(coordinates - coordinates[centres][view]).max(1)
     nearest = np.lexsort((distance, view))  # stable
     hidden = np.zeros(len(values), dtype=bool)
