@@ -5,7 +5,8 @@
     accelerate launch -m modeling_m3ret.cli embed ORG/NAME --model m3ret-vitb -o embeddings.parquet
 
 SCANS is a folder with a manifest.csv, any other folder of DICOM, NIfTI, images and clips, a Parquet dataset (a folder
-or ORG/NAME on the Hub), or files. A model is an M3Ret checkpoint, or a vision model of transformers or open_clip.
+or ORG/NAME on the Hub), or files. A model is an M3Ret checkpoint, or a vision model of transformers or open_clip:
+vision transformers are converted (docs/start-from-a-vit.md), others embed the slices of a scan one by one.
 
 Run the same command again to continue an interrupted job. Scans that cannot be read are reported and left out. The
 output holds no name of a file or a person: ids and patients are pseudonyms, made with the secret salt in
@@ -27,7 +28,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from jsonargparse.typing import NonNegativeInt, PositiveInt
-from transformers import PreTrainedConfig
 from transformers.utils import logging as transformers_logging
 
 from dataset_scripts.builder import Pseudonyms, read_salt
@@ -36,13 +36,15 @@ from dataset_scripts.sources.folder import Folder
 from .atomic_io import atomic_write
 from .command_line import CommandLine, printable, user_errors
 from .configuration_m3ret import M3RetConfig
+from .convert import is_convertible, model_type
 from .cpu import prepare_cpu
 from .data.collection import Record, open_collection
 from .data.parquet import ParquetRow
 from .data.schema import MODALITIES
 from .data.table import MANIFEST
+from .encoder_files import OPEN_CLIP
 from .errors import InputError
-from .evaluation.baselines import OPEN_CLIP, embed_with_baseline, load_baseline
+from .evaluation.baselines import embed_with_baseline, load_baseline
 from .hub import load_pretrained
 from .intensity_m3ret import INTENSITIES
 from .model_facts import ModelFacts, model_facts
@@ -67,7 +69,7 @@ class AnyEncoder:
 
     def __init__(self, name: str, device: torch.device | str = "cpu"):
         self.name, self.baseline = name, None
-        if is_m3ret(name):
+        if is_m3ret(name) or is_convertible(name):
             model, self.processor = load_pretrained(name)
             self.model: M3RetModel = model.eval().to(device)
             self.facts = model_facts(self.model, self.processor, name)
@@ -98,12 +100,10 @@ def is_m3ret(name: str) -> bool:
         return False
     if Path(name).is_dir() and not Path(name, "config.json").is_file():
         return not Path(name, "open_clip_config.json").is_file()
-    repository, _, revision = (name, "", "") if Path(name).is_dir() else name.partition("@")
     try:
-        config, _ = PreTrainedConfig.get_config_dict(repository, revision=revision or None)
+        return model_type(name) == M3RetConfig.model_type
     except (OSError, ValueError):
         return True
-    return config.get("model_type") == M3RetConfig.model_type
 
 
 def find_scans(sources: Sequence[str], modality: str = "", intensity: str | None = None) -> list[Record]:

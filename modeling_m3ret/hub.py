@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig
 
 from .configuration_m3ret import M3RetConfig
+from .convert import convert_vit, is_convertible
 from .errors import InputError
 from .image_processing_m3ret import M3RetImageProcessor
 from .modeling_m3ret import M3RetModel
@@ -62,7 +63,7 @@ def load_pretrained(name: str | Path) -> tuple[M3RetModel, M3RetImageProcessor]:
     """Load an encoder in evaluation mode, and its image processor.
 
     Args:
-        name: checkpoint folder or Hub id.
+        name: checkpoint folder or Hub id; also of a 2D vision transformer, which is converted in memory.
 
     Raises:
         InputError: if there is no such checkpoint, it holds another kind of model, or weights that are missing, of
@@ -76,6 +77,8 @@ def load_pretrained(name: str | Path) -> tuple[M3RetModel, M3RetImageProcessor]:
         is_folder = False
     if not is_folder and name.count("/") != 1:  # not ORG/NAME: a missing folder, no need to ask the Hub
         raise InputError(f"{problem} The folder does not exist.")
+    if is_convertible(name):
+        return convert_vit(name)
     try:
         # without trust_remote_code=False, transformers asks on the terminal whether to run the code of a checkpoint
         model_type = AutoConfig.from_pretrained(name, trust_remote_code=False).model_type

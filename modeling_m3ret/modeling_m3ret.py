@@ -683,6 +683,27 @@ class M3RetModel(M3RetPreTrainedModel):
     def get_input_embeddings(self) -> nn.Module:
         return self.embeddings.patch_embeddings
 
+    @classmethod
+    def from_vit(cls, source: str, **overrides: Any) -> M3RetModel:
+        """Convert a published 2D vision transformer: `M3RetModel.from_vit("facebook/dinov3-vits16-pretrain-lvd1689m")`.
+
+        One slice gives the tokens of the source. Needs the package `m3ret`, which also converts the image processor:
+        see `load_pretrained` in `modeling_m3ret.hub`.
+
+        Args:
+            source: folder or Hub id of a checkpoint, see docs/start-from-a-vit.md for the kinds.
+            overrides: fields of [`M3RetConfig`], such as `pooling` or `patch_depth`.
+
+        Raises:
+            ImportError: if the package is not installed.
+            EncoderError: if the source cannot be converted.
+        """
+        try:  # not by an import statement, with which transformers would look for the file in every checkpoint
+            convert = importlib.import_module("modeling_m3ret.convert")
+        except ImportError as error:
+            raise ImportError("from_vit needs the package m3ret: expected it to be installed, got none.") from error
+        return convert.convert_vit(source, **overrides)[0]
+
     @can_return_tuple
     def forward(
         self, pixel_values: Tensor, grid_thw: Tensor | None = None, **kwargs: Any

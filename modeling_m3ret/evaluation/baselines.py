@@ -18,10 +18,8 @@ No downloaded code is run and no pickle is opened: only JSON and safetensors fil
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -29,14 +27,25 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from huggingface_hub import snapshot_download
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import MODEL_MAPPING, AutoConfig
 
 from ..data.collection import Record
 from ..data.loading import Pack, WholeScans, embedding_loader
-from ..errors import InputError
+from ..encoder_files import (
+    CONFIGS,
+    OPEN_CLIP_WEIGHTS,
+    WEIGHTS,
+    EncoderError,
+    ImageTransform,
+    encoder_errors,
+    find_files,
+    height_and_width,
+    read_json,
+    read_transform,
+    read_weights,
+    short_name,
+)
 from ..image_processing_m3ret import M3RetImageProcessor
 from ..model_facts import ModelFacts, sha256_of_settings, sha256_of_weights
 from ..reading_m3ret import M3RetReadError, Scan
@@ -45,48 +54,27 @@ from ..search.embedding_store import embed_cached
 
 
 SLICES = 8  # the depth of our encoder's patch grid of a CT: 32 slices in patches of 4
-OPEN_CLIP = "hf-hub:"  # open_clip's own prefix of models on the Hub
-# Only these files are fetched. adapter_config.json is not: transformers would load the repository that it names.
-CONFIGS = ("config.json", "preprocessor_config.json", "processor_config.json", "open_clip_config.json")
-WEIGHTS = ("model.safetensors", "model-*.safetensors")  # one file, or shards
-OPEN_CLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip*.safetensors")
-
 # from normalised images (N, 3, height, width) to features (N, d)
 Encoder = Callable[[Tensor], Tensor]
 
 
-class BaselineError(InputError):
-    """A baseline encoder cannot be used. `name` is the encoder as the user wrote it."""
+def resize(scan: Scan, transform: ImageTransform, slices: int) -> Tensor:
+    """Return the centres of up to `slices` equal depth segments, float32 `(1 or 3, n, height, width)` in [0, 1]."""
+    depth = scan.array.shape[1]
+    count = min(slices, depth)
+    centres = torch.from_numpy(scan.array[:, [(2 * i + 1) * depth // (2 * count) for i in range(count)]])
+    values = centres.float() / 255 if centres.dtype == torch.uint8 else centres.float()
+    # Antialiased, torch's bicubic filter is Pillow's, with which these encoders were trained. Bicubic overshoot is
+    # clamped, as it is in 8-bit images.
+    mode, size = transform.filter, transform.size
+    return torch.nn.functional.interpolate(values, size, mode=mode, antialias=True).clamp_(0, 1)
 
-    def __init__(self, name: str, problem: str, expected: str, got: str):
-        super().__init__(f"{name}: {problem}: expected {expected}, got {got}.")
-        self.name = name
 
-
-@dataclass(frozen=True)
-class ImageTransform:
-    """Image preprocessing of an encoder."""
-
-    size: tuple[int, int]  # height and width in pixels
-    mean: tuple[float, ...]  # of each channel
-    std: tuple[float, ...]  # of each channel
-    filter: str  # "bilinear" or "bicubic"
-
-    def resize(self, scan: Scan, slices: int) -> Tensor:
-        """Return the centres of up to `slices` equal depth segments, float32 `(1 or 3, n, height, width)` in [0, 1]."""
-        depth = scan.array.shape[1]
-        count = min(slices, depth)
-        centres = torch.from_numpy(scan.array[:, [(2 * i + 1) * depth // (2 * count) for i in range(count)]])
-        values = centres.float() / 255 if centres.dtype == torch.uint8 else centres.float()
-        # Antialiased, torch's bicubic filter is Pillow's, with which these encoders were trained. Bicubic overshoot is
-        # clamped, as it is in 8-bit images.
-        return torch.nn.functional.interpolate(values, self.size, mode=self.filter, antialias=True).clamp_(0, 1)
-
-    def normalize(self, volumes: Sequence[Tensor]) -> Tensor:
-        """Normalise the images of scans `(1 or 3, n, height, width)` and join them to `(N, 3, height, width)`."""
-        images = torch.cat([volume.expand(3, -1, -1, -1).transpose(0, 1) for volume in volumes])
-        mean, std = (images.new_tensor(values).view(-1, 1, 1) for values in (self.mean, self.std))
-        return (images - mean) / std
+def normalise(volumes: Sequence[Tensor], transform: ImageTransform) -> Tensor:
+    """Normalise the images of scans `(1 or 3, n, height, width)` and join them to `(N, 3, height, width)`."""
+    images = torch.cat([volume.expand(3, -1, -1, -1).transpose(0, 1) for volume in volumes])
+    mean, std = (images.new_tensor(values).view(-1, 1, 1) for values in (transform.mean, transform.std))
+    return (images - mean) / std
 
 
 class SliceDataset(WholeScans):
@@ -101,7 +89,7 @@ class SliceDataset(WholeScans):
             scan = self.processor.read(self.records[index].open())
         except M3RetReadError as error:
             return Pack(failures=[(index, str(error))])
-        volume = self.transform.resize(scan, self.processor.num_frames)
+        volume = resize(scan, self.transform, self.processor.num_frames)
         return Pack(volume.flatten(), [(*volume.shape,)], [index])
 
 
@@ -133,7 +121,7 @@ class Baseline:
             dtype: bfloat16 runs the encoder under autocast; weights and embeddings stay float32.
 
         Raises:
-            BaselineError: if an embedding is not finite.
+            EncoderError: if an embedding is not finite.
         """
         autocast = torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
         for pack in embedding_loader(SliceDataset(records, self.transform, slices), batch_size, num_workers):
@@ -142,11 +130,11 @@ class Baseline:
                 values = pack.values.to(self.device, non_blocking=True).split([*map(math.prod, pack.shapes)])
                 volumes = [voxels.view(shape) for voxels, shape in zip(values, pack.shapes, strict=True)]
                 with torch.inference_mode(), autocast:
-                    features = self.encode(self.transform.normalize(volumes)).float()
+                    features = self.encode(normalise(volumes, self.transform)).float()
                 pooled = torch.stack([of_scan.mean(0) for of_scan in features.split([n for _, n, _, _ in pack.shapes])])
                 vectors = [torch.nn.functional.normalize(pooled, dim=-1).cpu()]
             if not all(batch.isfinite().all() for batch in vectors):
-                raise BaselineError(self.name, "invalid embeddings", "finite features", "NaN or infinity")
+                raise EncoderError(self.name, "invalid embeddings", "finite features", "NaN or infinity")
             yield EmbeddedBatch(pack.scans, vectors, pack.failures)
 
 
@@ -166,11 +154,6 @@ def embed_with_baseline(
     return embed_cached(embed, records, accelerator, identity, bar=bar)
 
 
-def baseline_name(name: str) -> str:
-    """Return the last part of a Hub id or path, without the revision: a name for the table that reveals no folder."""
-    return Path(name).resolve().name if Path(name).is_dir() else Path(name.removeprefix(OPEN_CLIP).split("@")[0]).name
-
-
 def load_baseline(name: str, device: torch.device | str = "cpu") -> Baseline:
     """Load a baseline encoder with its image transform.
 
@@ -179,52 +162,20 @@ def load_baseline(name: str, device: torch.device | str = "cpu") -> Baseline:
             open_clip_config.json and no config.json, selects open_clip instead of transformers.
 
     Raises:
-        BaselineError: if it does not exist, is not an image encoder, or its weights are not in safetensors.
+        EncoderError: if it does not exist, is not an image encoder, or its weights are not in safetensors.
     """
-    location = name.removeprefix(OPEN_CLIP)
-    is_open_clip, folder = location != name, Path(location)
-    if not folder.is_dir():
-        repo_id, _, revision = location.partition("@")
-        files = [*CONFIGS, *(OPEN_CLIP_WEIGHTS if is_open_clip else WEIGHTS)]
-        expected = "a folder, or ORG/NAME on the Hub (for a gated one, accept its terms and log in)"
-        with _baseline_errors(name, "cannot be downloaded", expected):
-            folder = Path(snapshot_download(repo_id, revision=revision or None, allow_patterns=files))
-    elif not (folder / "config.json").is_file():
-        is_open_clip |= (folder / "open_clip_config.json").is_file()
-    with _baseline_errors(name, "cannot be loaded", "a vision model of transformers or open_clip without custom code"):
+    folder, is_open_clip = find_files(name)
+    with encoder_errors(name, "cannot be loaded", "a vision model of transformers or open_clip without custom code"):
         load = _load_open_clip if is_open_clip else _load_transformers
         transform, encode, weights = load(name, folder, torch.device(device))
         with torch.inference_mode():  # a test image fails now rather than after hours of reading
             shape = tuple(encode(torch.zeros(1, 3, *transform.size, device=device)).shape)
     if len(shape) != 2:
-        raise BaselineError(name, "not an image encoder", "one feature vector (1, d) per image", f"shape {shape}")
+        raise EncoderError(name, "not an image encoder", "one feature vector (1, d) per image", f"shape {shape}")
     # with the configuration: two numbers of heads have weights of the same shapes
-    settings = asdict(transform) | {file: _read_json(folder / file) for file in CONFIGS}
-    facts = ModelFacts(baseline_name(name), sha256_of_weights(weights), sha256_of_settings(settings))
+    settings = transform._asdict() | {file: read_json(folder / file) for file in CONFIGS}
+    facts = ModelFacts(short_name(name), sha256_of_weights(weights), sha256_of_settings(settings))
     return Baseline(name, facts, transform, encode, torch.device(device))
-
-
-@contextmanager
-def _baseline_errors(name: str, problem: str, expected: str) -> Iterator[None]:
-    """Turn any exception of a library into a BaselineError."""
-    try:
-        yield
-    except BaselineError:
-        raise
-    except Exception as error:
-        line = next(iter(str(error).strip().splitlines()), "")
-        raise BaselineError(name, problem, expected, f"{type(error).__name__}: {line}") from error
-
-
-def _read_weights(name: str, folder: Path, patterns: Sequence[str]) -> dict[str, Tensor]:
-    """Read the tensors of all files that match the first pattern with any match."""
-    matching = [sorted(folder.glob(pattern)) for pattern in patterns]
-    files = next(filter(None, matching), None)
-    if files is None:
-        pickles = sorted(file.name for file in folder.glob("*") if file.suffix in (".bin", ".pt", ".pth", ".ckpt"))
-        got = f"{', '.join(pickles)} (pickles are never opened)" if pickles else "no weights"
-        raise BaselineError(name, "no safetensors weights", patterns[0], got)
-    return {key: value for file in files for key, value in load_file(file).items()}
 
 
 def _load_transformers(
@@ -232,19 +183,19 @@ def _load_transformers(
 ) -> tuple[ImageTransform, Encoder, dict[str, Tensor]]:
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     if config.model_type.startswith("siglip2"):
-        raise BaselineError(name, "unsupported SigLIP 2", "a fixed image size (...-patch16-224)", "siglip2 (NaFlex)")
+        raise EncoderError(name, "unsupported SigLIP 2", "a fixed image size (...-patch16-224)", "siglip2 (NaFlex)")
     if hasattr(config, "mask_ratio"):  # MAE's encoder masks in inference, too
         config.mask_ratio = 0.0
-    transform = _read_transform(name, folder)
+    transform = read_transform(name, folder)
     model_class: Any = MODEL_MAPPING[type(config)]
     # given a state dict, transformers looks for no other file: no pickle, no adapter
-    weights = _read_weights(name, folder, WEIGHTS)
+    weights = read_weights(name, folder, WEIGHTS)
     settings = {"config": config, "state_dict": weights, "dtype": torch.float32}
     model, loading = model_class.from_pretrained(None, **settings, output_loading_info=True)
     missing = [key for key in sorted(loading["missing_keys"]) if not key.startswith("pooler.")]
     has_pooler = len(missing) == len(loading["missing_keys"])  # otherwise it is randomly initialised
     if missing:
-        raise BaselineError(name, "missing weights", "all of the model", f"none for {', '.join(missing[:3])}")
+        raise EncoderError(name, "missing weights", "all of the model", f"none for {', '.join(missing[:3])}")
     has_class_token = any(key.endswith(("cls_token", "class_embedding")) for key, _ in model.named_parameters())
     model = model.to(device).eval()
 
@@ -255,38 +206,10 @@ def _load_transformers(
         if has_pooler and getattr(output, "pooler_output", None) is not None:
             return output.pooler_output
         if not has_class_token:
-            raise BaselineError(name, "unsupported features", "a pooled output or a class token", "neither")
+            raise EncoderError(name, "unsupported features", "a pooled output or a class token", "neither")
         return output.last_hidden_state[:, 0]
 
     return transform, encode, weights
-
-
-def _read_transform(name: str, folder: Path) -> ImageTransform:
-    """Read the transform from the image processor's JSON; the processor class would need torchvision."""
-    nested = _read_json(folder / "processor_config.json").get("image_processor")  # written by newer transformers
-    settings = nested or _read_json(folder / "preprocessor_config.json")
-    if absent := [key for key in ("size", "image_mean", "image_std") if settings.get(key) is None]:
-        got = f"no {', '.join(absent)}"
-        raise BaselineError(name, "incomplete preprocessor_config.json", "size, image_mean, image_std", got)
-    scale = 255 * settings.get("rescale_factor", 1 / 255) if settings.get("do_rescale", True) else 255.0
-    if abs(scale - 1) > 1e-3 or settings.get("do_normalize") is False:
-        got = f"images in [0, {scale:g}] (rescale_factor), or do_normalize: false"
-        raise BaselineError(name, "unsupported preprocessor_config.json", "images in [0, 1], normalised", got)
-    crop_size = settings.get("crop_size") if settings.get("do_center_crop", True) else None
-    resample = {2: "bilinear", 3: "bicubic"}.get(settings.get("resample", 3), "bicubic")  # Pillow's numbers
-    size = _height_and_width(crop_size or settings["size"])
-    return ImageTransform(size, (*settings["image_mean"],), (*settings["image_std"],), resample)
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-
-
-def _height_and_width(size: int | Sequence[int] | Mapping[str, int]) -> tuple[int, int]:
-    """Convert a processor's size: n, [height, width], {height, width} or {shortest_edge}."""
-    if isinstance(size, Mapping):
-        size = [size["height"], size["width"]] if "height" in size else size["shortest_edge"]
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
 def _load_open_clip(name: str, folder: Path, device: torch.device) -> tuple[ImageTransform, Encoder, dict[str, Tensor]]:
@@ -298,9 +221,9 @@ def _load_open_clip(name: str, folder: Path, device: torch.device) -> tuple[Imag
         import open_clip
     except ImportError as error:
         expected = "the package open_clip (pip install 'm3ret[clip]')"
-        raise BaselineError(name, "open_clip is not installed", expected, "none") from error
-    weights = _read_weights(name, folder, OPEN_CLIP_WEIGHTS)
-    settings = _read_json(folder / "open_clip_config.json")
+        raise EncoderError(name, "open_clip is not installed", expected, "none") from error
+    weights = read_weights(name, folder, OPEN_CLIP_WEIGHTS)
+    settings = read_json(folder / "open_clip_config.json")
     model, preprocessing = settings["model_cfg"], settings.get("preprocess_cfg", {})
     # do not fetch ImageNet weights (timm), return the embedding without tokens (CoCa)
     vision = model["vision_cfg"] | {"timm_model_pretrained": False, "output_tokens": False}
@@ -310,7 +233,7 @@ def _load_open_clip(name: str, folder: Path, device: torch.device) -> tuple[Imag
     visual = {key: value for key, value in weights.items() if key.startswith("visual.")}
     tower.load_state_dict({key.removeprefix("visual."): value for key, value in visual.items()})
     transform = ImageTransform(
-        _height_and_width(tower.image_size),
+        height_and_width(tower.image_size),
         (*preprocessing.get("mean", open_clip.OPENAI_DATASET_MEAN),),
         (*preprocessing.get("std", open_clip.OPENAI_DATASET_STD),),
         "bilinear" if preprocessing.get("interpolation") == "bilinear" else "bicubic",

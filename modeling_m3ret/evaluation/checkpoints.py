@@ -11,13 +11,13 @@ from tqdm.auto import tqdm
 
 from ..configuration_m3ret import M3RetConfig
 from ..data.collection import Record
+from ..encoder_files import short_name
 from ..hub import load_pretrained
 from ..image_processing_m3ret import M3RetImageProcessor
 from ..model_facts import ModelFacts, model_facts
 from ..modeling_m3ret import M3RetModel
 from ..search.embedding import MAX_TOKENS, Embedded
 from ..search.matching import TOKEN_WHITENING_SCANS, RerankedSearch, fit_token_whitening, scan_tokens
-from .baselines import baseline_name
 from .leakage import read_training_facts
 from .untrained_baseline import whitening_sample
 
@@ -43,7 +43,7 @@ def load_checkpoint(name: str) -> tuple[M3RetModel, Checkpoint]:
     model, processor = load_pretrained(name)
     training = read_training_facts(name) | {"parameters": model.num_parameters()}
     assert isinstance(model.config, M3RetConfig)
-    return model, Checkpoint(model.config, processor, model_facts(model, processor, baseline_name(name)), training)
+    return model, Checkpoint(model.config, processor, model_facts(model, processor, short_name(name)), training)
 
 
 def method_titles(models: Sequence[str], baselines: Sequence[str]) -> list[str]:
@@ -51,8 +51,8 @@ def method_titles(models: Sequence[str], baselines: Sequence[str]) -> list[str]:
 
     A single checkpoint is called "trained"; others by the last part of their name, numbered if another row has it.
     """
-    names = ["trained"] if len(models) == 1 else [baseline_name(name) for name in models]
-    names += [baseline_name(name) for name in baselines]
+    names = ["trained"] if len(models) == 1 else [short_name(name) for name in models]
+    names += [short_name(name) for name in baselines]
     taken = [*names, "chance", "pixels", "untrained", "untrained, whitened"]
     return [f"{name} ({number})" if taken.count(name) > 1 else name for number, name in enumerate(names, start=1)]
 

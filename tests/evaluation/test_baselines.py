@@ -24,9 +24,11 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from modeling_m3ret import encoder_files
 from modeling_m3ret.data.collection import Record
+from modeling_m3ret.encoder_files import EncoderError, short_name
 from modeling_m3ret.evaluation import baselines
-from modeling_m3ret.evaluation.baselines import BaselineError, baseline_name, embed_with_baseline, load_baseline
+from modeling_m3ret.evaluation.baselines import embed_with_baseline, load_baseline
 from modeling_m3ret.search import embedding_store
 from modeling_m3ret.search.embedding import Embedded, collect
 
@@ -290,7 +292,7 @@ def test_pickled_weights_are_rejected(dinov3: Path, records: list[Record], tmp_p
     for file in ("config.json", "preprocessor_config.json"):
         (tmp_path / file).write_bytes((dinov3 / file).read_bytes())
     torch.save(Explosive(), tmp_path / "pytorch_model.bin")
-    with pytest.raises(BaselineError, match=r"model\.safetensors.*pytorch_model\.bin") as caught:
+    with pytest.raises(EncoderError, match=r"model\.safetensors.*pytorch_model\.bin") as caught:
         embed(str(tmp_path), records)
     assert caught.value.name == str(tmp_path)
 
@@ -299,7 +301,7 @@ def test_pickled_weights_of_open_clip_are_rejected(records: list[Record], tmp_pa
     pytest.importorskip("open_clip", reason="needs the extra `clip`")
     (tmp_path / "open_clip_config.json").write_text("{}")
     torch.save(Explosive(), tmp_path / "open_clip_pytorch_model.bin")
-    with pytest.raises(BaselineError, match=r"open_clip_model\.safetensors.*open_clip_pytorch_model\.bin"):
+    with pytest.raises(EncoderError, match=r"open_clip_model\.safetensors.*open_clip_pytorch_model\.bin"):
         embed(str(tmp_path), records)
 
 
@@ -308,7 +310,7 @@ def test_open_clip_must_be_installed_for_its_models(
 ) -> None:
     monkeypatch.setitem(sys.modules, "open_clip", None)
     (tmp_path / "open_clip_config.json").write_text("{}")
-    with pytest.raises(BaselineError, match=r"m3ret\[clip\]") as caught:
+    with pytest.raises(EncoderError, match=r"m3ret\[clip\]") as caught:
         embed(str(tmp_path), records)
     assert isinstance(caught.value.__cause__, ImportError)
 
@@ -358,7 +360,7 @@ def test_unsupported_or_damaged_checkpoints_are_rejected(
     for file in dinov3.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     damage(tmp_path)
-    with pytest.raises(BaselineError) as caught:
+    with pytest.raises(EncoderError) as caught:
         embed(str(tmp_path), [])
     assert caught.value.name == str(tmp_path)
     assert identifier in str(caught.value)
@@ -378,10 +380,10 @@ def test_the_processor_format_of_newer_transformers_is_read(
 def test_names_in_the_table_reveal_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "patient-data" / "rad-dino").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "patient-data" / "rad-dino")
-    assert baseline_name(".") == "rad-dino"
-    assert baseline_name(str(tmp_path / "patient-data" / "rad-dino") + "/") == "rad-dino"
-    assert baseline_name("facebook/dinov3-vits16-pretrain-lvd1689m@main") == "dinov3-vits16-pretrain-lvd1689m"
-    assert baseline_name("hf-hub:BIOMEDICA/BMC-CLIP_CF") == "BMC-CLIP_CF"
+    assert short_name(".") == "rad-dino"
+    assert short_name(str(tmp_path / "patient-data" / "rad-dino") + "/") == "rad-dino"
+    assert short_name("facebook/dinov3-vits16-pretrain-lvd1689m@main") == "dinov3-vits16-pretrain-lvd1689m"
+    assert short_name("hf-hub:BIOMEDICA/BMC-CLIP_CF") == "BMC-CLIP_CF"
 
 
 @pytest.mark.slow
@@ -399,12 +401,12 @@ def test_only_json_and_safetensors_are_downloaded(
     fetch = partial(
         huggingface_hub.snapshot_download, endpoint=hub.endpoint, token=hub.token, cache_dir=tmp_path / "cache"
     )
-    monkeypatch.setattr(baselines, "snapshot_download", fetch)
+    monkeypatch.setattr(encoder_files, "snapshot_download", fetch)
     fetched = embed(f"{repository}@{hub.head(repository)}", records)
     assert torch.equal(fetched.embeddings, embed(str(dinov3), records).embeddings)
     files = {file.name for file in (tmp_path / "cache").rglob("snapshots/*/*")}
     assert files == {"config.json", "preprocessor_config.json", "model.safetensors"}
-    with pytest.raises(BaselineError) as caught:
+    with pytest.raises(EncoderError) as caught:
         embed("org/no-such-model", records)
     assert caught.value.name == "org/no-such-model"
 

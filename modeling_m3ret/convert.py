@@ -1,0 +1,403 @@
+"""Convert published 2D vision transformers to M3Ret encoders, and back: names, configuration and inflation of weights.
+
+The converted encoder gives the tokens of its source for one slice. Clips and volumes follow by inflation (I3D, arXiv
+1705.07750): the weights of a patch are divided over its slices, so that equal slices give the tokens of one, and the
+positions along depth are zero for a single slice. docs/start-from-a-vit.md says what is exact.
+
+All architectural differences are fields of `M3RetConfig`. Sources are checkpoints of transformers, and of open_clip
+with a ViT of timm (BiomedCLIP). Only JSON and safetensors files are read.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from huggingface_hub import ModelCard
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    PreTrainedConfig,
+    ViTConfig,
+)
+
+from .configuration_m3ret import M3RetConfig
+from .encoder_files import (
+    CARD,
+    OPEN_CLIP,
+    OPEN_CLIP_WEIGHTS,
+    WEIGHTS,
+    EncoderError,
+    ImageTransform,
+    encoder_errors,
+    find_files,
+    height_and_width,
+    read_json,
+    read_transform,
+    read_weights,
+    short_name,
+)
+from .errors import InputError
+from .image_processing_m3ret import M3RetImageProcessor
+from .modeling_m3ret import M3RetModel
+
+
+# ---- names of weights -----------------------------------------------------------------------------------------------
+
+# our name -> names in files of transformers (today's and earlier ones) and of timm, outside of the layers
+NAMES = {
+    "embeddings.cls_token": ("embeddings.cls_token", "embeddings.class_embedding", "cls_token"),
+    "embeddings.register_tokens": ("embeddings.register_tokens", "reg_token"),
+    "embeddings.patch_embeddings": (
+        *("embeddings.patch_embeddings.projection", "embeddings.patch_embeddings"),
+        *("embeddings.patch_embedding", "patch_embed.proj"),
+    ),
+    "positions": ("embeddings.position_embeddings", "embeddings.position_embedding.weight", "pos_embed"),
+    "embeddings.norm": ("pre_layrnorm",),
+    "norm": ("layernorm", "norm", "post_layernorm"),
+    "projection": ("visual_projection.weight", "visual.head.proj.weight"),
+    "pooler.probe": ("head.probe",),
+    "pooler.in_proj.weight": ("head.attention.in_proj_weight",),
+    "pooler.in_proj.bias": ("head.attention.in_proj_bias",),
+    "pooler.out_proj": ("head.attention.out_proj",),
+    "pooler.norm": ("head.layernorm",),
+    "pooler.mlp.up_proj": ("head.mlp.fc1",),
+    "pooler.mlp.down_proj": ("head.mlp.fc2",),
+}
+# the same within a layer
+LAYER_NAMES = {
+    "attention_norm": ("norm1", "layernorm_before", "layer_norm1"),
+    "attention.query": ("attention.attention.query", "attention.q_proj", "self_attn.q_proj"),
+    "attention.key": ("attention.attention.key", "attention.k_proj", "self_attn.k_proj"),
+    "attention.value": ("attention.attention.value", "attention.v_proj", "self_attn.v_proj"),
+    "attention.qkv": ("attn.qkv",),
+    "attention.out_proj": ("attention.output.dense", "attention.o_proj", "self_attn.out_proj", "attn.proj"),
+    "attention_scale.gain": ("layer_scale1.lambda1", "ls1.gamma"),
+    "mlp_norm": ("norm2", "layernorm_after", "layer_norm2"),
+    "mlp.gate_proj": ("mlp.gate_proj",),
+    "mlp.gate_and_up": ("mlp.weights_in",),
+    "mlp.up_proj": ("mlp.fc1", "mlp.up_proj", "intermediate.dense"),
+    "mlp.down_proj": ("mlp.fc2", "mlp.down_proj", "mlp.weights_out", "output.dense"),
+    "mlp_scale.gain": ("layer_scale2.lambda1", "ls2.gamma"),
+}
+OUR_NAME = {theirs: ours for ours, names in NAMES.items() for theirs in names}
+OUR_LAYER_NAME = {theirs: ours for ours, names in LAYER_NAMES.items() for theirs in names}
+# names of the model within a larger one
+WRAPPER = re.compile(r"^(vit|dinov2|dinov2_with_registers|vision_model|visual\.trunk|model(?=\.(embeddings|norm)))\.")
+LAYER = re.compile(r"^(?:encoder\.|model\.)*(?:layers?|blocks)\.(\d+)\.(.+)$")
+# weights of other parts of a model: masked patches, classifiers, ViT's dense pooler, MAE's decoder, text
+UNUSED = re.compile(
+    r"(^|\.)(mask_token|position_ids|inv_freq|logit_scale|logit_bias)$"
+    r"|^(classifier|pooler|decoder|text_model|text_projection|text)\."
+)
+
+
+def our_name(theirs: str) -> str | None:
+    """Return our name of a tensor of a source, or None if the image encoder does not need it."""
+    name = WRAPPER.sub("", theirs)
+    if UNUSED.search(name):
+        return None
+    layer = LAYER.match(name)
+    known, prefix = (OUR_NAME, "") if layer is None else (OUR_LAYER_NAME, f"encoder.layers.{layer[1]}.")
+    name = name if layer is None else layer[2]
+    if name in known:
+        return prefix + known[name]
+    module, _, kind = name.rpartition(".")
+    if module not in known:
+        raise KeyError(f"unknown weight {theirs}")
+    return f"{prefix}{known[module]}.{kind}"
+
+
+# ---- configuration --------------------------------------------------------------------------------------------------
+
+
+def _sizes(config: Any, **fields: Any) -> dict[str, Any]:
+    """Return the fields that all families have; `fields` override them."""
+    height, width = height_and_width(config.patch_size)
+    if height != width:
+        raise ValueError(f"patch_size is not supported: expected squares, got {height} x {width}")
+    same = ("hidden_size", "num_hidden_layers", "num_attention_heads", "hidden_act", "layer_norm_eps", "num_channels")
+    sizes = {name: getattr(config, name) for name in same}
+    sizes |= {"patch_size": height, "layer_scale_init": 1.0, "num_register_tokens": 0, "pooling": "cls"}
+    if "intermediate_size" not in fields:
+        sizes["intermediate_size"] = config.intermediate_size
+    return sizes | fields
+
+
+def _with_table(config: Any, **fields: Any) -> dict[str, Any]:
+    """Return the fields of a family whose positions are a learned table; its depth is set later."""
+    height, width = height_and_width(config.image_size)
+    p = height_and_width(config.patch_size)[0]
+    return _sizes(config, rotary_axes="none", position_grid=[1, height // p, width // p], **fields)
+
+
+def _dinov3(config: Any) -> dict[str, Any]:
+    return _sizes(
+        config,
+        rotary_axes="shared",
+        rope_theta=float(config.rope_theta),
+        num_register_tokens=config.num_register_tokens,
+        gated_mlp=config.use_gated_mlp,
+        qkv_bias=config.query_bias or config.key_bias or config.value_bias,
+    )
+
+
+def _dinov2(config: Any) -> dict[str, Any]:
+    width = int(config.hidden_size * config.mlp_ratio)
+    fields: dict[str, Any] = {"intermediate_size": width, "qkv_bias": config.qkv_bias}
+    if config.use_swiglu_ffn:
+        fields |= {"intermediate_size": swiglu_width(width), "gated_mlp": True, "hidden_act": "silu"}
+    return _with_table(config, **fields)
+
+
+def swiglu_width(width: int) -> int:
+    """Return the width of DINOv2's gated MLP, which has about as many weights as a plain one of `width`."""
+    return (int(width * 2 / 3) + 7) // 8 * 8
+
+
+def _dinov2_with_registers(config: Any) -> dict[str, Any]:
+    return _dinov2(config) | {"num_register_tokens": config.num_register_tokens, "position_antialias": True}
+
+
+def _vit(config: Any) -> dict[str, Any]:
+    return _with_table(config, qkv_bias=config.qkv_bias)
+
+
+def _vit_mae(config: Any) -> dict[str, Any]:
+    return _vit(config) | {"pooling": "mean"}  # MAE trains no CLS token
+
+
+def _clip(config: Any) -> dict[str, Any]:
+    return _with_table(config, embedding_norm=True)
+
+
+def _siglip(config: Any) -> dict[str, Any]:
+    return _with_table(config, use_cls_token=False, pooling="attention" if config.vision_use_head else "mean")
+
+
+# model_type of transformers -> fields of M3RetConfig. A full CLIP or SigLIP gives its vision tower.
+FAMILIES: dict[str, Callable[[Any], dict[str, Any]]] = {
+    "dinov3_vit": _dinov3,
+    "dinov2": _dinov2,
+    "dinov2_with_registers": _dinov2_with_registers,
+    "vit": _vit,
+    "vit_mae": _vit_mae,
+    "clip": _clip,
+    "clip_vision_model": _clip,
+    "siglip": _siglip,
+    "siglip_vision_model": _siglip,
+}
+NUM_FRAMES = 32  # of the processor's default, which gives the table of positions its depth
+TIMM_VIT = re.compile(r"^vit_(tiny|small|base|large)_patch(\d+)_(\d+)$")
+TIMM_SIZES = {"tiny": (192, 12, 3), "small": (384, 12, 6), "base": (768, 12, 12), "large": (1024, 24, 16)}
+
+
+def model_type(name: str) -> str | None:
+    """Return the `model_type` in the config.json of a folder or Hub id; None if there is none, or for open_clip.
+
+    Raises:
+        OSError: if it cannot be found.
+        ValueError: if it is no JSON object.
+    """
+    repository, _, revision = (name, "", "") if Path(name).is_dir() else name.partition("@")
+    config, _ = PreTrainedConfig.get_config_dict(repository, revision=revision or None)
+    kind = config.get("model_type")
+    return kind if isinstance(kind, str) else None
+
+
+def is_convertible(name: str) -> bool:
+    """Return whether a folder or Hub id is a 2D encoder that `convert_vit` takes. False if it cannot be read."""
+    if name.startswith(OPEN_CLIP) or (Path(name).is_dir() and not Path(name, "config.json").is_file()):
+        try:
+            folder, is_open_clip = find_files(name)
+            return is_open_clip and _timm_vit(folder) is not None
+        except (InputError, ValueError):
+            return False
+    try:
+        return model_type(name) in FAMILIES
+    except (OSError, ValueError):
+        return False
+
+
+def _timm_vit(folder: Path) -> re.Match[str] | None:
+    """Return the name of timm's ViT in an open_clip checkpoint, if it has one with a linear projection."""
+    vision = read_json(folder / "open_clip_config.json").get("model_cfg", {}).get("vision_cfg", {})
+    plain = vision.get("timm_pool", "") in ("", "token") and vision.get("timm_proj") in ("linear", None)
+    return TIMM_VIT.match(str(vision.get("timm_model_name"))) if plain else None
+
+
+# ---- conversion -----------------------------------------------------------------------------------------------------
+
+
+def convert_vit(name: str, **overrides: Any) -> tuple[M3RetModel, M3RetImageProcessor]:
+    """Convert a published 2D vision transformer in memory.
+
+    Args:
+        name: folder, or `ORG/NAME[@REVISION]` on the Hub; `hf-hub:ORG/NAME` for open_clip.
+        overrides: fields of `M3RetConfig` that do not change the encoder, such as `pooling`, or that the inflation
+            uses: `patch_depth`, and `num_channels=1` for a third of the patch weights, exact for grey scans.
+
+    Returns:
+        The encoder in evaluation mode, float32, and its image processor. The whitening is that of the source: the
+        identity, or for CLIP the projection of its image embeddings.
+
+    Raises:
+        EncoderError: if it does not exist, is of no family that is supported, or its files are damaged or incomplete.
+    """
+    folder, is_open_clip = find_files(name)
+    with encoder_errors(name, "cannot be converted", "a 2D vision transformer, see docs/start-from-a-vit.md"):
+        fields, transform = _read_open_clip(name, folder) if is_open_clip else _read_transformers(name, folder)
+        source = read_weights(name, folder, OPEN_CLIP_WEIGHTS if is_open_clip else WEIGHTS)
+        channels = overrides.get("num_channels", fields["num_channels"])
+        depth = overrides.get("patch_depth", M3RetConfig.patch_depth)
+        if fields.get("position_grid"):
+            fields["position_grid"][0] = -(-NUM_FRAMES // depth)
+        location = name.removeprefix(OPEN_CLIP)
+        origin = short_name(name) if folder == Path(location) else location
+        config = M3RetConfig(**fields | {"converted_from": origin, "converted_license": _license(folder)} | overrides)
+        mean, std = (list(transform.mean), list(transform.std)) if channels > 1 else (0.5, 0.5)
+        height, width = transform.size
+        processor = M3RetImageProcessor(
+            size=round((height * width) ** 0.5),
+            num_frames=NUM_FRAMES,
+            image_mean=mean,
+            image_std=std,
+            patch_size=config.patch_size,
+            patch_depth=config.patch_depth,
+            num_channels=channels,
+        )
+        named = {ours: tensor.float() for key, tensor in source.items() if (ours := our_name(key)) is not None}
+        if channels == 1 and fields["num_channels"] > 1:
+            _fold_channels(named, transform)
+        with torch.device("meta"):
+            model = M3RetModel(config)
+        weights = convert_weights(named, model)
+        if missing := sorted(model.state_dict().keys() - weights.keys()):
+            raise EncoderError(name, "incomplete weights", "all of the encoder", f"none for {missing[0]}")
+        model.load_state_dict(weights, assign=True)
+    for key, tensor in model.state_dict().items():
+        if not tensor.isfinite().all():
+            raise EncoderError(name, "damaged weights", "finite values", f"NaN or infinity in {key}")
+    return model.eval(), processor
+
+
+def _read_transformers(name: str, folder: Path) -> tuple[dict[str, Any], ImageTransform]:
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    if config.model_type not in FAMILIES:
+        raise EncoderError(name, "unsupported kind of model", ", ".join(FAMILIES), config.model_type)
+    return FAMILIES[config.model_type](getattr(config, "vision_config", config)), read_transform(name, folder)
+
+
+def _read_open_clip(name: str, folder: Path) -> tuple[dict[str, Any], ImageTransform]:
+    found, settings = _timm_vit(folder), read_json(folder / "open_clip_config.json")
+    if found is None:
+        expected = "vit_{tiny,small,base,large}_patchN_SIZE of timm, pooled by its class token"
+        raise EncoderError(name, "unsupported vision tower", expected, "another one")
+    (d, layers, heads), p, size = TIMM_SIZES[found[1]], int(found[2]), int(found[3])
+    image = ViTConfig(
+        hidden_size=d,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        intermediate_size=4 * d,
+        layer_norm_eps=1e-6,  # timm's
+        patch_size=p,
+        image_size=size,
+    )
+    preprocessing = settings.get("preprocess_cfg", {})
+    mean, std = (tuple(preprocessing[key]) for key in ("mean", "std"))
+    # timm interpolates its table of positions with antialiasing
+    return _vit(image) | {"position_antialias": True}, ImageTransform((size, size), mean, std, "bicubic")
+
+
+def _license(folder: Path) -> str | None:
+    """Return the licence that a model card states, or None."""
+    if not (folder / CARD).is_file():
+        return None
+    try:
+        card = ModelCard((folder / CARD).read_text(encoding="utf-8"), ignore_metadata_errors=True).data.to_dict()
+    except (OSError, ValueError, yaml.YAMLError):
+        return None
+    named = card.get("license_name") if card.get("license") == "other" else card.get("license")
+    return str(named) if named else None
+
+
+def convert_weights(named: Mapping[str, Tensor], model: M3RetModel) -> dict[str, Tensor]:
+    """Return the weights of a converted encoder from tensors by our names, as far as they exist.
+
+    Biases that no layer of the source has become zero, and missing gains one, which changes nothing.
+    """
+    config, weights = model.config, dict(named)
+    d, layers = config.hidden_size, range(config.num_hidden_layers)
+    shapes = {key: value.shape for key, value in model.state_dict().items()}
+
+    convolution = weights["embeddings.patch_embeddings.weight"]  # (d, C, p, p)
+    # divided over the slices of a patch, so that equal slices give the tokens of one
+    inflated = convolution[:, :, None].expand(-1, -1, config.patch_depth, -1, -1) / config.patch_depth
+    weights["embeddings.patch_embeddings.weight"] = inflated.flatten(1)
+    weights.setdefault("embeddings.patch_embeddings.bias", torch.zeros(d))
+    if "embeddings.cls_token" in weights:
+        weights["embeddings.cls_token"] = weights["embeddings.cls_token"].view(1, d)
+    registers = weights.get("embeddings.register_tokens", torch.zeros(0, d))
+    weights["embeddings.register_tokens"] = registers.view(-1, d)
+    if config.position_grid is not None:
+        table = weights.pop("positions").view(-1, d)
+        if config.use_cls_token:
+            weights["embeddings.cls_token"] = weights["embeddings.cls_token"] + table[:1]
+            table = table[1:]
+        weights["embeddings.positions.plane_table"] = table
+        weights["embeddings.positions.depth_table"] = torch.zeros(config.position_grid[0], d)
+
+    has = {re.sub(r"layers\.\d+", "layers", key) for key in named}  # what any layer of the source has
+    for layer in layers:
+        name = f"encoder.layers.{layer}"
+        for kind in ("weight", "bias"):
+            if (fused := weights.pop(f"{name}.mlp.gate_and_up.{kind}", None)) is not None:
+                gate, up = fused.chunk(2)
+                weights |= {f"{name}.mlp.gate_proj.{kind}": gate, f"{name}.mlp.up_proj.{kind}": up}
+            parts = {part: weights.pop(f"{name}.attention.{part}.{kind}", None) for part in ("query", "key", "value")}
+            if kind == "bias" and any(value is not None for value in parts.values()):
+                for part, value in parts.items():
+                    if value is None and f"encoder.layers.attention.{part}.bias" not in has:
+                        parts[part] = torch.zeros(d)
+            if all(value is not None for value in parts.values()):
+                weights[f"{name}.attention.qkv.{kind}"] = torch.cat(
+                    [value for value in parts.values() if value is not None]
+                )
+        for key in ("attention.out_proj.bias", "mlp.gate_proj.bias", "mlp.up_proj.bias", "mlp.down_proj.bias"):
+            if f"{name}.{key}" in shapes and f"encoder.layers.{key}" not in has:
+                weights.setdefault(f"{name}.{key}", torch.zeros(shapes[f"{name}.{key}"]))
+        for key in ("attention_scale.gain", "mlp_scale.gain"):
+            if f"encoder.layers.{key}" not in has:
+                weights[f"{name}.{key}"] = torch.ones(d)
+
+    if model.pooler is not None:
+        for kind in ("weight", "bias"):
+            joined = weights.pop(f"pooler.in_proj.{kind}")
+            weights[f"pooler.query.{kind}"], weights[f"pooler.key_value.{kind}"] = joined.split([d, 2 * d])
+        weights["pooler.probe"] = weights["pooler.probe"].view(1, d)
+    else:
+        weights = {key: value for key, value in weights.items() if not key.startswith("pooler.")}
+    projection = weights.pop("projection", None)  # (at most d, d)
+    matrix = torch.eye(d, config.pooled_size)
+    if projection is not None and config.pooling == "cls" and len(projection) <= d:
+        matrix = torch.nn.functional.pad(projection, (0, 0, 0, d - len(projection)))  # zeros change no cosine
+    return weights | {"whitening.mean": torch.zeros(config.pooled_size), "whitening.matrix": matrix}
+
+
+def _fold_channels(named: dict[str, Tensor], transform: ImageTransform) -> None:
+    """Fold the three equal channels of grey scans, and their means and deviations, into patch weights of one channel.
+
+    The processor then gives 2 x - 1 for a value x, where the source gets (x - mean) / deviation in each channel.
+    """
+    weight = named["embeddings.patch_embeddings.weight"].double()  # (d, C, p, p)
+    mean, std = (
+        torch.tensor(values, dtype=torch.float64).view(1, -1, 1, 1) for values in (transform.mean, transform.std)
+    )
+    shift = (weight * (0.5 - mean) / std).sum((1, 2, 3))
+    bias = named.get("embeddings.patch_embeddings.bias", torch.zeros(len(weight)))
+    named["embeddings.patch_embeddings.weight"] = (weight * 0.5 / std).sum(1, keepdim=True).float()
+    named["embeddings.patch_embeddings.bias"] = (bias.double() + shift).float()

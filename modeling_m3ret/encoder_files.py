@@ -1,0 +1,122 @@
+"""Find and read the files of a published image encoder: configuration, image transform and weights.
+
+No downloaded code is run and no pickle is opened: only JSON and safetensors files, and the model card, are fetched.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from huggingface_hub import snapshot_download
+from safetensors.torch import load_file
+from torch import Tensor
+
+from .errors import InputError
+
+
+OPEN_CLIP = "hf-hub:"  # open_clip's own prefix of models on the Hub
+# Only these files are fetched. adapter_config.json is not: transformers would load the repository that it names.
+CONFIGS = ("config.json", "preprocessor_config.json", "processor_config.json", "open_clip_config.json")
+WEIGHTS = ("model.safetensors", "model-*.safetensors")  # one file, or shards
+OPEN_CLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip*.safetensors")
+CARD = "README.md"
+
+
+class EncoderError(InputError):
+    """A published encoder cannot be used. `name` is the encoder as the user wrote it."""
+
+    def __init__(self, name: str, problem: str, expected: str, got: str):
+        super().__init__(f"{name}: {problem}: expected {expected}, got {got}.")
+        self.name = name
+
+
+class ImageTransform(NamedTuple):
+    """What the image processor of an encoder does to an image in [0, 1]."""
+
+    size: tuple[int, int]  # height and width in pixels
+    mean: tuple[float, ...]  # of each channel
+    std: tuple[float, ...]  # of each channel
+    filter: str  # "bilinear" or "bicubic"
+
+
+@contextmanager
+def encoder_errors(name: str, problem: str, expected: str) -> Iterator[None]:
+    """Turn any exception of a library into an EncoderError."""
+    try:
+        yield
+    except EncoderError:
+        raise
+    except Exception as error:
+        line = next(iter(str(error).strip().splitlines()), "")
+        raise EncoderError(name, problem, expected, f"{type(error).__name__}: {line}") from error
+
+
+def short_name(name: str) -> str:
+    """Return the last part of a Hub id or path, without the revision: a name that reveals no folder."""
+    return Path(name).resolve().name if Path(name).is_dir() else Path(name.removeprefix(OPEN_CLIP).split("@")[0]).name
+
+
+def find_files(name: str) -> tuple[Path, bool]:
+    """Return the folder with the files of an encoder, and whether they are those of open_clip instead of transformers.
+
+    Args:
+        name: folder, or `ORG/NAME[@REVISION]` on the Hub. The prefix `hf-hub:`, or a folder with an
+            open_clip_config.json and no config.json, selects open_clip.
+
+    Raises:
+        EncoderError: if it does not exist or cannot be downloaded.
+    """
+    location = name.removeprefix(OPEN_CLIP)
+    is_open_clip, folder = location != name, Path(location)
+    if folder.is_dir():
+        has_config = (folder / "config.json").is_file()
+        return folder, is_open_clip or (not has_config and (folder / "open_clip_config.json").is_file())
+    repo_id, _, revision = location.partition("@")
+    files = [*CONFIGS, CARD, *(OPEN_CLIP_WEIGHTS if is_open_clip else WEIGHTS)]
+    expected = "a folder, or ORG/NAME on the Hub (for a gated one, accept its terms and log in)"
+    with encoder_errors(name, "cannot be downloaded", expected):
+        return Path(snapshot_download(repo_id, revision=revision or None, allow_patterns=files)), is_open_clip
+
+
+def read_weights(name: str, folder: Path, patterns: Sequence[str]) -> dict[str, Tensor]:
+    """Read the tensors of all files that match the first pattern with any match."""
+    matching = [sorted(folder.glob(pattern)) for pattern in patterns]
+    files = next(filter(None, matching), None)
+    if files is None:
+        pickles = sorted(file.name for file in folder.glob("*") if file.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+        got = f"{', '.join(pickles)} (pickles are never opened)" if pickles else "no weights"
+        raise EncoderError(name, "no safetensors weights", patterns[0], got)
+    return {key: value for file in files for key, value in load_file(file).items()}
+
+
+def read_transform(name: str, folder: Path) -> ImageTransform:
+    """Read the transform from the image processor's JSON; the processor class would need torchvision."""
+    nested = read_json(folder / "processor_config.json").get("image_processor")  # written by newer transformers
+    settings = nested or read_json(folder / "preprocessor_config.json")
+    if absent := [key for key in ("size", "image_mean", "image_std") if settings.get(key) is None]:
+        got = f"no {', '.join(absent)}"
+        raise EncoderError(name, "incomplete preprocessor_config.json", "size, image_mean, image_std", got)
+    scale = 255 * settings.get("rescale_factor", 1 / 255) if settings.get("do_rescale", True) else 255.0
+    if abs(scale - 1) > 1e-3 or settings.get("do_normalize") is False:
+        got = f"images in [0, {scale:g}] (rescale_factor), or do_normalize: false"
+        raise EncoderError(name, "unsupported preprocessor_config.json", "images in [0, 1], normalised", got)
+    crop_size = settings.get("crop_size") if settings.get("do_center_crop", True) else None
+    resample = {2: "bilinear", 3: "bicubic"}.get(settings.get("resample", 3), "bicubic")  # Pillow's numbers
+    size = height_and_width(crop_size or settings["size"])
+    return ImageTransform(size, (*settings["image_mean"],), (*settings["image_std"],), resample)
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Return the content of a JSON file, or nothing if it does not exist."""
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+def height_and_width(size: int | Sequence[int] | Mapping[str, int]) -> tuple[int, int]:
+    """Convert a size: n, [height, width], {height, width} or {shortest_edge}."""
+    if isinstance(size, Mapping):
+        size = [size["height"], size["width"]] if "height" in size else size["shortest_edge"]
+    return (size, size) if isinstance(size, int) else (size[0], size[1])

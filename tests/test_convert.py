@@ -1,0 +1,286 @@
+"""Test the conversion of 2D vision transformers: equal tokens for one slice, inflation, and files that are refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from remote_code import run_new_process
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from vit_sources import IMAGENET, KINDS, save_source, source_tokens
+
+from modeling_m3ret import M3RetImageProcessor, M3RetModel
+from modeling_m3ret.convert import convert_vit, is_convertible
+from modeling_m3ret.encoder_files import EncoderError
+from modeling_m3ret.errors import InputError
+from modeling_m3ret.hub import load_pretrained
+from modeling_m3ret.modeling_m3ret import interpolation_weights
+from modeling_m3ret.packing_m3ret import grid_coordinates
+
+
+# of images in pixels: the source's own size, the same number of patches, larger, smaller, and elongated ones
+SIZES = ((32, 32), (16, 64), (56, 40), (16, 24), (8, 72))
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, Path]:
+    folder = tmp_path_factory.mktemp("source")
+    return save_source(request.param, folder), folder
+
+
+def largest_difference(one: Tensor, other: Tensor) -> float:
+    assert one.shape == other.shape
+    return (one - other).abs().max().item()
+
+
+def assert_same_tokens(model: M3RetModel, source: nn.Module, images: Tensor, atol: float = 1e-5) -> None:
+    cls, patches, pooled = source_tokens(source, images)
+    with torch.no_grad():
+        output, embedded = model(images), model.embed(images)
+    if cls is not None:
+        assert largest_difference(output.last_hidden_state[:, 0], cls) <= atol
+    assert largest_difference(output.last_hidden_state[:, model.config.num_prefix_tokens :], patches) <= atol
+    assert largest_difference(output.pooler_output, pooled) <= atol
+    assert largest_difference(embedded, pooled) <= atol
+
+
+def test_one_slice_gives_the_tokens_of_the_source(source: tuple[nn.Module, Path]) -> None:
+    theirs, folder = source
+    model, _ = convert_vit(str(folder))
+    for size in SIZES:
+        assert_same_tokens(model, theirs, torch.randn(2, 3, *size))
+
+
+@torch.no_grad()
+def test_packs_of_mixed_sizes_give_the_tokens_of_the_source(source: tuple[nn.Module, Path]) -> None:
+    theirs, folder = source
+    model, processor = convert_vit(str(folder))
+    images = [torch.randn(3, 1, *size) for size in SIZES]
+    pooled = model(*processor.pack(images, compact_images=True)).pooler_output
+    for index, image in enumerate(images):
+        assert largest_difference(pooled[index], source_tokens(theirs, image[None, :, 0])[2][0]) <= 1e-5
+
+
+@torch.no_grad()
+def test_equal_slices_give_the_tokens_of_one(source: tuple[nn.Module, Path]) -> None:
+    """For slices of one patch; for any depth if all tokens are patches at equal positions, as attention is an average.
+
+    Otherwise more patches outweigh the class token, or their depths differ.
+    """
+    model, _ = convert_vit(str(source[1]))
+    image = torch.randn(1, 3, 1, 40, 24)
+    one = model(image)
+    equal = model(image.expand(-1, -1, model.config.patch_depth, -1, -1))
+    assert largest_difference(equal.last_hidden_state, one.last_hidden_state) <= 1e-5
+    assert largest_difference(equal.pooler_output, one.pooler_output) <= 1e-5
+    if model.config.num_prefix_tokens == 0:
+        deep = model(image.expand(-1, -1, 12, -1, -1))
+        assert largest_difference(deep.last_hidden_state, one.last_hidden_state.repeat(1, 3, 1)) <= 1e-5
+        assert largest_difference(deep.pooler_output, one.pooler_output) <= 1e-5
+
+
+@torch.no_grad()
+def test_order_of_slices_matters_once_depths_have_positions(source: tuple[nn.Module, Path]) -> None:
+    model, _ = convert_vit(str(source[1]))
+    volume = torch.randn(1, 3, 12, 24, 24)
+    reversed_patches = volume.unflatten(2, (3, 4)).flip(2).flatten(2, 3)
+    if model.embeddings.positions is not None:
+        assert largest_difference(model(volume).pooler_output, model(reversed_patches).pooler_output) <= 1e-5
+        table = model.embeddings.positions.depth_table
+        table.copy_(torch.randn_like(table))
+    assert largest_difference(model(volume).pooler_output, model(reversed_patches).pooler_output) > 1e-4
+
+
+def test_processor_gives_the_pixels_of_the_source(source: tuple[nn.Module, Path]) -> None:
+    _, processor = convert_vit(str(source[1]))
+    picture = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    mean, std = (np.array(IMAGENET[key]) for key in ("image_mean", "image_std"))
+    expected = torch.from_numpy(((picture / 255 - mean) / std).transpose(2, 0, 1)).float()
+    resized = processor.resize(processor.read(picture))
+    assert largest_difference(resized[:, 0], expected) <= 1e-5
+
+
+@torch.no_grad()
+def test_one_channel_gives_the_tokens_of_grey_pictures(source: tuple[nn.Module, Path]) -> None:
+    theirs, folder = source
+    model, processor = convert_vit(str(folder), num_channels=1)
+    grey = torch.rand(2, 1, 24, 40)
+    mean, std = (torch.tensor(IMAGENET[key]).view(1, 3, 1, 1) for key in ("image_mean", "image_std"))
+    expected = source_tokens(theirs, (grey.expand(-1, 3, -1, -1) - mean) / std)[2]
+    ours = processor.normalise(grey.clone())
+    assert largest_difference(model(ours).pooler_output, expected) <= 1e-5
+
+
+@pytest.mark.parametrize("kind", ["clip", "clip with projection"])
+@torch.no_grad()
+def test_embedding_of_clip_has_the_cosines_of_its_image_embeddings(kind: str, tmp_path: Path) -> None:
+    theirs = save_source(kind, tmp_path)
+    images = torch.randn(4, 3, 32, 32)
+    features = theirs.get_image_features(images).pooler_output if kind == "clip" else theirs(images).image_embeds
+    features = nn.functional.normalize(features, dim=-1)
+    ours = convert_vit(str(tmp_path))[0].embed_scans(images)
+    assert largest_difference(ours @ ours.T, features @ features.T) <= 1e-5
+
+
+CLEAN_PROCESS = """
+import json, sys, torch
+from transformers import AutoImageProcessor, AutoModel
+picture = torch.arange(32 * 32 * 3).view(32, 32, 3).byte().numpy()
+embeddings = []
+for name in sys.argv[1:]:
+    model = AutoModel.from_pretrained(name, trust_remote_code=True)
+    processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=True)
+    with torch.no_grad():
+        embeddings.append(model.embed_scans(**processor([picture], return_tensors="pt")).tolist())
+print(json.dumps(embeddings))
+"""
+
+
+@pytest.mark.slow
+def test_a_process_without_the_package_loads_converted_checkpoints(tmp_path: Path) -> None:
+    """One for each kind of positions, and one with a pooling head."""
+    picture = torch.arange(32 * 32 * 3).view(32, 32, 3).byte().numpy()
+    names, expected = [], []
+    for kind in ("dinov3_vit", "dinov2_with_registers", "clip_vision_model", "siglip_vision_model"):
+        save_source(kind, tmp_path / "source" / kind)
+        model, processor = load_pretrained(tmp_path / "source" / kind)
+        for part in (model, processor):
+            part.save_pretrained(tmp_path / kind)
+        with torch.no_grad():
+            expected.append(model.embed_scans(**processor([picture], return_tensors="pt")))
+        names.append(kind)
+    theirs = torch.tensor(run_new_process(CLEAN_PROCESS, tmp_path, *names))
+    assert largest_difference(theirs, torch.stack(expected)) <= 1e-5
+
+
+def test_loading_the_saved_checkpoint_gives_the_same_encoder(source: tuple[nn.Module, Path], tmp_path: Path) -> None:
+    model, processor = convert_vit(str(source[1]))
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    loaded = M3RetModel.from_pretrained(tmp_path)
+    assert M3RetImageProcessor.from_pretrained(tmp_path).to_dict() == processor.to_dict()
+    ours, theirs = loaded.state_dict(), model.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    images = torch.randn(1, 3, 4, 32, 24)
+    with torch.no_grad():
+        assert largest_difference(loaded(images).pooler_output, model(images).pooler_output) <= 1e-5
+    assert loaded.config.converted_from == source[1].name
+
+
+def test_names_in_memory_are_understood(source: tuple[nn.Module, Path], tmp_path: Path) -> None:
+    """Transformers renames weights when it saves; other tools save them under the names of the modules."""
+    theirs, folder = source
+    for file in ("config.json", "preprocessor_config.json"):
+        (tmp_path / file).write_bytes((folder / file).read_bytes())
+    save_file({key: value.clone() for key, value in theirs.state_dict().items()}, tmp_path / "model.safetensors")
+    one, other = (convert_vit(str(path))[0].state_dict() for path in (folder, tmp_path))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+@pytest.mark.parametrize("antialias", [False, True])
+def test_interpolation_of_positions_equals_that_of_torch(antialias: bool) -> None:
+    table = torch.randn(1, 5, 6, 9)
+    for height, width in ((6, 9), (3, 20), (13, 2), (1, 1), (7, 8)):
+        coordinates = grid_coordinates((1, height, width), torch.device("cpu"))
+        rows = interpolation_weights(coordinates[:, 1], coordinates[:, 4], 6, antialias)
+        columns = interpolation_weights(coordinates[:, 2], coordinates[:, 5], 9, antialias)
+        ours = torch.einsum("pa,pb,ndab->npd", rows, columns, table).unflatten(1, (height, width)).permute(0, 3, 1, 2)
+        theirs = nn.functional.interpolate(table, (height, width), mode="bicubic", antialias=antialias)
+        assert largest_difference(ours, theirs) <= 1e-5
+
+
+def change_config(**values: Any) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text()) | values
+        (folder / "config.json").write_text(json.dumps(config))
+
+    return damage
+
+
+def change_weights(change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        save_file(change(load_file(folder / "model.safetensors")), folder / "model.safetensors")
+
+    return damage
+
+
+def only_a_pickle(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+FIRST_BIAS = "encoder.layer.0.output.dense.bias"
+DAMAGES: dict[str, Callable[[Path], None]] = {
+    "another family": change_config(model_type="swin"),
+    "unknown family": change_config(model_type="no-such-model"),
+    "other sizes": change_config(hidden_size=64),
+    "more layers": change_config(num_hidden_layers=3),
+    "fewer layers": change_config(num_hidden_layers=1),
+    "patches that are no squares": change_config(patch_size=[8, 4]),
+    "a pickle": only_a_pickle,
+    "no processor": lambda folder: (folder / "preprocessor_config.json").unlink(),
+    "broken weights": lambda folder: (folder / "model.safetensors").write_bytes(b"broken"),
+    "a bias of one layer missing": change_weights(lambda w: {k: v for k, v in w.items() if k != FIRST_BIAS}),
+    "no positions": change_weights(lambda w: {k: v for k, v in w.items() if "position" not in k}),
+    "an unknown weight": change_weights(lambda w: w | {"encoder.layer.0.adapter.weight": torch.ones(2)}),
+    "not finite": change_weights(lambda w: w | {FIRST_BIAS: w[FIRST_BIAS] * float("nan")}),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_other_and_damaged_checkpoints_are_refused(damage: str, tmp_path: Path) -> None:
+    save_source("vit", tmp_path)
+    DAMAGES[damage](tmp_path)
+    with pytest.raises(EncoderError) as caught:
+        convert_vit(str(tmp_path))
+    assert caught.value.name == str(tmp_path)
+    with pytest.raises(InputError):
+        load_pretrained(tmp_path)
+
+
+def test_licence_and_name_are_those_of_the_source(tmp_path: Path) -> None:
+    folder = tmp_path / "hospital" / "tiny-vit"
+    save_source("vit", folder)
+    assert is_convertible(str(folder))
+    assert isinstance(M3RetModel.from_vit(str(folder), pooling="mean"), M3RetModel)
+    assert convert_vit(str(folder))[0].config.converted_license is None
+    for card, expected in (
+        ("---\nlicense: mit\n---\n# Tiny", "mit"),
+        ("---\nlicense: other\nlicense_name: dinov3-license\n---\n", "dinov3-license"),
+        ("---\nlicense: [\n---\n", None),
+        ("no metadata", None),
+    ):
+        (folder / "README.md").write_text(card)
+        config = convert_vit(str(folder))[0].config
+        assert (config.converted_from, config.converted_license) == ("tiny-vit", expected)
+
+
+# ViT-S and ViT-B of each family, at the sizes of the published checkpoints
+SMALL = {"hidden_size": 384, "num_attention_heads": 6, "num_hidden_layers": 12}
+BASE = {"hidden_size": 768, "num_attention_heads": 12, "num_hidden_layers": 12}
+PUBLISHED = [
+    ("dinov3_vit", SMALL | {"intermediate_size": 1536, "image_size": 224, "patch_size": 16, "num_register_tokens": 4}),
+    ("dinov2", SMALL | {"mlp_ratio": 4, "image_size": 518, "patch_size": 14}),
+    ("dinov2_with_registers", SMALL | {"mlp_ratio": 4, "image_size": 518, "patch_size": 14}),
+    ("vit", SMALL | {"intermediate_size": 1536, "image_size": 224, "patch_size": 16}),
+    ("vit_mae", BASE | {"intermediate_size": 3072, "image_size": 224, "patch_size": 16}),
+    ("clip_vision_model", BASE | {"intermediate_size": 3072, "image_size": 224, "patch_size": 16}),
+    ("siglip_vision_model", BASE | {"intermediate_size": 3072, "image_size": 224, "patch_size": 16}),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "sizes"), PUBLISHED, ids=[kind for kind, _ in PUBLISHED])
+def test_published_sizes_give_the_tokens_of_the_source(kind: str, sizes: dict[str, Any], tmp_path: Path) -> None:
+    theirs = save_source(kind, tmp_path, size=224, **sizes)
+    model, _ = convert_vit(str(tmp_path))
+    p = sizes["patch_size"]
+    for height, width in ((14, 14), (16, 9), (7, 20)):
+        assert_same_tokens(model, theirs, torch.randn(1, 3, height * p, width * p))
