@@ -40,7 +40,7 @@ LEARNING_RATES = {"probe": 1e-1, "lora": 1e-3, "full": 1e-4}
 def parse_arguments() -> argparse.Namespace:
     parser = CommandLine(__doc__)
     add = parser.add_argument
-    add("--model", type=str, required=True, help="checkpoint folder or Hub id")
+    add("--model", type=str, required=True, help="checkpoint folder or Hub id; also of a 2D vision transformer")
     add("--data", type=str, required=True, help="folder with manifest.csv or data/*.parquet, ORG/NAME, or phantom")
     add("--modality", choices=MODALITIES, help="train on this modality only; by default on all")
     add("--method", choices=tuple(LEARNING_RATES), default="probe", help="what is trained")
@@ -87,7 +87,7 @@ def main(arguments: argparse.Namespace) -> None:
         raise InputError(f"--output: expected a new or empty folder, got {arguments.output}. Choose another one.")
     prepare_cpu()
     set_seed(arguments.seed)
-    _, processor = load_pretrained(arguments.model)  # errors name what is wrong with the checkpoint
+    encoder, processor = load_pretrained(arguments.model)
     records = [r for r in open_collection(arguments.data) if r.label and arguments.modality in (None, r.modality)]
     training, held_out = split_training_and_held_out(records, arguments.holdout)
     names = tuple(sorted({record.label for record in training}))
@@ -97,8 +97,10 @@ def main(arguments: argparse.Namespace) -> None:
             f"--data {arguments.data}: expected training scans of at least two labels and held-out scans of them, got "
             f"{len(names)} labels and {len(held_out)} held-out scans. Change --modality or --holdout."
         )
-    labels = {"id2label": dict(enumerate(names)), "label2id": {name: number for number, name in enumerate(names)}}
-    classifier = M3RetForImageClassification.from_pretrained(arguments.model, **labels)
+    encoder.config.id2label = dict(enumerate(names))
+    encoder.config.label2id = {name: number for number, name in enumerate(names)}
+    classifier = M3RetForImageClassification(encoder.config)
+    classifier.m3ret = encoder
 
     def scores(prediction: EvalPrediction) -> dict[str, float]:
         correct = prediction.predictions.argmax(1) == prediction.label_ids

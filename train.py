@@ -4,13 +4,14 @@
     accelerate launch train.py --config configs/smoke.yaml                     # minutes on two CPU cores
     accelerate launch train.py --config configs/smoke.yaml --data FOLDER --steps 500 --report_to tensorboard
     accelerate launch train.py --config configs/vitb.yaml --resume             # continue from the newest checkpoint
+    accelerate launch train.py --config configs/simdino.yaml --initial facebook/dinov3-vits16-pretrain-lvd1689m
 
 Options override the YAML file. docs/training.md explains the metrics.
 """
 
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import timedelta
 from itertools import islice
 from pathlib import Path
@@ -46,10 +47,14 @@ from modeling_m3ret.pretraining.run_log import RunLog
 from modeling_m3ret.pretraining.run_options import parse_run_config
 from modeling_m3ret.pretraining.saving import RunSaver
 from modeling_m3ret.pretraining.stopping import StopSignal, stop_if_not_finite
+from modeling_m3ret.pretraining.warm_start import read_start
 
 
 def main() -> None:
     config = parse_run_config(sys.argv[1:], description=__doc__)
+    start = read_start(config)
+    if start is not None and start.fields(config) is not None:
+        config = replace(config, preset="initial")
     run_dir = Path(config.run_dir)
     output_dir = validate_output_folder(Path(config.output_dir))
     if config.report_to and config.report_to not in {tracker.value for tracker in get_available_trackers()}:
@@ -70,7 +75,7 @@ def main() -> None:
         prepare_cpu(accelerator.state.num_processes)
 
     # ---- objective: a module that returns its loss ------------------------------------------------------------------
-    objective, model_config = build_objective(config)
+    objective, model_config = build_objective(config, start)
     set_seed(config.seed, device_specific=True)  # same weights on all ranks, different stochastic depth
 
     # ---- data: each patient is either in training or held out -------------------------------------------------------
@@ -80,6 +85,7 @@ def main() -> None:
     training = exclude_modalities(training, config.exclude_modalities)
     unseen = sorted({record.modality for record in records} - {record.modality for record in training})
     patches = {name: getattr(model_config, name) for name in ("patch_size", "patch_depth", "num_channels")}
+    patches |= {} if start is None else start.statistics
     processor = M3RetImageProcessor(
         size=config.size, num_frames=config.num_frames, max_patches=config.max_patches, **patches
     )

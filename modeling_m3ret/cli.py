@@ -14,6 +14,7 @@ COMMANDS = {
     "embed": ("modeling_m3ret.embed", "Embed a folder, a dataset or files, and save one vector per scan as Parquet"),
     "index": ("modeling_m3ret.index_command", "Build a search index from embeddings"),
     "search": ("modeling_m3ret.search_command", "Find the scans of an index that are most similar to a scan"),
+    "convert": ("modeling_m3ret.convert_command", "Convert a published 2D vision transformer to an encoder of scans"),
     "export": ("modeling_m3ret.export", "Export an encoder as an ONNX graph or a torch.export program"),
     "build": ("dataset_scripts.build", "Build a de-identified Parquet dataset from a folder or a known collection"),
     "combine": (

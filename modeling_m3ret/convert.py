@@ -325,6 +325,22 @@ def _license(folder: Path) -> str | None:
     return str(named) if named else None
 
 
+# identifiers of the Hub's model cards; others are named as "other"
+KNOWN_LICENSES = (
+    *("apache-2.0", "mit", "bsd-3-clause", "openrail"),
+    *("cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0", "cc-by-nc-sa-4.0"),
+)
+
+
+def license_metadata(config: M3RetConfig) -> dict[str, Any]:
+    """Return the licence of a checkpoint, for the metadata of its card: that of the encoder it was converted from."""
+    if config.converted_from is None:
+        return {"license": "apache-2.0"}
+    if config.converted_license in KNOWN_LICENSES:
+        return {"license": config.converted_license}
+    return {"license": "other", "license_name": config.converted_license or "unknown"}
+
+
 def convert_weights(named: Mapping[str, Tensor], model: M3RetModel) -> dict[str, Tensor]:
     """Return the weights of a converted encoder from tensors by our names, as far as they exist.
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from ..configuration_m3ret import M3RetConfig
+from ..convert import license_metadata
 from ..evaluation.table import Row, format_table
 from ..modeling_m3ret import M3RetModel
 from .run_config import RunConfig
@@ -21,7 +23,7 @@ def write_card(template: Path, run: RunConfig, encoder: M3RetModel, facts: dict[
         rows: retrieval results; empty before the run has ended.
     """
     card_data = ModelCardData(
-        license="apache-2.0",
+        **license_metadata(cast(M3RetConfig, encoder.config)),
         library_name="transformers",
         pipeline_tag="image-feature-extraction",
         tags=["m3ret", "medical-imaging", "image-retrieval", "self-supervised"],

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from safetensors.torch import save_file
@@ -32,7 +32,7 @@ from ..modeling_m3ret import M3RetLayer, M3RetModel, variable_length_attention
 from .distributed import rank_weight
 from .run_config import ConfigError, RunConfig
 from .simdino import SimDINO, SimDINOLoss, ViewPlan, teacher_momentum
-from .warm_start import load_initial
+from .warm_start import Start, load_initial, read_start
 
 
 Grid = tuple[int, int, int]  # patches of a scan along depth, height and width
@@ -154,22 +154,34 @@ class SelfDistillation(nn.Module):
 Objective = MaskedAutoencoding | SelfDistillation
 
 
-def build_objective(run: RunConfig) -> tuple[Objective, M3RetConfig]:
+def build_objective(run: RunConfig, start: Start | None = None) -> tuple[Objective, M3RetConfig]:
     """Build the objective of a run, and the configuration of its encoder.
 
     MAE pools patches, since the CLS token has no target there. SimDINO pools the CLS token and uses stochastic depth
-    with rate 0.1, as published. `run.model` overrides both.
+    with rate 0.1, as published; an encoder that keeps its architecture also keeps its pooling. `run.model` overrides
+    both.
+
+    Args:
+        run: the options.
+        start: result of `read_start`, which is called if it is None.
 
     Raises:
-        ConfigError: if `run.attn_implementation` is not installed.
+        ConfigError: if `run.attn_implementation` is not installed, or there are fewer than `run.freeze_layers` layers.
         WarmStartError: if the checkpoint `run.initial` cannot be used.
     """
-    preset = getattr(M3RetConfig, run.preset)
-    defaults = {} if run.objective == "mae" else {"pooling": "cls", "drop_path_rate": 0.1}
+    start = start or read_start(run)
+    fields = None if start is None else start.fields(run)
+    preset: Any = getattr(M3RetConfig, run.preset, None)
+    defaults: dict[str, Any] = {} if run.objective == "mae" else {"pooling": "cls", "drop_path_rate": 0.1}
+    if start is not None and fields is not None:
+        preset, defaults = M3RetConfig, defaults | fields
+        if run.objective != "mae":
+            defaults["pooling"] = start.config.pooling
     config = preset(**(defaults | run.model), attn_implementation=attention_implementation(run))
     objective = (MaskedAutoencoding if run.objective == "mae" else SelfDistillation)(run, config)
-    if run.initial and not run.resume:  # --resume loads all weights later
-        load_initial(objective.model, config, objective.weights_file, run.initial)
+    if run.initial and start is not None and not run.resume:  # --resume loads all weights later
+        load_initial(objective.model, config, objective.weights_file, run.initial, start)
+    freeze_layers(objective.trained_encoder, run.freeze_layers)
     if run.gradient_checkpointing:
         checkpoint_activations(objective.trained_encoder)
     if run.compile_layers:
@@ -191,6 +203,19 @@ def attention_implementation(run: RunConfig) -> str:
         problem = f"expected null or an installed library, got {run.attn_implementation}. Install flash-attn."
         raise ConfigError("attn_implementation", problem)
     return run.attn_implementation
+
+
+def freeze_layers(encoder: M3RetModel, count: int) -> None:
+    """Exclude the first layers of an encoder, and its embeddings before them, from training.
+
+    Raises:
+        ConfigError: if the encoder has fewer than `count` layers.
+    """
+    layers = encoder.encoder.layers
+    if count > len(layers):
+        raise ConfigError("freeze_layers", f"expected at most the {len(layers)} layers of the encoder, got {count}.")
+    for module in [encoder.embeddings, *layers[:count]] if count else []:
+        module.requires_grad_(False)
 
 
 def checkpoint_activations(encoder: M3RetModel) -> None:

@@ -42,8 +42,8 @@ class ResumeOptions:
     """Start, stop and resume"""
 
     initial: str | None = None
-    """Checkpoint folder or Hub id of an earlier run to initialise weights from; missing parts are initialised
-    randomly."""
+    """Checkpoint folder or Hub id to initialise weights from: of an earlier run, or a published 2D vision transformer,
+    which is converted (docs/start-from-a-vit.md). Missing parts are initialised randomly."""
     resume: bool = False
     """Continue from the newest checkpoint in `run_dir`."""
     restart: bool = False
@@ -85,8 +85,9 @@ class ObjectiveOptions:
 
     objective: Literal["mae", "simdino", "mae+simdino"] = "mae"
     """Masked autoencoding, self-distillation (SimDINO), or both from one forward pass of the student."""
-    preset: Literal["vitt", "vits", "vitb", "vitl"] = "vitb"
-    """Size of the encoder."""
+    preset: Literal["initial", "vitt", "vits", "vitb", "vitl"] = "vitb"
+    """Size of the encoder; "initial" takes all of the checkpoint `initial`. A converted 2D encoder always keeps its
+    architecture."""
     model: dict[str, Any] = field(default_factory=dict)
     """Overrides of `M3RetConfig` fields, as a YAML mapping."""
     mae_weight: float = 1.0
@@ -159,6 +160,8 @@ class OptimisationOptions:
     """Weight decay at the end of a cosine schedule; null keeps it constant. SimDINO uses 0.04 to 0.4."""
     layer_decay: float = 1.0
     """Factor on the learning rate for each layer further from the output, in (0, 1]; 1 as in MAE and SimDINO."""
+    freeze_layers: int = 0
+    """Number of first layers of the encoder that are not trained, together with its embeddings."""
     adam_beta2: float = 0.95
     """Second beta of AdamW; 0.95 as in MAE. The first is 0.9."""
     warmup_fraction: float = 0.05
@@ -192,6 +195,7 @@ LIMITS: dict[str, str] = {
     **dict.fromkeys(("steps", "batch_size", "tokens_per_batch", "views_per_decode", "accumulate", "log_every"), ">= 1"),
     **dict.fromkeys(("save_every", "keep_last", "size", "num_frames", "max_patches", "local_size"), ">= 1"),
     **dict.fromkeys(("num_workers", "local_views", "cache_gib", "seed", "evaluate_every", "stop_after"), ">= 0"),
+    "freeze_layers": ">= 0",
     **dict.fromkeys(("learning_rate", "final_learning_rate", "weight_decay", "final_weight_decay"), ">= 0"),
     **dict.fromkeys(("mae_weight", "simdino_weight", "patch_weight", "compression_weight", "expansion_weight"), ">= 0"),
     **dict.fromkeys(("flip_probability", "single_slice_probability", "warmup_fraction"), ">= 0 and <= 1"),
@@ -325,6 +329,7 @@ class RunConfig(OutputOptions, ResumeOptions, DataOptions, ObjectiveOptions, Vie
         ours = {key: value for key, value in asdict(self).items() if key not in MAY_CHANGE_ON_RESUME}
         theirs = {RENAMED_KEYS.get(key, key): value for key, value in checkpoint.items()}
         theirs = {key: value for key, value in theirs.items() if key not in MAY_CHANGE_ON_RESUME}
+        theirs.setdefault("freeze_layers", 0)  # a later option
         theirs["precision"] = theirs.get("precision") or ours["precision"]  # early checkpoints may lack it
         pairs = {key: (theirs.get(key, "absent"), ours.get(key, "absent")) for key in sorted(ours.keys() | theirs)}
         return {key: (their, our) for key, (their, our) in pairs.items() if their != our}

@@ -8,12 +8,15 @@ import pytest
 import torch
 from test_objectives import TINY
 from torch import Tensor, nn
+from vit_sources import IMAGENET, save_source
 
-from modeling_m3ret import M3RetImageProcessor
+from modeling_m3ret import M3RetImageProcessor, M3RetModel
+from modeling_m3ret.convert import convert_vit
 from modeling_m3ret.pretraining.checkpoints import write_checkpoint
 from modeling_m3ret.pretraining.objectives import build_objective
-from modeling_m3ret.pretraining.run_config import RunConfig
-from modeling_m3ret.pretraining.warm_start import WarmStartError
+from modeling_m3ret.pretraining.optimisation import build_optimiser
+from modeling_m3ret.pretraining.run_config import ConfigError, RunConfig
+from modeling_m3ret.pretraining.warm_start import WarmStartError, read_start
 
 
 MAE = {"objective": "mae"}
@@ -92,3 +95,73 @@ def test_folder_without_a_checkpoint_is_refused(tmp_path: Path) -> None:
     with pytest.raises(WarmStartError) as error:
         build(2, initial=str(tmp_path))
     assert error.value.source == str(tmp_path)
+
+
+CONVERTED = ("dinov3_vit gated", "dinov2_with_registers", "clip_vision_model", "siglip_vision_model")
+
+
+def begin(source: Path, objective: str, **settings: object) -> nn.Module:
+    torch.manual_seed(0)
+    return build_objective(RunConfig(objective=objective, local_views=1, initial=str(source), **settings))[0]
+
+
+@pytest.mark.parametrize("objective", ["mae", "simdino", "mae+simdino"])
+@pytest.mark.parametrize("kind", CONVERTED)
+def test_a_published_encoder_begins_with_its_weights_and_trains(tmp_path: Path, kind: str, objective: str) -> None:
+    save_source(kind, tmp_path)
+    published, _ = convert_vit(str(tmp_path))
+    built = begin(tmp_path, objective, model={"drop_path_rate": 0.1})
+    ours, theirs = weights(built.encoder), weights(published)
+    assert {name for name in theirs if not name.startswith("pooler.")} <= ours.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert built.encoder.config.pooling == ("mean" if objective == "mae" else published.config.pooling)
+    grids = torch.tensor([[1, 4, 4], [2, 3, 4], [1, 2, 2]] * 2)
+    rows = torch.randn(int(grids.prod(-1).sum()), published.config.patch_values)
+    loss, _ = built.train()(rows, grids, noise=torch.rand(len(rows)))
+    loss.backward()
+    trained = [p for p in built.parameters() if p.requires_grad]
+    assert loss.isfinite()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in trained)
+
+
+@pytest.mark.parametrize("objective", ["mae", "simdino"])
+def test_frozen_layers_and_embeddings_do_not_train(tmp_path: Path, objective: str) -> None:
+    save_source("vit", tmp_path)
+    built = begin(tmp_path, objective, freeze_layers=1)
+    encoder = built.trained_encoder
+    first, second = encoder.encoder.layers
+    assert not any(p.requires_grad for part in (encoder.embeddings, first) for p in part.parameters())
+    assert all(p.requires_grad for part in (second, encoder.norm) for p in part.parameters())
+    optimiser = build_optimiser(built, RunConfig(objective=objective, layer_decay=0.5))
+    optimised = {id(p) for group in optimiser.param_groups for p in group["params"]}
+    assert optimised == {id(p) for p in built.parameters() if p.requires_grad}
+    with pytest.raises(ConfigError) as error:
+        begin(tmp_path, objective, freeze_layers=3)
+    assert error.value.key == "freeze_layers"
+
+
+def test_an_encoder_that_was_converted_keeps_its_architecture(tmp_path: Path) -> None:
+    """Also from a checkpoint of ours, whatever the preset; other overrides apply."""
+    save_source("dinov3_vit", tmp_path / "source")
+    for part in convert_vit(str(tmp_path / "source")):
+        part.save_pretrained(tmp_path / "ours")
+    run = RunConfig(objective="simdino", preset="vits", local_views=1, initial=str(tmp_path / "ours"))
+    start = read_start(run)
+    built, config = build_objective(run, start)
+    assert (config.hidden_size, config.rotary_axes, config.converted_from) == (32, "shared", "source")
+    assert start.statistics["image_mean"] == IMAGENET["image_mean"]
+    assert equal(built.encoder, M3RetModel.from_pretrained(tmp_path / "ours"))
+    with pytest.raises(WarmStartError) as error:
+        begin(tmp_path / "source", "simdino", model={"patch_size": 16})
+    assert error.value.differences == {"patch_size": (8, 16)}
+
+
+def test_preset_initial_takes_the_encoder_of_a_checkpoint(tmp_path: Path) -> None:
+    publish(tmp_path / "first", **STATISTICS)
+    run = RunConfig(objective="simdino", preset="initial", local_views=1, initial=str(tmp_path / "first"))
+    built, config = build_objective(run)
+    assert (config.hidden_size, config.pooling) == (TINY["hidden_size"], "statistics")
+    assert equal(built.encoder, M3RetModel.from_pretrained(tmp_path / "first"))
+    with pytest.raises(ConfigError) as error:
+        build_objective(RunConfig(objective="simdino", preset="initial"))
+    assert error.value.key == "preset"
