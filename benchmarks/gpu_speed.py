@@ -158,7 +158,7 @@ def image_pack(objective: Objective, run: RunConfig, images: int) -> Pack:
             side = kind.size or run.size
             noise = torch.rand((side // processor.patch_size) ** 2)
             for _ in range(kind.count):
-                views.append(Pack.from_scan(0, torch.randn(1, 1, side, side), processor, noise))
+                views.append(Pack.from_scan(0, torch.rand(1, 1, side, side), processor, noise))
     pack = Pack.concatenate(views).planned(objective.plan, processor)
     return pack.pin_memory() if device() == "cuda" else pack
 

@@ -89,7 +89,7 @@ class Store:
             if group.jitter is not None:
                 views = change_intensity(views, group.jitter, generator)
             depth = 1 if group.shape[1] == 1 else 4
-            values.append(split_into_patches(views * 2 - 1, depth, 16).flatten())
+            values.append(split_into_patches(views, depth, 16).flatten())
         return replace(batch.pack.to(device), values=torch.cat(values))
 
     def gather(

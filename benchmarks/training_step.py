@@ -226,7 +226,7 @@ def planned_step(run: RunConfig, scans: int, scale: int, dtype: torch.dtype | No
     objective, config = build_objective(run)
     objective.train()
     processor = M3RetImageProcessor()
-    volumes = [torch.randn(1, 1, scale * height, scale * width) for _ in range(scans) for height, width in VIEWS]
+    volumes = [torch.rand(1, 1, scale * height, scale * width) for _ in range(scans) for height, width in VIEWS]
     views = [
         Pack.from_scan(0, volume, processor, torch.rand(volume.shape[2] * volume.shape[3] // 256)) for volume in volumes
     ]

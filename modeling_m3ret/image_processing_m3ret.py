@@ -7,6 +7,7 @@ checkpoint and imports nothing else of the project.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -212,21 +213,26 @@ class M3RetImageProcessor(BaseImageProcessor):
 
         The settings are `size`, `num_frames` and `max_patches`, as in `preprocess`.
         """
-        volume = self.resample(scan, **settings)
-        white = 255 if volume.dtype == torch.uint8 else 1
-        volume = volume.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
-        return self.normalise(volume, white)
+        return self.normalise(self.resample(scan, **settings).contiguous())
 
-    def normalise(self, volume: Tensor, white: float = 1.0) -> Tensor:
-        """Subtract `image_mean` from float32 values, where `white` means 1, and divide by `image_std`.
+    @property
+    def normalises_per_channel(self) -> bool:
+        """Whether the channels have means or deviations of their own."""
+        return isinstance(self.image_mean, list) or isinstance(self.image_std, list)
 
-        `(1 or 3, D, H, W)` is changed in place and returned. If the channels have statistics of their own, a new volume
-        is returned, with all channels also for a grey scan.
+    def normalise(self, values: Tensor, channel_dim: int = -4) -> Tensor:
+        """Return values minus `image_mean`, divided by `image_std`, in a new float32 tensor.
+
+        Args:
+            values: uint8, where 255 means 1, or float32 in [0, 1]; by default a scan `(1 or 3, D, H, W)`.
+            channel_dim: dimension of the channels, counted from the last. It matters only if the channels have
+                statistics of their own. A grey scan then gets all channels.
         """
-        mean, std = self.image_mean, self.image_std
+        values, mean, std = to_unit_floats(values), self.image_mean, self.image_std
         if isinstance(mean, float | int) and isinstance(std, float | int):
-            return volume.mul_(1 / (white * std)).sub_(mean / std)
-        return (volume / white - self._per_channel(mean)) / self._per_channel(std)
+            return values.mul(1 / std).sub_(mean / std)
+        of_channels = [self._per_channel(numbers, -channel_dim).to(values.device) for numbers in (mean, std)]
+        return (values - of_channels[0]) / of_channels[1]
 
     def denormalise(self, volume: Tensor) -> Tensor:
         """Return values in [0, 1] of a normalised scan or slice `(C, ...)`; undoes `normalise`."""
@@ -348,17 +354,26 @@ def _to_tensor(values: Any) -> Tensor:
     return tensor.float() if tensor.dtype == torch.float64 else tensor
 
 
+def to_unit_floats(values: Tensor) -> Tensor:
+    """Return uint8 values, where 255 means 1, as float32 in [0, 1]. Return float32 values unchanged."""
+    return values * (1 / 255) if values.dtype == torch.uint8 else values
+
+
 def _interpolate(frames: Tensor, height: int, width: int) -> Tensor:
     """Resize the planes of `(C, D, H, W)` to `(C, D, height, width)`, bilinear with antialiasing, in the same dtype."""
     if tuple(frames.shape[2:]) == (height, width):
         return frames
-    size, is_bytes = (height, width), frames.dtype == torch.uint8
-    # when nothing shrinks, antialiasing has no effect and doubles the time for floats
-    antialias = is_bytes or height < frames.shape[2] or width < frames.shape[3]
-    if is_bytes:  # channels_last, which is how decoders store colour, takes an eighth of the time
-        frames = frames.transpose(0, 1).contiguous(memory_format=torch.channels_last)  # (D, C, H, W)
-    resized = torch.nn.functional.interpolate(frames, size, mode="bilinear", antialias=antialias)
-    return resized.transpose(0, 1) if is_bytes else resized
+    resize = functools.partial(torch.nn.functional.interpolate, size=(height, width), mode="bilinear")
+    C, D, H, W = frames.shape
+    if frames.dtype != torch.uint8:  # when nothing shrinks, antialiasing has no effect and doubles the time
+        return resize(frames, antialias=height < H or width < W)
+    if C == 1 and D > 1:  # torch resizes four channels in less time than one, so each holds every fourth slice
+        slices = torch.cat([frames[0], frames[0, -1:].expand(-D % 4, -1, -1)]).unflatten(0, (-1, 4))
+        resized = resize(slices.contiguous(memory_format=torch.channels_last), antialias=True)
+        return resized.flatten(0, 1)[None, :D]
+    # channels_last, which is how decoders store colour, takes an eighth of the time
+    images = frames.transpose(0, 1).contiguous(memory_format=torch.channels_last)  # (D, C, H, W)
+    return resize(images, antialias=True).transpose(0, 1)
 
 
 def _to_luma(volume: Tensor) -> Tensor:

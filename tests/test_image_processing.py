@@ -176,6 +176,20 @@ def test_frames_of_a_clip_are_selected_and_slices_of_a_volume_averaged() -> None
     assert slices[:, 2:-2].abs().max() < 0.3
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("depth", [1, 2, 4, 7])
+@pytest.mark.parametrize("size", [48, 128])
+def test_frames_of_8_bits_are_resized_as_by_pillow(channels: int, depth: int, size: int) -> None:
+    """Up to one grey level, since both round after each axis."""
+    frames = np.random.default_rng(0).integers(0, 256, (depth, 90, 70, channels), dtype=np.uint8)
+    resized = M3RetImageProcessor(size=size).resample(Scan(frames.transpose(3, 0, 1, 2), (None, None, None), {}))
+    assert resized.dtype == torch.uint8
+    for frame, found in zip(frames, resized.permute(1, 2, 3, 0).numpy(), strict=True):
+        picture = Image.fromarray(frame if channels == 3 else frame[..., 0])
+        expected = np.asarray(picture.resize(found.shape[1::-1], Image.Resampling.BILINEAR), dtype=np.int16)
+        assert np.abs(found.reshape(expected.shape) - expected).max() <= 1
+
+
 def test_read_error_names_the_file(tmp_path: Path) -> None:
     (tmp_path / "notes.dcm").write_text("not a scan")
     with pytest.raises(M3RetReadError) as caught:

@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ..cpu import keep_freed_memory
-from ..image_processing_m3ret import M3RetImageProcessor
-from ..packing_m3ret import Movable, split_into_patches
+from ..image_processing_m3ret import M3RetImageProcessor, to_unit_floats
+from ..packing_m3ret import Movable
 from ..reading_m3ret import M3RetReadError, Scan
 from ..worker_process import HAS_SIGWAITINFO, block_sigterm_in_workers, exit_on_sigterm_from_parent
 from .sampler import SeededBatchSampler
@@ -41,11 +41,12 @@ Planner = Callable[[Sequence[tuple[int, int, int]], Tensor], Movable]
 class Pack(Movable):
     """A batch of resized scans or views, as workers send it to the training process; without arguments, an empty one.
 
-    It holds each voxel once. The model's rows repeat a grey image twelve times (three channels, four slices), so they
-    are made on the device by `inputs`.
+    It holds each voxel once, and 8-bit voxels in 8 bits. The model's rows repeat a grey image twelve times (three
+    channels, four slices), so they are normalised and made on the device by `inputs`.
     """
 
-    values: Tensor = field(default_factory=lambda: torch.empty(0))  # voxels of all scans patch by patch, float32
+    # voxels of all scans patch by patch: uint8, where 255 means 1, or float32 in [0, 1]
+    values: Tensor = field(default_factory=lambda: torch.empty(0))
     shapes: list[tuple[int, ...]] = field(default_factory=list)  # (1 or 3, D, H, W), D = 1 or filled to whole patches
     scans: list[int] = field(default_factory=list)  # index of each scan in the records
     noise: Tensor | None = None  # (P,) random numbers in [0, 1) for MAE's mask, in training only
@@ -62,27 +63,25 @@ class Pack(Movable):
     def from_volumes(
         cls, index: int, volumes: Sequence[Tensor], processor: M3RetImageProcessor, noise: Tensor | None = None
     ) -> Pack:
-        """Return a pack of several views `(1 or 3, D, H, W)` of record `index`."""
-        depths = [1 if volume.shape[1] == 1 else processor.patch_depth for volume in volumes]
-        patches = [
-            split_into_patches(volume[None], depth, processor.patch_size)
-            for volume, depth in zip(volumes, depths, strict=True)
-        ]
+        """Return a pack of several views `(1 or 3, D, H, W)` of record `index`: uint8, or float32 if any is."""
+        arrays = [volume.numpy() for volume in _in_one_type(volumes)]
+        depths = [1 if array.shape[1] == 1 else processor.patch_depth for array in arrays]
         shapes = [
-            (volume.shape[0], split.shape[1] * depth, *volume.shape[2:])
-            for volume, split, depth in zip(volumes, patches, depths, strict=True)
+            (array.shape[0], -(-array.shape[1] // depth) * depth, *array.shape[2:])
+            for array, depth in zip(arrays, depths, strict=True)
         ]
-        values = torch.empty(sum(map(math.prod, shapes)), dtype=torch.float32)
-        for written, split in zip(values.split([*map(math.prod, shapes)]), patches, strict=True):
-            written.view(split.shape).copy_(split)
-        return cls(values, shapes, [index] * len(volumes), noise)
+        sizes = [*map(math.prod, shapes)]
+        values = np.empty(sum(sizes), arrays[0].dtype)
+        for part, array, depth in zip(np.split(values, np.cumsum(sizes)[:-1]), arrays, depths, strict=True):
+            _write_patches(array, part, depth, processor.patch_size)
+        return cls(torch.from_numpy(values), shapes, [index] * len(volumes), noise)
 
     @classmethod
     def concatenate(cls, packs: Sequence[Pack]) -> Pack:
         """Return one pack with the scans of several, in their order, and without a plan."""
         noises = [pack.noise for pack in packs if pack.noise is not None]
         return cls(
-            values=torch.cat([pack.values for pack in packs]),
+            values=torch.cat(_in_one_type([pack.values for pack in packs if pack.shapes] or [torch.empty(0)])),
             shapes=[shape for pack in packs for shape in pack.shapes],
             scans=[scan for pack in packs for scan in pack.scans],
             noise=torch.cat(noises) if noises else None,
@@ -130,8 +129,14 @@ class Pack(Movable):
         """
         planned = self.blocks if compact_images else None
         indices = self.row_blocks(processor, compact_images) if planned is None else planned
-        blocks = self.values.to(device, non_blocking=True).view(-1, processor.patch_size**2)
+        values = self.values.to(device, non_blocking=True)
+        per_channel = processor.normalises_per_channel
+        if not per_channel:  # before values are repeated
+            values = processor.normalise(values)
+        blocks = values.view(-1, processor.patch_size**2)
         rows = blocks.index_select(0, indices.flatten().to(device, non_blocking=True)).view(len(indices), -1)
+        if per_channel:
+            rows = processor.normalise(rows.unflatten(1, (processor.num_channels, -1)), channel_dim=-2).flatten(1)
         if self.plan is not None:
             return {"pixel_values": rows, "plan": self.plan.to(device)}
         grids = torch.tensor([processor.grid_shape(shape) for shape in self.shapes], device=device)
@@ -153,7 +158,7 @@ class WholeScans(Dataset[Pack]):
         try:
             pixels = self.processor.size**2
             scan = self.processor.read(self.records[index].open(), min_pixels=pixels)
-            return Pack.from_scan(index, self.processor.resize(scan), self.processor)
+            return Pack.from_scan(index, self.processor.resample(scan), self.processor)
         except M3RetReadError as error:
             return Pack(failures=[(index, str(error))])
 
@@ -214,24 +219,25 @@ class RandomViews(Dataset[Pack]):
         # Views of an image are small: most of the time would go to loading the code of each step into caches, so a step
         # is applied to all of them before the next. Views of volumes and clips fill the caches themselves.
         at_once = len(kinds) if scan.array.shape[1] == 1 else 1
-        views: list[np.ndarray] = []
+        views: list[Tensor] = []
         for first in range(0, len(kinds), at_once):
             part = slice(first, first + at_once)
             views += self._transform(crops[part], kinds[part], generator)
         grids = [self.processor.grid_shape(view.shape) for view in views]
         noise = generator.random(sum(math.prod(grid) for grid in grids), dtype=np.float32)
-        volumes = [self.processor.normalise(torch.from_numpy(view)) for view in views]
-        return Pack.from_volumes(index, volumes, self.processor, torch.from_numpy(noise))
+        return Pack.from_volumes(index, views, self.processor, torch.from_numpy(noise))
 
     def _transform(
         self, crops: Sequence[Scan], kinds: Sequence[ViewKind], generator: np.random.Generator
-    ) -> list[np.ndarray]:
-        """Return the views `(1 or 3, D, H, W)`, float32 in [0, 1]: resized, mirrored and changed in intensity."""
+    ) -> list[Tensor]:
+        """Return the views `(1 or 3, D, H, W)`: resized, mirrored and, as float32 in [0, 1], changed in intensity."""
         resized = [self.processor.resample(crop, size=kind.size) for crop, kind in zip(crops, kinds, strict=True)]
         flips = [generator.random() < kind.flip_probability for kind in kinds]
-        views = [_to_float(values.numpy(), is_flipped) for values, is_flipped in zip(resized, flips, strict=True)]
+        views = [view.flip(-1) if is_flipped else view for view, is_flipped in zip(resized, flips, strict=True)]
         return [
-            view if kind.jitter is None else random_intensity(view, kind.jitter, generator)
+            view
+            if kind.jitter is None
+            else torch.from_numpy(random_intensity(_float_copy(view.numpy()), kind.jitter, generator))
             for view, kind in zip(views, kinds, strict=True)
         ]
 
@@ -249,11 +255,35 @@ class RandomViews(Dataset[Pack]):
         return scan
 
 
-def _to_float(values: np.ndarray, is_flipped: bool) -> np.ndarray:
-    """Return a float32 copy in [0, 1] of uint8 or float32 `(C, D, H, W)`, mirrored left to right if `is_flipped`."""
+def _float_copy(values: np.ndarray) -> np.ndarray:
+    """Return a float32 copy in [0, 1] of uint8 or float32 `(C, D, H, W)`, in C order."""
     copy = np.empty(values.shape, np.float32)
-    white = np.float32(1 / 255 if values.dtype == np.uint8 else 1)
-    return np.multiply(values[..., ::-1] if is_flipped else values, white, out=copy)
+    return np.multiply(values, np.float32(1 / 255 if values.dtype == np.uint8 else 1), out=copy)
+
+
+def _in_one_type(volumes: Sequence[Tensor]) -> list[Tensor]:
+    """Return volumes, all uint8, or all float32 in [0, 1] if any is."""
+    if len({volume.dtype for volume in volumes}) <= 1:
+        return list(volumes)
+    return [to_unit_floats(volume) for volume in volumes]
+
+
+def _write_patches(volume: np.ndarray, values: np.ndarray, patch_depth: int, patch_size: int) -> None:
+    """Write the patches of `(C, D, H, W)` to flat `values`, in the order of `split_into_patches`.
+
+    A row of a patch is copied as one item, which takes half of the time of copying its voxels.
+    """
+    C, D, H, W = volume.shape
+    depth = -(-D // patch_depth) * patch_depth
+    planes = volume
+    if depth > D or not volume.flags.c_contiguous:
+        planes = np.empty((C, depth, H, W), volume.dtype)
+        for plane, channel in zip(planes, volume, strict=True):  # interleaved colour is copied channel by channel
+            plane[:D], plane[D:] = channel, channel[-1:]
+    rows = planes.view(f"V{patch_size * volume.itemsize}")
+    T, h, w = depth // patch_depth, H // patch_size, W // patch_size
+    patches = rows.reshape(C, T, patch_depth, h, patch_size, w).transpose(1, 3, 5, 0, 2, 4)
+    values.view(rows.dtype).reshape(patches.shape)[...] = patches
 
 
 def expected_tokens(

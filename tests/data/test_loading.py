@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
-from itertools import islice
+from itertools import islice, product
 from pathlib import Path
 
 import numpy as np
@@ -120,14 +120,20 @@ def test_workers_of_a_forkserver_exit_on_a_sigterm_of_their_parent_only(records:
 
 
 def test_rows_of_a_pack_are_those_of_the_processor() -> None:
-    """Grey and coloured images, clips and volumes; alone and mixed; with a depth that does not fill its last patch."""
-    grey, colour = torch.randn(1, 1, 32, 48), torch.randn(3, 1, 16, 32)
-    volume, clip = torch.randn(1, 6, 32, 32), torch.randn(3, 4, 16, 48)
-    for volumes in ([grey], [grey, colour, grey], [volume], [clip, grey], [grey, volume, colour, clip, volume]):
+    """Grey and coloured images, clips and volumes; alone and mixed; of 8 bits and of floats.
+
+    With a depth that does not fill its last patch, and colour as decoders store it.
+    """
+    grey, volume = torch.rand(1, 1, 32, 48), torch.rand(1, 6, 32, 32)
+    bits = torch.randint(0, 256, (1, 16, 32, 3), dtype=torch.uint8), torch.randint(0, 256, (5, 16, 48, 3))
+    colour, clip = (values.to(torch.uint8).permute(3, 0, 1, 2) for values in bits)
+    mixed = [grey, volume, colour, clip, volume]
+    for volumes in ([grey], [colour], [grey, colour, grey], [volume], [clip, colour], [clip, grey], mixed):
         pack = Pack.concatenate([Pack.from_scan(index, v, PROCESSOR) for index, v in enumerate(volumes)])
-        for compact in (False, True):
-            inputs = pack.inputs(PROCESSOR, compact_images=compact)
-            rows, grids = PROCESSOR.pack(volumes, compact)
+        per_channel = M3RetImageProcessor(size=48, image_mean=[0.5, 0.4, 0.3], image_std=[0.2, 0.3, 0.4])
+        for compact, processor in product((False, True), (PROCESSOR, per_channel)):
+            inputs = pack.inputs(processor, compact_images=compact)
+            rows, grids = processor.pack([processor.normalise(v) for v in volumes], compact)
             assert torch.equal(inputs["pixel_values"], rows)
             assert torch.equal(inputs["grid_thw"], grids)
 
@@ -175,8 +181,8 @@ def test_views_are_mirrored_with_their_probability_and_leave_the_cached_scan_unc
     np.save(tmp_path / "scan.npy", values.astype(dtype))
     record = Record("0", tmp_path / "scan.npy", "xray", "", "", "p")
     whole = CropRanges(area=(1.0, 1.0), aspect=(1.0, 1.0))
-    expected = Pack.from_scan(0, PROCESSOR.resize(PROCESSOR.read(record.open())), PROCESSOR).values
-    mirrored = PROCESSOR.resize(PROCESSOR.read(np.load(record.location)[:, ::-1].copy()))
+    expected = Pack.from_scan(0, PROCESSOR.resample(PROCESSOR.read(record.open())), PROCESSOR).values
+    mirrored = PROCESSOR.resample(PROCESSOR.read(np.load(record.location)[:, ::-1].copy()))
     mirrored = Pack.from_scan(0, mirrored, PROCESSOR).values
     for probability, wanted in ((0.0, expected), (1.0, mirrored)):
         kinds = [ViewKind(2, whole, jitter=None, flip_probability=probability)]

@@ -142,7 +142,7 @@ def test_operators_of_a_step_do_not_depend_on_the_number_of_scans(name: str, siz
     built = build_objective(run)[0].train()
     costs = {}
     for scans in sizes:
-        volumes = [torch.randn(1, 1, *shape) for shape in ((48, 48), (32, 64), (32, 32), (16, 48))] * scans
+        volumes = [torch.rand(1, 1, *shape) for shape in ((48, 48), (32, 64), (32, 32), (16, 48))] * scans
         views = [
             Pack.from_scan(0, volume, processor, torch.rand(volume.shape[2] * volume.shape[3] // 256))
             for volume in volumes
