@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from av.filter import Graph
 
-from modeling_m3ret import M3RetImageProcessor
+from modeling_m3ret import M3RetImageProcessor, reading_video_m3ret
 from modeling_m3ret.reading_m3ret import M3RetReadError, ReadLimits, read_scan
 from modeling_m3ret.reading_video_m3ret import decode_video
 from modeling_m3ret.scan_m3ret import ReadRequest
@@ -93,6 +93,12 @@ def assert_read_as(data: bytes, expected: np.ndarray, **description: Any) -> Non
     assert description.items() <= whole.description.items()
 
 
+@pytest.fixture(autouse=True)
+def short_clips_are_read_like_long_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """decord seeks wherever it can, which else only videos of thousands of frames need."""
+    monkeypatch.setattr(reading_video_m3ret, "KEY_FRAMES_PER_SEEK", 0)
+
+
 # -------------------------------------------------------------------------------------------- frames and their indices
 
 
@@ -114,12 +120,22 @@ def test_video_frames_are_evenly_spaced(kind: str, codec: str) -> None:
 
 
 def test_video_reads_without_decord(monkeypatch: pytest.MonkeyPatch) -> None:
-    data = clip()
+    data = clip(frames=80)  # more than PyAV decodes in one thread
     with_decord = read_scan(data, num_frames=5)
     monkeypatch.setitem(sys.modules, "decord", None)
     without = read_scan(data, num_frames=5)
     assert without.description == with_decord.description
     np.testing.assert_array_equal(without.array, with_decord.array)
+
+
+def test_few_frames_of_a_long_video_are_those_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a key frame every 4 frames, one of 80 is sought and 32 of 80 are decoded."""
+    monkeypatch.undo()
+    data = clip(frames=80, g="4")
+    whole = read_scan(data).array
+    for count in (1, 32):
+        centres = [(2 * i + 1) * 80 // (2 * count) for i in range(count)]
+        np.testing.assert_array_equal(read_scan(data, num_frames=count).array, whole[:, centres])
 
 
 @pytest.mark.parametrize(
