@@ -13,6 +13,7 @@ from .embedding import Embedder, unpatchify
 
 
 THUMBNAIL_SIZE = 128  # px
+BLANK_SHARE, BLANK_RANGE = 0.99, 8  # so many of a blank picture's pixels are within so many grey levels of the median
 
 
 def thumbnail(processor: M3RetImageProcessor, source: object) -> Image.Image:
@@ -23,6 +24,12 @@ def thumbnail(processor: M3RetImageProcessor, source: object) -> Image.Image:
     """
     middle = _middle_slice(processor.resize(processor.read(source)), processor)
     return to_image(middle.mul(255).round().byte())
+
+
+def is_blank(picture: Image.Image) -> bool:
+    """Return whether a picture shows nothing: almost all of its pixels are equal."""
+    grey = np.asarray(picture.convert("L"), np.int16)
+    return bool((np.abs(grey - np.median(grey)) <= BLANK_RANGE).mean() >= BLANK_SHARE)
 
 
 def to_image(pixels: Tensor) -> Image.Image:

@@ -26,28 +26,55 @@ logger = logging.getLogger(__name__)
 
 # keyword arguments of events
 HEAVY: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 2}  # the number of cores of a small server
-QUIET: dict[str, Any] = {"show_progress": "hidden", "trigger_mode": "always_last"}
-LIGHT: dict[str, Any] = {"concurrency_id": "viewer", "concurrency_limit": 8, **QUIET}
 PRIVATE: dict[str, Any] = {"api_visibility": "private"}
 
 
-def show_errors(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap an event handler so that visitors see the message of an expected error, and no other message.
+# what went wrong with an upload, and what to do about it, by the reason of an `M3RetReadError`
+PLAIN = {
+    "damaged": "the file is incomplete or damaged. Export it again, and upload the new copy.",
+    "undecodable": "it could not be decoded. Check that it is complete and that other software opens it.",
+    "unsupported": "it is of a kind that this page does not read. Upload one of the formats listed below.",
+    "too_large": "it is too large for this server. Upload fewer slices, or a smaller part of the scan.",
+    "no_decoder": "this server has no decoder for its format. Convert it to DICOM, NIfTI or PNG.",
+    "not_found": "there is no such file. Upload it again.",
+    "timeout": "reading it took too long. Try again, or upload a smaller part of the scan.",
+}
+FAILED = "The server failed to answer. Please try again."
 
-    Gradio renders messages as HTML. They are escaped because they contain file names. An unexpected error is logged
-    without its message, which may hold the name of a file or text of its header.
+
+def expected_message(error: Exception) -> str | None:
+    """Return the message of an error that a visitor can act on, otherwise log the error and return None.
+
+    It is logged without its message, which may hold the name of a file or text of its header.
+    """
+    if isinstance(error, (M3RetReadError, InputError)):
+        return str(error)
+    frames = "".join(traceback.format_tb(error.__traceback__))
+    logger.error("%s in an event of the page:\n%s", type(error).__name__, frames)
+    return None
+
+
+def error_html(error: Exception) -> str:
+    """Return an error in plain words, in HTML."""
+    message = expected_message(error)
+    if isinstance(error, M3RetReadError) and error.reason:
+        what = f"<p>We could not read <b>{html.escape(error.file)}</b>: {PLAIN[error.reason]}</p>"
+        return f"{what}<details><summary>Details</summary><p>{html.escape(error.detail)}</p></details>"
+    return f"<p>{html.escape(message or FAILED)}</p>"
+
+
+def show_errors(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap an endpoint so that its clients see the message of an expected error, and no other message.
+
+    Gradio renders messages as HTML. They are escaped because they contain file names.
     """
 
     @functools.wraps(function)
     def handler(*args: Any, **kwargs: Any) -> Any:
         try:
             return function(*args, **kwargs)
-        except (M3RetReadError, InputError) as error:
-            raise gr.Error(html.escape(str(error)), print_exception=False) from None
         except Exception as error:
-            frames = "".join(traceback.format_tb(error.__traceback__))
-            logger.error("%s in an event of the page:\n%s", type(error).__name__, frames)
-            raise gr.Error("The server failed to answer. Please try again.", print_exception=False) from None
+            raise gr.Error(html.escape(expected_message(error) or FAILED), print_exception=False) from None
 
     return handler
 
@@ -99,8 +126,8 @@ def add_endpoints(service: SearchService) -> None:
         files = gr.File(label="files", file_count="multiple")
         item = gr.Number(label="item", precision=0, value=0, minimum=0, maximum=len(gallery) - 1)
         k = gr.Slider(1, MAX_HITS, value=DEFAULT_HITS, step=1, label="k")
-        modalities = gr.Dropdown(gallery.names("modality"), value=[], multiselect=True, label="modalities")
-        anatomies = gr.Dropdown(gallery.names("anatomy"), value=[], multiselect=True, label="anatomies")
+        modalities = gr.Dropdown([*gallery.counts("modality")], value=[], multiselect=True, label="modalities")
+        anatomies = gr.Dropdown([*gallery.counts("anatomy")], value=[], multiselect=True, label="anatomies")
         rerank = gr.Checkbox(False, label="rerank")
         other_subjects = gr.Checkbox(False, label="other_subjects")
         answer = gr.JSON(label="answer")

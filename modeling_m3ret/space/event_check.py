@@ -102,9 +102,9 @@ class EventCheck:
         if trigger is not None and not (_is_integer(trigger) and trigger in self.page.blocks):
             raise EventError(400, "trigger_id: expected the id of a component.")
         if fn.collects_event_data:
-            numbers = 1 if isinstance(self.page.blocks[fn.targets[0][0]], gr.Gallery) else 2  # row, column or x, y
+            numbers = 5 if fn.targets[0][1] == "input" else 1  # slice, rows and columns of a region, or a scan
             if not _is_selection(event.get("event_data"), numbers):
-                expected = "one integer" if numbers == 1 else "two integers"
+                expected = "one integer" if numbers == 1 else f"{numbers} integers"
                 raise EventError(400, f"event_data: expected value and index, which is {expected} of at least 0.")
 
     def _check_values(self, fn: Any, data: object, session: str | None) -> None:
@@ -154,11 +154,11 @@ class EventCheck:
             case gr.Radio():
                 choices = [str(choice) for _, choice in block.choices]
                 return "" if isinstance(value, str) and value in choices else f"one of {', '.join(choices)}"
-            case gr.Dropdown():
+            case gr.Dropdown() | gr.CheckboxGroup():
                 choices = [str(choice) for _, choice in block.choices]
                 is_list = isinstance(value, list) and all(isinstance(item, str) and item in choices for item in value)
                 return "" if is_list or value is None else f"a list of some of {', '.join(choices)}"
-            case gr.File():
+            case gr.File() | gr.UploadButton():
                 files = value if isinstance(value, list) and len(value) <= LIMITS.max_files else [None]
                 are_files = all(isinstance(file, dict) and self.is_file(file.get("path")) for file in files)
                 expected = f"a list of at most {LIMITS.max_files:,} uploaded files (deleted after half an hour)"

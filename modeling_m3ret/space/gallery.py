@@ -12,14 +12,16 @@ import importlib.util
 import io
 import json
 import shutil
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TypedDict, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 from filelock import FileLock
 from PIL import Image
 from torch import Tensor
@@ -37,7 +39,8 @@ from ..search.embedding_store import cache_key, fingerprint, read_shards, write_
 from ..search.exact import Hits
 from ..search.filters import MetadataFilter
 from ..search.index import CURRENT, RetrievalIndex, check_model, damaged
-from ..search.thumbnails import THUMBNAIL_SIZE, thumbnail_embedder, to_image
+from ..search.thumbnails import THUMBNAIL_SIZE, is_blank, thumbnail_embedder, to_image
+from .calibration import Calibration
 from .visible import SAMPLE_SOURCE, visible_columns
 
 
@@ -46,6 +49,7 @@ DEMO = "phantom:48:1"  # without that folder: six subjects per class, with anoth
 PUBLISHED = "gallery"  # folder in a Space
 ABOUT = "gallery.json"
 THUMBNAILS = "thumbnails.parquet"
+SPARE_HITS = 16  # found in addition, to replace blank ones
 SHARDS = "shards"  # folder in a gallery that is not complete
 SHARD_SCANS = 32  # scans that are embedded again after an interruption: half a minute of CTs on two cores
 # real scans of the package pydicom-data without names in their pixels; modality and anatomy as seen by eye
@@ -79,6 +83,7 @@ class Gallery:
     thumbnails: pa.ChunkedArray | None = None  # WebP picture of each row
     collection: str | None = None  # name by which the records can be opened on another machine
     show_labels: bool = False  # whether visitors see modality, anatomy and labels as they are, see `visible.py`
+    _blank: dict[int, bool] = field(default_factory=dict, init=False, repr=False)
 
     def __len__(self) -> int:
         return len(self.index)
@@ -87,6 +92,11 @@ class Gallery:
     def visible(self) -> pa.Table:
         """The columns modality, anatomy, labels and source as visitors may see them."""
         return visible_columns(self.index.metadata, self.show_labels)
+
+    @cached_property
+    def calibration(self) -> Calibration:
+        """What similarities mean in this gallery."""
+        return Calibration.from_index(self.index)
 
     def facts(self, row: int) -> Facts:
         """Return what visitors may see of a scan."""
@@ -100,9 +110,17 @@ class Gallery:
         with Image.open(io.BytesIO(self.thumbnails[row].as_py()), formats=["WEBP"]) as image:
             return image.convert("RGB")
 
-    def names(self, column: str) -> list[str]:
-        """Return the distinct values of a visible column, sorted, without empty ones."""
-        return sorted(set(self.visible.column(column).to_pylist()) - {""})
+    def is_blank(self, row: int) -> bool:
+        """Return whether the thumbnail of a scan shows nothing."""
+        if row not in self._blank:
+            thumbnail = self.thumbnail(row)
+            self._blank[row] = thumbnail is not None and is_blank(thumbnail)
+        return self._blank[row]
+
+    def counts(self, column: str) -> dict[str, int]:
+        """Return the distinct values of a visible column with their number of scans, sorted, without empty ones."""
+        counts = Counter(self.visible.column(column).to_pylist())
+        return {name: counts[name] for name in sorted(counts) if name}
 
     def search(
         self,
@@ -113,7 +131,7 @@ class Gallery:
         query_row: int | None = None,
         exclude_same_patient: bool = False,
     ) -> Hits:
-        """Return the k most similar scans of one embedding.
+        """Return the k most similar scans of one embedding that are not blank.
 
         Args:
             embedding: `(d,)`.
@@ -126,12 +144,15 @@ class Gallery:
             patients = [self.index.metadata.column("patient")[query_row].as_py() or ""]
         if where == MetadataFilter():
             where = None  # so that an approximate index is used
-        count = k + (query_row is not None)
-        hits = self.index.search(embedding[None], count, where=where, query_patients=patients)
-        found = hits.rows[0] >= 0
-        if query_row is not None:
-            found &= hits.rows[0] != query_row
-        return Hits(hits.scores[:, found][:, :k], hits.rows[:, found][:, :k])
+        spare = SPARE_HITS
+        while True:
+            count = min(k + spare, len(self))
+            hits = self.index.search(embedding[None], count, where=where, query_patients=patients)
+            rows = hits.rows[0].tolist()
+            kept = torch.tensor([row >= 0 and row != query_row and not self.is_blank(row) for row in rows])
+            if kept.sum() >= k or count == len(self) or -1 in rows:
+                return Hits(hits.scores[:, kept][:, :k], hits.rows[:, kept][:, :k])
+            spare *= 4
 
     def save(self, folder: Path) -> None:
         """Write the gallery to a folder, complete once `gallery.json` is there."""

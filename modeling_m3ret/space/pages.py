@@ -22,41 +22,36 @@ from huggingface_hub.errors import EntryNotFoundError
 from markdown_it import MarkdownIt
 from starlette.middleware import Middleware
 
+from ..evaluation.leakage import read_training_facts
 from .endpoints import add_endpoints
 from .explore import ExplorePage
 from .request_gate import RequestGate
 from .search_page import SearchPage
 from .service import SearchService
 from .uploads import UPLOAD_BYTES, start_sweeper
+from .viewer import STATIC, viewer_routes
 
 
 MAX_QUEUE = 64  # waiting visitors; further ones are asked to retry
 SHARE_ASSETS = "https://gradio.s3-us-west-2.amazonaws.com"  # with a public address, Gradio's scripts come from here
 MAX_SESSIONS = 1000  # latest sessions whose state is stored; each takes at least 0.125 MB
-STYLE = """
-.gradio-container {max-width: 1280px !important; width: 100% !important; margin: 0 auto !important}
-#grid .grid-wrap {min-height: 0 !important; max-height: none !important; overflow: visible !important}
-#grid .caption-label {white-space: normal; text-align: left; max-width: 100%; line-height: 1.25}
-#examples {gap: 6px}
-/* never enlarged: Gradio reports the position of a click only on an image at its own size or smaller */
-#query-image img, #hit-image img {width: auto; max-width: 100%; height: auto; margin: 0 auto}
-#query-image.fullscreen img, #hit-image.fullscreen img {width: 100%; height: 100%; object-fit: contain}
-#query-image.fullscreen .image-frame {pointer-events: none}
-:focus-visible {outline: 2px solid #2563eb; outline-offset: 1px}
-@media (max-width: 640px) {
-  #grid .grid-container {grid-template-columns: repeat(2, minmax(0, 1fr)) !important}
-}
-"""
+HEADER = """<div class="head"><h1>M3Ret</h1><p>Find similar medical scans of any modality</p>
+<b>Research software, not for diagnosis</b></div>"""
+SYNTHETIC = (
+    "<b>This model has seen synthetic scans only.</b> Its results on real scans are not meaningful. Use it to try the "
+    "software, and a checkpoint trained on real scans for anything else."
+)
 NOTICE = """## Not for diagnosis
 
 Research software. It finds scans that a model considers similar. It makes no statement about a patient's condition and
-has not been evaluated for any clinical decision. Colours in the viewer show which image patches the model considers to
-match. They are often wrong, and relative to the best match of each pair of scans.
+has not been evaluated for any clinical decision. Colours in the viewer show which image regions the model considers to
+match. They are often wrong.
 
 ## Your scans
 
 An uploaded scan is read, compared, and deleted within one hour. Text in a file's header is not shown, and no data
-leaves this server. Still, do not upload a patient's scan to a server that is not under your control.
+leaves this server, except the pixels that your own browser shows. Still, do not upload a patient's scan to a server
+that is not under your control.
 
 """
 
@@ -68,7 +63,9 @@ def build(service: SearchService, model_name: str) -> gr.Blocks:
     # Gradio summarises the events that it remembers after each event: 23 ms for the default of 10,000
     os.environ.setdefault("GRADIO_ANALYTICS_MAX_EVENTS", "1")
     with gr.Blocks(title="M3Ret", analytics_enabled=False) as page:
-        gr.Markdown("# M3Ret\nFind similar medical scans of any modality. Research software, **not for diagnosis**.")
+        gr.HTML(HEADER, elem_id="header")
+        if read_training_facts(model_name).get("synthetic"):
+            gr.HTML(SYNTHETIC, elem_id="synthetic")
         with gr.Tabs() as tabs:
             with gr.Tab("Search", id="search"):
                 search = SearchPage(service)
@@ -105,7 +102,13 @@ def serve(
     # system fonts, and a blue that is legible on white and on black
     font, font_mono = ["system-ui", "sans-serif"], ["ui-monospace", "monospace"]
     theme = gr.themes.Default(primary_hue="blue", neutral_hue="slate", font=font, font_mono=font_mono)
-    settings: dict[str, Any] = {"theme": theme, "css": STYLE, "footer_links": ["api"], "ssr_mode": False}
+    settings: dict[str, Any] = {
+        "theme": theme,
+        "css": (STATIC / "page.css").read_text(encoding="utf-8"),
+        "footer_links": ["api"],
+        "ssr_mode": False,
+    }
+    settings["head"] = "<script src='m3ret/page.js'></script>"
     settings |= {"enable_monitoring": False, "run_history": False}  # visits are recorded neither here nor in browsers
     page.queue(max_size=MAX_QUEUE, default_concurrency_limit=8)
     if wait:
@@ -121,7 +124,7 @@ def serve(
             max_file_size=upload_bytes,
             allowed_paths=[],
             # openapi_url: FastAPI's list of routes, which requires no login
-            app_kwargs={"openapi_url": None, "middleware": [gate]},
+            app_kwargs={"openapi_url": None, "middleware": [gate], "routes": [viewer_routes(service)]},
             state_session_capacity=MAX_SESSIONS,
             prevent_thread_lock=True,
             quiet=not wait,

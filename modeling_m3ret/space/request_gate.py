@@ -26,10 +26,12 @@ logger = logging.getLogger(__name__)
 MAX_BODY_BYTES = 2**22  # of a request other than an upload; the names of 2,048 uploaded files take half of it
 # the routes that the page, its endpoints and Gradio's clients need
 FILE_ROUTE = "/gradio_api/file="
+SCAN_ROUTES = ("/m3ret/scan/", "/m3ret/thumbnail/")
 GET_ROUTES = re.compile(
     r"/|/(assets|static|svelte)/.+|/(config|theme\.css|favicon\.ico|robots\.txt|manifest\.json|pwa_icon|logout)/?"
     r"|/pwa_icon/\d+|/gradio_api/(info|user|token|app_id|login_check|theme\.css|startup-events|upload_progress)/?"
     rf"|/gradio_api/(queue/data|heartbeat/[^/]+|call/(v2/)?[^/]+/[^/]+)|{FILE_ROUTE}.+"
+    r"|/m3ret/((scan|thumbnail)/[\w-]+\.\w+|page\.js|niivue[\w.-]+)"
 )
 POST_ROUTES = re.compile(r"/(?:(login)|gradio_api/(upload|cancel|reset|queue/join|call/v2(?=/)|call)(?:/([^/]+))?)/?")
 EVENT_ROUTES = ("queue/join", "call", "call/v2")
@@ -82,9 +84,9 @@ class RequestGate:
     async def _handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         method, path = scope["method"], scope["path"]
         if method in ("GET", "HEAD") and GET_ROUTES.fullmatch(path):
-            if path.startswith(FILE_ROUTE):
+            if path.startswith((FILE_ROUTE, *SCAN_ROUTES)):
                 await self._require_login(scope)
-                if not self.check.is_file(path.removeprefix(FILE_ROUTE)):
+                if path.startswith(FILE_ROUTE) and not self.check.is_file(path.removeprefix(FILE_ROUTE)):
                     raise EventError(404, "This file does not exist. Uploads and results are deleted after a while.")
             await self.app(scope, receive, send)
             return

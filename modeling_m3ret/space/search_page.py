@@ -1,13 +1,12 @@
-"""The "Search" tab: upload or select a scan, see the most similar ones, and compare one of them with the query."""
+"""The "Search" tab: upload a scan or choose an example, see the most similar scans, and compare one with the query."""
 
 from __future__ import annotations
 
-import csv
 import functools
-import io
 import json
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -16,24 +15,30 @@ import gradio as gr
 from ..errors import InputError
 from ..reading_m3ret import FORMATS
 from ..search.filters import MetadataFilter
-from .endpoints import HEAVY, PRIVATE, show_errors
+from ..search.thumbnails import is_blank
+from .endpoints import HEAVY, PRIVATE, error_html
+from .pixels import describe_scan, preview
+from .results import card, cards, describe, group_similar, modality_name, picture_url, readable, table, to_csv
 from .service import DEFAULT_HITS, MAX_HITS, HitFacts, Query, SearchService
-from .side_by_side import NO_SCAN, SideBySide, describe, modality_name
-from .viewer import describe_scan, num_slices, render_slice
+from .uploads import Choice
+from .viewer import Viewer
 
 
-COLUMNS = ["item", "similarity", "modality", "anatomy", "labels", "source"]
-IMAGE: dict[str, Any] = {"type": "pil", "interactive": False, "buttons": []}  # keyword arguments of `gr.Image`
-SCROLL_TO_VIEWER = "() => document.getElementById('viewer').scrollIntoView({behavior: 'smooth', block: 'start'})"
-SCROLL_TO_TOP = "() => window.scrollTo({top: 0, behavior: 'smooth'})"
+EXAMPLES = 8  # pictures in two rows of four, one of each modality and anatomy
+MAX_CHIPS = 10  # values of a filter
+SORTS = ("Most similar first", "Modality", "Anatomy")
+LIVE = "<div role='{}'>${{value || ''}}</div>"  # read out when it changes
+NO_PIXELS = "This gallery has no pictures, only embeddings."
 
 
 class SearchPage:
     """The components and events of the tab. Construct it within a `gr.Blocks`.
 
+    A visitor has one query at a time. All that is shown of it is replaced or cleared together, see `cleared`.
+
     Attributes:
-        options: Inputs of a search: number of hits, filters and order.
-        query_outputs: Outputs of an event with a new query.
+        options: Inputs of a search: number of results, filters and order.
+        outputs: Outputs of an event that changes the query.
     """
 
     def __init__(self, service: SearchService):
@@ -41,129 +46,192 @@ class SearchPage:
         gallery = service.gallery
         self.query: gr.State = gr.State(None, time_to_live=3600)  # a `Query`
         self.hits: gr.State = gr.State([], time_to_live=3600)  # a list of `HitFacts`
-        modalities = [(modality_name(name), name) for name in gallery.names("modality")]
-        with gr.Row():
-            with gr.Column(scale=2, min_width=300):
-                gr.Markdown(f"Upload a file ({FORMATS}), all slices of a DICOM series, or a zip archive of either.")
-                self.files = gr.File(label="Scan", file_count="multiple", height=140, elem_id="upload")
-                gr.Markdown("Or start with an example from the gallery:")
-                with gr.Row(elem_id="examples"):
-                    self.examples = {
-                        name: gr.Button(label, size="sm", min_width=90, elem_id=f"example-{name}")
-                        for label, name in modalities[:8]
-                    }
-                with gr.Accordion("Filters and ranking", open=False, elem_id="options"):
-                    self.count = gr.Slider(
-                        1, MAX_HITS, DEFAULT_HITS, step=1, label="Number of results", elem_id="count"
+        self.choices: gr.State = gr.State([], time_to_live=1800)  # a list of `Choice`
+        with gr.Row(elem_id="search-row"):
+            with gr.Column(scale=2, min_width=280, elem_id="query-column"):
+                with gr.Column(elem_id="upload-box"):
+                    self.files = gr.File(
+                        label="Your scan: file, series or clip", file_count="multiple", height=150, elem_id="upload"
                     )
-                    several: dict[str, Any] = {"value": [], "multiselect": True}
-                    self.modalities = gr.Dropdown(
-                        modalities, label="Modality (empty: all)", elem_id="modalities", **several
+                    self.folder = gr.UploadButton(
+                        "Choose a folder", file_count="directory", size="sm", elem_id="upload-folder"
                     )
-                    anatomies = gallery.names("anatomy")
-                    self.anatomies = gr.Dropdown(
-                        anatomies, label="Anatomy (empty: all)", elem_id="anatomies", **several
-                    )
-                    self.exclude_same_patient = gr.Checkbox(
-                        False,
-                        label="Exclude the same patient",
-                        info="Applies if the query is a scan of the gallery.",
-                        elem_id="exclude-same-patient",
-                    )
-                    self.rerank = gr.Checkbox(
-                        False,
-                        label="Re-rank by matching image regions",
-                        info="Compares the results with the query patch by patch. Slower.",
-                        visible=service.has_scans(),
-                        elem_id="rerank",
-                    )
-                self.query_thumbnail = gr.Image(
-                    label="Query", height=180, visible=False, elem_id="query-thumbnail", **IMAGE
-                )
-                self.query_facts = gr.Textbox(
-                    label="Description", interactive=False, visible=False, elem_id="query-facts"
-                )
+                formats = f"<details><summary>Formats</summary><p>{FORMATS}; a zip of one or of a series.</p></details>"
+                gr.HTML(formats, elem_id="formats")
+                self.query_card = gr.HTML(elem_id="query-card")
+                self.clear = gr.Button("Start over", size="sm", visible=False, elem_id="start-over")
             with gr.Column(scale=5, min_width=300):
-                self.status = gr.Markdown(_welcome(len(gallery)), elem_id="status")
-                with gr.Tabs():
-                    with gr.Tab("Images"):
-                        self.grid = gr.Gallery(
-                            label="Results, most similar first",
-                            show_label=False,
-                            columns=4,
-                            height="auto",
-                            object_fit="contain",
-                            allow_preview=False,
-                            interactive=False,
-                            buttons=[],
-                            elem_id="grid",
-                        )
-                    with gr.Tab("Table", elem_id="table-tab"):
-                        self.table = gr.Dataframe(
-                            headers=COLUMNS,
-                            datatype="str",
-                            interactive=False,
-                            wrap=True,
-                            column_widths=[80, 120, 130, 130, 240, 190],
-                            buttons=[],
-                            label="Results, most similar first",
-                            elem_id="table",
-                        )
-                with gr.Row():
-                    self.as_csv = gr.DownloadButton("Download CSV", size="sm", interactive=False, elem_id="as-csv")
-                    self.as_json = gr.DownloadButton("Download JSON", size="sm", interactive=False, elem_id="as-json")
-        self.viewer = SideBySide(service, self.query)
+                self.notice = gr.HTML(elem_id="notice", html_template=LIVE.format("alert"))
+                self.choice = self._clickable("which-one")
+                with gr.Column(elem_id="welcome") as self.welcome:
+                    gr.HTML(
+                        f"<h2>Find scans that look like yours</h2><p>Drop a scan on the left, or try one of these. The "
+                        f"gallery holds <b>{len(gallery):,} scans</b>.</p>"
+                    )
+                    self.examples = self._clickable("examples", self._example_cards())
+                with gr.Column(visible=False, elem_id="results") as self.area:
+                    self.status = gr.HTML(elem_id="status", html_template=LIVE.format("status"))
+                    self._add_options()
+                    self.grid = self._clickable("grid")
+                    with gr.Accordion("Table and downloads", open=False, elem_id="table-accordion"):
+                        self.table = gr.HTML(elem_id="table")
+                        with gr.Row():
+                            self.as_csv = gr.DownloadButton("Download CSV", size="sm", elem_id="as-csv")
+                            self.as_json = gr.DownloadButton("Download JSON", size="sm", elem_id="as-json")
+        self.viewer = Viewer(service)
         self._connect_events()
+
+    def _clickable(self, elem_id: str, value: str = "") -> gr.HTML:
+        """Add HTML in which a click on an element with `data-index` is a selection."""
+        return gr.HTML(value, elem_id=elem_id, js_on_load="m3ret.clickable(element, trigger, watch)")
+
+    def _example_cards(self) -> str:
+        visible = self.service.gallery.visible.select(["modality", "anatomy"]).to_pylist()
+        rows = {(facts["modality"], facts["anatomy"]): row for row, facts in reversed([*enumerate(visible)])}
+        # one of each modality first, then a second anatomy of each, and so on
+        turn = {pair: sum(other < pair for other in rows if other[0] == pair[0]) for pair in rows}
+        first = sorted(rows, key=lambda pair: (turn[pair], pair))[:EXAMPLES]
+        items = "".join(f"<li>{self._card(row)}</li>" for row in map(rows.__getitem__, sorted(first)))
+        return f"<ul class='cards' aria-label='Examples'>{items}</ul>"
+
+    def _card(self, row: int) -> str:
+        facts = self.service.gallery.facts(row)
+        return card({**facts, "labels": [], "source": ""}, row)
+
+    def _add_options(self) -> None:
+        def chips(column: str, name: Callable[[str], str]) -> gr.CheckboxGroup:
+            counts = self.service.gallery.counts(column)
+            first = sorted(counts, key=lambda value: -counts[value])[:MAX_CHIPS]
+            choices = [(f"{name(value)} ({counts[value]})", value) for value in sorted(first)]
+            label = f"Show only this {column}"
+            return gr.CheckboxGroup(
+                choices, label=label, elem_id=f"{column}-chips", elem_classes="chips", min_width=200
+            )
+
+        with gr.Group():
+            self.modalities, self.anatomies = chips("modality", modality_name), chips("anatomy", readable)
+        with gr.Accordion("Options", open=False, elem_id="options"):
+            self.count = gr.Slider(1, MAX_HITS, DEFAULT_HITS, step=1, label="Number of results", elem_id="count")
+            self.sort = gr.Radio([*SORTS], value=SORTS[0], label="Order", elem_id="sort")
+            self.exclude_same_patient = gr.Checkbox(
+                label="Leave out the same patient",
+                info="Applies if the query is a scan of the gallery.",
+                elem_id="exclude-same-patient",
+            )
+            self.rerank = gr.Checkbox(
+                label="Compare image regions",
+                info="Orders the results by how well their regions match those of the query. Slower.",
+                visible=self.service.has_scans(),
+                elem_id="rerank",
+            )
 
     def _connect_events(self) -> None:
         viewer = self.viewer
-        self.options = [self.count, self.modalities, self.anatomies, self.exclude_same_patient, self.rerank]
-        hit_outputs = [self.hits, self.grid, self.table, self.status, self.as_csv, self.as_json]
-        query_outputs = [self.query, self.query_thumbnail, self.query_facts]
-        self.query_outputs = [*query_outputs, *hit_outputs, *viewer.close_outputs]
-        event: dict[str, Any] = {"show_progress_on": self.grid, **PRIVATE, **HEAVY}  # not over the status line
-        self.files.upload(show_errors(self._search_files), [self.files, *self.options], self.query_outputs, **event)
-        modality_of_row = self.service.gallery.visible.column("modality").to_pylist()
-        for modality, button in self.examples.items():
-            search_row = functools.partial(self.search_row, modality_of_row.index(modality))
-            button.click(show_errors(search_row), self.options, self.query_outputs, **event)
+        self.options = [self.count, self.modalities, self.anatomies, self.sort, self.exclude_same_patient, self.rerank]
+        result_outputs = [self.hits, self.grid, self.table, self.status, self.as_csv, self.as_json, self.notice]
+        panes = [self.query_card, self.clear, self.welcome, self.area, self.choice]
+        self.outputs = [self.query, self.choices, self.files, *panes, *result_outputs, viewer.view]
+        event: dict[str, Any] = {"show_progress_on": self.notice, "show_progress": "minimal", **PRIVATE, **HEAVY}
+        for files in (self.files, self.folder):
+            files.upload(self._new_query(self._of_files), [files, *self.options], self.outputs, **event)
+        for cleared in (self.files.clear, self.clear.click):
+            cleared(self.cleared, None, self.outputs, show_progress="hidden", **PRIVATE)
+        for clicked in (self.examples.select, viewer.view.submit):
+            clicked(self.of_click, self.options, self.outputs, **event)
+        self.choice.select(self._new_query(self._of_choice), [self.choices, *self.options], self.outputs, **event)
         # a slider's `release` does not fire for keys
-        changes = [self.count.input, self.modalities.change, self.anatomies.change]
+        changes = [self.count.input, self.modalities.change, self.anatomies.change, self.sort.change]
         changes += [self.exclude_same_patient.change, self.rerank.change]
-        search = show_errors(self._search)
-        gr.on(changes, search, [self.query, *self.options], hit_outputs, trigger_mode="always_last", **event)
-        open_inputs = [self.query, self.hits, *viewer.open_inputs]
-        for results in (self.grid, self.table):
-            opened = results.select(show_errors(self._open), open_inputs, viewer.open_outputs, **PRIVATE, **HEAVY)
-            opened.success(None, js=SCROLL_TO_VIEWER, **PRIVATE)
-        hit_inputs = [viewer.hit, *self.options]
-        searched = viewer.as_query.click(show_errors(self.search_row), hit_inputs, self.query_outputs, **event)
-        searched.success(None, js=SCROLL_TO_TOP, **PRIVATE)
+        search = self._shown(self._search)
+        gr.on(changes, search, [self.query, *self.options], result_outputs, trigger_mode="always_last", **event)
+        opening = [viewer.view, self.notice]
+        for selected in (self.grid.select, viewer.view.select):
+            selected(self._shown(self._open), [self.query, self.hits], opening, **event)
+        by_region = [self.query, *result_outputs, viewer.view]
+        viewer.view.input(self._shown(self._search_region), [self.query, *self.options], by_region, **event)
 
-    def _search_files(self, files: Any, *options: Any, progress: gr.Progress = gr.Progress()) -> dict[Any, Any]:
-        progress(0.1, desc="Reading the scan")
-        return self._new_query(self.service.query_of_files(files or []), *options)
+    # -------------------------------------------------------------------------------------------------------- states
 
-    def search_row(self, row: int | None, *options: Any) -> dict[Any, Any]:
-        """Search with a scan of the gallery. Values of `query_outputs`."""
-        if row is None:
-            raise InputError("Select a scan first.")
-        return self._new_query(self.service.query_of_row(row), *options)
+    def cleared(self) -> dict[Any, Any]:
+        """Return the values of all `outputs` without a query."""
+        return {
+            **{self.query: None, self.choices: [], self.files: None, self.query_card: "", self.choice: ""},
+            **{self.hits: [], self.grid: "", self.table: "", self.status: "", self.notice: "", self.viewer.view: None},
+            **{self.welcome: gr.Column(visible=True), self.area: gr.Column(visible=False)},
+            **{self.clear: gr.Button(visible=False), self.as_csv: None, self.as_json: None},
+        }
 
-    def _new_query(self, query: Query, *options: Any) -> dict[Any, Any]:
-        scan, image, facts = None, None, NO_SCAN
+    def _shown(self, function: Callable[..., dict[Any, Any]]) -> Callable[..., dict[Any, Any]]:
+        """Wrap an event handler so that its errors are shown in the page, and earlier ones are not."""
+
+        @functools.wraps(function)
+        def handler(*args: Any, **kwargs: Any) -> dict[Any, Any]:
+            try:
+                return {self.notice: "", **function(*args, **kwargs)}
+            except Exception as error:
+                return {self.notice: error_html(error)}
+
+        return handler
+
+    def _new_query(self, function: Callable[..., dict[Any, Any]]) -> Callable[..., dict[Any, Any]]:
+        """Wrap a handler of an event that changes the query: nothing of the earlier one stays, even after an error."""
+        shown = self._shown(function)
+
+        @functools.wraps(function)
+        def handler(*args: Any, **kwargs: Any) -> dict[Any, Any]:
+            return {**self.cleared(), **shown(*args, **kwargs)}
+
+        return handler
+
+    # -------------------------------------------------------------------------------------------------------- queries
+
+    def _of_files(self, files: Any, *options: Any, progress: gr.Progress = gr.Progress()) -> dict[Any, Any]:
+        progress(None, desc="Reading the scan")
+        found = self.service.query_or_choices(files or [])
+        if isinstance(found, Query):
+            return {**self._query(found, *options), self.files: gr.skip()}
+        return {self.choices: found, self.choice: _which_one(found), self.welcome: gr.Column(visible=False)}
+
+    def _of_choice(self, selected: gr.SelectData, choices: list[Choice], *options: Any) -> dict[Any, Any]:
+        if not 0 <= selected.index < len(choices):
+            raise InputError("These scans are not in memory any more. Please upload them again.")
+        choice = choices[selected.index]
+        return self._query(self.service.query_of_files(choice.files, choice.series), *options)
+
+    def of_click(self, selected: gr.SelectData, *options: Any) -> dict[Any, Any]:
+        """Search with the scan of the gallery that was clicked. Values of `outputs`."""
+        return self.of_item(selected.index, *options)
+
+    def of_item(self, row: int | None, *options: Any) -> dict[Any, Any]:
+        """Search with a scan of the gallery. Values of `outputs`."""
+
+        def search(row: int | None) -> dict[Any, Any]:
+            if row is None:
+                raise InputError("Type the number of a scan first.")
+            return self._query(self.service.query_of_row(row), *options)
+
+        return self._new_query(search)(row)
+
+    def _query(self, query: Query, *options: Any) -> dict[Any, Any]:
+        facts, picture = [], self.service.gallery.thumbnail(query.row) if query.row is not None else None
+        if query.row is not None:
+            facts.append(describe(self.service.gallery.facts(query.row)))
         if query.row is None or self.service.has_scans():
             scan = self.service.scan(query.key)
-            image, facts = render_slice(scan, num_slices(scan) // 2, long_side=320), describe_scan(scan)
-        if query.row is not None:
-            facts = f"{describe(self.service.gallery.facts(query.row))} · {facts}"
-        alt_text, has_image = "Middle slice or frame of the query", image is not None
-        shown = {
+            picture = preview(scan)
+            facts.append(describe_scan(scan))
+        lines = "".join(f"<p>{escape(text)}</p>" for text in facts)
+        image = f"<img src='{picture_url(picture)}' alt='Middle slice or frame of the query'>"
+        return {
             self.query: query,
-            self.query_thumbnail: gr.Image(image, alt_text=alt_text, visible=has_image),
-            self.query_facts: gr.Textbox(facts, visible=True),
+            self.query_card: f"<h2>Your query</h2>{image}{lines}",
+            self.clear: gr.Button(visible=True),
+            self.welcome: gr.Column(visible=False),
+            self.area: gr.Column(visible=True),
+            **self._search(query, *options, picture=picture),
         }
-        return shown | self.viewer.close(scan) | self._search(query, *options)
+
+    # -------------------------------------------------------------------------------------------------------- results
 
     def _search(
         self,
@@ -171,57 +239,91 @@ class SearchPage:
         count: float,
         modalities: list[str],
         anatomies: list[str],
+        sort: str,
         exclude_same_patient: bool,
         rerank: bool,
-        progress: gr.Progress = gr.Progress(),
+        *,
+        picture: Any = None,
     ) -> dict[Any, Any]:
         if query is None:
-            return {self.status: _welcome(len(self.service.gallery))}
-        progress(0.5, desc="Comparing patches" if rerank else "Searching")
+            return {}
+        gallery = self.service.gallery
         where = MetadataFilter(modality=modalities or None, anatomy=anatomies or None)
-        hits = self.service.search(query, int(count), where, exclude_same_patient=exclude_same_patient, rerank=rerank)
-        folder = Path(self.grid.GRADIO_CACHE) / uuid.uuid4().hex  # downloads are served from here, then swept
+        hits = self.service.search(query, MAX_HITS, where, exclude_same_patient=exclude_same_patient, rerank=rerank)
+        groups = group_similar(hits, gallery, int(count))
+        hits = [hit for group in groups for hit in (group.first, *group.others)]
+        status = _status(len(groups), len(hits), rerank, query.region is not None)
+        if picture is not None and is_blank(picture):
+            status = _verdict("The query is blank", "It shows nothing that could be compared.") + status
+        elif hits and hits[0]["percentile"] is not None:
+            status = _verdict(*self._level_words(hits[0], bool(modalities or anatomies))) + status
+        if sort != SORTS[0]:
+            column = "modality" if sort == SORTS[1] else "anatomy"
+            groups.sort(key=lambda group: group.first[column])  # type: ignore[literal-required]
+        folder = Path(self.files.GRADIO_CACHE) / uuid.uuid4().hex  # downloads are served from here, then swept
         folder.mkdir(parents=True)
-        (folder / "hits.csv").write_text(to_csv(hits), encoding="utf-8")
-        (folder / "hits.json").write_text(json.dumps(hits, indent=2), encoding="utf-8")
-        status = f"**{len(hits)} results** from {len(self.service.gallery):,} scans, most similar first."
-        if hits and self.service.has_scans():
-            status += " Select one to compare it with the query."
-        captions = [f"{hit['similarity']:.3f} · {describe(hit)}" for hit in hits]
+        (folder / "results.csv").write_text(to_csv(hits), encoding="utf-8")
+        (folder / "results.json").write_text(json.dumps(hits, indent=2), encoding="utf-8")
         return {
-            self.hits: hits,
-            self.grid: [
-                (self.viewer.thumbnail(hit["item"]), caption) for hit, caption in zip(hits, captions, strict=True)
-            ],
-            self.table: [_cells(hit) for hit in hits],
-            self.status: status,
-            self.as_csv: gr.DownloadButton(value=folder / "hits.csv", interactive=True),
-            self.as_json: gr.DownloadButton(value=folder / "hits.json", interactive=True),
+            **{self.hits: hits, self.status: status, self.grid: cards(groups), self.table: table(hits)},
+            **{self.as_csv: str(folder / "results.csv"), self.as_json: str(folder / "results.json")},
         }
 
-    def _open(self, selected: gr.SelectData, query: Query, hits: list[HitFacts], *open_inputs: Any) -> dict[Any, Any]:
-        index = selected.index if isinstance(selected.index, int) else selected.index[0]  # of the table: row, column
-        if not 0 <= index < len(hits):
+    def _level_words(self, best: HitFacts, is_filtered: bool) -> tuple[str, str]:
+        calibration = self.service.gallery.calibration
+        level = calibration.level(best["similarity"])
+        part = "the selected part of this gallery" if is_filtered else "this gallery"
+        p = calibration.p_value(best["similarity"])
+        own = f"Only {p:.1%} of the gallery's own scans have so distant a nearest scan of another patient."
+        if level == "unlike":
+            return f"Unlike anything in {part}", f"{own} Do not rely on these results."
+        if level == "weak":
+            return f"Only weak matches in {part}", own
+        return "", ""
+
+    def _open(self, selected: gr.SelectData, query: Query | None, hits: list[HitFacts]) -> dict[Any, Any]:
+        if query is None or selected.index not in [hit["item"] for hit in hits]:
             raise InputError("This result is not shown any more. Select another one.")
-        return self.viewer.open(query, hits[index]["item"], *open_inputs)
+        if not self.service.has_scans():
+            raise InputError(NO_PIXELS)
+        return {self.viewer.view: self.viewer.open(query, hits, selected.index)}
+
+    def _search_region(self, selected: gr.SelectData, query: Query | None, *options: Any) -> dict[Any, Any]:
+        """Order the gallery by a box of one slice of the query, and open the first hit."""
+        if query is None:
+            raise InputError("Choose a scan first.")
+        query = self.service.with_region(query, *selected.index)
+        found = {self.query: query, **self._search(query, *options)}
+        hits = found[self.hits]
+        return found | ({self.viewer.view: self.viewer.open(query, hits, hits[0]["item"])} if hits else {})
 
 
-def _welcome(scans: int) -> str:
-    return f"The gallery contains **{scans:,} scans**. Upload a scan, or start with an example."
+def _verdict(title: str, text: str) -> str:
+    return f"<p class='verdict'><b>{title}.</b> {text}</p>" if title else ""
 
 
-def _cells(hit: HitFacts) -> list[str]:
-    values: dict[str, Any] = {**hit, "similarity": f"{hit['similarity']:.4f}", "labels": ", ".join(hit["labels"])}
-    return [str(values[column]) for column in COLUMNS]
+def _status(groups: int, hits: int, rerank: bool, by_region: bool) -> str:
+    """Describe the results in HTML."""
+    if not groups:
+        return "<p>No scan of the gallery has these properties. Remove a filter.</p>"
+    similar = f" ({hits} with those that look the same)" if hits > groups else ""
+    order = "by the selected region" if by_region else "by their regions" if rerank else "most similar first"
+    note = (
+        ""
+        if rerank or by_region
+        else (
+            " “Closest 1%”: of 100 pairs of scans of this gallery, 1 is more alike. "
+            "It is not a probability of a diagnosis."
+        )
+    )
+    return f"<p><b>{groups} results</b>{similar}, {order}. Select one to compare it with your query.{note}</p>"
 
 
-def to_csv(hits: Sequence[HitFacts]) -> str:
-    """Format hits as CSV. Cells that a spreadsheet would evaluate as a formula are prefixed with an apostrophe."""
-    stream = io.StringIO()
-    writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(COLUMNS)
-    for hit in hits:
-        cells = _cells(hit)
-        texts = [f"'{cell}" if cell.startswith(("=", "+", "-", "@", "\t", "\r")) else cell for cell in cells[2:]]
-        writer.writerow([*cells[:2], *texts])
-    return stream.getvalue()
+def _which_one(choices: Sequence[Choice]) -> str:
+    items = "".join(
+        f"<li><button type='button' class='card' data-index='{number}'><img src='{picture_url(choice.picture)}' "
+        f"alt='Scan {number + 1}'><span><b>Scan {number + 1}</b></span><span>{escape(choice.description)}</span>"
+        f"</button></li>"
+        for number, choice in enumerate(choices)
+    )
+    return f"<h2>Which one?</h2><p>This upload holds several scans.</p><ul class='cards'>{items}</ul>"

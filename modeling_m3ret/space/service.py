@@ -13,7 +13,7 @@ import threading
 import uuid
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar, cast
 
@@ -33,8 +33,8 @@ from ..search.matching import ScanTokens, locate, scan_tokens
 from ..search.matching import rerank as rerank_hits
 from .gallery import Facts, Gallery
 from .isolation import IsolatedReaders
-from .uploads import RETENTION_SECONDS, read_record, read_upload
-from .viewer import Region
+from .pixels import body_mask, heat_stride
+from .uploads import LIMITS, RETENTION_SECONDS, Choice, read_or_list, read_record, read_upload
 
 
 SCAN_CACHE_BYTES = 2**31  # two scans of the largest accepted size, or hundreds of typical ones
@@ -42,8 +42,11 @@ HEAT_CACHE_BYTES = 2**28
 TOKEN_CACHE_BYTES = 2**28  # about 100 CTs with a ViT-B
 DEFAULT_HITS = 8  # two rows of the grid
 MAX_HITS = 48
+REGION_CANDIDATES = 100  # hits of a query that are ordered by a region of it; reading them takes seconds
 ROW_KEY = "row-"  # how the cache keys of the gallery's scans start
 
+Voxel = tuple[int, int, int]  # along D, H, W
+Region = tuple[slice, slice, slice]  # a box of voxels
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -59,17 +62,21 @@ class Query:
     key: str  # cache key of its scan
     row: int | None  # in the gallery, or None for an upload
     embedding: Tensor  # `(d,)` float32
+    region: Region | None = None  # box of voxels whose matches are of interest; None for the whole scan
 
 
 @dataclass(frozen=True, eq=False)
 class Heat:
-    """Heatmaps of where a query and a hit match: `(D, H, W)` on the array of each, 255 at the most confident voxel."""
+    """Heatmaps of where a query and a hit match, on every `heat_stride`-th row and column of each.
 
-    query: NDArray[np.uint8]
+    A value is the confidence, 255 for 1, that a voxel has its counterpart in the other scan, see `locate`. It does not
+    depend on other voxels, so that colours of two hits can be compared. Outside of the body it is 0.
+    """
+
+    query: NDArray[np.uint8]  # (D, H, W)
     hit: NDArray[np.uint8]
-    query_slice: int  # the slices that match best, from 0
-    hit_slice: int
-    confidence: float  # of the best pair of patches, in [0, 1]
+    query_voxel: Voxel  # the best match in voxels of the scan
+    hit_voxel: Voxel
 
 
 class HitFacts(Facts):
@@ -77,6 +84,8 @@ class HitFacts(Facts):
 
     item: int
     similarity: float
+    percentile: float | None  # pairs of the gallery that are less alike; None for another score than the cosine
+    weak: bool  # whether a scan that belongs to the gallery rarely has a nearest one of so little similarity
 
 
 class SearchService:
@@ -96,6 +105,7 @@ class SearchService:
         scan_cache_bytes: int = SCAN_CACHE_BYTES,
     ):
         self.model, self.processor, self.gallery, self.readers = model, processor, gallery, readers
+        self._frames = processor.num_frames
         self._lock = threading.Lock()  # of the caches
         self._scans: TTLCache[str, Scan] = _cache(scan_cache_bytes, lambda scan: scan.array.nbytes)
         self._heats: TTLCache[str, Heat] = _cache(HEAT_CACHE_BYTES, lambda heat: heat.query.nbytes + heat.hit.nbytes)
@@ -103,11 +113,18 @@ class SearchService:
         self._encode = on_gpu(model, self._encode_here)
         self._tokenise = on_gpu(model, lambda scan: scan_tokens(model, processor, [scan])[0])
 
-    def query_of_files(self, files: Sequence[str | Path]) -> Query:
+    def query_of_files(self, files: Sequence[str | Path], series: int | None = None) -> Query:
         """Read and embed uploaded files. Raises `M3RetReadError` if they cannot be read, or not in time."""
         paths = [Path(file) for file in files]
-        name = paths[0].name if len(paths) == 1 else f"<{len(paths)} files>"
-        scan = self.readers.read(name, read_upload, paths, self.processor.num_frames)
+        return self._query(self.readers.read(_name(paths), read_upload, paths, self._frames, LIMITS, series))
+
+    def query_or_choices(self, files: Sequence[str | Path]) -> Query | list[Choice]:
+        """Read and embed uploaded files, or list their scans if there are several. Raises `M3RetReadError`."""
+        paths = [Path(file) for file in files]
+        found = self.readers.read(_name(paths), read_or_list, paths, self._frames)
+        return found if isinstance(found, list) else self._query(found)
+
+    def _query(self, scan: Scan) -> Query:
         query = Query(f"upload-{uuid.uuid4().hex}", None, self._encode(scan))
         self._cached(self._scans, query.key, lambda: scan)
         return query
@@ -147,29 +164,42 @@ class SearchService:
             where: Which scans may be found. None for all.
             exclude_same_patient: Omit scans of the query's patient, if the query is a scan of the gallery.
             rerank: Order the hits by late interaction, whose score is then the similarity. Hits that cannot be read
-                are omitted.
+                are omitted. A query with a region is always re-ranked, and by the patches of the region only, among
+                the first `REGION_CANDIDATES`.
 
         Raises:
-            M3RetReadError, ScanExpiredError: With `rerank`, if the query's scan is no longer available.
+            M3RetReadError, ScanExpiredError: When re-ranking, if the query's scan is no longer available.
         """
         k = min(max(1, k), MAX_HITS)
+        count = k if query.region is None else max(k, REGION_CANDIDATES)
         hits = self.gallery.search(
-            query.embedding, k, where, query_row=query.row, exclude_same_patient=exclude_same_patient
+            query.embedding, count, where, query_row=query.row, exclude_same_patient=exclude_same_patient
         )
-        if rerank and self.has_scans():
+        by_patches = (rerank or query.region is not None) and self.has_scans()
+        if by_patches:
             hits = self._reranked(query, hits)
-        pairs = zip(hits.scores[0].tolist(), hits.rows[0].tolist(), strict=True)
-        found = [(round(score, 4), row) for score, row in pairs if row >= 0]
-        return [HitFacts(item=row, similarity=score, **self.gallery.facts(row)) for score, row in found]
+        calibration = self.gallery.calibration
+        found: list[HitFacts] = []
+        for score, row in zip(hits.scores[0, :k].tolist(), hits.rows[0, :k].tolist(), strict=True):
+            percentile = None if by_patches else round(calibration.percentile(score), 2)
+            weak = not by_patches and calibration.level(score) != "match"
+            facts = self.gallery.facts(row)
+            found.append(HitFacts(item=row, similarity=round(score, 4), percentile=percentile, weak=weak, **facts))
+        return found
 
     def _reranked(self, query: Query, hits: Hits) -> Hits:
+        query_tokens = self._tokens_of(query.key)
+        if query.region is not None:
+            inside = query_tokens.fraction_inside(query.region)
+            chosen = inside >= min(0.5, float(inside.max()))  # the patches that lie in it for the most part
+            query_tokens = replace(query_tokens, tokens=query_tokens.tokens[chosen])
         tokens: dict[int, ScanTokens] = {}
         for row in hits.rows[0].tolist():
             with suppress(M3RetReadError):
                 tokens[row] = self._tokens_of(key_of_row(row))
         is_readable = torch.tensor([row in tokens for row in hits.rows[0].tolist()], dtype=torch.bool)
         readable = Hits(hits.scores[:, is_readable], hits.rows[:, is_readable])
-        return rerank_hits([self._tokens_of(query.key)], readable, tokens)
+        return rerank_hits([query_tokens], readable, tokens)
 
     def has_scans(self) -> bool:
         """Return whether the gallery's scans can be opened. An index alone holds embeddings only."""
@@ -189,31 +219,42 @@ class SearchService:
             raise ScanExpiredError("This scan is no longer in memory. Please upload it again.")
         row = int(key.removeprefix(ROW_KEY))
         try:
-            return self.readers.read(f"item {row}", read_record, self.gallery.records[row], self.processor.num_frames)
+            return self.readers.read(f"item {row}", read_record, self.gallery.records[row], self._frames)
         except M3RetReadError as error:  # without the name of the file, which visitors must not see
             raise error.with_file(f"item {row} of the gallery") from error
 
-    def heat(self, query: Query, row: int, region: Region | None = None) -> Heat:
-        """Compute where the query, or a region of it, matches the scan of the gallery in this row.
-
-        Args:
-            region: Box of voxels in the query. The query's heatmap is zero outside of it.
+    def heat(self, query: Query, row: int) -> Heat:
+        """Compute where the query, or its region, matches the scan of the gallery in this row.
 
         Raises:
             ScanExpiredError, M3RetReadError: See `scan`.
             ValueError: If the region holds no voxel of the query.
         """
-        return self._cached(self._heats, f"{query.key} {row} {region}", lambda: self._compare(query, row, region))
+        return self._cached(self._heats, f"{query.key} {row} {query.region}", lambda: self._compare(query, row))
 
-    def _compare(self, query: Query, row: int, region: Region | None) -> Heat:
-        match = locate(self._tokens_of(query.key), self._tokens_of(key_of_row(row)), region, pairs=1)
-        best = match.pairs[0]
-        query_heat, query_slice = match.query_heat, round(best.query[0])
-        if region is not None:  # patches cross its edges, and heat is interpolated between patches
-            query_heat = torch.zeros_like(query_heat)
-            query_heat[region] = match.query_heat[region]
-            query_slice = min(max(query_slice, region[0].start), region[0].stop - 1)
-        return Heat(_to_uint8(query_heat), _to_uint8(match.hit_heat), query_slice, match.hit_slice, best.confidence)
+    def _compare(self, query: Query, row: int) -> Heat:
+        scans = self.scan(query.key), self.scan(key_of_row(row))
+        strides = [heat_stride(scan) for scan in scans]
+        ours, theirs = (
+            _coarse(self._tokens_of(key), stride)
+            for key, stride in zip((query.key, key_of_row(row)), strides, strict=True)
+        )
+        inside = np.ones(ours.shape, dtype=bool)
+        box: Region | None = None
+        if query.region is not None:
+            depth, rows, columns = query.region
+            box = (depth, _coarse_slice(rows, strides[0]), _coarse_slice(columns, strides[0]))
+            inside[:] = False
+            inside[box] = True
+        match = locate(ours, theirs, box, pairs=1)
+        bodies = body_mask(scans[0], strides[0]) & inside, body_mask(scans[1], strides[1])
+        masks = [mask if mask.any() else np.ones_like(mask) for mask in bodies]  # e.g. a region of air
+        heats = [heat.numpy() * mask for heat, mask in zip((match.query_heat, match.hit_heat), masks, strict=True)]
+        best = [np.unravel_index(int(heat.argmax()), heat.shape) for heat in heats]
+        voxels = [
+            (int(at[0]), int(at[1]) * stride, int(at[2]) * stride) for at, stride in zip(best, strides, strict=True)
+        ]
+        return Heat(*(np.rint(heat * 255).astype(np.uint8) for heat in heats), *voxels)
 
     def slices_in_patch(self, query: Query, slice_index: int) -> slice:
         """Return the slices of the query whose centres lie in the same patch as this slice's. Raises as `scan`."""
@@ -221,6 +262,25 @@ class SearchService:
         patch = int(torch.searchsorted(edges, slice_index + 0.5, right=True)) - 1
         start, stop = (math.ceil(float(edge) - 0.5) for edge in edges[patch : patch + 2])
         return slice(start, stop)
+
+    def with_region(self, query: Query, index: int, top: int, bottom: int, left: int, right: int) -> Query:
+        """Return the query with a region: a box of one slice, and of all slices that share a patch with it.
+
+        Args:
+            index: Slice, from 0.
+            top, bottom, left, right: First and last row and column, from 0. All of them are the whole scan.
+
+        Raises:
+            ScanExpiredError: See `scan`.
+        """
+        _, D, H, W = self.scan(query.key).array.shape
+        rows, columns = (
+            slice(min(*ends, size - 1), min(max(ends), size - 1) + 1)
+            for ends, size in (((top, bottom), H), ((left, right), W))
+        )
+        if (rows, columns) == (slice(0, H), slice(0, W)):
+            return replace(query, region=None)
+        return replace(query, region=(self.slices_in_patch(query, min(index, D - 1)), rows, columns))
 
     def _tokens_of(self, key: str) -> ScanTokens:
         return self._cached(self._tokens, key, lambda: self._tokenise(self.scan(key)))
@@ -253,10 +313,20 @@ def key_of_row(row: int) -> str:
     return f"{ROW_KEY}{row}"
 
 
-def _to_uint8(heat: Tensor) -> NDArray[np.uint8]:
-    """Scale a heatmap so that its maximum is 255. `Heat.confidence` reports the absolute confidence."""
-    hottest = float(heat.max())
-    return (heat * (255 / hottest if hottest > 0 else 0)).round().byte().numpy()
+def _name(paths: Sequence[Path]) -> str:
+    """Return the name of an upload in messages."""
+    return paths[0].name if len(paths) == 1 else f"{len(paths)} files"
+
+
+def _coarse(tokens: ScanTokens, stride: int) -> ScanTokens:
+    """Return the same tokens on an array of every `stride`-th row and column."""
+    depth, *plane = tokens.edges
+    height, width = (edges * (math.ceil(float(edges[-1]) / stride) / float(edges[-1])) for edges in plane)
+    return replace(tokens, edges=(depth, height, width))
+
+
+def _coarse_slice(axis: slice, stride: int) -> slice:
+    return slice(axis.start // stride, -(-axis.stop // stride))
 
 
 def on_gpu(model: torch.nn.Module, function: Callable[[Scan], Result]) -> Callable[[Scan], Result]:

@@ -12,11 +12,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from threading import Event, Thread
 
+from PIL import Image
+
 from ..data.collection import Record
 from ..reading_m3ret import FORMATS, M3RetReadError, ReadLimits, Scan, read_scan
+from ..scan_m3ret import sniff
+from .pixels import describe_scan, preview
 
 
 UPLOAD_BYTES = 2**30  # all files together; an uncompressed CT of 2,000 slices of 512 x 512 has this size
@@ -24,23 +29,68 @@ UPLOAD_BYTES = 2**30  # all files together; an uncompressed CT of 2,000 slices o
 LIMITS = ReadLimits(max_decoded_bytes=2**30, max_files=2048)
 RETENTION_SECONDS = 1800.0  # of uploads, open scans and rendered images; an open page has its own copies of images
 SWEEP_INTERVAL_SECONDS = 300.0
+MAX_CHOICES = 12  # scans of one upload that are offered; each is read to show a picture of it
 
 
 # -------------------------------------------------------------------------------------------------------------- reading
 
 
-def read_upload(files: Sequence[Path], num_frames: int, limits: ReadLimits = LIMITS) -> Scan:
+@dataclass(frozen=True, eq=False)
+class Choice:
+    """One of several scans in an upload."""
+
+    files: tuple[Path, ...]
+    series: int | None  # index of a DICOM series, as `read_scan` takes it
+    description: str
+    picture: Image.Image
+
+
+def read_upload(files: Sequence[Path], num_frames: int, limits: ReadLimits = LIMITS, series: int | None = None) -> Scan:
     """Read the scan in one file, in an archive, or in several files, which must be the slices of one DICOM series.
 
     Args:
         num_frames: Number of frames to sample from a video, see `read_scan`.
+        series: Which DICOM series of several to read.
 
     Raises:
-        M3RetReadError: If the files hold no scan, or exceed the limits.
+        M3RetReadError: If the files hold no scan or several, or exceed the limits.
     """
     if not files:
         raise M3RetReadError("upload", "not_found", f"{FORMATS}, or a zip archive of DICOM slices", "no file")
-    return read_scan([*files] if len(files) > 1 else files[0], num_frames=num_frames, limits=limits)
+    source = [*files] if len(files) > 1 else files[0]
+    return read_scan(source, num_frames=num_frames, limits=limits, series=series)
+
+
+def read_or_list(files: Sequence[Path], num_frames: int, limits: ReadLimits = LIMITS) -> Scan | list[Choice]:
+    """Read an upload, or list its scans if it holds several: DICOM series, or files of other formats.
+
+    Raises:
+        M3RetReadError: As `read_upload`, if no scan can be read.
+    """
+    try:
+        return read_upload(files, num_frames, limits)
+    except M3RetReadError:
+        dicom = [file for file in files if sniff(file) == "dicom"]
+        sources = [(file,) for file in files if file not in dicom] if len(files) > 1 else [tuple(files)]
+        choices: list[Choice] = []
+        for source in filter(None, [*sources, tuple(dicom) if len(files) > 1 else ()]):
+            with suppress(M3RetReadError):
+                choices += _choices(source, num_frames, limits, MAX_CHOICES - len(choices))
+        if not choices:
+            raise
+        return choices
+
+
+def _choices(files: tuple[Path, ...], num_frames: int, limits: ReadLimits, count: int) -> list[Choice]:
+    """Return at most `count` scans in files of which all that are DICOM may be several series."""
+    choices: list[Choice] = []
+    total = 1
+    while len(choices) < min(count, total):
+        scan = read_upload(files, num_frames, limits, series=len(choices))
+        total = scan.description.get("series_total", 1)
+        series = len(choices) if total > 1 else None
+        choices.append(Choice(files, series, describe_scan(scan), preview(scan, 160)))
+    return choices
 
 
 def read_record(record: Record, num_frames: int, limits: ReadLimits = LIMITS) -> Scan:

@@ -1,33 +1,36 @@
-"""The Space in a real browser: every kind of upload, filters, the viewer, errors, and a phone's screen."""
+"""The Space in a real browser: what a visitor sees of a query, the viewer, errors, the map, and a phone's screen."""
 
 from __future__ import annotations
 
+import csv
 import io
+import json
 import re
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-import httpx
 import numpy as np
+import pydicom
 import pytest
+import torch
 from PIL import Image
+from pydicom.data import get_testdata_file
+from pydicom.uid import generate_uid
 from space_server import SUBJECTS, TIMEOUT, SpaceServer, browsing, find_browser, screenshot_folder, serving
 
-from modeling_m3ret.scan_m3ret import Scan
-from modeling_m3ret.space.explore import SIDE, GalleryMap
-from modeling_m3ret.space.service import DEFAULT_HITS, key_of_row
-from modeling_m3ret.space.side_by_side import modality_name
-from modeling_m3ret.space.viewer import FULL_RANGE, WINDOWS, num_slices, render_slice, voxel_at
+from modeling_m3ret.space.calibration import Calibration
+from modeling_m3ret.space.service import DEFAULT_HITS
 
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
 
 SCANS = 5 * SUBJECTS
 UPLOAD_BYTES = 2**25
-WIDE, NARROW = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
+WIDE, TABLET, NARROW = {"width": 1440, "height": 900}, {"width": 1024, "height": 768}, {"width": 390, "height": 844}
+OpenPage = Callable[..., Any]
 
 
 @pytest.fixture(scope="module")
@@ -57,10 +60,10 @@ def context(browser: Any) -> Any:
 
 
 @pytest.fixture
-def open_page(context: Any, server: SpaceServer, requested: list[str]) -> Iterator[Any]:
-    """Open the page in a new tab. Violations of its content security policy fail the test."""
+def open_page(context: Any, server: SpaceServer, requested: list[str]) -> Iterator[OpenPage]:
+    """Open the page in a new tab. Errors of its scripts and violations of its security policy fail the test."""
     pages: list[Any] = []
-    violations: list[str] = []
+    errors: list[str] = []
 
     def open_new(viewport: dict[str, int] = WIDE, scheme: str = "light") -> Any:
         page = context.new_page()
@@ -69,15 +72,16 @@ def open_page(context: Any, server: SpaceServer, requested: list[str]) -> Iterat
         page.set_viewport_size(viewport)
         page.emulate_media(color_scheme=scheme)
         page.on("request", lambda request: requested.append(request.url))
-        page.on("console", lambda message: violations.append(message.text) if "Policy" in message.text else None)
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.on("console", lambda message: errors.append(message.text) if "Policy" in message.text else None)
         page.goto(server.address)
-        page.locator("#upload").wait_for()
+        page.locator("#examples .card").first.wait_for()
         return page
 
     yield open_new
     for page in pages:
         page.close()
-    assert violations == []
+    assert errors == []
 
 
 @pytest.fixture(scope="module")
@@ -89,407 +93,609 @@ def upload(page: Any, *files: Path) -> None:
     page.locator("#upload input[type=file]").set_input_files([str(file) for file in files])
 
 
-def hits(page: Any) -> list[str]:
-    """Return the captions of the grid, once there are some."""
-    captions = page.locator("#grid .caption-label")
-    captions.first.wait_for()
-    wait_until_idle(page)
-    return [caption.strip() for caption in captions.all_inner_texts()]
-
-
-def wait_until_idle(page: Any) -> None:
+def idle(page: Any) -> None:
     """Wait until no event is in progress."""
-    page.wait_for_timeout(100)  # until an event has been sent
-    page.wait_for_function("() => !document.querySelector('.generating, .progress-text, .eta-bar')")
+    page.wait_for_timeout(150)  # until an event has been sent
+    page.wait_for_function("() => !document.querySelector('.generating, .progress-text, .eta-bar, .pending')")
 
 
-def open_hit(page: Any, number: int = 0) -> None:
-    page.locator("#grid button.thumbnail-item, #grid .grid-container button").nth(number).click()
-    page.locator("#viewer #hit-image img").wait_for()
-    wait_until_idle(page)
+def results(page: Any) -> list[int]:
+    """Return the items of the visible cards, once there are some."""
+    page.locator("#grid .card").first.wait_for()
+    idle(page)
+    return [int(card.get_attribute("data-index")) for card in page.locator("#grid .card:visible").all()]
 
 
-def source(page: Any, image: str) -> str:
-    return str(page.locator(f"{image} img").get_attribute("src"))
+def example_row(page: Any, modality: str) -> int:
+    """Return the row of the first example of a modality, as it is named on the page."""
+    return int(page.locator("#examples .card").filter(has_text=modality).first.get_attribute("data-index"))
 
 
-def wait_for_change(page: Any, image: str, before: str) -> None:
-    """Wait until an image has changed."""
-    page.wait_for_function(
-        "([image, before]) => document.querySelector(image + ' img')?.getAttribute('src') !== before",
-        arg=[image, before],
-    )
+def example(page: Any, modality: str) -> list[int]:
+    """Search with the first example of a modality and return the results."""
+    page.locator("#examples .card").filter(has_text=modality).first.click()
+    return results(page)
 
 
-def error(page: Any, text: str) -> Any:
-    """Return the error message on the page that contains this name or value."""
-    return page.get_by_test_id("toast-body").filter(has_text=text)
+def viewed(page: Any, act: Callable[[], Any]) -> None:
+    """Act, and wait until the viewer shows what this leads to."""
+    page.evaluate("() => { document.querySelector('#viewer').dataset.state = '' }")
+    act()
+    page.wait_for_function("() => ['ready', 'failed'].includes(document.querySelector('#viewer').dataset.state)")
+    assert page.locator("#viewer").get_attribute("data-state") == "ready", page.locator("#viewer .message").inner_text()
 
 
-def one_of_each(server: SpaceServer, folder: Path) -> dict[str, list[Path]]:
+def open_result(page: Any, number: int = 0) -> None:
+    viewed(page, page.locator("#grid .card:visible").nth(number).click)
+
+
+def pane(page: Any, number: int, expression: str) -> Any:
+    """Evaluate an expression on the query's (0) or the result's (1) pane."""
+    return page.evaluate(f"() => {{ const pane = m3ret.panes()[{number}]; return {expression} }}")
+
+
+def slices(page: Any) -> list[int]:
+    return [pane(page, number, "pane.slice") for number in range(2)]
+
+
+def picture(page: Any, number: int = 0) -> np.ndarray:
+    """Return the pixels of a pane `(H, W, 3)` as they are on the screen."""
+    page.wait_for_timeout(200)
+    return np.asarray(
+        Image.open(io.BytesIO(page.locator("#viewer canvas").nth(number).screenshot())).convert("RGB")
+    ).astype(int)
+
+
+def ct_series(folder: Path, values: np.ndarray) -> list[Path]:
+    """Write a CT `(D, H, W)` in HU, ordered as an axial DICOM series, of 3 mm voxels."""
+    folder.mkdir()
+    series = generate_uid()
+    for index, plane in enumerate(values):
+        header = pydicom.dcmread(get_testdata_file("CT_small.dcm"))
+        header.SeriesInstanceUID, header.SOPInstanceUID = series, generate_uid()
+        header.ImageOrientationPatient, header.ImagePositionPatient = [1, 0, 0, 0, 1, 0], [0, 0, 3 * index]
+        header.PixelSpacing, header.SliceThickness, header.InstanceNumber = [3, 3], 3, index + 1
+        header.Rows, header.Columns = plane.shape
+        header.PixelData = (plane - int(header.RescaleIntercept)).astype("<i2").tobytes()
+        header.save_as(folder / f"{index}.dcm")
+    return sorted(folder.iterdir())
+
+
+# -------------------------------------------------------------------------------------------------- results and states
+
+
+@pytest.mark.parametrize("kind", ["slices", "zip", "nifti", "video", "dicom", "image"])
+def test_an_uploaded_scan_of_the_gallery_is_its_own_best_hit(
+    kind: str, open_page: OpenPage, server: SpaceServer, tmp_path: Path
+) -> None:
     series = server.scan_path("ct", "")
-    packed = folder / "series.zip"
+    packed = tmp_path / "series.zip"
     with zipfile.ZipFile(packed, "w") as archive:
         for slice_file in sorted(series.iterdir()):
             archive.write(slice_file, f"study/{slice_file.name}")
-    return {
+    files = {
         "slices": sorted(series.iterdir()),
         "zip": [packed],
         "nifti": [next(server.folder.glob("*/mri/*.nii.gz"))],
         "video": [server.scan_path("endoscopy", ".mp4")],
         "dicom": [server.scan_path("xray", ".dcm")],
         "image": [server.scan_path("xray", ".png")],
-    }
-
-
-@pytest.mark.parametrize("kind", ["slices", "zip", "nifti", "video", "dicom", "image"])
-def test_an_uploaded_scan_of_the_gallery_is_its_own_best_hit(
-    kind: str, open_page: Any, server: SpaceServer, tmp_path: Path, screenshots: Path
-) -> None:
+    }[kind]
     page = open_page()
-    upload(page, *one_of_each(server, tmp_path)[kind])
-    found = hits(page)
-    assert len(found) == DEFAULT_HITS
-    assert found[0].startswith("1.000 · ")
-    facts = page.locator("#query-facts textarea, #query-facts input").input_value()
+    upload(page, *files)
+    best = results(page)[0]
+    location = server.records[best].location
+    assert location == (series if kind in ("slices", "zip") else files[0])
+    facts = page.locator("#query-card").inner_text()
     assert re.search(r"\d+ × \d+ px", facts)
     assert ("slices" in facts) == (kind in ("slices", "zip", "nifti"))
     assert ("frames" in facts) == (kind == "video")
-    page.screenshot(path=screenshots / f"1280-light-upload-{kind}.png")
 
 
-def test_filters_narrow_the_hits(open_page: Any, server: SpaceServer, screenshots: Path) -> None:
+def test_a_card_says_what_the_scan_is_and_how_close_it_is(open_page: OpenPage, server: SpaceServer) -> None:
     page = open_page()
-    upload(page, server.scan_path("xray", ".png"))
-    assert len(hits(page)) == DEFAULT_HITS
+    row = example_row(page, "MRI")
+    items = example(page, "MRI")
+    hit = server.service.search(server.service.query_of_row(row), 1)[0]
+    assert items[0] == hit["item"]
+    text = page.locator("#grid .card").first.inner_text()
+    rest = max(0.1, 100 - hit["percentile"])
+    assert f"closest {rest:.1f}%" in text or f"closest {rest:.0f}%" in text
+    assert page.locator("#grid .rank").all_inner_texts()[:2] == ["1", "2"]
+    assert page.locator("#results").is_visible()
+    assert not page.locator("#welcome").is_visible()
+
+
+@pytest.mark.parametrize("nearest", [0.0, 2.0])
+def test_a_query_without_a_match_is_called_so(nearest: float, open_page: OpenPage, server: SpaceServer) -> None:
+    page = open_page()
+    gallery = server.service.gallery
+    calibration = gallery.calibration
+    gallery.__dict__["calibration"] = Calibration(calibration.pairs, torch.full((200,), nearest))
+    try:
+        example(page, "CT")
+    finally:
+        gallery.__dict__["calibration"] = calibration
+    weak = page.locator("#grid .card:visible em").count()
+    assert page.locator("#status .verdict").count() == (nearest > 1)
+    assert weak == (page.locator("#grid .card:visible").count() if nearest > 1 else 0)
+
+
+def test_a_blank_image_is_called_blank(open_page: OpenPage, tmp_path: Path) -> None:
+    Image.new("L", (90, 80), 3).save(tmp_path / "black.png")
+    page = open_page()
+    upload(page, tmp_path / "black.png")
+    results(page)
+    assert "blank" in page.locator("#status .verdict").inner_text()
+
+
+def test_scans_that_look_the_same_are_behind_a_button(open_page: OpenPage, server: SpaceServer) -> None:
+    page = open_page()
+    example(page, "CT")
     page.locator("#options button").first.click()
-    page.locator("#modalities input").click()
-    page.get_by_role("option", name="CT", exact=True).click()
-    page.wait_for_function(f"() => document.querySelectorAll('#grid .caption-label').length === {SUBJECTS}")
-    assert all(" · CT · " in caption for caption in hits(page))
-    page.keyboard.press("Escape")
-    page.screenshot(path=screenshots / "1280-light-filtered.png", full_page=True)
+    page.locator("#count input[type=range]").press("End")
+    idle(page)
+    more = page.locator("#grid .more")
+    hidden = page.locator("#grid li[hidden]").count()
+    assert results(page)
+    assert more.count() <= hidden
+    if more.count():
+        before = page.locator("#grid .card:visible").count()
+        more.first.click()
+        count = int(re.findall(r"\+(\d+)", more.first.inner_text())[0])
+        assert page.locator("#grid .card:visible").count() == before + count
+        more.first.click()
+        assert page.locator("#grid .card:visible").count() == before
 
 
-def test_linked_slices_move_together(open_page: Any, server: SpaceServer, screenshots: Path) -> None:
-    page = open_page()
-    page.locator("#example-ct").click()
-    hits(page)
-    page.locator("#options button").first.click()
-    page.locator("#modalities input").click()
-    page.get_by_role("option", name="CT", exact=True).click()
-    page.wait_for_function(f"() => document.querySelectorAll('#grid .caption-label').length === {SUBJECTS - 1}")
-    open_hit(page)
-    page.screenshot(path=screenshots / "1280-light-viewer.png", full_page=True)
-
-    hot = source(page, "#hit-image")
-    page.locator("#show-heat input").uncheck()
-    wait_for_change(page, "#hit-image", hot)
-    cold = source(page, "#hit-image")
-    page.locator("#window").get_by_label("lung").check()
-    wait_for_change(page, "#hit-image", cold)
-
-    query_before, hit_before = source(page, "#query-image"), source(page, "#hit-image")
-    slider = page.locator("#query-slice input[type=range]")
-    start = int(slider.input_value())
-    slider.focus()
-    key = "ArrowLeft" if start > 1 + 6 else "ArrowRight"
-    for _ in range(6):
-        page.keyboard.press(key)
-    wait_for_change(page, "#query-image", query_before)
-    wait_for_change(page, "#hit-image", hit_before)
-    wait_until_idle(page)
-    moved = int(slider.input_value())
-    assert abs(moved - start) == 6
-    hit = page.locator("#hit-slice input[type=range]")
-    fraction = (moved - 1) / (int(slider.get_attribute("max")) - 1)
-    assert abs((int(hit.input_value()) - 1) - fraction * (int(hit.get_attribute("max")) - 1)) <= 1
-
-    page.locator("#link-slices input").uncheck()
-    alone = hit.input_value()
-    slider.focus()
-    before = source(page, "#query-image")
-    page.keyboard.press("ArrowRight")
-    wait_for_change(page, "#query-image", before)
-    assert hit.input_value() == alone
-
-    page.locator("#to-best").click()
-    wait_until_idle(page)
-    page.wait_for_function(f"() => document.querySelector('#query-slice input[type=range]').value === '{start}'")
-
-
-def shown(page: Any, image: str, server: SpaceServer) -> np.ndarray:
-    """Return the pixels of an image as the server sent them."""
-    answer = httpx.get(source(page, image), timeout=TIMEOUT)
-    return np.asarray(Image.open(io.BytesIO(answer.content)).convert("RGB")).astype(float)
-
-
-def click_at(page: Any, image: str, right: float, down: float) -> tuple[int, int]:
-    """Click at fractions of an image's width and height, and wait for the image that this leads to.
-
-    Returns:
-        The pixel that was clicked, in the image's own resolution.
-    """
-    element = page.locator(f"{image} img")
-    element.scroll_into_view_if_needed()
-    # before the click replaces the image: one that is still loading has size 0 x 0
-    page.wait_for_function("image => document.querySelector(image + ' img').naturalWidth > 0", arg=image)
-    width, height = element.evaluate("image => [image.naturalWidth, image.naturalHeight]")
-    box = element.bounding_box()
-    before = source(page, image)
-    element.click(position={"x": right * box["width"], "y": down * box["height"]})
-    wait_for_change(page, image, before)
-    wait_until_idle(page)
-    return round(right * width), round(down * height)
-
-
-def shown_slice(page: Any, hit: Scan) -> int:
-    """Return the index of the slice that the page shows of `hit`. A single slice has no slider."""
-    return int(page.locator("#hit-slice input[type=range]").input_value()) - 1 if num_slices(hit) > 1 else 0
-
-
-def region_fields(page: Any) -> list[int]:
-    page.locator("#region-left-column input").wait_for()  # created when the accordion is opened
-    return [int(field.input_value()) for field in page.locator("#region input").all()]
-
-
-@pytest.mark.parametrize(("name", "viewport"), [("1280", WIDE), ("390", NARROW)])
-def test_two_clicks_select_a_region_and_show_where_it_matches(
-    name: str, viewport: dict[str, int], open_page: Any, server: SpaceServer, screenshots: Path
-) -> None:
-    page = open_page(viewport)
-    row = server.row_of("ct")
-    query = server.service.query_of_row(row)
-    page.locator("#example-ct").click()
-    hits(page)
-    found = [hit["item"] for hit in server.service.search(query, 8)]
-    open_hit(page)
-    scan, hit = server.service.scan(key_of_row(row)), server.service.scan(key_of_row(found[0]))
-    D, H, W = scan.array.shape[1:]
-    index = int(page.locator("#query-slice input[type=range]").input_value()) - 1
-    top = voxel_at(scan, *click_at(page, "#query-image", 0.3, 0.35))
-    if name == "1280":
-        page.screenshot(path=screenshots / f"{name}-light-first-corner.png", full_page=True)
-    bottom = voxel_at(scan, *click_at(page, "#query-image", 0.7, 0.6))
-    page.screenshot(path=screenshots / f"{name}-light-region.png", full_page=True)
-    assert page.evaluate("() => document.documentElement.scrollWidth") <= viewport["width"], "no horizontal scrolling"
-    page.locator("#region button").first.click()
-    slab = server.service.slices_in_patch(query, index)
-    assert 1 <= slab.stop - slab.start < D
-    numbers = region_fields(page)
-    # a pixel to either side for the browser's fractions of one
-    expected = [slab.start + 1, slab.stop, top[0] + 1, bottom[0] + 1, top[1] + 1, bottom[1] + 1]
-    np.testing.assert_allclose(numbers, expected, atol=1)
-    assert numbers[:2] == expected[:2]
-
-    region = tuple(slice(low - 1, high) for low, high in zip(numbers[::2], numbers[1::2], strict=True))
-    heat, whole = server.service.heat(query, found[0], region), server.service.heat(query, found[0])
-    assert shown_slice(page, hit) == heat.hit_slice
-    assert page.locator("#query-slice input[type=range]").input_value() == str(index + 1), "the query keeps its slice"
-    window = WINDOWS[FULL_RANGE]
-    theirs = shown(page, "#hit-image", server)
-    of_region, of_whole = (render_slice(hit, heat.hit_slice, window, which.hit) for which in (heat, whole))
-    difference = np.abs(theirs - np.asarray(of_region)).mean()
-    assert difference < 3, "except for image compression"
-    assert difference < np.abs(theirs - np.asarray(of_whole)).mean()
-    outlined, plain = (render_slice(scan, index, window, heat.query, which) for which in (region, None))
-    ours = shown(page, "#query-image", server)
-    assert np.abs(ours - np.asarray(outlined)).mean() < np.abs(ours - np.asarray(plain)).mean()
-    if name == "390":
-        return
-
-    slider = page.locator("#query-slice input[type=range]")
-    before = source(page, "#query-image")
-    slider.focus()
-    page.keyboard.press("ArrowRight" if index + 1 < D else "ArrowLeft")
-    wait_for_change(page, "#query-image", before)
-    wait_until_idle(page)
-    assert region_fields(page) == numbers, "the region stays while slices move"
-    before = source(page, "#hit-image")
-    open_hit(page, 1)
-    wait_for_change(page, "#hit-image", before)
-    wait_until_idle(page)
-    assert region_fields(page) == numbers, "and for another hit"
-
-    before = source(page, "#query-image")
-    page.locator("#region-left-column input").focus()
-    page.keyboard.press("Control+a")
-    page.keyboard.type(str(numbers[4] + 2))
-    wait_for_change(page, "#query-image", before)
-    wait_until_idle(page)
-    before = source(page, "#query-image")
-    page.locator("#clear-region").focus()
-    page.keyboard.press("Enter")
-    wait_for_change(page, "#query-image", before)
-    wait_until_idle(page)
-    assert region_fields(page) == [1, D, 1, H, 1, W]
-    second = server.service.scan(key_of_row(found[1]))
-    assert shown_slice(page, second) == server.service.heat(query, found[1]).hit_slice
-
-    click_at(page, "#query-image", 0.3, 0.3)
-    page.locator("#example-xray").click()
-    page.wait_for_function("() => !document.querySelector('#viewer')?.offsetParent")
-    hits(page)
-    open_hit(page)
-    assert page.locator("#region-first-slice").count() == 0, "an image has no slices to choose from"
-
-
-def test_windows_are_offered_only_for_hounsfield_units(open_page: Any, server: SpaceServer) -> None:
-    page = open_page()
-    upload(page, server.scan_path("xray", ".png"))
-    hits(page)
-    page.locator("#options button").first.click()
-    page.locator("#modalities input").click()
-    page.get_by_role("option", name="X-ray", exact=True).click()
-    page.wait_for_function(f"() => document.querySelectorAll('#grid .caption-label').length === {SUBJECTS}")
-    open_hit(page)
-    assert page.locator("#window").get_by_label("lung").count() == 0
-    assert not page.locator("#query-slice input[type=range]").is_visible(), "an X-ray has no slices to move through"
-
-
-def test_a_hit_becomes_the_query(open_page: Any, server: SpaceServer) -> None:
-    page = open_page()
-    upload(page, server.scan_path("endoscopy", ".mp4"))
-    first = hits(page)
-    open_hit(page, 2)
-    page.locator("#as-query").click()
-    page.wait_for_function(
-        "before => document.querySelector('#grid .caption-label')?.innerText.trim() !== before", arg=first[0]
-    )
-    assert len(hits(page)) == DEFAULT_HITS
+def is_reset(page: Any) -> None:
+    assert not page.locator("#results").is_visible()
     assert not page.locator("#viewer").is_visible()
+    assert not page.locator("#query-card").is_visible()
+    assert page.locator("#welcome").is_visible()
+    assert page.locator("#grid .card").count() == page.locator("#table tr").count() == 0
+    assert "broken" not in page.locator("#upload").inner_text()
 
 
-def test_table_and_download_hold_the_hits_of_the_grid(open_page: Any, server: SpaceServer, screenshots: Path) -> None:
-    page = open_page()
-    upload(page, server.scan_path("ultrasound"))
-    found = hits(page)
-    page.get_by_role("tab", name="Table").click()
-    similarity = page.locator("#table [data-testid='cell-0-1']").first
-    similarity.wait_for()
-    assert float(similarity.inner_text()) == pytest.approx(float(found[0].split(" · ")[0]), abs=5e-4)
-    with page.expect_download() as download:
-        page.locator("#as-csv").click()
-    lines = Path(download.value.path()).read_text().splitlines()
-    assert lines[0] == "item,similarity,modality,anatomy,labels,source"
-    assert len(lines) == 1 + len(found)
-    page.screenshot(path=screenshots / "1280-light-table.png", full_page=True)
-
-
-def test_an_unreadable_file_is_an_error_that_names_it(
-    open_page: Any, server: SpaceServer, tmp_path: Path, screenshots: Path
+def test_nothing_of_a_query_stays_after_an_error_or_a_new_start(
+    open_page: OpenPage, server: SpaceServer, tmp_path: Path, screenshots: Path
 ) -> None:
-    page = open_page()
     (tmp_path / "broken.dcm").write_text("not a scan")
+    page = open_page()
+    example(page, "CT")
+    open_result(page)
     upload(page, tmp_path / "broken.dcm")
-    error(page, "broken.dcm").wait_for()
-    assert page.locator("#status .error").count() == 0, "no error mark covers the status line"
-    page.screenshot(path=screenshots / "1280-light-broken-file.png")
+    page.locator("#notice p").first.wait_for()
+    idle(page)
+    assert "broken.dcm" in page.locator("#notice").inner_text()
+    page.screenshot(path=screenshots / "1440-light-error.png")
+    is_reset(page)
+    upload(page, server.scan_path("xray", ".png"))
+    results(page)
+    assert not page.locator("#notice p").count(), "the error is gone"
+    open_result(page)
+    page.locator("#start-over").click()
+    page.locator("#welcome").wait_for()
+    idle(page)
+    is_reset(page)
+    example(page, "MRI")
+    assert not page.locator("#viewer").is_visible()
     page.reload()
     upload(page, server.scan_path("xray", ".png"))
-    assert len(hits(page)) == DEFAULT_HITS
+    results(page)
+    page.locator("#upload [aria-label=Clear], #upload button[title=Clear]").first.click()
+    page.locator("#welcome").wait_for()
+    idle(page)
+    is_reset(page)
 
 
-def test_files_that_are_too_large_in_total_are_an_error(open_page: Any, server: SpaceServer, tmp_path: Path) -> None:
+def test_an_upload_that_is_too_large_is_an_error_in_the_page(open_page: OpenPage, tmp_path: Path) -> None:
     page = open_page()
     slices = [tmp_path / f"{number}.dcm" for number in range(5)]
     for file in slices:
         file.write_bytes(bytes(2**23))
     upload(page, *slices)
-    error(page, f"{UPLOAD_BYTES:,}").wait_for()
-    page.reload()
-    upload(page, server.scan_path("xray", ".png"))
-    assert len(hits(page)) == DEFAULT_HITS
+    page.locator("#notice p").filter(has_text=f"{UPLOAD_BYTES:,}").wait_for()
 
 
-def test_html_in_labels_and_file_names_is_shown_as_text(open_page: Any, server: SpaceServer, tmp_path: Path) -> None:
+def test_several_scans_in_an_upload_are_offered(open_page: OpenPage, server: SpaceServer, screenshots: Path) -> None:
     page = open_page()
-    bad = tmp_path / "<img src=x onerror=window.attacked='file'>.png"
+    image = server.scan_path("xray", ".png")
+    upload(page, *sorted(server.scan_path("ct", "").iterdir()), image)
+    page.locator("#which-one .card").nth(1).wait_for()
+    idle(page)
+    page.screenshot(path=screenshots / "1440-light-which-one.png")
+    assert page.locator("#which-one .card").count() == 2
+    assert not page.locator("#results").is_visible()
+    page.locator("#which-one .card").filter(has_not_text="slices").click()
+    assert server.records[results(page)[0]].location == image
+    assert not page.locator("#which-one .card").count()
+
+
+def test_a_folder_is_uploaded(open_page: OpenPage, server: SpaceServer) -> None:
+    page = open_page()
+    series = server.scan_path("ct", "")
+    page.locator("#upload-folder input, input[webkitdirectory]").first.set_input_files(str(series))
+    assert server.records[results(page)[0]].location == series
+
+
+def test_chips_sorting_table_and_downloads(open_page: OpenPage, server: SpaceServer, screenshots: Path) -> None:
+    page = open_page()
+    upload(page, server.scan_path("xray", ".png"))
+    assert len(results(page)) <= DEFAULT_HITS
+    page.locator("#modality-chips").get_by_label(f"CT ({SUBJECTS})").check()
+    page.locator("#modality-chips").get_by_label(f"MRI ({SUBJECTS})").check()
+    idle(page)
+    found = results(page)
+    assert {server.records[item].modality for item in found} <= {"ct", "mri"}
+    page.locator("#options button").first.click()
+    page.locator("#sort").get_by_label("Modality").check()
+    idle(page)
+    modalities = [server.records[item].modality for item in results(page)]
+    assert modalities == sorted(modalities)
+    page.locator("#table-accordion button").first.click()
+    rows = page.locator("#table tbody tr")
+    rows.first.wait_for()
+    with page.expect_download() as download:
+        page.locator("#as-csv").click()
+    lines = list(csv.DictReader(Path(download.value.path()).read_text().splitlines()))
+    assert len(lines) == rows.count() == page.locator("#grid .card").count()
+    with page.expect_download() as download:
+        page.locator("#as-json").click()
+    assert [hit["item"] for hit in json.loads(Path(download.value.path()).read_text())] == [
+        int(line["item"]) for line in lines
+    ]
+    page.screenshot(path=screenshots / "1440-light-table.png", full_page=True)
+
+
+def test_html_in_labels_and_file_names_is_shown_as_text(
+    open_page: OpenPage, server: SpaceServer, tmp_path: Path
+) -> None:
+    page = open_page()
+    bad = tmp_path / "<img src=x onerror=window.attacked='file'>${window.attacked=1}.png"
     bad.write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(64))
     upload(page, bad)
-    error(page, "onerror").wait_for()
-    page.reload()
+    page.locator("#notice").get_by_text("onerror").first.wait_for()
     upload(page, server.scan_path("xray", ".png"))
-    hits(page)
+    results(page)
     page.locator("#options button").first.click()
-    count = page.locator("#count input[type=range]")
-    count.wait_for()
-    wait_until_idle(page)
-    count.press("End")
-    page.wait_for_function(f"() => document.querySelectorAll('#grid .caption-label').length === {SCANS}")
-    captions = " ".join(hits(page))
-    assert "<img src=x onerror=" in captions
-    assert "<script>" in captions
-    open_hit(page, next(number for number, caption in enumerate(hits(page)) if "<img" in caption))
-    page.get_by_role("tab", name="Table").click()
-    page.locator("#table [data-testid='cell-0-4']").first.wait_for()
+    page.locator("#count input[type=range]").press("End")
+    idle(page)
+    page.locator("#table-accordion button").first.click()
+    page.locator("#table tbody tr").first.wait_for()
+    text = page.locator("#table").inner_text()
+    assert "<img src=x onerror=" in text
+    assert "<script>" in text
+    items = [
+        json.loads(item)
+        for item in page.locator("#grid .card").evaluate_all("nodes => nodes.map(n => n.dataset.index)")
+    ]
+    evil = next(item for item in items if "<img" in server.records[item].label)
+    card = page.locator(f"#grid [data-index='{evil}']")
+    viewed(page, lambda: card.dispatch_event("click"))
+    assert "<img" in page.locator("#viewer figcaption").nth(1).inner_text()
     page.get_by_role("tab", name="Explore").click()
+    page.locator("#map circle").first.wait_for()
     page.locator("#map-colour input").nth(1).check()
-    page.wait_for_function("() => (document.querySelector('#item-facts textarea')?.value ?? '').length > 0")
-    wait_until_idle(page)
+    idle(page)
     assert page.evaluate("() => window.attacked") is None
     assert page.locator("img[src='x']").count() == 0
 
 
-def test_a_click_on_the_map_selects_the_scan(open_page: Any, server: SpaceServer, screenshots: Path) -> None:
+# --------------------------------------------------------------------------------------------------------------- viewer
+
+
+def test_slices_move_in_the_browser_alone(open_page: OpenPage, requested: list[str], screenshots: Path) -> None:
     page = open_page()
+    example(page, "CT")
+    page.locator("#modality-chips").get_by_label(f"CT ({SUBJECTS})").check()
+    idle(page)
+    open_result(page)
+    page.screenshot(path=screenshots / "1440-light-viewer.png")
+    idle(page)
+    requested.clear()
+    link = page.locator("#viewer [data-set=link]")
+    link.uncheck()
+    for canvas in page.locator("#viewer canvas").all():
+        canvas.focus()
+        page.keyboard.press("Home")
+    assert slices(page) == [0, 0]
+    link.check()
+    first = page.locator("#viewer canvas").first
+    first.scroll_into_view_if_needed()
+    first.focus()
+    box = first.bounding_box()
+    page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+    position = page.evaluate("() => scrollY")
+    for _ in range(3):
+        page.mouse.wheel(0, 100)
+        page.wait_for_timeout(50)
+    assert slices(page)[0] == 3
+    assert page.evaluate("() => scrollY") == position, "the wheel moves slices, not the page"
+    mm = [pane(page, number, "pane.pane.step") for number in range(2)]
+    assert slices(page)[1] == round(3 * mm[0] / mm[1]), "the other scan follows by the same distance"
+    page.keyboard.press("ArrowDown")
+    assert slices(page)[0] == 4
+    link.uncheck()
+    alone = slices(page)[1]
+    slider = page.locator("#viewer .slices input").first
+    slider.focus()
+    page.keyboard.press("ArrowRight")
+    assert slices(page) == [5, alone]
+    assert slider.get_attribute("aria-valuetext").startswith("6 of ")
+    assert "Slice 6" in page.locator("#viewer output").first.inner_text()
+    page.keyboard.press("b")
+    assert slices(page) == [pane(page, number, "pane.pane.voxel[0]") for number in range(2)]
+    assert requested == [], "no server round trip for a slice"
+
+
+def test_a_scan_is_shown_as_radiologists_expect(open_page: OpenPage, tmp_path: Path) -> None:
+    """The patient's left is at the right and anterior at the top; values are HU; the window can be changed."""
+    values = np.full((12, 40, 40), -100)
+    values[:, 2:12, 28:38] = 900  # rows go from anterior to posterior, columns from right to left
+    page = open_page()
+    upload(page, *ct_series(tmp_path / "ct", values))
+    results(page)
+    open_result(page)
+    heat = page.locator("#viewer [data-set=heat]")
+    heat.evaluate("node => { node.value = 0; node.dispatchEvent(new Event('input', {bubbles: true})) }")
+    page.evaluate("() => m3ret.panes().forEach(pane => pane.nv.setCrosshairWidth(0))")
+    bright = np.argwhere(picture(page).min(-1) > 250)
+    centre = bright.mean(0) / picture(page).shape[:2]
+    assert centre[0] < 0.45, "anterior is at the top"
+    assert centre[1] > 0.55, "the patient's left is at the right"
+    canvas = page.locator("#viewer canvas").first
+    box = canvas.bounding_box()
+    at = bright.mean(0)
+    page.mouse.move(box["x"] + at[1], box["y"] + at[0])
+    page.locator("#viewer output").first.filter(has_text="900 HU").wait_for()
+
+    def window() -> list[float]:
+        return pane(page, 0, "[pane.nv.volumes[0].cal_min, pane.nv.volumes[0].cal_max]")
+
+    assert window() == [-160, 240]
+    page.locator("#viewer [data-set=window]").select_option(label="lung")
+    assert window() == [-1350, 150]
+    box = canvas.bounding_box()
+    page.mouse.move(box["x"] + box["width"] * 0.4, box["y"] + box["height"] * 0.4)
+    page.mouse.down(button="right")
+    page.mouse.move(box["x"] + box["width"] * 0.5, box["y"] + box["height"] * 0.5, steps=4)
+    page.mouse.up(button="right")
+    assert window() != [-1350, 150]
+    page.locator("#viewer [data-do=reset]").click()
+    assert window() == [-1350, 150]
+    page.locator("#viewer [data-set=tool]").select_option("measurement")
+    page.mouse.move(box["x"] + box["width"] * 0.4, box["y"] + box["height"] / 2)
+    page.mouse.down()
+    page.mouse.move(box["x"] + box["width"] * 0.6, box["y"] + box["height"] / 2, steps=4)
+    page.mouse.up()
+    (measured,) = pane(page, 0, "pane.nv.document.completedMeasurements.map(one => one.distance)")
+    per_pixel = 120 / min(box["width"], box["height"])  # 40 voxels of 3 mm fill the shorter side, but for a margin
+    assert measured == pytest.approx(box["width"] * 0.2 * per_pixel, rel=0.1)
+    page.locator("#viewer [data-set=planes]").check()
+    assert pane(page, 0, "pane.nv.opts.sliceType === pane.nv.sliceTypeMultiplanar")
+
+
+def test_an_image_is_not_mirrored(open_page: OpenPage, tmp_path: Path) -> None:
+    pixels = np.full((60, 60, 3), (60, 90, 60), np.uint8)
+    pixels[5:15, 5:15] = (255, 0, 0)
+    Image.fromarray(pixels).save(tmp_path / "corner.png")
+    page = open_page()
+    upload(page, tmp_path / "corner.png")
+    results(page)
+    open_result(page)
+    page.locator("#viewer canvas").first.focus()
+    page.keyboard.press("h")
+    shown = picture(page)
+    red = np.argwhere((shown[..., 0] > 200) & (shown[..., 1] < 60)).mean(0) / shown.shape[:2]
+    assert (red < 0.45).all(), "at the top left"
+    assert not page.locator("#viewer .slices").first.is_visible()
+    assert not page.locator("#viewer [data-for=ct]").is_visible()
+
+
+def test_match_colours_are_an_overlay_inside_the_body(open_page: OpenPage, tmp_path: Path) -> None:
+    values = np.full((12, 40, 40), -1000)
+    values[:, 8:32, 8:32] = 40
+    page = open_page()
+    upload(page, *ct_series(tmp_path / "ct", values))
+    results(page)
+    open_result(page)
+    page.evaluate("() => m3ret.panes().forEach(pane => pane.nv.setCrosshairWidth(0))")
+    heat = pane(page, 0, "Array.from(pane.nv.volumes[1].img)")
+    assert 0 < max(heat) <= 255
+    node = page.locator("#viewer [data-set=heat]")
+    pictures = []
+    for opacity in (0, 100):
+        node.evaluate(
+            f"node => {{ node.value = {opacity}; node.dispatchEvent(new Event('input', {{bubbles: true}})) }}"
+        )
+        pictures.append(picture(page))
+    cold, hot = pictures
+    changed = np.abs(hot - cold).max(-1) > 12
+    air = cold.max(-1) < 40
+    edge = 12  # px of interpolation at the border of the body
+    inside = np.argwhere(~air)
+    (top, left), (bottom, right) = inside.min(0) - edge, inside.max(0) + edge
+    changed[max(0, top) : bottom, max(0, left) : right] = False
+    assert changed.sum() == 0, "no colour in the air"
+    assert (np.abs(hot - cold).max(-1) > 12).any()
+
+
+def test_a_box_on_the_query_searches_by_that_region(
+    open_page: OpenPage, server: SpaceServer, screenshots: Path
+) -> None:
+    page = open_page()
+    query = server.service.query_of_row(example_row(page, "CT"))
+    example(page, "CT")
+    open_result(page)
+    page.locator("#viewer [data-set=tool]").select_option("roiSelection")
+    box = page.locator("#viewer canvas").first.bounding_box()
+
+    def drag() -> None:
+        page.mouse.move(box["x"] + box["width"] * 0.35, box["y"] + box["height"] * 0.35)
+        page.mouse.down()
+        page.mouse.move(box["x"] + box["width"] * 0.6, box["y"] + box["height"] * 0.6, steps=5)
+        page.mouse.up()
+
+    viewed(page, drag)
+    idle(page)
+    page.screenshot(path=screenshots / "1440-light-region.png")
+    assert "region" in page.locator("#status").inner_text()
+    assert page.locator("#viewer [data-do=whole]").is_visible()
+    heat = np.array(pane(page, 0, "Array.from(pane.nv.volumes[1].img)"))
+    D, h, w = (pane(page, 0, f"pane.nv.volumes[1].hdr.dims[{axis}]") for axis in (3, 2, 1))
+    hot = np.argwhere(heat.reshape(D, h, w).any(0)) / [h, w]
+    assert len(hot)
+    assert hot.min() > 0.2, "no colour outside of the region"
+    assert hot.max() < 0.8
+    assert not page.locator("#grid small", has_text="closest").count(), "another score than the cosine"
+    viewed(page, page.locator("#viewer [data-do=next]").click)
+    assert "region" in page.locator("#viewer .message").inner_text()
+    viewed(page, page.locator("#viewer [data-do=whole]").click)
+    idle(page)
+    assert results(page)[0] == server.service.search(query, 1)[0]["item"]
+
+
+def test_previous_next_and_a_result_as_query(open_page: OpenPage) -> None:
+    page = open_page()
+    items = example(page, "Endoscopy")
+    open_result(page, 1)
+    assert page.evaluate("() => document.activeElement.closest('#viewer') !== null"), "the focus moves to the viewer"
+    title = page.locator("#viewer figcaption b").nth(1)
+    assert title.inner_text().startswith("Result ")
+    shown = title.inner_text()
+    viewed(page, page.locator("#viewer [data-do=previous]").click)
+    assert title.inner_text() != shown
+    page.locator("#viewer canvas").first.focus()
+    page.keyboard.press("Escape")
+    assert not page.locator("#viewer").is_visible()
+    assert page.evaluate("() => document.activeElement.dataset.index") == str(items[1]), "and back to the card"
+    open_result(page, 1)
+    page.locator("#viewer [data-do=query]").click()
+    page.wait_for_function("() => document.querySelector('#viewer').hidden")
+    assert items[1] not in results(page)
+
+
+# ------------------------------------------------------------------------------------------------------ map and screens
+
+
+def test_the_map_shows_scans_on_hover_and_searches_on_click(
+    open_page: OpenPage, server: SpaceServer, screenshots: Path
+) -> None:
+    page = open_page()
+    example(page, "MRI")
     page.get_by_role("tab", name="Explore").click()
-    image = page.locator("#map img")
-    image.wait_for()
-    wait_until_idle(page)
-    points = GalleryMap.from_embeddings(server.service.gallery.index.embeddings).points
-    box = image.bounding_box()
-    scale = box["width"] / SIDE
-    page.mouse.click(box["x"] + float(points[7][0]) * scale, box["y"] + float(points[7][1]) * scale)
-    page.wait_for_function("() => document.querySelector('#item input').value !== '0'")
-    chosen = int(page.locator("#item input").input_value())
-    assert np.hypot(*(points[chosen] - points[7])) < 8, "this point, or one that covers it"
-    page.wait_for_function(
-        "modality => document.querySelector('#item-facts textarea').value.startsWith(modality)",
-        arg=modality_name(server.records[chosen].modality),
-    )
-    page.screenshot(path=screenshots / "1280-light-explore.png", full_page=True)
+    points = page.locator("#map circle[data-index]")
+    points.first.wait_for()
+    idle(page)
+    assert points.count() == SCANS
+    assert page.locator("#map .query").count() == 1
+    point = points.nth(SCANS - 1)  # drawn last, so nothing covers it
+    item = int(point.get_attribute("data-index"))
+    point.hover()
+    tip = page.locator("#map-tip")
+    tip.wait_for()
+    assert f"/{item}.webp" in f"/{tip.locator('img').get_attribute('src')}"
+    page.screenshot(path=screenshots / "1440-light-explore.png")
+    point.click()
+    page.get_by_role("tab", name="Search").filter(visible=True).wait_for()
+    assert item not in results(page)
+    assert not tip.is_visible()
+    page.get_by_role("tab", name="Explore").click()
+    page.locator("#item input").fill("2")
     page.locator("#search-with-item").click()
-    assert len(hits(page)) == DEFAULT_HITS
+    assert 2 not in results(page)
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize(("name", "viewport"), [("1280", WIDE), ("390", NARROW)])
+@pytest.mark.parametrize(("name", "viewport"), [("1440", WIDE), ("1024", TABLET), ("390", NARROW)])
 def test_the_page_fits_the_screen(
-    name: str, viewport: dict[str, int], scheme: str, open_page: Any, server: SpaceServer, screenshots: Path
+    name: str, viewport: dict[str, int], scheme: str, open_page: OpenPage, screenshots: Path
 ) -> None:
     page = open_page(viewport, scheme)
-    wait_until_idle(page)
+    idle(page)
     page.screenshot(path=screenshots / f"{name}-{scheme}-start.png")
-    page.locator("#example-ct").click()
-    hits(page)
-    wait_until_idle(page)
-    page.screenshot(path=screenshots / f"{name}-{scheme}-hits.png", full_page=True)
-    open_hit(page)
-    page.screenshot(path=screenshots / f"{name}-{scheme}-viewer.png", full_page=True)
+    example(page, "CT")
+    page.wait_for_timeout(300)
+    if name == "390":
+        top = page.locator("#status").bounding_box()["y"]
+        assert 0 <= top < 200, "the results are in view"
+    page.screenshot(path=screenshots / f"{name}-{scheme}-hits.png")
+    open_result(page)
+    page.wait_for_timeout(300)
+    for canvas in page.locator("#viewer canvas").all():
+        box = canvas.bounding_box()
+        assert box["y"] >= 0
+        assert box["y"] + box["height"] <= viewport["height"], "both pictures are in view"
+    page.screenshot(path=screenshots / f"{name}-{scheme}-viewer.png")
     assert page.evaluate("() => document.documentElement.scrollWidth") <= viewport["width"], "no horizontal scrolling"
-    page.get_by_role("tab", name="About").click()
-    page.locator("#card").wait_for()
-    page.screenshot(path=screenshots / f"{name}-{scheme}-about.png")
 
 
-def test_the_page_requests_no_other_server(open_page: Any, server: SpaceServer, requested: list[str]) -> None:
+def test_pictures_do_not_move_the_page_when_they_load(open_page: OpenPage) -> None:
     page = open_page()
-    page.locator("#examples button").first.click()
-    hits(page)
-    open_hit(page)
+    page.evaluate(
+        "() => { window.shift = 0; new PerformanceObserver(list => list.getEntries().forEach(entry => {"
+        "if (!entry.hadRecentInput) window.shift += entry.value })).observe({type: 'layout-shift'}) }"
+    )
+    page.route("**/thumbnail/**", lambda route: (page.wait_for_timeout(300), route.continue_()))
+    example(page, "CT")
+    before = page.evaluate("() => document.querySelector('#grid').getBoundingClientRect().height")
+    page.wait_for_function("() => [...document.querySelectorAll('#grid img')].every(image => image.complete)")
+    assert page.evaluate("() => document.querySelector('#grid').getBoundingClientRect().height") == before
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_no_serious_violation(scheme: str, open_page: OpenPage) -> None:
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="pip install axe-playwright-python").Axe()
+    page = open_page(scheme=scheme)
+
+    def serious(what: str) -> list[str]:
+        idle(page)
+        found = axe.run(page).response["violations"]
+        return [
+            f"{what}: {one['id']}: {node['html'][:160]}"
+            for one in found
+            if one["impact"] in ("serious", "critical")
+            for node in one["nodes"]
+        ]
+
+    violations = serious("start")
+    example(page, "CT")
+    page.locator("#options button").first.click()
+    page.locator("#table-accordion button").first.click()
+    violations += serious("results")
+    open_result(page)
+    violations += serious("viewer")
     page.get_by_role("tab", name="Explore").click()
-    page.locator("#map img").wait_for()
-    wait_until_idle(page)
-    host = urlsplit(server.address).netloc
-    assert {urlsplit(url).netloc for url in requested if not url.startswith(("data:", "blob:"))} == {host}
+    page.locator("#map circle").first.wait_for()
+    violations += serious("explore")
+    page.get_by_role("tab", name="About").click()
+    violations += serious("about")
+    assert violations == []
 
 
-def test_every_control_has_a_name_and_is_reachable_by_keyboard(open_page: Any, server: SpaceServer) -> None:
+def test_the_page_can_be_used_with_the_keyboard_alone(open_page: OpenPage) -> None:
     page = open_page()
-    page.locator("#examples button").first.click()
-    hits(page)
-    open_hit(page)
+
+    def tab_to(selector: str) -> None:
+        for _ in range(80):
+            page.keyboard.press("Tab")
+            if page.evaluate("selector => document.activeElement.matches(selector)", selector):
+                return
+        raise AssertionError(f"{selector} is not reachable")
+
+    tab_to("#examples .card")
+    page.keyboard.press("Enter")
+    results(page)
+    page.evaluate("() => document.activeElement.blur()")
+    tab_to("#grid .card")
+    viewed(page, lambda: page.keyboard.press("Enter"))
+    tab_to("#viewer canvas")
+    before = slices(page)[0]
+    page.keyboard.press("ArrowUp" if before else "ArrowDown")
+    assert slices(page)[0] != before
+    page.keyboard.press("Escape")
+    assert page.evaluate("() => document.activeElement.matches('#grid .card')")
     unnamed = page.evaluate(
         """() => [...document.querySelectorAll('button, input, textarea, select')]
         .filter(node => node.offsetParent !== null && node.type !== 'file')
@@ -499,8 +705,14 @@ def test_every_control_has_a_name_and_is_reachable_by_keyboard(open_page: Any, s
     )
     assert unnamed == []
     assert page.evaluate("() => [...document.images].filter(i => i.offsetParent && !i.alt).length") == 0
-    reached = set()
-    for _ in range(60):
-        page.keyboard.press("Tab")
-        reached.add(page.evaluate("() => document.activeElement.closest('[id]')?.id ?? ''"))
-    assert {"example-ct", "grid", "query-slice", "to-best", "as-query"} <= reached
+
+
+def test_the_page_requests_no_other_server(open_page: OpenPage, server: SpaceServer, requested: list[str]) -> None:
+    page = open_page()
+    example(page, "CT")
+    open_result(page)
+    page.get_by_role("tab", name="Explore").click()
+    page.locator("#map circle").first.wait_for()
+    idle(page)
+    host = urlsplit(server.address).netloc
+    assert {urlsplit(url).netloc for url in requested if not url.startswith(("data:", "blob:"))} == {host}

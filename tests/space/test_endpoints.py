@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import socket
@@ -16,9 +17,11 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
+import nibabel
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from space_server import TIMEOUT, SpaceServer, routes_of, serving
 
 from modeling_m3ret.space import request_gate
@@ -62,7 +65,9 @@ def test_search_finds_the_uploaded_scan_itself(client: Any, server: SpaceServer)
     answer = client.predict([upload(path)], 3, [], [], False, api_name="/search")
     assert set(answer) == {"query", "hits"}
     assert (answer["hits"][0]["item"], answer["hits"][0]["similarity"]) == (row, pytest.approx(1, abs=2e-3))
-    assert set(answer["hits"][0]) == {"item", "similarity", "modality", "anatomy", "labels", "source"}
+    hit = answer["hits"][0]
+    assert set(hit) == {"item", "similarity", "percentile", "weak", "modality", "anatomy", "labels", "source"}
+    assert (hit["percentile"], hit["weak"]) == (pytest.approx(100, abs=1), False)
     similarities = [hit["similarity"] for hit in answer["hits"]]
     assert similarities == sorted(similarities, reverse=True)
     reranked = client.predict([upload(path)], 3, [], [], True, api_name="/search")
@@ -303,19 +308,24 @@ def test_an_event_that_does_not_exist_is_refused(index: Any, server: SpaceServer
     assert private.status_code == 404, "an event of the page is not an endpoint"
 
 
+NOT_SELECTIONS = [-1, -(10**9), 1.5, True, None, "0", [], [0, 0], {"a": 0}, "missing"]
+
+
 @pytest.mark.parametrize(
-    ("elem_id", "selections"),
+    ("elem_id", "trigger", "selections"),
     [
-        ("grid", [-1, -(10**9), 1.5, True, None, "0", [], [0], [0, 0], {"a": 0}, "missing"]),
-        ("table", [-1, 0, [-1, 0], [0, -1], [0], [0, 1, 2], [[0], 0], [0.5, 0], [True, 0], None, "missing"]),
-        ("map", [0, [-1, 5], [5], [5, None], [1e9, 5], ["5", "5"], {"x": 5, "y": 5}, None, "missing"]),
+        *((elem_id, "select", NOT_SELECTIONS) for elem_id in ("grid", "examples", "which-one", "map", "viewer-block")),
+        ("viewer-block", "submit", NOT_SELECTIONS),
+        ("viewer-block", "input", [*NOT_SELECTIONS, [0] * 4, [0] * 6, [-1, 0, 0, 0, 0], [0, 0, 0, 0, 1.5], [None] * 5]),
     ],
 )
-def test_a_selection_that_does_not_exist_is_refused(elem_id: str, selections: list[Any], server: SpaceServer) -> None:
+def test_a_selection_that_does_not_exist_is_refused(
+    elem_id: str, trigger: str, selections: list[Any], server: SpaceServer
+) -> None:
     with httpx.Client(base_url=server.address, timeout=TIMEOUT) as visitor:
         config = visitor.get("/config").json()
         (grid,) = (part["id"] for part in config["components"] if part["props"].get("elem_id") == elem_id)
-        (event,) = (event for event in config["dependencies"] if [grid, "select"] in event["targets"])
+        (event,) = (event for event in config["dependencies"] if [grid, trigger] in event["targets"])
         values = {part["id"]: part["props"].get("value") for part in config["components"]}
         body = {"fn_index": event["id"], "session_hash": "s", "data": [values[id] for id in event["inputs"]]}
         for selected in selections:
@@ -323,7 +333,7 @@ def test_a_selection_that_does_not_exist_is_refused(elem_id: str, selections: li
             answer = visitor.post("/gradio_api/queue/join", json=body | {"event_data": data})
             assert answer.status_code == 400, selected
         file = {"path": "/etc/passwd", "meta": {"_type": "gradio.FileData"}}  # Gradio would look for it
-        index = 3 if elem_id == "grid" else [3, 3]
+        index = [0, 1, 9, 1, 9] if trigger == "input" else 3
         accepted = visitor.post("/gradio_api/queue/join", json=body | {"event_data": {"index": index, "value": file}})
         assert accepted.status_code == 200
         messages = visitor.get("/gradio_api/queue/data", params={"session_hash": "s"}).text
@@ -446,6 +456,42 @@ def test_answers_contain_no_file_name_and_no_patient(client: Any, server: SpaceS
         assert "secret-ward" not in text
         assert "subject-00" not in text
         assert str(server.folder) not in text
+
+
+def test_the_viewer_receives_pixels_of_scans_only(server: SpaceServer) -> None:
+    """A new NIfTI file without text, under the number of a scan of the gallery or a random key of an upload."""
+    row = server.row_of("ct")
+    with httpx.Client(base_url=server.address, timeout=TIMEOUT) as visitor:
+        answer = visitor.get(f"/m3ret/scan/row-{row}.nii")
+        assert answer.status_code == 200
+        assert "sandbox" in directives(answer.headers["content-security-policy"])
+        assert answer.headers["cache-control"] == "no-store"
+        shown = nibabel.Nifti1Image.from_bytes(answer.content)
+        assert shown.shape[::-1] == server.service.scan(f"row-{row}").array.shape[1:]
+        assert b"PHANTOM" not in answer.content
+        picture = visitor.get(f"/m3ret/thumbnail/{row}.webp")
+        assert Image.open(io.BytesIO(picture.content)).size == (128, 128)
+        assert visitor.get("/m3ret/page.js").status_code == 200
+        for name in (
+            *("scan/row-999.nii", "scan/row--1.nii", "scan/row-x.nii", "scan/upload-0.nii", "scan/..%2f..%2fapp.py"),
+            *(
+                f"scan/upload-{'0' * 32}.nii",
+                "scan/%2fetc%2fpasswd",
+                "scan/",
+                "thumbnail/999.webp",
+                "thumbnail/-1.webp",
+            ),
+            *(
+                "thumbnail/row.webp",
+                "viewer.html",
+                "..%2fservice.py",
+                "../service.py",
+                "page.js/..%2f..%2fservice.py",
+                "",
+            ),
+        ):
+            assert visitor.get(f"/m3ret/{name}").status_code == 404, name
+        assert visitor.post(f"/m3ret/scan/row-{row}.nii").status_code == 404
 
 
 def test_analytics_are_off(server: SpaceServer) -> None:

@@ -53,7 +53,7 @@ def test_wrong_credentials_are_refused(credentials: tuple[str, str], server: Spa
 def test_without_login_no_route_reveals_anything(server: SpaceServer) -> None:
     routes = routes_of(server.page.server_app)
     assert {("POST", "/gradio_api/call/{api_name}"), ("GET", "/config"), ("POST", "/gradio_api/upload")} <= routes
-    secrets = {HTML_LABEL, "secret-ward", str(server.folder), "m3ret-tiny", "query-image", '"endpoint'}
+    secrets = {HTML_LABEL, "secret-ward", str(server.folder), "m3ret-tiny", "viewer-block", '"endpoint'}
     answered = set()
     with httpx.Client(base_url=server.address, timeout=TIMEOUT) as stranger:
         for method, path in sorted(routes):
@@ -68,7 +68,7 @@ def test_without_login_no_route_reveals_anything(server: SpaceServer) -> None:
                 answered.add(path)
     assert answered <= PUBLIC_ROUTES, "Gradio has a new route without login"
     with logged_in(server) as visitor:
-        assert "query-image" in visitor.get("/config").text
+        assert "viewer-block" in visitor.get("/config").text
 
 
 def test_endpoints_require_a_login(server: SpaceServer) -> None:
@@ -94,7 +94,8 @@ def test_an_upload_can_be_downloaded_only_after_login(server: SpaceServer) -> No
         (path,) = visitor.post("/gradio_api/upload", files=files).json()
         route = f"gradio_api/file={path}"
         assert visitor.get(f"/{route}").content == files["files"][1]
-    for url in (route, f"file={path}", f"gradio_api/file/{path}"):
+        assert visitor.get("/m3ret/scan/row-0.nii").status_code == 200
+    for url in (route, f"file={path}", f"gradio_api/file/{path}", "m3ret/scan/row-0.nii", "m3ret/thumbnail/0.webp"):
         assert httpx.get(f"{server.address}{url}", timeout=TIMEOUT).status_code in (401, 404), url
 
 
@@ -112,8 +113,8 @@ def test_a_visitor_logs_in_with_the_browser(server: SpaceServer, tmp_path: Path)
         assert page.locator("#upload").count() == 0
         log_in(page, PASSWORD)
         page.locator("#upload").wait_for()
-        page.locator("#examples button").first.click()
-        page.locator("#grid .caption-label").first.wait_for()
+        page.locator("#examples .card").first.click()
+        page.locator("#grid .card").first.wait_for()
 
 
 def log_in(page: Any, password: str) -> None:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import re
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -23,12 +27,14 @@ from modeling_m3ret.model_facts import ModelFacts
 from modeling_m3ret.reading_image_m3ret import IMAGE_FORMATS
 from modeling_m3ret.reading_m3ret import FORMATS
 from modeling_m3ret.reading_volume_m3ret import VOLUME_READERS
+from modeling_m3ret.scan_m3ret import PROBLEMS, M3RetReadError, Reason
 from modeling_m3ret.search.index import RetrievalIndex
-from modeling_m3ret.space.explore import SIDE, ExplorePage, GalleryMap
+from modeling_m3ret.space.endpoints import error_html
+from modeling_m3ret.space.explore import HEIGHT, WIDTH, ExplorePage
 from modeling_m3ret.space.gallery import Gallery
-from modeling_m3ret.space.pages import about, model_card
-from modeling_m3ret.space.search_page import SearchPage, to_csv
-from modeling_m3ret.space.service import HitFacts, SearchService
+from modeling_m3ret.space.pages import about, build, model_card
+from modeling_m3ret.space.search_page import EXAMPLES, NO_PIXELS, SORTS, SearchPage
+from modeling_m3ret.space.service import SearchService
 
 
 def test_the_model_card_is_shown_without_its_header_and_images(tmp_path: Path) -> None:
@@ -96,46 +102,142 @@ def test_a_checkpoint_without_a_card_has_an_about_tab(tmp_path: Path) -> None:
     assert about(str(tmp_path))
 
 
+def service_of(embeddings: torch.Tensor, columns: dict[str, Any], records: list[Record] | None) -> SearchService:
+    model, processor = M3RetModel(tiny_config()).eval(), M3RetImageProcessor(size=48, num_frames=8)
+    ids = {"id": [str(row) for row in range(len(embeddings))]}
+    gallery = Gallery(RetrievalIndex.build(embeddings, pa.table(ids | columns), ModelFacts("m", "r", "p")), records)
+    return SearchService(model, processor, gallery, DirectReaders())
+
+
+def explore_page(service: SearchService) -> ExplorePage:
+    with gr.Blocks(), gr.Tabs() as tabs, gr.Tab() as tab:
+        return ExplorePage(service, SearchPage(service), tab, tabs)
+
+
+def circles(svg: str) -> list[dict[str, str]]:
+    """Return the attributes of the circles of a map."""
+    return [dict(re.findall(r"([\w-]+)='([^']*)'", circle)) for circle in re.findall(r"<circle[^>]*>", svg)]
+
+
 def test_the_map_shows_the_first_two_principal_components() -> None:
     generator = np.random.default_rng(0)
     axes = np.linalg.qr(generator.normal(size=(16, 2)))[0]
     flat = generator.normal(size=(50, 2)) * [5.0, 2.0]
-    points = GalleryMap.from_embeddings(torch.from_numpy(flat @ axes.T)).points
-    components = np.linalg.svd(flat - flat.mean(0))[0]
-    for axis in range(2):
-        assert abs(np.corrcoef(points[:, axis], components[:, axis])[0, 1]) > 0.999
-    assert points.min() >= 0
-    assert points.max() <= SIDE
+    service = service_of(torch.from_numpy(flat @ axes.T).float(), {"modality": ["ct"] * 50}, None)
+    embeddings = service.gallery.index.embeddings.double().numpy()
+    shown = circles(explore_page(service).draw(None, "modality"))
+    assert [circle["data-index"] for circle in shown] == [str(row) for row in range(50)]
+    components = np.linalg.svd(embeddings - embeddings.mean(0))[0]
+    for axis, (name, size) in enumerate((("cx", WIDTH), ("cy", HEIGHT))):
+        places = np.array([float(circle[name]) for circle in shown])
+        assert abs(np.corrcoef(places, components[:, axis])[0, 1]) > 0.999
+        assert places.min() >= 0
+        assert places.max() <= size
 
 
-def test_the_nearest_point_of_the_map_is_selected() -> None:
-    gallery_map = GalleryMap(np.array([[100, 100], [300, 200]], np.float32))
-    assert gallery_map.nearest(295, 205) == 1
-    assert gallery_map.nearest(-200, -200) is None
+def test_the_map_is_coloured_by_name_and_marks_the_query() -> None:
+    evil = "<img src=x onerror='a'>"
+    columns = {"modality": ["ct", "ct", "mri"], "anatomy": ["chest", "", "chest"], "labels": [[], [], [evil]]}
+    service = service_of(torch.eye(3, 8), columns, None)
+    service.gallery.show_labels = True
+    page = explore_page(service)
+    query = service.query_of_row(2)
+    by_modality, by_anatomy = circles(page.draw(query, "modality")), circles(page.draw(None, "anatomy"))
+    assert by_modality[0]["fill"] == by_modality[1]["fill"] != by_modality[2]["fill"]
+    assert by_anatomy[0]["fill"] == by_anatomy[2]["fill"] != by_anatomy[1]["fill"]
+    assert by_modality[3]["class"] == "query"
+    assert (by_modality[3]["cx"], by_modality[3]["cy"]) == (by_modality[2]["cx"], by_modality[2]["cy"])
+    assert len(by_anatomy) == 3, "without a query nothing is marked"
+    drawn = page.draw(query, "modality")
+    assert "CT (2)" in drawn
+    assert "<img" not in drawn
 
 
 def test_the_map_of_one_scan_can_be_drawn() -> None:
-    assert GalleryMap.from_embeddings(torch.ones(1, 8)).draw(["ct"], 0).size[0] == SIDE
+    service = service_of(torch.ones(1, 8), {"modality": ["ct"]}, None)
+    assert len(circles(explore_page(service).draw(service.query_of_row(0), "modality"))) == 2
 
 
-@pytest.mark.parametrize("has_scans", [False, True])
-def test_the_viewer_is_offered_only_if_the_gallery_has_scans(has_scans: bool, tmp_path: Path) -> None:
-    model, processor = M3RetModel(tiny_config()), M3RetImageProcessor(size=48, num_frames=8)
-    table = pa.table({"id": ["0", "1"], "modality": pa.array([None, "ct"])})  # columns may be absent or null
-    records = [Record(str(row), tmp_path / f"{row}.npy", "ct", "", "", "") for row in range(2)] if has_scans else None
-    gallery = Gallery(RetrievalIndex.build(torch.eye(2, 48), table, ModelFacts("m", "r", "p")), records)
-    service = SearchService(model, processor, gallery, DirectReaders())
-    with gr.Blocks(), gr.Tabs() as tabs, gr.Tab() as tab:
-        search = SearchPage(service)
-        explore = ExplorePage(service, search, tab, tabs)
-    viewer = search.viewer
-    for control in (viewer.show_heat, viewer.link_slices, viewer.to_best, *viewer.sliders.values()):
-        ancestors, node = [], control
-        while node is not None and node is not viewer.column:
-            ancestors.append(node)
-            node = node.parent
-        assert all(ancestor.visible for ancestor in ancestors) == has_scans, control.elem_id
-    assert explore.show(0, "modality")[explore.map].size[0] == SIDE
+def search_page(service: SearchService) -> SearchPage:
+    with gr.Blocks():
+        return SearchPage(service)
+
+
+def test_nothing_of_an_earlier_query_stays() -> None:
+    """Whatever an event of a query changes is among the outputs that `cleared` resets."""
+    page = search_page(service_of(torch.eye(2, 8), {"modality": ["ct", "mri"]}, None))
+    found = page.of_item(0, 8, [], [], SORTS[0], False, False)
+    assert found[page.query].row == 0
+    assert [hit["item"] for hit in found[page.hits]] == [1]
+    failed = page.of_item(99, 8, [], [], SORTS[0], False, False)
+    assert "99" in failed[page.notice]
+    cleared = page.cleared()
+    assert set(cleared) == set(page.outputs) == set(found) == set(failed)
+    assert {
+        key: value for key, value in failed.items() if key is not page.notice and not isinstance(value, gr.blocks.Block)
+    } == {
+        key: value
+        for key, value in cleared.items()
+        if key is not page.notice and not isinstance(value, gr.blocks.Block)
+    }
+    assert cleared[page.query] is None
+    assert not any(cleared[part] for part in (page.hits, page.grid, page.table, page.status, page.viewer.view))
+
+
+def test_an_unexpected_error_is_shown_without_its_message(caplog: pytest.LogCaptureFixture) -> None:
+    page = search_page(service_of(torch.eye(2, 8), {"modality": ["ct", "mri"]}, None))
+
+    path = "/home/jane-" + "doe"
+
+    def fail(*args: object, **kwargs: object) -> None:
+        raise RuntimeError(path)
+
+    page.service.search = fail  # type: ignore[assignment]
+    shown = page.of_item(0, 8, [], [], SORTS[0], False, False)
+    assert shown[page.notice]
+    assert path not in shown[page.notice] + caplog.text
+    assert "RuntimeError" in caplog.text
+
+
+@pytest.mark.parametrize("reason", PROBLEMS)
+def test_errors_are_in_plain_words(reason: Reason) -> None:
+    shown = error_html(M3RetReadError("<b>.dcm", reason, "x > y", "z", "Do this."))
+    assert "&lt;b&gt;.dcm" in shown
+    assert "x &gt; y" in shown
+    assert "<b>.dcm" not in shown
+
+
+def test_results_can_be_sorted() -> None:
+    columns = {"modality": ["ct", "xray", "ct", "mri"]}
+    embeddings = torch.eye(4) + torch.tensor([[0.0], [0.3], [0.1], [0.2]])  # most similar first: 1, 3, 2
+    page = search_page(service_of(embeddings, columns, None))
+    shown = page.of_item(0, 8, [], [], SORTS[1], False, False)[page.grid]
+    assert re.findall(r"data-index='(\d)'", shown) == ["2", "3", "1"]
+
+
+def test_examples_show_every_modality() -> None:
+    columns = {"modality": ["ct"] * 9 + ["mri", "xray"], "anatomy": [f"part {n}" for n in range(9)] + ["head", "hand"]}
+    service = service_of(torch.randn(11, 8), columns, None)
+    service.gallery.show_labels = True
+    shown = str(search_page(service).examples.value)
+    rows = {int(row) for row in re.findall(r"data-index='(\d+)'", shown)}
+    assert len(rows) == EXAMPLES
+    assert {9, 10} <= rows
+
+
+@pytest.mark.parametrize("synthetic", [False, True, None])
+def test_a_checkpoint_of_synthetic_scans_has_a_banner(synthetic: bool | None, tmp_path: Path) -> None:
+    if synthetic is not None:
+        (tmp_path / "training.json").write_text(json.dumps({"synthetic": synthetic}))
+    page = build(service_of(torch.eye(2, 8), {"modality": ["ct", "mri"]}, None), str(tmp_path))
+    assert ("synthetic" in {getattr(block, "elem_id", None) for block in page.blocks.values()}) == bool(synthetic)
+
+
+def test_a_gallery_without_scans_has_no_viewer() -> None:
+    page = search_page(service_of(torch.eye(2, 8), {"modality": pa.array([None, "ct"])}, None))
+    query, hits = page.service.query_of_row(0), page.service.search(page.service.query_of_row(0), 1)
+    selected = SimpleNamespace(index=1)
+    assert NO_PIXELS in page._shown(page._open)(selected, query, hits)[page.notice]
 
 
 def test_the_page_names_every_format_that_is_read() -> None:
@@ -151,10 +253,3 @@ def test_the_page_names_every_format_that_is_read() -> None:
     names = FORMATS.lower().replace(" ", "")
     for name in (*IMAGE_FORMATS, *VOLUME_READERS, "dicom", "heif", "video", "npy", "npz"):
         assert name.lower() in names
-
-
-def test_formulas_are_escaped_in_the_csv_file() -> None:
-    hit = HitFacts(item=3, similarity=-0.5, modality="ct", anatomy="+1", labels=["=HYPERLINK(1)"], source="s")
-    header, line = to_csv([hit]).splitlines()
-    assert header == "item,similarity,modality,anatomy,labels,source"
-    assert line == "3,-0.5000,ct,'+1,'=HYPERLINK(1),s"

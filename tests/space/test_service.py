@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import io
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ import pyarrow as pa
 import pytest
 import torch
 from cachetools import TTLCache
+from PIL import Image
 from space_server import DirectReaders, small_gallery, small_phantom
 
 from modeling_m3ret import M3RetImageProcessor, M3RetModel, M3RetReadError
@@ -20,6 +22,7 @@ from modeling_m3ret.search.index import RetrievalIndex
 from modeling_m3ret.search.matching import late_interaction, locate, scan_tokens
 from modeling_m3ret.space import service as service_module
 from modeling_m3ret.space.gallery import Gallery
+from modeling_m3ret.space.pixels import body_mask, heat_stride
 from modeling_m3ret.space.service import ScanExpiredError, SearchService, key_of_row
 from modeling_m3ret.space.uploads import RETENTION_SECONDS
 
@@ -64,38 +67,94 @@ def file_of(record: Record) -> Path:
 def test_heatmaps_of_a_scan_with_itself_are_equal(service: SearchService, records: list[Record]) -> None:
     row = row_of("ct", records)
     heat = service.heat(service.query_of_row(row), row)
-    shape = service.scan(key_of_row(row)).array.shape[1:]
-    assert heat.query.shape == heat.hit.shape == shape
-    assert heat.query.max() == heat.hit.max() == 255
-    assert 0 < heat.confidence <= 1
-    assert abs(heat.query_slice - heat.hit_slice) <= shape[0] / 2
+    D, H, W = service.scan(key_of_row(row)).array.shape[1:]
+    assert heat.query.shape == heat.hit.shape == (D, H, W)
+    assert heat.query_voxel == heat.hit_voxel
     np.testing.assert_allclose(heat.query.astype(int), heat.hit.astype(int), atol=1)
+
+
+def test_heat_is_absolute_and_only_in_the_body(service: SearchService, records: list[Record]) -> None:
+    for row, other in ((row_of("ct", records), row_of("mri", records)), (row_of("xray", records), 0)):
+        query = service.query_of_row(row)
+        scans = service.scan(query.key), service.scan(key_of_row(other))
+        heat = service.heat(query, other)
+        tokens = scan_tokens(service.model, service.processor, scans)
+        match = locate(*tokens)
+        for ours, expected, scan, voxel in zip(
+            (heat.query, heat.hit), (match.query_heat, match.hit_heat), scans,
+            (heat.query_voxel, heat.hit_voxel), strict=True,
+        ):  # fmt: skip
+            stride = heat_stride(scan)
+            body = body_mask(scan, stride)
+            assert not ours[~body].any()
+            if stride == 1:  # 255 is a confidence of 1
+                np.testing.assert_allclose(ours[body], expected.numpy()[body] * 255, atol=1)
+            assert body[voxel[0], voxel[1] // stride, voxel[2] // stride], "opened at a voxel of the body"
 
 
 def test_the_heatmap_of_a_region_is_zero_outside_of_it(service: SearchService, records: list[Record]) -> None:
     row = row_of("ct", records)
     query = service.query_of_row(row)
-    tokens = scan_tokens(service.model, service.processor, [service.scan(query.key)])[0]
+    (tokens,) = scan_tokens(service.model, service.processor, [service.scan(query.key)])
     D, H, W = tokens.shape
-    whole = service.heat(query, row)
     for region in (
         (slice(0, D // 2), slice(0, H // 2), slice(0, W // 2)),
         (slice(D // 2, D), slice(H // 2, H), slice(W // 2, W)),
     ):
-        heat = service.heat(query, row, region)
-        hottest = np.unravel_index(heat.query.argmax(), heat.query.shape)
-        for edges, index, axis in zip(tokens.edges, hottest, region, strict=True):
-            assert float(edges[edges <= index][-1]) < axis.stop, "the hottest patch overlaps the region"
-            assert float(edges[edges > index][0]) > axis.start
+        heat = service.heat(replace(query, region=region), row)
         outside = heat.query.copy()
         outside[region] = 0
-        assert heat.query.max() == 255
+        assert heat.query.any()
         assert not outside.any()
-        assert region[0].start <= heat.query_slice < region[0].stop
-        expected = locate(tokens, tokens, region)
-        assert heat.hit_slice == expected.hit_slice
-        assert heat.confidence == pytest.approx(expected.pairs[0].confidence)
-        assert whole.confidence >= heat.confidence
+        assert all(axis.start <= at < axis.stop for axis, at in zip(region, heat.query_voxel, strict=True))
+
+
+def test_a_region_is_a_box_of_the_query(service: SearchService, records: list[Record]) -> None:
+    query = service.query_of_row(row_of("ct", records))
+    D, H, W = service.scan(query.key).array.shape[1:]
+    region = service.with_region(query, D - 1, 9, 4, 3, 999).region
+    assert region is not None
+    assert region[1:] == (slice(4, 10), slice(3, W))
+    assert region[0] == service.slices_in_patch(query, D - 1)
+    assert service.with_region(query, 999, 4, 9, 3, 5).region == (region[0], slice(4, 10), slice(3, 6))
+    assert service.with_region(replace(query, region=region), 0, 0, H, 0, W).region is None, "the whole scan"
+
+
+def test_a_region_orders_the_gallery_by_its_patches(service: SearchService, records: list[Record]) -> None:
+    query = service.query_of_row(row_of("xray", records))
+    D, H, W = service.scan(query.key).array.shape[1:]
+    (tokens,) = scan_tokens(service.model, service.processor, [service.scan(query.key)])
+    region = (slice(0, D), slice(0, H // 2), slice(0, W))
+    inside = replace(tokens, tokens=tokens.tokens[tokens.fraction_inside(region) >= 0.5])
+    rows = [row for row in range(len(records)) if row != query.row]
+    others = scan_tokens(service.model, service.processor, [records[row].open() for row in rows])
+    scores = dict(zip(rows, late_interaction(inside, others).tolist(), strict=True))
+    hits = service.search(replace(query, region=region), 3)
+    assert [hit["similarity"] for hit in hits] == pytest.approx(sorted(scores.values(), reverse=True)[:3], abs=1e-4)
+    assert [hit["item"] for hit in hits] == sorted(rows, key=lambda row: -scores[row])[:3]
+    assert all(hit["percentile"] is None and not hit["weak"] for hit in hits)
+
+
+def test_a_hit_has_its_percentile_in_the_gallery(service: SearchService) -> None:
+    embeddings = service.gallery.index.embeddings.float()
+    similarities = embeddings @ embeddings.T
+    pairs = similarities[torch.ones_like(similarities).triu(1) > 0]
+    for hit in service.search(service.query_of_row(3), 4):
+        below = (pairs < similarities[3, hit["item"]]).float().mean().item() * 100
+        assert hit["percentile"] == pytest.approx(below, abs=100 / len(pairs) + 0.01)
+
+
+def test_blank_scans_are_not_found(parts: Parts, readers: DirectReaders) -> None:
+    model, processor, gallery = parts
+    assert gallery.thumbnails is not None
+    stream = io.BytesIO()
+    Image.new("RGB", (128, 128), "#050505").save(stream, "WEBP")
+    pictures = [stream.getvalue() if row in (1, 4) else gallery.thumbnails[row].as_py() for row in range(len(gallery))]
+    blank = Gallery(gallery.index, gallery.records, pa.chunked_array([pictures]))
+    service = SearchService(model, processor, blank, readers)
+    found = {hit["item"] for hit in service.search(service.query_of_row(0), 48)}
+    assert found == set(range(len(gallery))) - {0, 1, 4}
+    assert len(service.search(service.query_of_row(0), 3)) == 3
 
 
 @pytest.mark.parametrize("modality", ["ct", "endoscopy", "xray"])

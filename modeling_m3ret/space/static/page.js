@@ -1,0 +1,374 @@
+// Scripts of the page: clicks on cards, and the viewer. Drawing is NiiVue's; the server sends pixels, not pictures.
+'use strict'
+window.m3ret = (() => {
+  const NIIVUE = 'm3ret/niivue-0.69.0.umd.js'
+  // colours and opacities of a confidence of 0, 0.05, 0.25, 0.5 and 1; below 0.05 nothing is shown
+  const HEAT = {
+    R: [0, 120, 200, 255, 255], G: [0, 20, 50, 140, 240], B: [0, 90, 60, 20, 120], A: [0, 0, 110, 190, 255], I: [0, 13, 64, 128, 255]
+  }
+  const wait = (script) => new Promise((resolve, reject) => {
+    const node = Object.assign(document.createElement('script'), { src: script, onload: resolve })
+    node.onerror = () => reject(new Error('The viewer could not be loaded. Reload the page.'))
+    document.head.append(node)
+  })
+  const smooth = () => matchMedia('(prefers-reduced-motion: reduce)').matches ? 'auto' : 'smooth'
+  let loading = null // of NiiVue, when the first result is opened
+  let opener = null // the card to which the focus returns
+
+  // Report clicks on cards as selections, and show or hide cards that look the same.
+  function clickable (element, trigger, watch) {
+    element.addEventListener('click', (event) => {
+      const more = event.target.closest('.more')
+      if (more) {
+        const show = more.getAttribute('aria-expanded') === 'false'
+        more.setAttribute('aria-expanded', show)
+        for (let item = more.parentElement.nextElementSibling; item?.querySelector('.twin'); item = item.nextElementSibling) {
+          item.hidden = !show
+        }
+        return
+      }
+      const card = event.target.closest('[data-index]')
+      if (card) {
+        opener = card
+        showTip(null)
+        trigger('select', { index: Number(card.dataset.index), value: null })
+      }
+    })
+    element.addEventListener('pointerover', (event) => showTip(event.target.closest?.('circle[data-index]')))
+    // on a phone, the results are below the upload: bring them into view once they are laid out
+    const reveal = () => setTimeout(() => {
+      const status = document.getElementById('status')
+      if (element.innerText && element.getBoundingClientRect().top > innerHeight * 0.7) {
+        (status?.offsetParent ? status : element).scrollIntoView({ behavior: smooth() })
+      }
+    }, 100)
+    watch('value', reveal)
+    if (element.closest('#results')) reveal() // it was not on the page until there were results
+  }
+
+  // Show the thumbnail of a point of the map beside it.
+  function showTip (point) {
+    const tip = document.getElementById('map-tip') ?? Object.assign(document.createElement('div'), { id: 'map-tip', className: 'card' })
+    tip.hidden = !point
+    if (!point) return
+    const box = point.getBoundingClientRect()
+    const image = Object.assign(document.createElement('img'), { src: `m3ret/thumbnail/${point.dataset.index}.webp`, alt: '' })
+    tip.replaceChildren(image, point.dataset.tip)
+    tip.style.cssText = `left: ${Math.min(box.right + 8, innerWidth - 180)}px; top: ${Math.min(box.bottom, innerHeight - 230)}px`
+    document.body.append(tip)
+  }
+
+  // Copy messages of Gradio that vanish, such as that an upload is too large, to the page.
+  new MutationObserver((changes) => changes.forEach((change) => change.addedNodes.forEach((node) => {
+    const toast = node.querySelector?.('[data-testid=toast-body]')
+    const notice = document.querySelector('#notice [role=alert]')
+    if (toast && notice) notice.replaceChildren(Object.assign(document.createElement('p'), { textContent: toast.innerText }))
+  }))).observe(document.documentElement, { childList: true, subtree: true })
+
+  // One of the two pictures. Voxels are counted along D, H and W from 0, as in the scan on the server.
+  class Pane {
+    constructor (figure, viewer) {
+      this.figure = figure
+      this.canvas = figure.querySelector('canvas')
+      this.slider = figure.querySelector('input')
+      this.output = figure.querySelector('output')
+      this.viewer = viewer
+      this.nv = new window.niivue.Niivue({
+        backColor: [0, 0, 0, 1], isRadiologicalConvention: true, dragAndDropEnabled: false, crosshairColor: [0.2, 0.9, 1, 0.8],
+        crosshairWidth: 0.5, crosshairGap: 10, multiplanarShowRender: 0, show3Dcrosshair: false, loadingText: '', logLevel: 'error',
+        isForceMouseClickToVoxelCenters: true, rulerColor: [1, 0.85, 0.2, 1], selectionBoxColor: [0.2, 0.9, 1, 0.25],
+        fontMinPx: 16, fontColor: [1, 1, 1, 1]
+      })
+      this.tool('crosshair')
+      this.nv.addColormap('m3ret', HEAT)
+      this.nv.onLocationChange = (location) => this.moved(location)
+      this.nv.onDragRelease = (drag) => this.dragged(drag)
+      this.slider.addEventListener('input', () => this.go(Number(this.slider.value) - 1))
+      const frame = figure.querySelector('.frame')
+      frame.addEventListener('wheel', (event) => this.wheel(event), { capture: true, passive: false })
+      frame.addEventListener('keydown', (event) => { this.key(event); event.stopPropagation() }, { capture: true })
+      frame.addEventListener('keyup', (event) => event.stopPropagation(), { capture: true })
+      frame.addEventListener('pointermove', (event) => this.hover(event))
+    }
+
+    async show (pane) {
+      this.pane = pane
+      const text = (tag, words) => Object.assign(document.createElement(tag), { textContent: words })
+      this.figure.querySelector('figcaption').replaceChildren(text('b', pane.name), text('span', pane.facts))
+      this.canvas.setAttribute('aria-label', `${pane.name}. Arrow keys change the slice.`)
+      const slices = pane.shape[0]
+      this.slider.max = slices
+      this.slider.parentElement.hidden = slices < 2
+      const { nv } = this
+      if (!nv.canvas) await nv.attachToCanvas(this.canvas)
+      const { NVImage } = window.niivue
+      let volume = nv.volumes[0]
+      const isNew = this.url !== pane.url
+      if (isNew) {
+        const answer = await fetch(pane.url)
+        if (!answer.ok) throw new Error(await answer.text())
+        volume = await NVImage.loadFromUrl({ url: await answer.arrayBuffer(), name: 'scan.nii', colormap: 'gray' })
+      }
+      const heat = await NVImage.loadFromBase64({ base64: pane.heat, name: 'heat.nii.gz', colormap: 'm3ret', opacity: this.viewer.opacity })
+      Object.assign(heat, { cal_min: 0, cal_max: 255 })
+      if (isNew) {
+        Object.assign(volume, this.window())
+        nv.clearAllMeasurements()
+        nv.setIsOrientationTextVisible(pane.oriented)
+        nv.scene.pan2Dxyzmm = [0, 0, 0, 1]
+        this.url = pane.url
+      }
+      // both volumes at once: each update of the graphics memory takes as long as the upload of both
+      Object.assign(nv, { volumes: [volume, heat], back: volume, overlays: [heat] })
+      nv.updateGLVolume()
+      this.planes()
+      this.best()
+    }
+
+    // What dragging with the left button does.
+    tool (name) {
+      const { DRAG_MODE } = window.niivue
+      this.nv.setMouseEventConfig({ leftButton: { primary: DRAG_MODE[name] }, rightButton: DRAG_MODE.windowing, centerButton: DRAG_MODE.pan })
+    }
+
+    // One slice in the plane of the scan, or three planes.
+    planes () {
+      const { nv, pane } = this
+      const one = { axial: nv.sliceTypeAxial, coronal: nv.sliceTypeCoronal, sagittal: nv.sliceTypeSagittal }[pane.plane]
+      nv.setSliceType(this.viewer.planes && pane.shape[0] > 1 ? nv.sliceTypeMultiplanar : one)
+    }
+
+    // Range of values from black to white.
+    window () {
+      const { unit, max } = this.pane
+      const [level, width] = unit === 'HU' ? this.viewer.window : [max / 2, max]
+      return { cal_min: level - width / 2, cal_max: level + width / 2 }
+    }
+
+    // fraction of the scan along the axis of D, H or W, in RAS, and back
+    fraction (axis, voxel) {
+      const size = Math.ceil(this.pane.shape[axis] / (axis ? this.pane.stride : 1))
+      const at = (voxel + 0.5) / size
+      return this.pane.axes[axis][1] > 0 ? at : 1 - at
+    }
+
+    voxel (axis, fraction) {
+      const size = this.pane.shape[axis]
+      const at = this.pane.axes[axis][1] > 0 ? fraction : 1 - fraction
+      return Math.min(size - 1, Math.max(0, Math.floor(at * size)))
+    }
+
+    get slice () { return this.voxel(0, this.nv.scene.crosshairPos[this.pane.axes[0][0]]) }
+
+    go (slice, isLinked = false) {
+      const position = this.nv.scene.crosshairPos
+      slice = Math.min(this.pane.shape[0] - 1, Math.max(0, slice))
+      position[this.pane.axes[0][0]] = this.fraction(0, slice)
+      this.nv.drawScene()
+      this.report(isLinked)
+    }
+
+    best () {
+      this.anchor = this.pane.voxel[0]
+      this.pane.voxel.forEach((voxel, axis) => { this.nv.scene.crosshairPos[this.pane.axes[axis][0]] = this.fraction(axis, voxel) })
+      this.nv.drawScene()
+      this.report(true)
+    }
+
+    moved () { this.report(false) }
+
+    // Show where the crosshair is, and let the other scan follow.
+    report (isLinked) {
+      const { nv, pane } = this
+      if (!nv.volumes.length) return
+      const { slice } = this
+      this.slider.value = slice + 1
+      this.slider.setAttribute('aria-valuetext', `${slice + 1} of ${pane.shape[0]}`)
+      const volume = nv.volumes[0]
+      const voxel = nv.frac2vox(nv.scene.crosshairPos)
+      this.text = pane.shape[0] > 1 ? `${pane.mm ? 'Slice' : 'Frame'} ${slice + 1} of ${pane.shape[0]} · ` : ''
+      this.output.textContent = this.text + this.value(volume.getValue(...voxel))
+      this.figure.dataset.slice = slice
+      if (!isLinked) this.viewer.follow(this)
+    }
+
+    value (value) {
+      if (this.nv.volumes[0].hdr.datatypeCode === 128) return 'colour'
+      const { unit, max } = this.pane
+      return unit === 'HU' ? `${Math.round(value)} HU` : `brightness ${(100 * value / max).toFixed(0)}%`
+    }
+
+    // Show the value under the cursor.
+    hover (event) {
+      const { nv } = this
+      if (!nv.volumes.length || event.buttons) return
+      const box = this.canvas.getBoundingClientRect()
+      const scale = nv.uiData.dpr
+      const [x, y] = [(event.clientX - box.left) * scale, (event.clientY - box.top) * scale]
+      const tile = nv.tileIndex(x, y)
+      const at = tile < 0 ? [-1] : nv.screenXY2TextureFrac(x, y, tile, false)
+      if (at[0] < 0) return
+      const text = this.value(nv.volumes[0].getValue(...nv.frac2vox(at)))
+      this.output.textContent = `${this.text}${text} under the cursor`
+    }
+
+    wheel (event) {
+      if (this.viewer.planes && !event.ctrlKey) return
+      event.stopPropagation()
+      if (event.ctrlKey || event.metaKey) {
+        event.preventDefault()
+        this.zoom(event.deltaY < 0 ? 1.1 : 1 / 1.1)
+      } else if (this.pane?.shape[0] > 1) {
+        event.preventDefault()
+        this.go(this.slice + Math.sign(event.deltaY))
+      }
+    }
+
+    zoom (factor) {
+      const [x, y, z, zoom] = this.nv.scene.pan2Dxyzmm
+      this.nv.setPan2Dxyzmm([x, y, z, Math.min(20, Math.max(0.5, zoom * factor))])
+    }
+
+    key (event) {
+      const step = { ArrowUp: -1, ArrowLeft: -1, ArrowDown: 1, ArrowRight: 1, PageUp: -10, PageDown: 10 }[event.key]
+      if (step && this.pane) this.go(this.slice + step)
+      else if (event.key === 'Home') this.go(0)
+      else if (event.key === 'End') this.go(this.pane.shape[0])
+      else if (event.key === '+' || event.key === '=') this.zoom(1.2)
+      else if (event.key === '-') this.zoom(1 / 1.2)
+      else if (!this.viewer.key(event)) return
+      event.preventDefault()
+    }
+
+    dragged (drag) {
+      if (this.viewer.tool !== 'roiSelection' || this !== this.viewer.panes[0]) return
+      const ends = [1, 2].flatMap((axis) => {
+        const world = this.pane.axes[axis][0]
+        return [drag.fracStart[world], drag.fracEnd[world]].map((fraction) => this.voxel(axis, fraction))
+      })
+      if (ends[0] !== ends[1] && ends[2] !== ends[3]) this.viewer.search([this.slice, ...ends])
+    }
+  }
+
+  class Viewer {
+    constructor (element, props, trigger) {
+      Object.assign(this, { props, trigger, opacity: 0.4, tool: 'crosshair', planes: false, link: true, window: [40, 400] })
+      this.section = element.querySelector('#viewer')
+      this.message = this.section.querySelector('.message')
+      this.section.addEventListener('click', (event) => this.do(event.target.closest('[data-do]')?.dataset.do))
+      this.section.addEventListener('input', (event) => this.set(event.target.dataset.set, event.target))
+      this.section.addEventListener('keydown', (event) => { if (event.target.tagName !== 'SELECT') this.key(event) })
+    }
+
+    async open () {
+      const view = this.props.value
+      if (!view?.panes) { this.section.hidden = true; return }
+      const wasHidden = this.section.hidden
+      this.section.hidden = false
+      this.section.dataset.state = 'loading'
+      this.message.textContent = 'Loading the scans…'
+      if (wasHidden) {
+        this.section.scrollIntoView({ behavior: smooth(), block: 'start' })
+        this.section.focus({ preventScroll: true })
+      }
+      try {
+        if (!document.createElement('canvas').getContext('webgl2')) throw new Error('This browser cannot draw scans: it has no WebGL 2. Use a current browser.')
+        await (loading ??= wait(NIIVUE))
+        this.panes ??= [...this.section.querySelectorAll('figure')].map((figure) => new Pane(figure, this))
+        await Promise.all(this.panes.map((pane, index) => pane.show(view.panes[index])))
+        if (view !== this.props.value) return // another result was opened meanwhile
+        const isCt = view.panes.map((pane) => pane.unit === 'HU')
+        const isVolume = view.panes.map((pane) => pane.shape[0] > 1)
+        this.section.querySelector('[data-for=ct]').hidden = !isCt.includes(true)
+        this.section.querySelectorAll('[data-for=volume]').forEach((node) => { node.hidden = !isVolume.includes(true) })
+        const at = view.items.indexOf(view.item)
+        this.section.querySelector('[data-do=previous]').disabled = at === 0
+        this.section.querySelector('[data-do=next]').disabled = at === view.items.length - 1
+        this.section.querySelector('[data-do=whole]').hidden = !view.region
+        this.message.textContent = view.region || 'Colours show where the model sees the same structures. They are often wrong.'
+        this.section.dataset.state = 'ready'
+      } catch (error) {
+        console.error(error)
+        this.message.textContent = error.message
+        this.section.dataset.state = 'failed'
+      }
+    }
+
+    // Move the other scan by the same distance, or the same share of its frames, from where the two match best.
+    follow (pane) {
+      const other = this.panes.find((one) => one !== pane)
+      if (!this.link || !other.pane || pane.pane.shape[0] < 2) return
+      const [from, to] = [pane.pane, other.pane]
+      const ratio = from.mm && to.mm ? from.step / to.step : to.shape[0] / from.shape[0]
+      other.go(Math.round(other.anchor + (pane.slice - pane.anchor) * ratio), true)
+    }
+
+    search (index) { this.trigger('input', { index, value: null }); this.message.textContent = 'Searching by the region…' }
+
+    do (what) {
+      const view = this.props.value
+      const next = { previous: -1, next: 1 }[what]
+      if (!what || !view?.panes) return
+      if (next) {
+        const item = view.items[view.items.indexOf(view.item) + next]
+        if (item !== undefined) this.trigger('select', { index: item, value: null })
+      } else if (what === 'query') this.trigger('submit', { index: view.item, value: null })
+      else if (what === 'whole') this.search([0, 0, view.panes[0].shape[1], 0, view.panes[0].shape[2]])
+      else if (what === 'best') this.panes.forEach((pane) => pane.best())
+      else if (what === 'reset') {
+        for (const { nv } of this.panes) {
+          nv.clearAllMeasurements()
+          nv.setPan2Dxyzmm([0, 0, 0, 1])
+        }
+        this.set('window')
+      } else if (what === 'close') {
+        this.section.hidden = true
+        opener?.isConnected && opener.focus()
+      }
+    }
+
+    set (what, node) {
+      if (!what || !this.panes) return
+      if (what === 'link') {
+        this.link = node.checked
+        this.panes.forEach((pane) => { pane.anchor = pane.slice })
+      }
+      if (what === 'heat') this.opacity = node.value / 100
+      if (what === 'tool') this.tool = node.value
+      if (what === 'planes') this.planes = node.checked
+      if (what === 'window' && node) this.window = node.value.split(',').map(Number)
+      for (const pane of this.panes) {
+        const { nv } = pane
+        if (what === 'heat' && nv.volumes.length > 1) nv.setOpacity(1, this.opacity)
+        if (what === 'tool') pane.tool(this.tool)
+        if (what === 'planes') pane.planes()
+        if (what === 'window') {
+          Object.assign(nv.volumes[0], pane.window())
+          nv.updateGLVolume()
+        }
+      }
+    }
+
+    // Handle a key and return whether it has a meaning.
+    key (event) {
+      if (event.ctrlKey || event.metaKey || event.altKey) return false
+      const what = { b: 'best', r: 'reset', n: 'next', p: 'previous', Escape: 'close' }[event.key]
+      if (event.key === 'h') {
+        const node = this.section.querySelector('[data-set=heat]')
+        node.value = this.opacity ? 0 : 40
+        this.set('heat', node)
+      } else if (what) this.do(what)
+      else return false
+      return true
+    }
+  }
+
+  return {
+    clickable,
+    viewer (element, props, trigger, watch) {
+      const viewer = new Viewer(element, props, trigger)
+      watch('value', () => viewer.open())
+      window.m3ret.panes = () => viewer.panes // for tests
+    }
+  }
+})()
