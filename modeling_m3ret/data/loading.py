@@ -5,9 +5,11 @@ A scan that cannot be read does not stop a run: the batch lists its index and er
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import KW_ONLY, dataclass, field, replace
+from dataclasses import KW_ONLY, InitVar, dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,7 +29,7 @@ from .views import ViewKind, random_crop, random_intensity
 
 if TYPE_CHECKING:  # both need pyarrow
     from .collection import Record
-    from .parquet import Blocks
+    from .parquet import Blocks, ParquetRow
 
 # this many consecutive unreadable records indicate a faulty disk or manifest, not faulty files
 MAX_CONSECUTIVE_FAILURES = 16
@@ -144,20 +146,33 @@ class Pack(Movable):
         return inputs if self.noise is None else inputs | {"noise": self.noise.to(device, non_blocking=True)}
 
 
+def locate(records: Sequence[Record]) -> Sequence[Record | ParquetRow]:
+    """Return what `open` is called on: the rows of a Parquet dataset, which need less memory, or else the records."""
+    locations: list[Any] = [getattr(record, "location", Path()) for record in records]
+    if not locations or any(isinstance(location, Path | tuple) for location in locations):
+        return records
+    from .parquet import ParquetRows
+
+    return ParquetRows.of(locations)
+
+
 @dataclass(eq=False)
 class WholeScans(Dataset[Pack]):
     """Whole scans, resized by the processor, for embedding."""
 
-    records: Sequence[Record]
+    records: InitVar[Sequence[Record]]
     processor: M3RetImageProcessor
 
+    def __post_init__(self, records: Sequence[Record]) -> None:
+        self.sources = locate(records)
+
     def __len__(self) -> int:
-        return len(self.records)
+        return len(self.sources)
 
     def __getitem__(self, index: int) -> Pack:
         try:
             pixels = self.processor.size**2
-            scan = self.processor.read(self.records[index].open(), min_pixels=pixels)
+            scan = self.processor.read(self.sources[index].open(), min_pixels=pixels)
             return Pack.from_scan(index, self.processor.resample(scan), self.processor)
         except M3RetReadError as error:
             return Pack(failures=[(index, str(error))])
@@ -173,7 +188,7 @@ class RandomViews(Dataset[Pack]):
     A record that cannot be read is replaced by the next one, so that batches stay full.
     """
 
-    records: Sequence[Record]
+    records: InitVar[Sequence[Record]]
     processor: M3RetImageProcessor
     _: KW_ONLY
     views: Sequence[ViewKind]  # in the order in which an item holds them
@@ -181,7 +196,8 @@ class RandomViews(Dataset[Pack]):
     cache_bytes: int = 0  # bytes of decoded scans that each worker may still cache for later epochs
     blocks: Blocks | None = None  # rows that are fetched together when streaming
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, records: Sequence[Record]) -> None:
+        self.sources = locate(records)
         self._cache: dict[int, Scan] = {}
         # a scan of this many pixels is large enough that even the smallest crop of each kind is not enlarged
         sizes = [self.processor.size if kind.size is None else kind.size for kind in self.views]
@@ -190,7 +206,7 @@ class RandomViews(Dataset[Pack]):
         )
 
     def __len__(self) -> int:
-        return len(self.records)
+        return len(self.sources)
 
     def __getitem__(self, key: tuple[int, int]) -> Pack:
         """Return the views of one item, and the failures of records before it.
@@ -209,7 +225,7 @@ class RandomViews(Dataset[Pack]):
                 failures.append((index, str(error)))
                 if len(failures) == MAX_CONSECUTIVE_FAILURES:
                     raise
-                index = (index + 1) % len(self.records)
+                index = (index + 1) % len(self.sources)
         return replace(self._views(index, scan, generator), failures=failures)
 
     def _views(self, index: int, scan: Scan, generator: np.random.Generator) -> Pack:
@@ -248,7 +264,7 @@ class RandomViews(Dataset[Pack]):
             from .parquet import process_reader
 
             process_reader().fetch(*self.blocks.ranges[self.blocks.block_of_row[index]])
-        scan = self.processor.read(self.records[index].open(), min_pixels=self._min_pixels)
+        scan = self.processor.read(self.sources[index].open(), min_pixels=self._min_pixels)
         if scan.array.nbytes <= self.cache_bytes:
             self.cache_bytes -= scan.array.nbytes
             self._cache[index] = scan
@@ -370,7 +386,11 @@ def embedding_loader(dataset: WholeScans, batch_size: int, num_workers: int) -> 
 
 
 def _initialise_worker(worker: int) -> None:
-    """Limit a worker to one thread, since workers share the cores, and reuse memory, since scans are large blocks."""
+    """Limit a worker to one thread, since workers share the cores, and reuse memory, since scans are large blocks.
+
+    Garbage collection leaves out the objects of the training process, which it would copy.
+    """
+    gc.freeze()
     torch.set_num_threads(1)
     keep_freed_memory()
     exit_on_sigterm_from_parent()

@@ -56,6 +56,30 @@ class ParquetRow:
         return process_reader().row(self)
 
 
+@dataclass(frozen=True, eq=False)
+class ParquetRows(Sequence[ParquetRow]):
+    """The locations of many rows in one array, which forked workers share: they copy every object that they read."""
+
+    shards: list[str]
+    numbers: np.ndarray  # (n, 4) int64: index in `shards`, group, row and size
+
+    @classmethod
+    def of(cls, rows: Sequence[ParquetRow]) -> ParquetRows:
+        """Return the same locations."""
+        shards = {shard: number for number, shard in enumerate(dict.fromkeys(row.shard for row in rows))}
+        numbers = np.array([(shards[row.shard], row.group, row.row, row.size) for row in rows], np.int64)
+        return cls([*shards], numbers.reshape(-1, 4))
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return ParquetRows(self.shards, self.numbers[index])
+        shard, group, row, size = self.numbers[index].tolist()
+        return ParquetRow(self.shards[shard], group, row, size)
+
+
 @dataclass(frozen=True)
 class Shards:
     """The Parquet files of a dataset, `data/SPLIT-00000-of-00000.parquet`."""

@@ -86,7 +86,7 @@ class SliceDataset(WholeScans):
 
     def __getitem__(self, index: int) -> Pack:
         try:
-            scan = self.processor.read(self.records[index].open())
+            scan = self.processor.read(self.sources[index].open())
         except M3RetReadError as error:
             return Pack(failures=[(index, str(error))])
         volume = resize(scan, self.transform, self.processor.num_frames)

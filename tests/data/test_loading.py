@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import subprocess
 import sys
 from itertools import islice, product
@@ -29,6 +30,7 @@ from modeling_m3ret.data.loading import (
     expected_tokens,
     training_loader,
 )
+from modeling_m3ret.data.parquet import ParquetRow
 from modeling_m3ret.data.sampler import SeededBatchSampler
 from modeling_m3ret.data.schema import CollectionError, features
 from modeling_m3ret.data.views import CropRanges, ViewKind
@@ -241,6 +243,17 @@ def test_expected_tokens_are_the_mean_of_sampled_views(tmp_path: Path) -> None:
             sum(5 + np.prod(processor.grid_shape(shape)) for shape in views[visit, index].shapes) for visit in range(40)
         ]
         assert expected[index] == pytest.approx(np.mean(counts), rel=0.1), records[index].id
+
+
+def test_a_dataset_takes_32_bytes_for_each_row_of_parquet() -> None:
+    """Records are objects of hundreds of bytes, and each worker that reads one gets a copy of its memory page."""
+    datasets = []
+    for count in (1_000, 2_000):
+        rows = [ParquetRow(f"train-{i // 500}.parquet", i // 64, i % 64, 10_000 + i) for i in range(count)]
+        records = [Record(f"id{i}", row, "xray", "chest", "a", f"p{i}") for i, row in enumerate(rows)]
+        datasets.append([RandomViews(records, PROCESSOR, views=[ViewKind(1)]), WholeScans(records, PROCESSOR)])
+    for small, large in zip(*datasets, strict=True):
+        assert (len(pickle.dumps(large)) - len(pickle.dumps(small))) / 1_000 < 33
 
 
 def test_expected_tokens_need_the_shape_of_every_scan() -> None:

@@ -16,7 +16,14 @@ from PIL import Image
 from modeling_m3ret import M3RetReadError
 from modeling_m3ret.data import parquet
 from modeling_m3ret.data.collection import Record, open_collection, split_training_and_held_out
-from modeling_m3ret.data.parquet import ParquetRow, RowReader, build_index, group_into_blocks, local_shards
+from modeling_m3ret.data.parquet import (
+    ParquetRow,
+    ParquetRows,
+    RowReader,
+    build_index,
+    group_into_blocks,
+    local_shards,
+)
 from modeling_m3ret.data.schema import MODALITIES, CollectionError, features
 from modeling_m3ret.reading_m3ret import read_scan
 
@@ -226,3 +233,12 @@ def test_a_damaged_row_group_does_not_affect_others(dataset: Path) -> None:
     assert (raised.value.file, raised.value.reason) == (shard.name, "undecodable")
     for number in (0, 6):
         assert np.array_equal(read_image(records[number]), image(number))
+
+
+def test_locations_in_an_array_are_those_of_the_rows() -> None:
+    rows = [ParquetRow(f"data/train-{i % 3}.parquet", i, 7 - i, 2**40 + i) for i in range(7)]
+    located = ParquetRows.of(rows)
+    assert list(located) == rows
+    assert list(located[2:5]) == rows[2:5]
+    assert located[-1] == rows[-1]
+    assert not ParquetRows.of([])
