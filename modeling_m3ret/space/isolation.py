@@ -1,4 +1,4 @@
-"""Decode each scan in a separate process, so that a file that hangs or crashes its decoder does not stop the page.
+"""Decode scans in separate processes, so that a file that hangs or crashes its decoder does not stop the page.
 
 Decoders of video and DICOM are native code. A malformed file could otherwise crash the whole server, and a few slow
 files could block every other visitor.
@@ -10,10 +10,10 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import TimeoutError
+from queue import Empty, LifoQueue
 from typing import Any, TypeVar, cast
 
-from pebble import ProcessExpired
-from pebble.concurrent import process
+from pebble import ProcessExpired, ProcessPool
 
 from ..reading_m3ret import M3RetReadError
 from ..worker_process import exit_with_parent, worker_context
@@ -21,6 +21,8 @@ from ..worker_process import exit_with_parent, worker_context
 
 MAX_READERS = 2  # processes at a time
 READ_SECONDS = 60.0  # 500 JPEG 2000 slices take about 20 s on two cores
+
+MAX_READS = 100  # of one process, whose memory may grow with each; starting another takes 0.15 s
 
 # modules that a reader needs, and those that app.py imports, which each process imports again
 PRELOADED = ["modeling_m3ret.space.uploads", "modeling_m3ret.space.gallery", "modeling_m3ret.command_line"]
@@ -33,11 +35,12 @@ class IsolatedReaders:
 
     def __init__(self, max_readers: int = MAX_READERS, seconds: float = READ_SECONDS):
         self.seconds = seconds
-        self._free = threading.Semaphore(max_readers)
-        # One process per scan: the processes of a pool share pipes and locks, so one that dies can block the others.
-        # Each is forked from a server process that has the readers imported, which takes about 0.1 s.
-        context: Any = worker_context([__name__, *PRELOADED])
-        self._start = process(context=context)(_read)  # type: ignore[call-overload]  # its stubs call it `mp_context`
+        # Forked from a server process that has the readers imported.
+        self._context: Any = worker_context([__name__, *PRELOADED])
+        # Each process has a pool of its own: those of one pool share pipes and locks; one that dies can block others.
+        self._free: LifoQueue[ProcessPool] = LifoQueue()  # the last one used is warm
+        for _ in range(max_readers):
+            self._free.put(self._pool())
         # the imports take seconds: start the server process now, not when the first visitor arrives
         threading.Thread(target=self.read, args=("", bool), name="m3ret-reader", daemon=True).start()
 
@@ -52,25 +55,35 @@ class IsolatedReaders:
             M3RetReadError: If the function raises it, its process dies, or is killed because of the time limit.
         """
         deadline = time.monotonic() + self.seconds
-        if not self._free.acquire(timeout=self.seconds):
-            raise self._timeout(name)
         try:
-            reading = self._start(function, *arguments)
+            pool = self._free.get(timeout=self.seconds)
+        except Empty:
+            raise self._timeout(name) from None
+        is_intact = False
+        try:
+            remaining = max(0.01, deadline - time.monotonic())
+            reading = pool.schedule(function, arguments, timeout=remaining)
             try:
-                return cast(Result, reading.result(max(0.0, deadline - time.monotonic())))
+                result = cast(Result, reading.result(remaining + 1))
+                is_intact = True
+                return result
             except TimeoutError as error:
-                reading.cancel()  # kills the process
                 raise self._timeout(name) from error
             except ProcessExpired as error:
                 expected = "a complete scan in a supported format"
                 raise M3RetReadError(name, "undecodable", expected, "a crash of its decoder") from error
+            except M3RetReadError:
+                is_intact = True
+                raise
         finally:
-            self._free.release()
+            if not is_intact:
+                pool.stop()
+                threading.Thread(target=pool.join, daemon=True).start()  # waits until its process is killed
+            self._free.put(pool if is_intact else self._pool())
+
+    def _pool(self) -> ProcessPool:
+        """Return a pool of one process, which starts with the first read."""
+        return ProcessPool(1, MAX_READS, exit_with_parent, context=self._context)
 
     def _timeout(self, name: str) -> M3RetReadError:
         return M3RetReadError(name, "timeout", f"at most {self.seconds:g} s", "a scan that takes longer to read")
-
-
-def _read(function: Callable[..., Result], *arguments: object) -> Result:
-    exit_with_parent()
-    return function(*arguments)
