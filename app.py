@@ -14,6 +14,7 @@ import argparse
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
@@ -26,6 +27,7 @@ from modeling_m3ret.errors import InputError
 from modeling_m3ret.hub import load_pretrained
 from modeling_m3ret.space.gallery import check_gallery, open_gallery
 from modeling_m3ret.space.isolation import IsolatedReaders
+from modeling_m3ret.space.startup import StartupPage
 
 
 SHIPPED = "m3ret-vitt"  # checkpoint folder in this repository
@@ -81,19 +83,23 @@ def main() -> None:
     model, processor = load_pretrained(name)
     if torch.cuda.is_available():
         model.to("cuda")
-    gallery = open_gallery(arguments.gallery, model, processor, name, arguments.show_labels, project=project)
+    options: dict[str, Any] = {"show_labels": arguments.show_labels, "project": project}
     if arguments.push_to_hub:
         from modeling_m3ret.space.publishing import push_space
 
+        gallery = open_gallery(arguments.gallery, model, processor, name, **options)
         print(push_space(arguments.push_to_hub, Path(__file__), model, processor, gallery, name))
         return
 
-    readers = IsolatedReaders()  # they start while Gradio is imported, which takes seconds
-    from modeling_m3ret.space.pages import build, serve
-    from modeling_m3ret.space.service import SearchService
+    with StartupPage(arguments.port) as waiting:
+        gallery = open_gallery(arguments.gallery, model, processor, name, report=waiting.report, **options)
+        readers = IsolatedReaders()  # they start while Gradio is imported, which takes seconds
+        from modeling_m3ret.space.pages import build, serve
+        from modeling_m3ret.space.service import SearchService
 
-    service = SearchService(model, processor, gallery, readers)
-    serve(build(service, name), service, port=arguments.port, share=arguments.share, auth=arguments.auth)
+        service = SearchService(model, processor, gallery, readers)
+        page = build(service, name)
+    serve(page, service, port=waiting.port, share=arguments.share, auth=arguments.auth)
 
 
 if __name__ == "__main__":

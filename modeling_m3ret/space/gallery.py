@@ -13,7 +13,7 @@ import io
 import json
 import shutil
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -63,6 +63,10 @@ SAMPLES = {
     "MR2_UNCR.dcm": ("mri", "shoulder"),
     "MR-SIEMENS-DICOM-WithOverlays.dcm": ("mri", "abdomen"),
 }
+
+
+Report = Callable[[int, int], object]
+NO_REPORT: Report = lambda done, total: None  # noqa: E731
 
 
 class Facts(TypedDict):
@@ -178,6 +182,7 @@ def open_gallery(
     show_labels: bool = False,
     *,
     project: Path = Path(),
+    report: Report = NO_REPORT,
 ) -> Gallery:
     """Open a gallery, and embed it if needed, with a model of this name.
 
@@ -186,6 +191,7 @@ def open_gallery(
             this Space, or else the demo.
         show_labels: whether visitors see modality, anatomy and labels as they are. Published galleries state it too.
         project: folder that may hold the real scans of the demo; otherwise it is the phantom.
+        report: called with the number of embedded scans and of all scans while the gallery is embedded.
 
     Raises:
         IndexFormatError: if the index is damaged or of another model.
@@ -204,7 +210,7 @@ def open_gallery(
     else:
         portable = None if Path(source).exists() else source
         records = open_collection(source)
-    gallery = embed_gallery(records, model, processor, name, portable)
+    gallery = embed_gallery(records, model, processor, name, portable, report=report)
     gallery.show_labels = show_labels
     return gallery
 
@@ -216,6 +222,7 @@ def embed_gallery(
     name: str,
     collection: str | None = None,
     folder: Path | None = None,
+    report: Report = NO_REPORT,
 ) -> Gallery:
     """Return the gallery of some records, from the cache if possible. Scans that cannot be read are left out.
 
@@ -239,7 +246,7 @@ def embed_gallery(
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_suffix(".lock")):  # another process waits, and then reads this one's result
             if not (folder / ABOUT).is_file():
-                _embed(records, model, processor, facts, collection, folder)
+                _embed(records, model, processor, facts, collection, folder, report)
     shutil.rmtree(folder / SHARDS, ignore_errors=True)
     gallery = _load(folder, facts, records)
     gallery.collection = collection
@@ -253,12 +260,20 @@ def _embed(
     facts: ModelFacts,
     collection: str | None,
     folder: Path,
+    report: Report,
 ) -> None:
     """Embed a gallery in shards and save it."""
     embedders = {"embeddings": encoder_embedder(model), "thumbnails": thumbnail_embedder(processor)}
     names, shards = list(embedders), folder / SHARDS
     embed = partial(embed_batches, list(embedders.values()), processor)
-    with tqdm(total=len(records), desc="embedding the gallery", unit="scan") as bar:
+
+    class Bar(tqdm):
+        def update(self, n: float | None = 1) -> bool | None:
+            shown = super().update(n)
+            report(int(self.n), len(records))
+            return shown
+
+    with Bar(total=len(records), desc="embedding the gallery", unit="scan") as bar:
         write_shards(names, embed, records, shards, SHARD_SCANS, bar=bar, log_failures=False)
     embedded = read_shards(names, records, shards, SHARD_SCANS)
     readable = embedded["embeddings"].records

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import TimeoutError
 from queue import Empty, LifoQueue
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 from pebble import ProcessExpired, ProcessPool
 
@@ -64,7 +64,7 @@ class IsolatedReaders:
             remaining = max(0.01, deadline - time.monotonic())
             reading = pool.schedule(function, arguments, timeout=remaining)
             try:
-                result = cast(Result, reading.result(remaining + 1))
+                result: Result = reading.result(remaining + 1)
                 is_intact = True
                 return result
             except TimeoutError as error:
