@@ -10,6 +10,7 @@ with a ViT of timm (BiomedCLIP). Only JSON and safetensors files are read.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,13 +19,18 @@ from typing import Any
 import torch
 import yaml
 from huggingface_hub import ModelCard
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import (
     AutoConfig,
+    Dinov2Config,
+    Dinov2WithRegistersConfig,
+    DINOv3ViTConfig,
     PreTrainedConfig,
     ViTConfig,
 )
 
+from .atomic_io import atomic_folder, atomic_write_text
 from .configuration_m3ret import M3RetConfig
 from .encoder_files import (
     CARD,
@@ -43,7 +49,7 @@ from .encoder_files import (
 )
 from .errors import InputError
 from .image_processing_m3ret import M3RetImageProcessor
-from .modeling_m3ret import M3RetModel
+from .modeling_m3ret import M3RetModel, interpolation_weights
 
 
 # ---- names of weights -----------------------------------------------------------------------------------------------
@@ -417,3 +423,166 @@ def _fold_channels(named: dict[str, Tensor], transform: ImageTransform) -> None:
     bias = named.get("embeddings.patch_embeddings.bias", torch.zeros(len(weight)))
     named["embeddings.patch_embeddings.weight"] = (weight * 0.5 / std).sum(1, keepdim=True).float()
     named["embeddings.patch_embeddings.bias"] = (bias.double() + shift).float()
+
+
+# ---- back to a 2D encoder -------------------------------------------------------------------------------------------
+
+# names in the files of the families that can be written: ours -> theirs
+_DINO_LAYER = {
+    "attention_norm": "norm1",
+    "attention_scale.gain": "layer_scale1.lambda1",
+    "mlp_norm": "norm2",
+    "mlp_scale.gain": "layer_scale2.lambda1",
+}
+_VIT_ATTENTION = {
+    **{f"attention.{part}": f"attention.attention.{part}" for part in ("query", "key", "value")},
+    "attention.out_proj": "attention.output.dense",
+}
+WRITTEN_NAMES: dict[str, dict[str, str]] = {
+    "dinov3_vit": {
+        **{"embeddings.patch_embeddings": "embeddings.patch_embeddings", "norm": "norm", "layer": "layer"},
+        **{f"attention.{part}": f"attention.{part[0]}_proj" for part in ("query", "key", "value")},
+        **{"attention.out_proj": "attention.o_proj", **_DINO_LAYER},
+        **{f"mlp.{part}_proj": f"mlp.{part}_proj" for part in ("gate", "up", "down")},
+    },
+    "dinov2": {
+        **{"embeddings.patch_embeddings": "embeddings.patch_embeddings.projection", "norm": "layernorm"},
+        **{"layer": "encoder.layer", **_VIT_ATTENTION, **_DINO_LAYER},
+        **{"mlp.gate_and_up": "mlp.weights_in", "mlp.up_proj": "mlp.fc1", "mlp.down_proj": "mlp.fc2"},
+    },
+    "vit": {
+        **{"embeddings.patch_embeddings": "embeddings.patch_embeddings.projection", "norm": "layernorm"},
+        **{"layer": "encoder.layer", **_VIT_ATTENTION},
+        **{"attention_norm": "layernorm_before", "mlp_norm": "layernorm_after"},
+        **{"mlp.up_proj": "intermediate.dense", "mlp.down_proj": "output.dense"},
+    },
+}
+
+
+def export_vit(model: M3RetModel, processor: M3RetImageProcessor, output: Path) -> str:
+    """Write an encoder as a 2D checkpoint of transformers, which gives the same tokens for one slice.
+
+    The weights of a patch are added up over its slices. Depth, pooling and whitening are left out. A checkpoint that
+    was converted and not trained is written with the weights of its source, bit for bit, up to the position of the
+    class token, which is added to the token itself.
+
+    Args:
+        model: encoder with the architecture of DINOv3, DINOv2 (with registers or not) or ViT.
+        processor: its image processor.
+        output: folder to create.
+
+    Returns:
+        The `model_type` of the checkpoint.
+
+    Raises:
+        InputError: if `output` exists, or no 2D architecture has the positions or the MLP of the encoder.
+    """
+    if output.exists():
+        raise InputError(f"--output: expected a new folder, got {output}, which exists. Choose another one.")
+    config = _config_2d(model, processor)
+    weights = _weights_2d(model, config)
+    mean, std = (
+        list(value) if isinstance(value, list) else [value] * processor.num_channels
+        for value in (processor.image_mean, processor.image_std)
+    )
+    transform = {
+        "image_processor_type": "ViTImageProcessor",
+        "size": {"height": processor.size, "width": processor.size},
+        **{"do_resize": True, "resample": 2, "do_rescale": True, "rescale_factor": 1 / 255},  # bilinear, as here
+        **{"do_normalize": True, "image_mean": mean, "image_std": std},
+    }
+    with atomic_folder(output) as folder:
+        config.save_pretrained(folder)
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        atomic_write_text(folder / "preprocessor_config.json", json.dumps(transform, indent=2) + "\n")
+    return config.model_type
+
+
+def _config_2d(model: M3RetModel, processor: M3RetImageProcessor) -> PreTrainedConfig:
+    """Return the configuration of the 2D architecture that an encoder has."""
+    config = model.config
+    grid = config.position_grid
+    is_rotary = config.rotary_axes == "shared" and grid is None
+    has_table = config.rotary_axes == "none" and grid is not None and grid[1] == grid[2]
+    if not (is_rotary or has_table) or not config.use_cls_token or config.embedding_norm:
+        raise InputError(
+            "no 2D architecture fits this encoder: expected the positions, class token and norms of DINOv3, DINOv2 or "
+            f"ViT, got rotary_axes {config.rotary_axes!r}, position_grid {grid}, use_cls_token {config.use_cls_token} "
+            f"and embedding_norm {config.embedding_norm}. Encoders that were converted from these can be written."
+        )
+    same = ("hidden_size", "num_hidden_layers", "num_attention_heads", "hidden_act", "layer_norm_eps", "num_channels")
+    fields: dict[str, Any] = {name: getattr(config, name) for name in same} | {"patch_size": config.patch_size}
+    if is_rotary:
+        biases = dict.fromkeys(("query_bias", "key_bias", "value_bias"), config.qkv_bias)
+        fields |= {"image_size": processor.size, "intermediate_size": config.intermediate_size, **biases}
+        fields |= {"rope_theta": float(config.rope_theta), "use_gated_mlp": config.gated_mlp}
+        return DINOv3ViTConfig(
+            **fields, num_register_tokens=config.num_register_tokens, architectures=["DINOv3ViTModel"]
+        )
+    assert grid is not None
+    fields |= {"image_size": grid[1] * config.patch_size, "qkv_bias": config.qkv_bias}
+    gains = [value for key, value in model.state_dict().items() if key.endswith("_scale.gain")]
+    has_gains = any(not gain.eq(1).all() for gain in gains)
+    if not (config.num_register_tokens or config.position_antialias or config.gated_mlp or has_gains):
+        return ViTConfig(**fields, intermediate_size=config.intermediate_size, architectures=["ViTModel"])
+    widths = {ratio: config.hidden_size * ratio for ratio in range(1, 17)}
+    if config.gated_mlp and config.hidden_act == "silu":  # DINOv2's gate has no other
+        widths = {ratio: swiglu_width(width) for ratio, width in widths.items()}
+    ratio = next((ratio for ratio, width in widths.items() if width == config.intermediate_size), None)
+    if ratio is None:
+        raise InputError(
+            f"no 2D architecture fits this encoder: expected the width of DINOv2's MLP, one of {[*widths.values()]}, "
+            f"got {config.intermediate_size}."
+        )
+    fields |= {"mlp_ratio": ratio, "use_swiglu_ffn": config.gated_mlp}
+    if config.num_register_tokens or config.position_antialias:
+        registers = config.num_register_tokens
+        return Dinov2WithRegistersConfig(
+            **fields, num_register_tokens=registers, architectures=["Dinov2WithRegistersModel"]
+        )
+    return Dinov2Config(**fields, architectures=["Dinov2Model"])
+
+
+def _weights_2d(model: M3RetModel, config: PreTrainedConfig) -> dict[str, Tensor]:
+    """Return the weights of an encoder under the names of a 2D architecture."""
+    ours, fields = {key: value.detach().cpu() for key, value in model.state_dict().items()}, model.config
+    family = config.model_type.removesuffix("_with_registers")
+    names, d = WRITTEN_NAMES[family], fields.hidden_size
+    patches = ours["embeddings.patch_embeddings.weight"]
+    shape = (fields.num_channels, fields.patch_depth, fields.patch_size, fields.patch_size)
+    # float64 adds up the equal weights of an inflated patch without rounding
+    summed = patches.double().unflatten(1, shape).sum(2).to(patches.dtype)
+    written = {
+        "embeddings.cls_token": ours["embeddings.cls_token"].view(1, 1, d),
+        f"{names['embeddings.patch_embeddings']}.weight": summed,
+        f"{names['embeddings.patch_embeddings']}.bias": ours["embeddings.patch_embeddings.bias"],
+    }
+    if family != "vit":
+        written["embeddings.mask_token"] = torch.zeros(1, 1, d) if family == "dinov3_vit" else torch.zeros(1, d)
+    if family == "dinov3_vit" or config.model_type == "dinov2_with_registers":
+        written["embeddings.register_tokens"] = ours["embeddings.register_tokens"][None]
+    if model.embeddings.positions is not None:
+        depth, size = ours["embeddings.positions.depth_table"], fields.position_grid[0]
+        middle = interpolation_weights(torch.zeros(1), torch.ones(1), size, fields.position_antialias)  # one slice
+        plane = ours["embeddings.positions.plane_table"] + middle @ depth
+        written["embeddings.position_embeddings"] = torch.cat([torch.zeros(1, d), plane])[None]
+    written |= {f"{names['norm']}.{kind}": ours[f"norm.{kind}"] for kind in ("weight", "bias")}
+    for layer in range(fields.num_hidden_layers):
+        start = f"encoder.layers.{layer}."
+        parts = {key.removeprefix(start): value for key, value in ours.items() if key.startswith(start)}
+        for kind in ("weight", "bias") if fields.qkv_bias else ("weight",):
+            fused = parts.pop(f"attention.qkv.{kind}").chunk(3)
+            for part, value in zip(("query", "key", "value"), fused, strict=True):
+                parts[f"attention.{part}.{kind}"] = value
+        if family == "dinov2" and fields.gated_mlp:
+            for kind in ("weight", "bias"):
+                halves = [parts.pop(f"mlp.{part}_proj.{kind}") for part in ("gate", "up")]
+                parts[f"mlp.gate_and_up.{kind}"] = torch.cat(halves)
+                parts[f"mlp.weights_out.{kind}"] = parts.pop(f"mlp.down_proj.{kind}")
+        for key, value in parts.items():
+            if family == "vit" and key.endswith("_scale.gain"):
+                continue  # all are 1
+            module, _, kind = key.rpartition(".")
+            theirs = names[key] if key in names else f"{names.get(module, module)}.{kind}"
+            written[f"{names['layer']}.{layer}.{theirs}"] = value
+    return {key: value.contiguous().clone() for key, value in written.items()}

@@ -2,10 +2,14 @@
 
     m3ret export --model m3ret-vitb --output m3ret-vitb-onnx
     m3ret export --model m3ret-vitb --output m3ret-vitb-int8 --format onnx-int8
+    m3ret export --model m3ret-dinov3 --output dinov3 --format transformers
 
 One graph takes images, clips and volumes. Its input is `pixel_values (B, 3, D, H, W)` float32 with any B and D and with
 H and W multiples of the patch size; its output is `embeddings (B, d)`, equal to `embed_scans`. ONNX needs
 `pip install -e ".[export]"`. See docs/export.md for preprocessing and for what int8 costs.
+
+The format transformers is no graph but a 2D checkpoint, for encoders that were converted from one
+(docs/start-from-a-vit.md).
 """
 
 from __future__ import annotations
@@ -23,6 +27,7 @@ from torch import Tensor, nn
 
 from .atomic_io import atomic_folder, atomic_write_text
 from .command_line import CommandLine, user_errors
+from .convert import export_vit
 from .errors import InputError
 from .hub import load_pretrained
 from .image_processing_m3ret import M3RetImageProcessor
@@ -256,11 +261,17 @@ def main() -> None:
     parser = CommandLine(__doc__)
     parser.add_argument("--model", required=True, type=str, help="checkpoint folder or Hub id")
     parser.add_argument("--output", required=True, type=Path, help="folder to create for the graph and its manifest")
-    parser.add_argument("--format", choices=get_args(Format), default="onnx", help="file format of the graph")
+    formats = (*get_args(Format), "transformers")
+    parser.add_argument(
+        "--format", choices=formats, default="onnx", help="file format of the graph, or a 2D checkpoint"
+    )
     arguments = parser.parse_args()
     with user_errors(parser.prog):
         model, processor = load_pretrained(arguments.model)
         model = model.float()
+        if arguments.format == "transformers":
+            print(f"{arguments.output}: {export_vit(model, processor, arguments.output)}")
+            return
         manifest = export(model, processor, arguments.output, name=arguments.model, format=arguments.format)
     differences = ", ".join(f"{kind} {value:.1e}" for kind, value in manifest["largest_difference"].items())
     print(f"{arguments.output}: {', '.join(manifest['files'])}; largest difference from the model: {differences}")

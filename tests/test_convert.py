@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from remote_code import run_new_process
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from vit_sources import IMAGENET, KINDS, save_source, source_tokens
 
-from modeling_m3ret import M3RetImageProcessor, M3RetModel
-from modeling_m3ret.convert import convert_vit, is_convertible
+from modeling_m3ret import M3RetConfig, M3RetImageProcessor, M3RetModel
+from modeling_m3ret.convert import convert_vit, export_vit, is_convertible
 from modeling_m3ret.encoder_files import EncoderError
 from modeling_m3ret.errors import InputError
 from modeling_m3ret.hub import load_pretrained
@@ -183,6 +184,59 @@ def test_names_in_memory_are_understood(source: tuple[nn.Module, Path], tmp_path
     one, other = (convert_vit(str(path))[0].state_dict() for path in (folder, tmp_path))
     assert one.keys() == other.keys()
     assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+WRITTEN = ("dinov3_vit", "dinov3_vit gated", "dinov2", "dinov2 gated", "dinov2_with_registers", "vit", "vit_mae")
+
+
+@pytest.mark.parametrize("kind", [*WRITTEN, "vit without biases"])
+def test_a_2d_checkpoint_of_the_encoder_has_the_tokens_and_weights_of_the_source(kind: str, tmp_path: Path) -> None:
+    theirs = save_source(kind, tmp_path / "source")
+    model, processor = convert_vit(str(tmp_path / "source"))
+    family = export_vit(model, processor, tmp_path / "written")
+    assert family == ("vit" if kind.startswith("vit") else kind.split()[0])
+    loading: dict[str, Any] = {"output_loading_info": True}
+    if family == "vit":
+        loading["add_pooling_layer"] = False
+    written, info = transformers.AutoModel.from_pretrained(tmp_path / "written", **loading)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    images = torch.randn(2, 3, 24, 40)
+    for one, other in zip(source_tokens(written.eval(), images)[:2], source_tokens(theirs, images)[:2], strict=True):
+        assert largest_difference(one, other) <= 1e-5
+    back, same = convert_vit(str(tmp_path / "written"))
+    kept = {"converted_from": "source", "pooling": model.config.pooling}
+    assert back.config.to_dict() | kept == model.config.to_dict()
+    assert same.to_dict() == processor.to_dict()
+    assert all(torch.equal(value, model.state_dict()[key]) for key, value in back.state_dict().items())
+
+
+@torch.no_grad()
+def test_a_2d_checkpoint_of_a_trained_encoder_has_its_tokens_for_one_slice(tmp_path: Path) -> None:
+    """Training makes the slices of a patch differ, and their depths."""
+    save_source("vit", tmp_path / "source")
+    model, processor = convert_vit(str(tmp_path / "source"))
+    for parameter in model.parameters():
+        parameter.add_(torch.randn_like(parameter) * 0.05)
+    with pytest.raises(InputError):  # gains have changed, and no family with gains has this width
+        export_vit(model, processor, tmp_path / "written")
+    save_source("dinov2", tmp_path / "dinov2")
+    model, processor = convert_vit(str(tmp_path / "dinov2"))
+    for parameter in model.parameters():
+        parameter.add_(torch.randn_like(parameter) * 0.05)
+    export_vit(model, processor, tmp_path / "written")
+    written = transformers.AutoModel.from_pretrained(tmp_path / "written").eval()
+    assert_same_tokens(model, written, torch.randn(2, 3, 24, 40))
+
+
+def test_encoders_that_no_2d_architecture_has_are_refused(tmp_path: Path) -> None:
+    own = M3RetModel(M3RetConfig.vitt(num_hidden_layers=1))
+    with pytest.raises(InputError):
+        export_vit(own, M3RetImageProcessor(), tmp_path / "written")
+    save_source("siglip_vision_model", tmp_path / "source")
+    with pytest.raises(InputError):
+        export_vit(*convert_vit(str(tmp_path / "source")), tmp_path / "written")
+    assert not (tmp_path / "written").exists()
 
 
 @pytest.mark.parametrize("antialias", [False, True])
