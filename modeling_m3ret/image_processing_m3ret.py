@@ -249,8 +249,8 @@ class M3RetImageProcessor(BaseImageProcessor):
 
         The settings are those of `resize`. The result may share the memory of the scan.
         """
-        # copied, since torch cannot wrap read-only arrays
-        volume = torch.from_numpy(scan.array if scan.array.flags.writeable else scan.array.copy())
+        # copied in the order of its memory, since torch cannot wrap read-only arrays
+        volume = torch.from_numpy(scan.array if scan.array.flags.writeable else scan.array.copy(order="K"))
         depth, height, width = self.target_shape(tuple(volume.shape[1:]), scan.spacing, **settings)
         C, D, H, W = volume.shape
         if depth < D and scan.spacing[0] is None:
