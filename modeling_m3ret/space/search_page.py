@@ -65,8 +65,8 @@ class SearchPage:
                 self.choice = self._clickable("which-one")
                 with gr.Column(elem_id="welcome") as self.welcome:
                     gr.HTML(
-                        f"<h2>Find scans that look like yours</h2><p>Drop a scan on the left, or try one of these. The "
-                        f"gallery holds <b>{len(gallery):,} scans</b>.</p>"
+                        f"<h2>Find scans that look like yours</h2><p>Drop your scan into the box, or try one of these. "
+                        f"The gallery holds <b>{len(gallery):,} scans</b>.</p>"
                     )
                     self.examples = self._clickable("examples", self._example_cards())
                 with gr.Column(visible=False, elem_id="results") as self.area:
@@ -221,7 +221,9 @@ class SearchPage:
             picture = preview(scan)
             facts.append(describe_scan(scan))
         lines = "".join(f"<p>{escape(text)}</p>" for text in facts)
-        image = f"<img src='{picture_url(picture)}' alt='Middle slice or frame of the query'>"
+        width, height = picture.size if picture else (1, 1)
+        size = f"width='{width}' height='{height}'"  # known before the picture is decoded, so that nothing moves
+        image = f"<img src='{picture_url(picture)}' {size} alt='Middle slice or frame of the query'>"
         return {
             self.query: query,
             self.query_card: f"<h2>Your query</h2>{image}{lines}",

@@ -13,8 +13,8 @@ from typing import Any
 
 import gradio as gr
 import numpy as np
+from anyio import CapacityLimiter, to_thread
 from starlette.applications import Starlette
-from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Mount, Route
@@ -90,7 +90,6 @@ class Viewer:
         scan = self.service.scan(key)
         stride = volume_stride(scan)
         plane = plane_of(scan)
-        has_mm = scan.spacing[1] is not None and "pixel_aspect_ratio" not in scan.description
         is_bytes = scan.array.dtype == np.uint8
         return {
             "name": name,
@@ -106,19 +105,20 @@ class Viewer:
             "unit": "HU" if is_hounsfield(scan) else "",
             "max": 255 if is_bytes else PER_MILLE,
             "step": scan.spacing[0] or 1.0,
-            "mm": has_mm,
+            "volume": scan.spacing[0] is not None and scan.array.shape[1] > 1,
         }
 
 
 def viewer_routes(service: SearchService) -> Mount:
     """Return the routes of the viewer under `/m3ret`: its scripts, and the pixels of scans."""
+    limiter = CapacityLimiter(8)  # reading scans again must not occupy the threads that answer everything else
 
     async def scan(request: Request) -> Response:
         key = request.path_params["name"].removesuffix(".nii")
         if not KEY.fullmatch(key) or (key.startswith("row-") and int(key[4:]) >= len(service.gallery)):
             return PlainTextResponse("This scan does not exist.", 404)
         try:
-            size, parts = await run_in_threadpool(lambda: volume_bytes(service.scan(key)))
+            size, parts = await to_thread.run_sync(lambda: volume_bytes(service.scan(key)), limiter=limiter)
         except (M3RetReadError, InputError) as error:
             return PlainTextResponse(str(error), 404)
         headers = {"Content-Length": str(size), "Cache-Control": "no-store"}

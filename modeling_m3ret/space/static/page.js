@@ -37,11 +37,10 @@ window.m3ret = (() => {
     element.addEventListener('pointerover', (event) => showTip(event.target.closest?.('circle[data-index]')))
     // on a phone, the results are below the upload: bring them into view once they are laid out
     const reveal = () => setTimeout(() => {
-      const status = document.getElementById('status')
-      if (element.innerText && element.getBoundingClientRect().top > innerHeight * 0.7) {
-        (status?.offsetParent ? status : element).scrollIntoView({ behavior: smooth() })
-      }
-    }, 100)
+      const first = element.closest('#results')?.querySelector('#status') ?? element
+      const { top } = first.getBoundingClientRect()
+      if (element.innerText && (top < 0 || top > innerHeight * 0.7)) first.scrollIntoView({ behavior: smooth() })
+    }, 250)
     watch('value', reveal)
     if (element.closest('#results')) reveal() // it was not on the page until there were results
   }
@@ -75,9 +74,9 @@ window.m3ret = (() => {
       this.viewer = viewer
       this.nv = new window.niivue.Niivue({
         backColor: [0, 0, 0, 1], isRadiologicalConvention: true, dragAndDropEnabled: false, crosshairColor: [0.2, 0.9, 1, 0.8],
-        crosshairWidth: 0.5, crosshairGap: 10, multiplanarShowRender: 0, show3Dcrosshair: false, loadingText: '', logLevel: 'error',
+        crosshairWidth: 0.3, crosshairWidthUnit: 'percent', crosshairGap: 10, multiplanarShowRender: 0, show3Dcrosshair: false, loadingText: '', logLevel: 'error',
         isForceMouseClickToVoxelCenters: true, rulerColor: [1, 0.85, 0.2, 1], selectionBoxColor: [0.2, 0.9, 1, 0.25],
-        fontMinPx: 16, fontColor: [1, 1, 1, 1]
+        fontMinPx: 16, fontColor: [1, 1, 1, 1], showAllOrientationMarkers: true
       })
       this.tool('crosshair')
       this.nv.addColormap('m3ret', HEAT)
@@ -99,6 +98,8 @@ window.m3ret = (() => {
       const slices = pane.shape[0]
       this.slider.max = slices
       this.slider.parentElement.hidden = slices < 2
+      this.unit = pane.volume ? 'Slice' : 'Frame'
+      this.slider.previousElementSibling.textContent = this.unit
       const { nv } = this
       if (!nv.canvas) await nv.attachToCanvas(this.canvas)
       const { NVImage } = window.niivue
@@ -135,7 +136,7 @@ window.m3ret = (() => {
     planes () {
       const { nv, pane } = this
       const one = { axial: nv.sliceTypeAxial, coronal: nv.sliceTypeCoronal, sagittal: nv.sliceTypeSagittal }[pane.plane]
-      nv.setSliceType(this.viewer.planes && pane.shape[0] > 1 ? nv.sliceTypeMultiplanar : one)
+      nv.setSliceType(this.viewer.planes && pane.volume ? nv.sliceTypeMultiplanar : one)
     }
 
     // Range of values from black to white.
@@ -186,7 +187,7 @@ window.m3ret = (() => {
       this.slider.setAttribute('aria-valuetext', `${slice + 1} of ${pane.shape[0]}`)
       const volume = nv.volumes[0]
       const voxel = nv.frac2vox(nv.scene.crosshairPos)
-      this.text = pane.shape[0] > 1 ? `${pane.mm ? 'Slice' : 'Frame'} ${slice + 1} of ${pane.shape[0]} · ` : ''
+      this.text = pane.shape[0] > 1 ? `${this.unit} ${slice + 1} of ${pane.shape[0]} · ` : ''
       this.output.textContent = this.text + this.value(volume.getValue(...voxel))
       this.figure.dataset.slice = slice
       if (!isLinked) this.viewer.follow(this)
@@ -278,9 +279,9 @@ window.m3ret = (() => {
         await Promise.all(this.panes.map((pane, index) => pane.show(view.panes[index])))
         if (view !== this.props.value) return // another result was opened meanwhile
         const isCt = view.panes.map((pane) => pane.unit === 'HU')
-        const isVolume = view.panes.map((pane) => pane.shape[0] > 1)
         this.section.querySelector('[data-for=ct]').hidden = !isCt.includes(true)
-        this.section.querySelectorAll('[data-for=volume]').forEach((node) => { node.hidden = !isVolume.includes(true) })
+        this.section.querySelector('[data-for=slices]').hidden = !view.panes.every((pane) => pane.shape[0] > 1)
+        this.section.querySelector('[data-for=volume]').hidden = !view.panes.some((pane) => pane.volume)
         const at = view.items.indexOf(view.item)
         this.section.querySelector('[data-do=previous]').disabled = at === 0
         this.section.querySelector('[data-do=next]').disabled = at === view.items.length - 1
@@ -299,7 +300,7 @@ window.m3ret = (() => {
       const other = this.panes.find((one) => one !== pane)
       if (!this.link || !other.pane || pane.pane.shape[0] < 2) return
       const [from, to] = [pane.pane, other.pane]
-      const ratio = from.mm && to.mm ? from.step / to.step : to.shape[0] / from.shape[0]
+      const ratio = from.volume && to.volume ? from.step / to.step : to.shape[0] / from.shape[0]
       other.go(Math.round(other.anchor + (pane.slice - pane.anchor) * ratio), true)
     }
 
