@@ -186,6 +186,57 @@ def test_names_in_memory_are_understood(source: tuple[nn.Module, Path], tmp_path
     assert all(torch.equal(one[key], other[key]) for key in one)
 
 
+def save_timm_vit(folder: Path) -> nn.Module:
+    """Save a ViT of transformers under the names that timm's has in open_clip, with a projection, and return it."""
+    sizes = {"hidden_size": 192, "num_hidden_layers": 12, "num_attention_heads": 3, "intermediate_size": 768}
+    model = save_source("vit", folder / "vit", **sizes, image_size=64, patch_size=16, layer_norm_eps=1e-6)
+    theirs, timm = load_file(folder / "vit" / "model.safetensors"), {}
+    names = {"cls_token": "embeddings.cls_token", "pos_embed": "embeddings.position_embeddings"}
+    for kind in ("weight", "bias"):
+        names[f"patch_embed.proj.{kind}"] = f"embeddings.patch_embeddings.projection.{kind}"
+        names[f"norm.{kind}"] = f"layernorm.{kind}"
+    parts = {"norm1": "layernorm_before", "attn.proj": "attention.output.dense", "norm2": "layernorm_after"}
+    parts |= {"mlp.fc1": "intermediate.dense", "mlp.fc2": "output.dense"}
+    for layer in range(12):
+        for kind in ("weight", "bias"):
+            block, start = f"blocks.{layer}", f"encoder.layer.{layer}"
+            names |= {f"{block}.{ours}.{kind}": f"{start}.{part}.{kind}" for ours, part in parts.items()}
+            fused = [theirs[f"{start}.attention.attention.{part}.{kind}"] for part in ("query", "key", "value")]
+            timm[f"visual.trunk.{block}.attn.qkv.{kind}"] = torch.cat(fused)
+    timm |= {f"visual.trunk.{ours}": theirs[name].clone() for ours, name in names.items()}
+    timm |= {"visual.head.proj.weight": torch.randn(24, 192)}
+    timm |= {"text.proj.0.weight": torch.ones(2), "logit_scale": torch.ones(())}  # of the text tower
+    save_file(timm, folder / "open_clip_model.safetensors")
+    vision = {"timm_model_name": "vit_tiny_patch16_64", "timm_pool": "", "timm_proj": "linear", "image_size": 64}
+    preprocess = {"mean": IMAGENET["image_mean"], "std": IMAGENET["image_std"]}
+    config = {"model_cfg": {"embed_dim": 24, "vision_cfg": vision, "text_cfg": {}}, "preprocess_cfg": preprocess}
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    return model
+
+
+@torch.no_grad()
+def test_a_vit_of_timm_in_open_clip_is_converted(tmp_path: Path) -> None:
+    """As in BiomedCLIP. The embedding is open_clip's: the projected class token."""
+    theirs = save_timm_vit(tmp_path)
+    assert is_convertible(str(tmp_path))
+    model, processor = convert_vit(str(tmp_path))
+    images = torch.randn(3, 3, 64, 64)
+    cls, patches, _ = source_tokens(theirs, images)
+    output = model(images)
+    assert largest_difference(output.last_hidden_state, torch.cat([cls[:, None], patches], dim=1)) <= 1e-5
+    projection = load_file(tmp_path / "open_clip_model.safetensors")["visual.head.proj.weight"]
+    expected = nn.functional.normalize(cls @ projection.T, dim=-1)
+    ours = model.embed_scans(images)
+    assert largest_difference(ours @ ours.T, expected @ expected.T) <= 1e-5
+    assert (processor.size, processor.image_mean) == (64, IMAGENET["image_mean"])
+    config = json.loads((tmp_path / "open_clip_config.json").read_text())
+    config["model_cfg"]["vision_cfg"]["timm_model_name"] = "convnext_base"
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+    assert not is_convertible(str(tmp_path))
+    with pytest.raises(EncoderError):
+        convert_vit(str(tmp_path))
+
+
 WRITTEN = ("dinov3_vit", "dinov3_vit gated", "dinov2", "dinov2 gated", "dinov2_with_registers", "vit", "vit_mae")
 
 
