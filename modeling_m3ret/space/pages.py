@@ -62,6 +62,7 @@ def build(service: SearchService, model_name: str) -> gr.Blocks:
     os.environ["GRADIO_TEMP_DIR"] = tempfile.mkdtemp(prefix="m3ret-space-")
     # Gradio summarises the events that it remembers after each event: 23 ms for the default of 10,000
     os.environ.setdefault("GRADIO_ANALYTICS_MAX_EVENTS", "1")
+    _ = service.gallery.calibration  # now, not when the first visitor waits for it
     with gr.Blocks(title="M3Ret", analytics_enabled=False) as page:
         gr.HTML(HEADER, elem_id="header")
         if read_training_facts(model_name).get("synthetic"):

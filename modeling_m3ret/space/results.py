@@ -9,7 +9,7 @@ import base64
 import csv
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from typing import cast
 
@@ -58,10 +58,20 @@ def alikeness(percentile: float | None) -> str:
 
 @dataclass(frozen=True)
 class Group:
-    """A hit with the hits that look the same as it."""
+    """A hit with the hits that look the same as it.
 
+    Attributes:
+        rank: From 1, in the order of similarity.
+    """
+
+    rank: int
     first: HitFacts
     others: tuple[HitFacts, ...] = ()
+
+    @property
+    def hits(self) -> tuple[HitFacts, ...]:
+        """All hits of the group."""
+        return (self.first, *self.others)
 
 
 def group_similar(
@@ -79,11 +89,11 @@ def group_similar(
         same = (firsts @ embedding >= threshold).nonzero().flatten().tolist()
         if same:
             group = groups[same[0]]
-            groups[same[0]] = Group(group.first, (*group.others, hit))
+            groups[same[0]] = replace(group, others=(*group.others, hit))
         elif len(groups) == count:
             break
         else:
-            groups.append(Group(hit))
+            groups.append(Group(len(groups) + 1, hit))
             firsts = torch.cat([firsts, embedding[None]])
     return groups
 
@@ -124,21 +134,21 @@ def card(facts: Facts | HitFacts, row: int, rank: int | None = None, classes: st
 def cards(groups: Sequence[Group]) -> str:
     """Return groups of hits as a list in HTML. Those that look the same are hidden behind a button."""
     items = []
-    for rank, group in enumerate(groups, 1):
+    for group in groups:
         twins = "".join(f"<li hidden>{card(hit, hit['item'], classes='twin')}</li>" for hit in group.others)
         more = f"<button type='button' class='more' aria-expanded='false'>+{len(group.others)} similar</button>"
-        items.append(f"<li>{card(group.first, group.first['item'], rank)}{more if twins else ''}</li>{twins}")
+        items.append(f"<li>{card(group.first, group.first['item'], group.rank)}{more if twins else ''}</li>{twins}")
     return f"<ol class='cards' aria-label='Results, most similar first'>{''.join(items)}</ol>"
 
 
-def table(hits: Sequence[HitFacts]) -> str:
-    """Return hits as a table in HTML."""
+def table(groups: Sequence[Group]) -> str:
+    """Return hits as a table in HTML. Those that look the same have the same rank."""
     head = "".join(
         f"<th scope='col'>{name}</th>"
         for name in ("Rank", "Of all pairs", "Modality", "Anatomy", "Finding", "Dataset", "Similarity", "Scan")
     )
     body = ""
-    for rank, hit in enumerate(hits, 1):
+    for rank, hit in [(group.rank, hit) for group in groups for hit in group.hits]:
         words = (modality_name(hit["modality"]), readable(hit["anatomy"]), finding(hit), hit["source"])
         cells = (str(rank), alikeness(hit["percentile"]), *words, f"{hit['similarity']:.3f}", str(hit["item"]))
         body += "<tr>" + "".join(f"<td>{escape(cell) or '–'}</td>" for cell in cells) + "</tr>"

@@ -18,7 +18,7 @@ from ..search.filters import MetadataFilter
 from ..search.thumbnails import is_blank
 from .endpoints import HEAVY, PRIVATE, error_html
 from .pixels import describe_scan, preview
-from .results import card, cards, describe, group_similar, modality_name, picture_url, readable, table, to_csv
+from .results import Group, card, cards, describe, group_similar, modality_name, picture_url, readable, table, to_csv
 from .service import DEFAULT_HITS, MAX_HITS, HitFacts, Query, SearchService
 from .uploads import Choice
 from .viewer import Viewer
@@ -45,7 +45,7 @@ class SearchPage:
         self.service = service
         gallery = service.gallery
         self.query: gr.State = gr.State(None, time_to_live=3600)  # a `Query`
-        self.hits: gr.State = gr.State([], time_to_live=3600)  # a list of `HitFacts`
+        self.groups: gr.State = gr.State([], time_to_live=3600)  # a list of `Group`, the results
         self.choices: gr.State = gr.State([], time_to_live=1800)  # a list of `Choice`
         with gr.Row(elem_id="search-row"):
             with gr.Column(scale=2, min_width=280, elem_id="query-column"):
@@ -128,9 +128,10 @@ class SearchPage:
     def _connect_events(self) -> None:
         viewer = self.viewer
         self.options = [self.count, self.modalities, self.anatomies, self.sort, self.exclude_same_patient, self.rerank]
-        result_outputs = [self.hits, self.grid, self.table, self.status, self.as_csv, self.as_json, self.notice]
+        result_outputs = [self.groups, self.grid, self.table, self.status, self.as_csv, self.as_json]
+        result_outputs += [self.notice, viewer.view]
         panes = [self.query_card, self.clear, self.welcome, self.area, self.choice]
-        self.outputs = [self.query, self.choices, self.files, *panes, *result_outputs, viewer.view]
+        self.outputs = [self.query, self.choices, self.files, *panes, *result_outputs]
         event: dict[str, Any] = {"show_progress_on": self.notice, "show_progress": "minimal", **PRIVATE, **HEAVY}
         for files in (self.files, self.folder):
             files.upload(self._new_query(self._of_files), [files, *self.options], self.outputs, **event)
@@ -146,19 +147,20 @@ class SearchPage:
         gr.on(changes, search, [self.query, *self.options], result_outputs, trigger_mode="always_last", **event)
         opening = [viewer.view, self.notice]
         for selected in (self.grid.select, viewer.view.select):
-            selected(self._shown(self._open), [self.query, self.hits], opening, **event)
-        by_region = [self.query, *result_outputs, viewer.view]
-        viewer.view.input(self._shown(self._search_region), [self.query, *self.options], by_region, **event)
+            selected(self._shown(self._open), [self.query, self.groups], opening, **event)
+        by_region = self._shown(self._search_region)
+        viewer.view.input(by_region, [self.query, *self.options], [self.query, *result_outputs], **event)
 
     # -------------------------------------------------------------------------------------------------------- states
 
     def cleared(self) -> dict[Any, Any]:
         """Return the values of all `outputs` without a query."""
+        empty = [self.query_card, self.choice, self.grid, self.table, self.status, self.notice]
         return {
-            **{self.query: None, self.choices: [], self.files: None, self.query_card: "", self.choice: ""},
-            **{self.hits: [], self.grid: "", self.table: "", self.status: "", self.notice: "", self.viewer.view: None},
+            **dict.fromkeys(empty, ""),
+            **dict.fromkeys([self.query, self.files, self.viewer.view, self.as_csv, self.as_json]),
+            **{self.choices: [], self.groups: [], self.clear: gr.Button(visible=False)},
             **{self.welcome: gr.Column(visible=True), self.area: gr.Column(visible=False)},
-            **{self.clear: gr.Button(visible=False), self.as_csv: None, self.as_json: None},
         }
 
     def _shown(self, function: Callable[..., dict[Any, Any]]) -> Callable[..., dict[Any, Any]]:
@@ -251,9 +253,10 @@ class SearchPage:
             return {}
         gallery = self.service.gallery
         where = MetadataFilter(modality=modalities or None, anatomy=anatomies or None)
-        hits = self.service.search(query, MAX_HITS, where, exclude_same_patient=exclude_same_patient, rerank=rerank)
+        found = int(count) if rerank else MAX_HITS  # comparing regions takes time for each
+        hits = self.service.search(query, found, where, exclude_same_patient=exclude_same_patient, rerank=rerank)
         groups = group_similar(hits, gallery, int(count))
-        hits = [hit for group in groups for hit in (group.first, *group.others)]
+        hits = [hit for group in groups for hit in group.hits]
         status = _status(len(groups), len(hits), rerank, query.region is not None)
         if picture is not None and is_blank(picture):
             status = _verdict("The query is blank", "It shows nothing that could be compared.") + status
@@ -267,7 +270,8 @@ class SearchPage:
         (folder / "results.csv").write_text(to_csv(hits), encoding="utf-8")
         (folder / "results.json").write_text(json.dumps(hits, indent=2), encoding="utf-8")
         return {
-            **{self.hits: hits, self.status: status, self.grid: cards(groups), self.table: table(hits)},
+            **{self.groups: groups, self.status: status, self.grid: cards(groups), self.table: table(groups)},
+            self.viewer.view: None,
             **{self.as_csv: str(folder / "results.csv"), self.as_json: str(folder / "results.json")},
         }
 
@@ -283,12 +287,12 @@ class SearchPage:
             return f"Only weak matches in {part}", own
         return "", ""
 
-    def _open(self, selected: gr.SelectData, query: Query | None, hits: list[HitFacts]) -> dict[Any, Any]:
-        if query is None or selected.index not in [hit["item"] for hit in hits]:
+    def _open(self, selected: gr.SelectData, query: Query | None, groups: list[Group]) -> dict[Any, Any]:
+        if query is None or selected.index not in [hit["item"] for group in groups for hit in group.hits]:
             raise InputError("This result is not shown any more. Select another one.")
         if not self.service.has_scans():
             raise InputError(NO_PIXELS)
-        return {self.viewer.view: self.viewer.open(query, hits, selected.index)}
+        return {self.viewer.view: self.viewer.open(query, groups, selected.index)}
 
     def _search_region(self, selected: gr.SelectData, query: Query | None, *options: Any) -> dict[Any, Any]:
         """Order the gallery by a box of one slice of the query, and open the first hit."""
@@ -296,8 +300,9 @@ class SearchPage:
             raise InputError("Choose a scan first.")
         query = self.service.with_region(query, *selected.index)
         found = {self.query: query, **self._search(query, *options)}
-        hits = found[self.hits]
-        return found | ({self.viewer.view: self.viewer.open(query, hits, hits[0]["item"])} if hits else {})
+        groups = found[self.groups]
+        best = min(groups, key=lambda group: group.rank, default=None)
+        return found | ({self.viewer.view: self.viewer.open(query, groups, best.first["item"])} if best else {})
 
 
 def _verdict(title: str, text: str) -> str:
@@ -311,13 +316,9 @@ def _status(groups: int, hits: int, rerank: bool, by_region: bool) -> str:
     similar = f" ({hits} with those that look the same)" if hits > groups else ""
     order = "by the selected region" if by_region else "by their regions" if rerank else "most similar first"
     note = (
-        ""
-        if rerank or by_region
-        else (
-            " “Closest 1%”: of 100 pairs of scans of this gallery, 1 is more alike. "
-            "It is not a probability of a diagnosis."
-        )
+        " “Closest 1%”: of 100 pairs of scans of this gallery, 1 is more alike. It is not a probability of a diagnosis."
     )
+    note = "" if rerank or by_region else note
     return f"<p><b>{groups} results</b>{similar}, {order}. Select one to compare it with your query.{note}</p>"
 
 

@@ -32,8 +32,8 @@ from .pixels import (
     volume_bytes,
     volume_stride,
 )
-from .results import alikeness, describe, webp
-from .service import HitFacts, Query, SearchService, Voxel, key_of_row
+from .results import Group, alikeness, describe, webp
+from .service import Query, SearchService, Voxel, key_of_row
 
 
 STATIC = files("modeling_m3ret.space") / "static"
@@ -59,15 +59,15 @@ class Viewer:
             elem_id="viewer-block",
         )
 
-    def open(self, query: Query, hits: Sequence[HitFacts], item: int) -> dict[str, Any]:
+    def open(self, query: Query, groups: Sequence[Group], item: int) -> dict[str, Any]:
         """Return what the browser needs to show the query beside the hit `item`, each at its best match.
 
         Raises:
             M3RetReadError, ScanExpiredError: If one of the scans cannot be read, or not any more.
         """
         heat = self.service.heat(query, item)
-        items = [hit["item"] for hit in hits]
-        hit = hits[items.index(item)]
+        of_item = {hit["item"]: (group.rank, hit) for group in groups for hit in group.hits}
+        rank, hit = of_item[item]
         region = ""
         if query.region is not None:
             depth, *_ = query.region
@@ -77,12 +77,11 @@ class Viewer:
         query_name = describe(self.service.gallery.facts(query.row)) if query.row is not None else "your scan"
         return {
             "item": item,
-            "items": items,
-            "rank": items.index(item) + 1,
+            "items": [*of_item],
             "region": region,
             "panes": [
                 self._pane(f"Query · {query_name}", query.key, heat.query, heat.query_voxel),
-                self._pane(f"Result {items.index(item) + 1} · {name}", key_of_row(item), heat.hit, heat.hit_voxel),
+                self._pane(f"Result {rank} · {name}", key_of_row(item), heat.hit, heat.hit_voxel),
             ],
         }
 

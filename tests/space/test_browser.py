@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import csv
 import io
 import json
@@ -319,13 +320,35 @@ def test_a_folder_is_uploaded(open_page: OpenPage, server: SpaceServer) -> None:
     assert server.records[results(page)[0]].location == series
 
 
+def test_a_dropped_folder_is_uploaded(open_page: OpenPage, server: SpaceServer) -> None:
+    """The entries are stand-ins of those that a browser makes of a folder, in two batches as a browser reads them."""
+    page = open_page()
+    series = server.scan_path("ct", "")
+    files = [[path.name, base64.b64encode(path.read_bytes()).decode()] for path in sorted(series.iterdir())]
+    page.evaluate(
+        """(files) => {
+        const entries = files.map(([name, data]) => ({isFile: true, file: (resolve) => resolve(
+            new File([Uint8Array.from(atob(data), (c) => c.charCodeAt(0))], name))}))
+        const batches = [entries.slice(0, 2), entries.slice(2), []]
+        const folder = {isDirectory: true, createReader: () => ({readEntries: (resolve) => resolve(batches.shift())})}
+        const event = new Event('drop', {bubbles: true, cancelable: true})
+        event.dataTransfer = {items: [{webkitGetAsEntry: () => folder}]}
+        document.querySelector('#upload button').dispatchEvent(event)
+        }""",
+        files,
+    )
+    assert server.records[results(page)[0]].location == series
+
+
 def test_chips_sorting_table_and_downloads(open_page: OpenPage, server: SpaceServer, screenshots: Path) -> None:
     page = open_page()
     upload(page, server.scan_path("xray", ".png"))
     assert len(results(page)) <= DEFAULT_HITS
+    open_result(page)
     page.locator("#modality-chips").get_by_label(f"CT ({SUBJECTS})").check()
     page.locator("#modality-chips").get_by_label(f"MRI ({SUBJECTS})").check()
     idle(page)
+    assert not page.locator("#viewer").is_visible(), "it may show a scan that is no longer a result"
     found = results(page)
     assert {server.records[item].modality for item in found} <= {"ct", "mri"}
     page.locator("#options button").first.click()

@@ -168,7 +168,7 @@ def test_nothing_of_an_earlier_query_stays() -> None:
     page = search_page(service_of(torch.eye(2, 8), {"modality": ["ct", "mri"]}, None))
     found = page.of_item(0, 8, [], [], SORTS[0], False, False)
     assert found[page.query].row == 0
-    assert [hit["item"] for hit in found[page.hits]] == [1]
+    assert [group.first["item"] for group in found[page.groups]] == [1]
     failed = page.of_item(99, 8, [], [], SORTS[0], False, False)
     assert "99" in failed[page.notice]
     cleared = page.cleared()
@@ -181,7 +181,7 @@ def test_nothing_of_an_earlier_query_stays() -> None:
         if key is not page.notice and not isinstance(value, gr.blocks.Block)
     }
     assert cleared[page.query] is None
-    assert not any(cleared[part] for part in (page.hits, page.grid, page.table, page.status, page.viewer.view))
+    assert not any(cleared[part] for part in (page.groups, page.grid, page.table, page.status, page.viewer.view))
 
 
 def test_an_unexpected_error_is_shown_without_its_message(caplog: pytest.LogCaptureFixture) -> None:
@@ -213,6 +213,7 @@ def test_results_can_be_sorted() -> None:
     page = search_page(service_of(embeddings, columns, None))
     shown = page.of_item(0, 8, [], [], SORTS[1], False, False)[page.grid]
     assert re.findall(r"data-index='(\d)'", shown) == ["2", "3", "1"]
+    assert re.findall(r"class='rank'>(\d)<", shown) == ["3", "2", "1"], "the rank is that of the similarity"
 
 
 def test_examples_show_every_modality() -> None:
@@ -235,7 +236,8 @@ def test_a_checkpoint_of_synthetic_scans_has_a_banner(synthetic: bool | None, tm
 
 def test_a_gallery_without_scans_has_no_viewer() -> None:
     page = search_page(service_of(torch.eye(2, 8), {"modality": pa.array([None, "ct"])}, None))
-    query, hits = page.service.query_of_row(0), page.service.search(page.service.query_of_row(0), 1)
+    found = page.of_item(0, 8, [], [], SORTS[0], False, False)
+    query, hits = found[page.query], found[page.groups]
     selected = SimpleNamespace(index=1)
     assert NO_PIXELS in page._shown(page._open)(selected, query, hits)[page.notice]
 

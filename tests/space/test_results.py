@@ -74,14 +74,14 @@ def test_hits_that_look_the_same_are_one_group() -> None:
     hits = [hit(row) for row in (0, 2, 1, 3, 4)]
     threshold = math.cos(math.radians(5))
     groups = group_similar(hits, gallery, count=9, threshold=threshold)
-    assert [[one["item"] for one in (group.first, *group.others)] for group in groups] == [[0, 1], [2, 3], [4]]
+    assert [[one["item"] for one in group.hits] for group in groups] == [[0, 1], [2, 3], [4]]
     groups = group_similar(hits, gallery, count=2, threshold=threshold)
-    assert [[one["item"] for one in (group.first, *group.others)] for group in groups] == [[0, 1], [2, 3]]
+    assert [[one["item"] for one in group.hits] for group in groups] == [[0, 1], [2, 3]]
     assert group_similar([], gallery, count=2) == []
 
 
 def test_cards_number_the_groups_and_hide_what_looks_the_same() -> None:
-    shown = cards([Group(hit(7), (hit(8), hit(9))), Group(hit(3, weak=True))])
+    shown = cards([Group(1, hit(7), (hit(8), hit(9))), Group(2, hit(3, weak=True))])
     assert re.findall(r"data-index='(\d+)'", shown) == ["7", "8", "9", "3"]
     assert re.findall(r"class='rank'>(\d+)<", shown) == ["1", "2"]
     assert shown.count("<li hidden>") == 2
@@ -93,15 +93,15 @@ def test_cards_number_the_groups_and_hide_what_looks_the_same() -> None:
 def test_metadata_is_escaped() -> None:
     evil = "<img src=x onerror=alert(1)>'\""
     one = hit(1, anatomy=evil, labels=[evil], source=evil, modality=evil)
-    for shown in (cards([Group(one, (one,))]), table([one])):
+    for shown in (cards([Group(1, one, (one,))]), table([Group(1, one)])):
         assert "<img src=x" not in shown
         assert shown.count("&lt;") >= 3
 
 
 def test_a_table_has_every_value() -> None:
-    shown = table([hit(4, 0.61234, labels=["no_findings"]), hit(5, percentile=None, anatomy="")])
+    shown = table([Group(2, hit(4, 0.61234, labels=["no_findings"]), (hit(5, percentile=None, anatomy=""),))])
     cells = re.findall(r"<td>(.*?)</td>", shown)
-    assert cells[:8] == ["1", "closest 2.8%", "CT", "Chest", "No findings", "CheXpert", "0.612", "4"]
+    assert cells[:8] == ["2", "closest 2.8%", "CT", "Chest", "No findings", "CheXpert", "0.612", "4"]
     assert cells[8:12] == ["2", "–", "CT", "–"]
 
 

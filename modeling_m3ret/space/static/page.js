@@ -64,6 +64,30 @@ window.m3ret = (() => {
     if (toast && notice) notice.replaceChildren(Object.assign(document.createElement('p'), { textContent: toast.innerText }))
   }))).observe(document.documentElement, { childList: true, subtree: true })
 
+  // All files of a dropped file or folder.
+  async function filesOf (entry) {
+    if (entry.isFile) return [await new Promise((resolve, reject) => entry.file(resolve, reject))]
+    const reader = entry.createReader()
+    const files = []
+    for (let batch; (batch = await new Promise((resolve, reject) => reader.readEntries(resolve, reject))).length;) {
+      for (const inner of batch) files.push(...await filesOf(inner))
+    }
+    return files
+  }
+
+  // Gradio's drop zone takes files only: hand it the files of a dropped folder.
+  document.addEventListener('drop', async (event) => {
+    const input = event.target.closest?.('#upload')?.querySelector('input[type=file]')
+    const entries = [...event.dataTransfer?.items ?? []].map((item) => item.webkitGetAsEntry()).filter(Boolean)
+    if (!input || !entries.some((entry) => entry.isDirectory)) return
+    event.preventDefault()
+    event.stopPropagation()
+    const transfer = new DataTransfer()
+    for (const entry of entries) (await filesOf(entry)).forEach((file) => transfer.items.add(file))
+    input.files = transfer.files
+    input.dispatchEvent(new Event('change', { bubbles: true }))
+  }, true)
+
   // One of the two pictures. Voxels are counted along D, H and W from 0, as in the scan on the server.
   class Pane {
     constructor (figure, viewer) {
