@@ -284,7 +284,8 @@ def convert_vit(name: str, **overrides: Any) -> tuple[M3RetModel, M3RetImageProc
         weights = convert_weights(named, model)
         if missing := sorted(model.state_dict().keys() - weights.keys()):
             raise EncoderError(name, "incomplete weights", "all of the encoder", f"none for {missing[0]}")
-        model.load_state_dict(weights, assign=True)
+        # each in memory of its own: torch.export cannot save parts of a larger tensor
+        model.load_state_dict({key: value.contiguous().clone() for key, value in weights.items()}, assign=True)
     for key, tensor in model.state_dict().items():
         if not tensor.isfinite().all():
             raise EncoderError(name, "damaged weights", "finite values", f"NaN or infinity in {key}")

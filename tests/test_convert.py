@@ -20,6 +20,7 @@ from modeling_m3ret import M3RetConfig, M3RetImageProcessor, M3RetModel
 from modeling_m3ret.convert import convert_vit, export_vit, is_convertible
 from modeling_m3ret.encoder_files import EncoderError
 from modeling_m3ret.errors import InputError
+from modeling_m3ret.export import export
 from modeling_m3ret.hub import load_pretrained
 from modeling_m3ret.modeling_m3ret import interpolation_weights
 from modeling_m3ret.packing_m3ret import grid_coordinates
@@ -173,6 +174,22 @@ def test_loading_the_saved_checkpoint_gives_the_same_encoder(source: tuple[nn.Mo
     with torch.no_grad():
         assert largest_difference(loaded(images).pooler_output, model(images).pooler_output) <= 1e-5
     assert loaded.config.converted_from == source[1].name
+
+
+def test_weights_are_in_memory_of_their_own(source: tuple[nn.Module, Path]) -> None:
+    """So that writing the graph of the encoder saves none twice, and the file of the source is not kept open."""
+    for tensor in convert_vit(str(source[1]))[0].state_dict().values():
+        assert tensor.is_contiguous()
+        assert tensor.untyped_storage().nbytes() == tensor.nbytes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["dinov3_vit gated", "dinov2_with_registers"])
+def test_the_encoder_is_exported_as_a_graph(kind: str, tmp_path: Path) -> None:
+    save_source(kind, tmp_path / "source")
+    model, processor = convert_vit(str(tmp_path / "source"))
+    manifest = export(model, processor, tmp_path / "graph", name=kind, format="torch")
+    assert max(manifest["largest_difference"].values()) <= 1e-5
 
 
 def test_names_in_memory_are_understood(source: tuple[nn.Module, Path], tmp_path: Path) -> None:
