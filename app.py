@@ -23,6 +23,7 @@ import torch
 from jsonargparse.typing import restricted_number_type
 
 from modeling_m3ret.command_line import CommandLine, user_errors
+from modeling_m3ret.cpu import prepare_cpu
 from modeling_m3ret.errors import InputError
 from modeling_m3ret.hub import load_pretrained
 from modeling_m3ret.space.gallery import check_gallery, open_gallery
@@ -83,6 +84,8 @@ def main() -> None:
     model, processor = load_pretrained(name)
     if torch.cuda.is_available():
         model.to("cuda")
+    else:
+        prepare_cpu()
     options: dict[str, Any] = {"show_labels": arguments.show_labels, "project": project}
     if arguments.push_to_hub:
         from modeling_m3ret.space.publishing import push_space

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import os
+from pathlib import Path
 
 import torch
 
@@ -20,9 +22,30 @@ def prepare_cpu(processes: int = 1) -> None:
     `LOCAL_WORLD_SIZE` to the number of processes on this machine, which takes precedence.
     """
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    torch.set_num_threads(max(1, cores // processes))
+    torch.set_num_threads(max(1, available_cores() // processes))
     keep_freed_memory()
+
+
+def available_cores(cgroups: Path = Path("/sys/fs/cgroup")) -> int:
+    """Return how many cores this process may use: those of its affinity, and not more than its container's quota.
+
+    A Kubernetes pod or a Space sees all cores of its node, but is stopped when it has used up its quota. Threads beyond
+    the quota then wait for threads that are stopped.
+
+    Args:
+        cgroups: root of the control groups, version 2 (`cpu.max`) or 1 (`cpu/cpu.cfs_quota_us`), as the kernel's
+            documentation of cgroups describes them. A container sees its own group there.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        if (limits := cgroups / "cpu.max").is_file():
+            quota, period = limits.read_text().split()
+        else:
+            quota, period = ((cgroups / "cpu" / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+        allowed = int(quota) / int(period) if quota != "max" and int(quota) > 0 else math.inf  # -1 is no quota
+    except (OSError, ValueError):  # no control groups, or of another form
+        return cores
+    return max(1, math.ceil(min(cores, allowed)))
 
 
 def keep_freed_memory() -> bool:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from modeling_m3ret.cpu import available_cores
 from modeling_m3ret.pretraining.distributed import supported_precision
 
 
@@ -51,6 +52,30 @@ def test_kept_memory_causes_no_page_faults() -> None:
     kept, returned = int(run(COUNT_FAULTS, "keep")), int(run(COUNT_FAULTS, "default"))
     assert kept < 1000
     assert returned > 10 * max(kept, 1)
+
+
+@pytest.mark.parametrize(
+    ("files", "allowed"),
+    [
+        ({"cpu.max": "100000 100000\n"}, 1),
+        ({"cpu.max": "50000 100000\n"}, 1),  # half a core
+        ({"cpu.max": "max 100000\n"}, None),
+        ({"cpu.max": "999900000 100000\n"}, None),  # more than the machine has
+        ({"cpu/cpu.cfs_quota_us": "100000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 1),
+        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, None),
+        ({"cpu.max": "no numbers here\n"}, None),
+        ({}, None),
+    ],
+)
+def test_a_container_uses_no_more_cores_than_its_quota(
+    files: dict[str, str], allowed: int | None, tmp_path: Path
+) -> None:
+    """Without a quota these are the cores of the affinity, which the standard library counts."""
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(content)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    assert available_cores(tmp_path) == (allowed or cores)
 
 
 @slow

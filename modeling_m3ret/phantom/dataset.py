@@ -10,7 +10,6 @@ from __future__ import annotations
 import csv
 import gzip
 import json
-import os
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -28,6 +27,7 @@ from pydicom import uid
 from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
 
 from ..atomic_io import atomic_folder
+from ..cpu import available_cores
 from ..errors import InputError
 from ..worker_process import initialise_worker, worker_context
 from . import SYNTHETIC_SOURCE
@@ -217,8 +217,7 @@ def write_phantom(folder: Path, *, subjects: int = 200, seed: int = 0, workers: 
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise OccupiedFolderError(folder, f"version {VERSION}, seed {seed}, {subjects} subjects")
     if workers is None:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        workers = min(cores, subjects // SUBJECTS_PER_WORKER)
+        workers = min(available_cores(), subjects // SUBJECTS_PER_WORKER)
     try:
         with atomic_folder(folder) as partial_folder:
             _write_collection(partial_folder, description, workers)
