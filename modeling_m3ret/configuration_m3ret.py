@@ -12,10 +12,17 @@ from transformers import PreTrainedConfig
 
 
 # with remote code, `pipeline` finds the class of the task here; the package registers it instead
-CUSTOM_PIPELINES = {
+FEATURE_EXTRACTION = {
     "image-feature-extraction": {
         "impl": "pipeline_m3ret.M3RetFeatureExtractionPipeline",
         "pt": ["AutoModel"],
+        "type": "image",
+    }
+}
+CLASSIFICATION = {
+    "image-classification": {
+        "impl": "pipeline_m3ret.M3RetImageClassificationPipeline",
+        "pt": ["AutoModelForImageClassification"],
         "type": "image",
     }
 }
@@ -99,7 +106,10 @@ class M3RetConfig(PreTrainedConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """Return all values as for JSON, with the pipelines that a checkpoint brings along."""
-        return super().to_dict() | {"custom_pipelines": CUSTOM_PIPELINES}
+        # an encoder lists one task, so that `pipeline` needs no name of it
+        has_head = "M3RetForImageClassification" in (self.architectures or [])
+        tasks = FEATURE_EXTRACTION | CLASSIFICATION if has_head else FEATURE_EXTRACTION
+        return super().to_dict() | {"custom_pipelines": tasks}
 
     def validate_architecture(self) -> None:
         """Check the values of the fields, after `@strict` has checked their types.

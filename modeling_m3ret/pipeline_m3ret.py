@@ -1,7 +1,7 @@
-"""Pipeline of the task image-feature-extraction: scans of any kind to tokens or retrieval embeddings.
+"""Pipelines of the tasks image-feature-extraction and image-classification for scans of any kind.
 
-The standard pipeline opens pictures only, clips 16 bits to 8, and takes the rows of a pack for the items of a batch.
-This file is copied into every checkpoint and imports nothing else of the project.
+The standard pipelines open pictures only and clip 16 bits to 8; that of features takes the rows of a pack for the items
+of a batch. This file is copied into every checkpoint and imports nothing else of the project.
 """
 
 from __future__ import annotations
@@ -9,15 +9,33 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
+from transformers.pipelines.image_classification import ImageClassificationPipeline
 from transformers.pipelines.image_feature_extraction import ImageFeatureExtractionPipeline
 
 
-StandardPipeline: Any = (
-    ImageFeatureExtractionPipeline  # untyped, since its methods declare other types than they return
-)
+# untyped, since their methods declare other types than they return
+Standard: Any = object
+StandardFeatureExtraction: Any = ImageFeatureExtractionPipeline
+StandardClassification: Any = ImageClassificationPipeline
 
 
-class M3RetFeatureExtractionPipeline(StandardPipeline):
+class M3RetScanInputs(Standard):
+    """Read the inputs of a pipeline by `M3RetImageProcessor`. The second base class is the standard pipeline."""
+
+    _load_video_processor = False  # guessing one from `input_modalities` asks whether to run remote code
+
+    def __new__(cls, model: Any, *args: Any, **kwargs: Any) -> Any:
+        if model.config.model_type != "m3ret":
+            standard: Any = cls.__bases__[1]
+            return standard(model, *args, **kwargs)
+        return super().__new__(cls)
+
+    def preprocess(self, scan: Any, **image_processor_kwargs: Any) -> Any:
+        inputs = self.image_processor([scan], return_tensors="pt", **image_processor_kwargs)
+        return inputs.to(self.dtype)
+
+
+class M3RetFeatureExtractionPipeline(M3RetScanInputs, StandardFeatureExtraction):
     """Extract the features of scans: `pipeline("image-feature-extraction", model=...)(["ct.nii.gz", "chest.dcm"])`.
 
     An input is a scan of any kind that `M3RetImageProcessor` reads, or a list of scans. Wrap the slices of one DICOM
@@ -33,21 +51,10 @@ class M3RetFeatureExtractionPipeline(StandardPipeline):
         image_processor_kwargs: arguments of the image processor, for example `{"intensity": "hounsfield"}`.
     """
 
-    _load_video_processor = False  # guessing one from `input_modalities` asks whether to run remote code
-
-    def __new__(cls, model: Any, *args: Any, **kwargs: Any) -> Any:
-        if model.config.model_type != "m3ret":
-            return ImageFeatureExtractionPipeline(model, *args, **kwargs)
-        return super().__new__(cls)
-
     def _sanitize_parameters(self, pool: bool | None = None, **kwargs: Any) -> tuple[dict, dict, dict]:
         preprocess, _, postprocess = super()._sanitize_parameters(**kwargs)
         preprocess.pop("timeout", None)  # of downloads
         return preprocess, {} if pool is None else {"pool": pool}, postprocess
-
-    def preprocess(self, scan: Any, **image_processor_kwargs: Any) -> Any:
-        inputs = self.image_processor([scan], return_tensors="pt", **image_processor_kwargs)
-        return inputs.to(self.dtype)
 
     def _forward(self, model_inputs: dict[str, Tensor], pool: bool = False) -> dict[str, list[Tensor]]:
         grid_thw = model_inputs["grid_thw"]
@@ -67,4 +74,26 @@ class M3RetFeatureExtractionPipeline(StandardPipeline):
         return features[None] if isinstance(features, Tensor) else [features]
 
 
-__all__ = ["M3RetFeatureExtractionPipeline"]
+class M3RetImageClassificationPipeline(M3RetScanInputs, StandardClassification):
+    """Classify scans: `pipeline("image-classification", model=...)(["ct.nii.gz", "chest.dcm"])`.
+
+    Inputs are those of [`M3RetFeatureExtractionPipeline`]. Labels and scores are those of the standard pipeline, a list
+    of `{"label", "score"}` for each scan, and do not depend on `batch_size`. With the package, the task has this class
+    for every model, and it returns the standard pipeline as the other one does.
+
+    Args (of a call):
+        top_k, function_to_apply: as in the standard pipeline.
+        image_processor_kwargs: arguments of the image processor, for example `{"intensity": "hounsfield"}`.
+    """
+
+    def check_model_type(self, supported_models: Any) -> None:
+        """Accept the model: the list of transformers has its own models only."""
+
+    def _sanitize_parameters(
+        self, image_processor_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> tuple[dict, dict, dict]:
+        _, forward, postprocess = super()._sanitize_parameters(**kwargs)
+        return dict(image_processor_kwargs or {}), forward, postprocess
+
+
+__all__ = ["M3RetFeatureExtractionPipeline", "M3RetImageClassificationPipeline"]

@@ -12,13 +12,21 @@ from conftest import tiny_config
 from PIL import Image
 from remote_code import run_new_process
 from scan_files import CT, dicom, dicom_bytes, nifti_bytes, series
-from transformers import AutoModel, Dinov2Config, Dinov2Model, ViTImageProcessor, pipeline
-from transformers.pipelines import ImageFeatureExtractionPipeline
+from transformers import (
+    AutoModel,
+    Dinov2Config,
+    Dinov2ForImageClassification,
+    Dinov2Model,
+    ViTImageProcessor,
+    pipeline,
+)
+from transformers.pipelines import ImageClassificationPipeline, ImageFeatureExtractionPipeline
 
-from modeling_m3ret import M3RetImageProcessor, M3RetModel
+from modeling_m3ret import M3RetForImageClassification, M3RetImageProcessor, M3RetModel
 
 
 TASK = "image-feature-extraction"
+LABELS = {0: "normal", 1: "effusion", 2: "nodule"}
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +59,37 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model.save_pretrained(folder)
     M3RetImageProcessor(size=64, num_frames=8).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with a tiny classifier of three labels, and its image processor."""
+    folder = tmp_path_factory.mktemp("classifier")
+    torch.manual_seed(0)
+    model = M3RetForImageClassification(tiny_config(pooling="statistics", id2label=LABELS))
+    model.m3ret.whitening.fit(torch.randn(200, model.config.pooled_size))
+    torch.nn.init.normal_(model.classifier.weight, std=0.3)  # so that scores of scans differ
+    model.save_pretrained(folder)
+    M3RetImageProcessor(size=64, num_frames=8).save_pretrained(folder)
+    return folder
+
+
+@torch.no_grad()
+def score_alone(checkpoint: Path, files: list[str]) -> list[dict[str, float]]:
+    """Return the probability of each label of each file, one at a time, without pipelines."""
+    model = M3RetForImageClassification.from_pretrained(checkpoint).eval()
+    processor = M3RetImageProcessor.from_pretrained(checkpoint)
+    rows = [model(**processor(file)).logits[0].softmax(-1).tolist() for file in files]
+    return [dict(zip(LABELS.values(), row, strict=True)) for row in rows]
+
+
+def as_scores(results: list[list[dict]]) -> list[dict[str, float]]:
+    return [{each["label"]: each["score"] for each in result} for result in results]
+
+
+def assert_equal_scores(results: list[list[dict]], expected: list[dict[str, float]]) -> None:
+    for got, wanted in zip(as_scores(results), expected, strict=True):
+        assert got == pytest.approx(wanted, abs=1e-5)
 
 
 @torch.no_grad()
@@ -138,6 +177,68 @@ def test_saving_with_push_to_hub_pushes_all_files(
         "config_sentence_transformers.json",
         "pipeline_m3ret.py",
     }
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 4])
+def test_classification_pipeline_scores_each_file(classifier: Path, files: list[str], batch_size: int) -> None:
+    classify = pipeline("image-classification", model=str(classifier))
+    expected = score_alone(classifier, files)
+    assert_equal_scores(classify(files, batch_size=batch_size), expected)
+    assert len({round(each["normal"], 3) for each in expected}) > 3  # scans differ
+    best = classify(files, batch_size=batch_size, top_k=1)
+    assert [each[0]["label"] for each in best] == [max(each, key=each.__getitem__) for each in expected]
+
+
+def test_classification_pipeline_of_one_scan(
+    classifier: Path, files: list[str], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("builtins.input", lambda *prompt: pytest.fail("asked whether to run remote code"))
+    classify = pipeline("image-classification", model=str(classifier))
+    assert type(classify).__module__ == "modeling_m3ret.pipeline_m3ret"
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+    assert_equal_scores([classify(files[2])], score_alone(classifier, files[2:3]))
+    assert_equal_scores([classify(np.load(files[-1]))], score_alone(classifier, files[-1:]))
+    small = {"image_processor_kwargs": {"size": 32}}
+    assert as_scores([classify(files[3], **small)]) != as_scores([classify(files[3])])
+
+
+def test_classification_pipeline_of_other_models_is_the_standard_one() -> None:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+    model = Dinov2ForImageClassification(Dinov2Config(**sizes, num_labels=3))
+    classify = pipeline("image-classification", model=model, image_processor=ViTImageProcessor(size=28))
+    assert type(classify) is ImageClassificationPipeline
+    assert len(classify(Image.new("RGB", (28, 28)))) == 3
+
+
+def test_saved_classification_pipeline_loads(classifier: Path, files: list[str], tmp_path: Path) -> None:
+    classify = pipeline("image-classification", model=str(classifier))
+    classify.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["custom_pipelines"].keys() == {
+        TASK,
+        "image-classification",
+    }
+    assert pipeline("image-classification", model=str(tmp_path))(files[0]) == classify(files[0])
+
+
+CLASSIFY = """
+import json, sys
+from transformers import pipeline
+folder, *files = sys.argv[1:]
+classify = pipeline("image-classification", model=folder, trust_remote_code=True)
+extract = pipeline("image-feature-extraction", model=folder, trust_remote_code=True)
+print(json.dumps({
+    "modules": [type(classify).__module__, type(extract).__module__],
+    "scores": {size: classify(files, batch_size=size) for size in (1, 2, 4)},
+}))
+"""
+
+
+@pytest.mark.slow
+def test_classification_pipeline_runs_without_the_package(classifier: Path, files: list[str], tmp_path: Path) -> None:
+    ran = run_new_process(CLASSIFY, tmp_path, str(classifier), *files)
+    assert all(module.startswith("transformers_modules.") for module in ran["modules"])
+    for scores in ran["scores"].values():
+        assert_equal_scores(scores, score_alone(classifier, files))
 
 
 EXTRACT = """
