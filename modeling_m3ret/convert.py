@@ -29,6 +29,7 @@ from transformers import (
     PreTrainedConfig,
     ViTConfig,
 )
+from transformers.activations import ACT2FN
 
 from .atomic_io import atomic_folder, atomic_write_text
 from .configuration_m3ret import M3RetConfig
@@ -124,8 +125,12 @@ def our_name(theirs: str) -> str | None:
 def _sizes(config: Any, **fields: Any) -> dict[str, Any]:
     """Return the fields that all families have; `fields` override them."""
     height, width = height_and_width(config.patch_size)
-    if height != width:
+    if height != width or height < 1:
         raise ValueError(f"patch_size is not supported: expected squares, got {height} x {width}")
+    if config.num_channels not in (1, 3):
+        raise ValueError(f"num_channels is not supported: expected 1 or 3, got {config.num_channels}")
+    if config.hidden_act not in ACT2FN:
+        raise ValueError(f"unknown hidden_act: expected an activation of transformers, got {config.hidden_act!r}")
     same = ("hidden_size", "num_hidden_layers", "num_attention_heads", "hidden_act", "layer_norm_eps", "num_channels")
     sizes = {name: getattr(config, name) for name in same}
     sizes |= {"patch_size": height, "layer_scale_init": 1.0, "num_register_tokens": 0, "pooling": "cls"}
@@ -210,8 +215,11 @@ def model_type(name: str) -> str | None:
         ValueError: if it is no JSON object.
     """
     repository, _, revision = (name, "", "") if Path(name).is_dir() else name.partition("@")
-    config, _ = PreTrainedConfig.get_config_dict(repository, revision=revision or None)
-    kind = config.get("model_type")
+    try:
+        config, _ = PreTrainedConfig.get_config_dict(repository, revision=revision or None)
+        kind = config.get("model_type")
+    except (AttributeError, TypeError) as error:
+        raise ValueError(f"damaged config.json: expected a JSON object, got {error}") from error
     return kind if isinstance(kind, str) else None
 
 
@@ -221,7 +229,7 @@ def is_convertible(name: str) -> bool:
         try:
             folder, is_open_clip = find_files(name)
             return is_open_clip and _timm_vit(folder) is not None
-        except (InputError, ValueError):
+        except (InputError, ValueError, AttributeError):
             return False
     try:
         return model_type(name) in FAMILIES
@@ -264,8 +272,11 @@ def convert_vit(name: str, **overrides: Any) -> tuple[M3RetModel, M3RetImageProc
             fields["position_grid"][0] = -(-NUM_FRAMES // depth)
         location = name.removeprefix(OPEN_CLIP)
         origin = short_name(name) if folder == Path(location) else location
+        if overrides.get("pooling") == "attention" and fields["pooling"] != "attention":
+            raise EncoderError(name, "pooling is not supported", "cls, mean or statistics", "attention, without a head")
         config = M3RetConfig(**fields | {"converted_from": origin, "converted_license": _license(folder)} | overrides)
-        mean, std = (list(transform.mean), list(transform.std)) if channels > 1 else (0.5, 0.5)
+        folded = channels == 1 and fields["num_channels"] > 1  # the patch weights then hold mean and deviation
+        mean, std = (0.5, 0.5) if folded else (list(transform.mean), list(transform.std))
         height, width = transform.size
         processor = M3RetImageProcessor(
             size=round((height * width) ** 0.5),
@@ -276,13 +287,21 @@ def convert_vit(name: str, **overrides: Any) -> tuple[M3RetModel, M3RetImageProc
             patch_depth=config.patch_depth,
             num_channels=channels,
         )
-        named = {ours: tensor.float() for key, tensor in source.items() if (ours := our_name(key)) is not None}
-        if channels == 1 and fields["num_channels"] > 1:
+        used = {key: ours for key in source if (ours := our_name(key)) is not None}
+        if quantised := [key for key in used if not source[key].is_floating_point()]:
+            got = f"{source[quantised[0]].dtype} in {quantised[0]}"
+            raise EncoderError(name, "quantised weights are not supported", "floating-point numbers", got)
+        named = {ours: source[key].float() for key, ours in used.items()}
+        if folded:
             _fold_channels(named, transform)
         with torch.device("meta"):
             model = M3RetModel(config)
-        weights = convert_weights(named, model)
-        if missing := sorted(model.state_dict().keys() - weights.keys()):
+        try:
+            weights = convert_weights(named, model)
+            missing = sorted(model.state_dict().keys() - weights.keys())
+        except KeyError as error:
+            missing = [error.args[0]]
+        if missing:
             raise EncoderError(name, "incomplete weights", "all of the encoder", f"none for {missing[0]}")
         # each in memory of its own: torch.export cannot save parts of a larger tensor
         model.load_state_dict({key: value.contiguous().clone() for key, value in weights.items()}, assign=True)

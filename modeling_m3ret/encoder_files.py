@@ -6,9 +6,11 @@ No downloaded code is run and no pickle is opened: only JSON and safetensors fil
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, NamedTuple
 
 from huggingface_hub import snapshot_download
@@ -24,6 +26,7 @@ CONFIGS = ("config.json", "preprocessor_config.json", "processor_config.json", "
 WEIGHTS = ("model.safetensors", "model-*.safetensors")  # one file, or shards
 OPEN_CLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip*.safetensors")
 CARD = "README.md"
+SHARD = re.compile(r"-of-(\d{5})\.safetensors$")
 
 
 class EncoderError(InputError):
@@ -51,8 +54,8 @@ def encoder_errors(name: str, problem: str, expected: str) -> Iterator[None]:
     except EncoderError:
         raise
     except Exception as error:
-        line = next(iter(str(error).strip().splitlines()), "")
-        raise EncoderError(name, problem, expected, f"{type(error).__name__}: {line}") from error
+        reason = shorten(str(error), 400).rstrip(".")  # all lines: the first is often a heading
+        raise EncoderError(name, problem, expected, f"{type(error).__name__}: {reason}") from error
 
 
 def short_name(name: str) -> str:
@@ -83,14 +86,26 @@ def find_files(name: str) -> tuple[Path, bool]:
 
 
 def read_weights(name: str, folder: Path, patterns: Sequence[str]) -> dict[str, Tensor]:
-    """Read the tensors of all files that match the first pattern with any match."""
+    """Read the tensors of all files that match the first pattern with any match.
+
+    Raises:
+        EncoderError: if there is none, a shard is missing, or a file is damaged.
+    """
     matching = [sorted(folder.glob(pattern)) for pattern in patterns]
     files = next(filter(None, matching), None)
     if files is None:
         pickles = sorted(file.name for file in folder.glob("*") if file.suffix in (".bin", ".pt", ".pth", ".ckpt"))
         got = f"{', '.join(pickles)} (pickles are never opened)" if pickles else "no weights"
         raise EncoderError(name, "no safetensors weights", patterns[0], got)
-    return {key: value for file in files for key, value in load_file(file).items()}
+    counts = {match[1] for file in files if (match := SHARD.search(file.name))}
+    if counts and counts != {f"{len(files):05}"}:
+        got = f"{len(files)} ({files[0].name}, …)"
+        raise EncoderError(name, "incomplete weights", f"{' or '.join(sorted(counts))} shards", got)
+    weights: dict[str, Tensor] = {}
+    for file in files:
+        with encoder_errors(name, f"damaged {file.name}", "safetensors weights"):
+            weights |= load_file(file)
+    return weights
 
 
 def read_transform(name: str, folder: Path) -> ImageTransform:
@@ -100,23 +115,47 @@ def read_transform(name: str, folder: Path) -> ImageTransform:
     if absent := [key for key in ("size", "image_mean", "image_std") if settings.get(key) is None]:
         got = f"no {', '.join(absent)}"
         raise EncoderError(name, "incomplete preprocessor_config.json", "size, image_mean, image_std", got)
+    problem = "unsupported preprocessor_config.json"
+    with encoder_errors(name, problem, "size, image_mean, image_std and rescale_factor as transformers writes them"):
+        return _parse_transform(name, problem, settings)
+
+
+def _parse_transform(name: str, problem: str, settings: Mapping[str, Any]) -> ImageTransform:
     scale = 255 * settings.get("rescale_factor", 1 / 255) if settings.get("do_rescale", True) else 255.0
     if abs(scale - 1) > 1e-3 or settings.get("do_normalize") is False:
         got = f"images in [0, {scale:g}] (rescale_factor), or do_normalize: false"
-        raise EncoderError(name, "unsupported preprocessor_config.json", "images in [0, 1], normalised", got)
+        raise EncoderError(name, problem, "images in [0, 1], normalised", got)
+    if not all(deviation > 0 for deviation in settings["image_std"]):
+        raise EncoderError(name, problem, "an image_std above 0", f"{settings['image_std']}")
     crop_size = settings.get("crop_size") if settings.get("do_center_crop", True) else None
     resample = {2: "bilinear", 3: "bicubic"}.get(settings.get("resample", 3), "bicubic")  # Pillow's numbers
     size = height_and_width(crop_size or settings["size"])
+    if min(size) < 1:
+        raise EncoderError(name, problem, "a size of at least 1 pixel", f"{size[0]} x {size[1]}")
     return ImageTransform(size, (*settings["image_mean"],), (*settings["image_std"],), resample)
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """Return the content of a JSON file, or nothing if it does not exist."""
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    """Return the object in a JSON file; an empty one if the file does not exist.
+
+    Raises:
+        ValueError: if the file is damaged, or holds no object.
+    """
+    if not file.is_file():
+        return {}
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"damaged {file.name}: expected a JSON object, got {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"damaged {file.name}: expected a JSON object, got {type(content).__name__}")
+    return content
 
 
 def height_and_width(size: int | Sequence[int] | Mapping[str, int]) -> tuple[int, int]:
     """Convert a size: n, [height, width], {height, width} or {shortest_edge}."""
     if isinstance(size, Mapping):
+        if "height" not in size and "shortest_edge" not in size:
+            raise ValueError(f"size: expected height and width, or shortest_edge, got {', '.join(size)}")
         size = [size["height"], size["width"]] if "height" in size else size["shortest_edge"]
     return (size, size) if isinstance(size, int) else (size[0], size[1])

@@ -338,6 +338,31 @@ def only_a_pickle(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
 
 
+def change_processor(**values: Any) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        settings = json.loads((folder / "preprocessor_config.json").read_text()) | values
+        (folder / "preprocessor_config.json").write_text(json.dumps(settings))
+
+    return damage
+
+
+def write_text(name: str, text: str) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        (folder / name).write_text(text)
+
+    return damage
+
+
+def write_shards(folder: Path, count: int) -> None:
+    """Replace the weights by the first `count` of two shards."""
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = sorted(weights)
+    for number in range(count):
+        part = {name: weights[name] for name in names[number::2]}
+        save_file(part, folder / f"model-{number + 1:05}-of-00002.safetensors")
+
+
 FIRST_BIAS = "encoder.layer.0.output.dense.bias"
 DAMAGES: dict[str, Callable[[Path], None]] = {
     "another family": change_config(model_type="swin"),
@@ -347,6 +372,19 @@ DAMAGES: dict[str, Callable[[Path], None]] = {
     "fewer layers": change_config(num_hidden_layers=1),
     "patches that are no squares": change_config(patch_size=[8, 4]),
     "a pickle": only_a_pickle,
+    "unknown activation": change_config(hidden_act="no-such-activation"),
+    "patches without pixels": change_config(patch_size=0),
+    "config.json without an object": write_text("config.json", "[]"),
+    "damaged processor": write_text("preprocessor_config.json", '{"size":'),
+    "processor without an object": write_text("preprocessor_config.json", "[1]"),
+    "unknown size": change_processor(size={"longest_edge": 32}),
+    "negative size": change_processor(size={"height": -32, "width": -32}),
+    "no deviation": change_processor(image_std=[0, 0, 0]),
+    "numbers for two channels": change_processor(image_mean=[0.4, 0.5]),
+    "other range of values": change_processor(rescale_factor=1 / 127.5),
+    "no factor": change_processor(rescale_factor=None),
+    "a missing shard": lambda folder: write_shards(folder, 1),
+    "integers": change_weights(lambda w: {key: value.to(torch.int8) for key, value in w.items()}),
     "no processor": lambda folder: (folder / "preprocessor_config.json").unlink(),
     "broken weights": lambda folder: (folder / "model.safetensors").write_bytes(b"broken"),
     "a bias of one layer missing": change_weights(lambda w: {k: v for k, v in w.items() if k != FIRST_BIAS}),
@@ -365,6 +403,44 @@ def test_other_and_damaged_checkpoints_are_refused(damage: str, tmp_path: Path) 
     assert caught.value.name == str(tmp_path)
     with pytest.raises(InputError):
         load_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "file"),
+    [
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"broken"), "model.safetensors"),
+        (write_text("preprocessor_config.json", "{"), "preprocessor_config.json"),
+        (change_processor(size={"longest_edge": 32}), "preprocessor_config.json"),
+    ],
+)
+def test_errors_name_the_damaged_file(change: Callable[[Path], None], file: str, tmp_path: Path) -> None:
+    save_source("vit", tmp_path)
+    change(tmp_path)
+    with pytest.raises(EncoderError, match=file):
+        convert_vit(str(tmp_path))
+
+
+def test_shards_are_read(tmp_path: Path) -> None:
+    theirs = save_source("vit", tmp_path)
+    write_shards(tmp_path, 2)
+    assert_same_tokens(convert_vit(str(tmp_path))[0], theirs, torch.randn(1, 3, 24, 40))
+
+
+def test_mean_and_deviation_of_a_grey_source_are_kept(tmp_path: Path) -> None:
+    theirs = save_source("vit", tmp_path, num_channels=1)
+    change_processor(image_mean=[0.3], image_std=[0.2])(tmp_path)
+    model, processor = convert_vit(str(tmp_path))
+    assert (processor.image_mean, processor.image_std) == (0.3, 0.2)
+    grey = torch.rand(2, 1, 24, 40)
+    with torch.no_grad():
+        ours = model(processor.normalise(grey.clone())).pooler_output
+    assert largest_difference(ours, source_tokens(theirs, (grey - 0.3) / 0.2)[2]) <= 1e-5
+
+
+def test_a_pooling_head_that_the_source_lacks_is_refused(tmp_path: Path) -> None:
+    save_source("vit", tmp_path)
+    with pytest.raises(EncoderError):
+        convert_vit(str(tmp_path), pooling="attention")
 
 
 def test_licence_and_name_are_those_of_the_source(tmp_path: Path) -> None:
