@@ -20,7 +20,7 @@ from .command_line import CommandLine, user_errors
 from .configuration_m3ret import CHOICES, M3RetConfig
 from .convert import convert_vit, license_metadata
 from .cpu import prepare_cpu
-from .data.collection import open_collection
+from .embed import find_scans
 from .errors import InputError
 from .evaluation.untrained_baseline import whitening_sample
 from .image_processing_m3ret import M3RetImageProcessor
@@ -84,12 +84,12 @@ def main() -> None:
 
 
 def fit_whitening(model: M3RetModel, processor: M3RetImageProcessor, data: str) -> int:
-    """Fit the whitening to the training scans of a collection, or to those without a split. Return their number.
+    """Fit the whitening to the training scans of a folder or dataset, or to those without a split. Return their number.
 
     Raises:
         InputError: if there are fewer than two such scans.
     """
-    records = [record for record in open_collection(data) if record.split in ("", "train")]
+    records = [record for record in find_scans([data]) if record.split in ("", "train")]
     (pooled,) = embed_records([pooled_embedder(model)], processor, whitening_sample(records), num_workers=1)
     if len(pooled.records) < 2:
         raise InputError(f"--fit_whitening {data}: expected at least two readable training scans, got fewer.")

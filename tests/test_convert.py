@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from PIL import Image
 from remote_code import run_new_process
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from vit_sources import IMAGENET, KINDS, save_source, source_tokens
 
 from modeling_m3ret import M3RetConfig, M3RetImageProcessor, M3RetModel
 from modeling_m3ret.convert import convert_vit, export_vit, is_convertible
+from modeling_m3ret.convert_command import fit_whitening
 from modeling_m3ret.encoder_files import EncoderError
 from modeling_m3ret.errors import InputError
 from modeling_m3ret.export import export
@@ -441,6 +443,21 @@ def test_a_pooling_head_that_the_source_lacks_is_refused(tmp_path: Path) -> None
     save_source("vit", tmp_path)
     with pytest.raises(EncoderError):
         convert_vit(str(tmp_path), pooling="attention")
+
+
+def test_whitening_is_fitted_to_a_folder_without_a_manifest(tmp_path: Path) -> None:
+    save_source("vit", tmp_path / "source")
+    model, processor = convert_vit(str(tmp_path / "source"))
+    folder = tmp_path / "scans"
+    folder.mkdir()
+    for index in range(3):
+        pixels = np.random.default_rng(index).integers(0, 256, (32, 32), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{index}.png")
+        if index == 0:
+            with pytest.raises(InputError):
+                fit_whitening(model, processor, str(folder))
+    assert fit_whitening(model, processor, str(folder)) == 3
+    assert model.whitening.mean.abs().max() > 0
 
 
 def test_licence_and_name_are_those_of_the_source(tmp_path: Path) -> None:
