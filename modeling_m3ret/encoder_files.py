@@ -14,6 +14,8 @@ from textwrap import shorten
 from typing import Any, NamedTuple
 
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -79,6 +81,10 @@ def find_files(name: str) -> tuple[Path, bool]:
         has_config = (folder / "config.json").is_file()
         return folder, is_open_clip or (not has_config and (folder / "open_clip_config.json").is_file())
     repo_id, _, revision = location.partition("@")
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError:  # its message is about ids, but this was meant to be a folder
+        raise EncoderError(name, "not found", "a folder, or ORG/NAME on the Hub", "no such folder") from None
     files = [*CONFIGS, CARD, *(OPEN_CLIP_WEIGHTS if is_open_clip else WEIGHTS)]
     expected = "a folder, or ORG/NAME on the Hub (for a gated one, accept its terms and log in)"
     with encoder_errors(name, "cannot be downloaded", expected):

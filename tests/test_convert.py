@@ -20,7 +20,7 @@ from vit_sources import IMAGENET, KINDS, save_source, source_tokens
 from modeling_m3ret import M3RetConfig, M3RetImageProcessor, M3RetModel
 from modeling_m3ret.convert import convert_vit, export_vit, is_convertible
 from modeling_m3ret.convert_command import fit_whitening
-from modeling_m3ret.encoder_files import EncoderError
+from modeling_m3ret.encoder_files import EncoderError, find_files
 from modeling_m3ret.errors import InputError
 from modeling_m3ret.export import export
 from modeling_m3ret.hub import load_pretrained
@@ -499,3 +499,13 @@ def test_published_sizes_give_the_tokens_of_the_source(kind: str, sizes: dict[st
     p = sizes["patch_size"]
     for height, width in ((14, 14), (16, 9), (7, 20)):
         assert_same_tokens(model, theirs, torch.randn(1, 3, height * p, width * p))
+
+
+@pytest.mark.parametrize("name", ["/no/such/folder", "./folder", "a/b/c", "C:\\models\\vit", "hf-hub:no/such/folder"])
+def test_a_name_that_can_only_be_a_folder_is_not_looked_up_on_the_hub(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("modeling_m3ret.encoder_files.snapshot_download", lambda *_, **__: pytest.fail("asked the Hub"))
+    with pytest.raises(EncoderError) as caught:
+        find_files(name)
+    assert caught.value.name == name
