@@ -1,9 +1,9 @@
 """Read video as ffmpeg shows it.
 
 Each frame is returned once, however long it is shown. Edit lists and rotation are applied, as ffmpeg does by default;
-alpha is ignored and fields are not deinterlaced. PyAV inspects and decodes every file, except long ones of which few
-frames are read: decord seeks in those for which it gives the same pixels as ffmpeg. This file is copied into every
-checkpoint; decoders are imported when a video is read.
+alpha is ignored and fields are not deinterlaced. PyAV inspects and decodes every file. When only a few frames of a long
+file are needed and decord gives the same pixels as ffmpeg, decord seeks. This file is copied into every checkpoint;
+decoders are imported when a video is read.
 """
 
 from __future__ import annotations

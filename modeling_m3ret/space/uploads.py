@@ -82,7 +82,7 @@ def read_or_list(files: Sequence[Path], num_frames: int, limits: ReadLimits = LI
 
 
 def _choices(files: tuple[Path, ...], num_frames: int, limits: ReadLimits, count: int) -> list[Choice]:
-    """Return at most `count` scans in files of which all that are DICOM may be several series."""
+    """Return at most `count` scans from uploaded files. DICOM files may hold several series."""
     choices: list[Choice] = []
     total = 1
     while len(choices) < min(count, total):
