@@ -42,9 +42,9 @@ class HubUpload:
 
     def submit(self, checkpoint: Path, message: str) -> None:
         """Schedule the upload of a checkpoint. It replaces an older one that is still waiting."""
-        if self._uploads:
-            self._uploads[-1].cancel()  # does nothing if it is running
-        links = self.staging / f"{len(self._uploads):06d}"
+        if self._uploads and self._uploads[-1].cancel():  # a running upload cannot be cancelled
+            shutil.rmtree(self._links(len(self._uploads) - 1), ignore_errors=True)
+        links = self._links(len(self._uploads))
         try:
             self.staging.mkdir(parents=True, exist_ok=True)
             shutil.copytree(checkpoint, links, copy_function=link_or_copy, ignore=shutil.ignore_patterns(STATE_FOLDER))
@@ -53,14 +53,7 @@ class HubUpload:
             self._unlinked += 1
             shutil.rmtree(links, ignore_errors=True)
             return
-
-        def finish(upload: Future[None]) -> None:
-            shutil.rmtree(links, ignore_errors=True)
-            if not upload.cancelled() and (error := upload.exception()):
-                logger.warning("%s is not uploaded to %s: %s", message, self.repo_id, error)
-
         self._uploads.append(self._api.run_as_future(self._upload, links, message))
-        self._uploads[-1].add_done_callback(finish)
 
     def close(self) -> None:
         """Wait for the running and the waiting upload."""
@@ -69,16 +62,25 @@ class HubUpload:
         if self.failed:
             logger.warning("%d checkpoints were not uploaded to %s", self.failed, self.repo_id)
 
+    def _links(self, upload: int) -> Path:
+        return self.staging / f"{upload:06d}"
+
     def _upload(self, folder: Path, message: str) -> None:
-        for attempt in hub_retries(f"upload to {self.repo_id}"):
-            with attempt:
-                self._api.create_repo(self.repo_id, private=True, exist_ok=True)
-                self._api.upload_folder(
-                    repo_id=self.repo_id,
-                    folder_path=folder,
-                    commit_message=message,
-                    delete_patterns=WEIGHTS,  # weights of another objective would look like part of this checkpoint
-                )
+        try:
+            for attempt in hub_retries(f"upload to {self.repo_id}"):
+                with attempt:
+                    self._api.create_repo(self.repo_id, private=True, exist_ok=True)
+                    self._api.upload_folder(
+                        repo_id=self.repo_id,
+                        folder_path=folder,
+                        commit_message=message,
+                        delete_patterns=WEIGHTS,  # weights of another objective would look like part of this checkpoint
+                    )
+        except Exception as error:
+            logger.warning("%s is not uploaded to %s: %s", message, self.repo_id, error)
+            raise
+        finally:  # a callback of the future could still run after `close` and remove the folder of a later upload
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def link_or_copy(source: str, target: str) -> None:

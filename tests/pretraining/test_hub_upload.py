@@ -140,3 +140,13 @@ def test_checkpoint_that_cannot_be_linked_is_counted_and_the_next_one_is_uploade
     upload.close()
     assert [message for message, _ in hub.commits] == ["step 6"]
     assert upload.failed == 1
+
+
+def test_a_later_upload_in_the_same_folder_is_complete(hub: FakeHub, tmp_path: Path, checkpoint: Path) -> None:
+    """Nothing of an earlier upload removes files after `close`, however the threads are scheduled."""
+    for run in range(100):
+        upload = HubUpload("org/model", tmp_path / "waiting")
+        upload.submit(checkpoint, f"run {run}")
+        upload.close()
+        assert upload.failed == 0
+    assert len(hub.commits) == 100
