@@ -102,7 +102,7 @@ def main() -> None:
 
         service = SearchService(model, processor, gallery, readers)
         page = build(service, name)
-    serve(page, service, port=waiting.port, share=arguments.share, auth=arguments.auth)
+    serve(page, service, listening=waiting.socket, share=arguments.share, auth=arguments.auth)
 
 
 if __name__ == "__main__":

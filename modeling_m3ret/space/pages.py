@@ -11,12 +11,17 @@ import os
 import re
 import shutil
 import signal
+import socket
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import gradio as gr
+import uvicorn
+from gradio import http_server
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from markdown_it import MarkdownIt
@@ -82,16 +87,16 @@ def serve(
     page: gr.Blocks,
     service: SearchService,
     *,
-    port: int | None = None,
+    listening: socket.socket | None = None,
     share: bool = False,
     auth: tuple[str, str] | None = None,
     upload_bytes: int = UPLOAD_BYTES,
     wait: bool = True,
 ) -> str:
-    """Serve the page that `build` made, on 127.0.0.1 unless GRADIO_SERVER_NAME is set, as on a Space.
+    """Serve the page that `build` made.
 
     Args:
-        port: None for the first free port from 7860.
+        listening: Socket on which to serve. None for one on any free port.
         share: Whether to create a public Gradio address too.
         auth: User and password.
         upload_bytes: Maximum size of one upload, all of its files together.
@@ -117,9 +122,11 @@ def serve(
     assets = SHARE_ASSETS if share else ""
     gate = Middleware(RequestGate, Path(page.GRADIO_CACHE), upload_bytes, page, assets)
     stop_sweeper = start_sweeper(Path(page.GRADIO_CACHE), page.temp_file_sets, service.close_idle)
+    if wait:
+        Thread(target=service.prepare_regions, name="m3ret-regions", daemon=True).start()
     try:
+        http_server.start_server = partial(_start_server, listening or socket.create_server(("127.0.0.1", 0)))
         _, address, public_address = page.launch(
-            server_port=port,
             share=share,
             auth=auth,
             max_file_size=upload_bytes,
@@ -140,6 +147,15 @@ def serve(
         if wait:
             stop_sweeper.set()
             shutil.rmtree(page.GRADIO_CACHE, ignore_errors=True)
+
+
+def _start_server(listening: socket.socket, app: Any, **_: Any) -> tuple[str, int, str, http_server.Server]:
+    """Do as Gradio's function of this name, which would open a socket of its own."""
+    server = http_server.Server(uvicorn.Config(app, log_level="warning"))
+    server.run = partial(server.run, sockets=[listening])  # type: ignore[method-assign]
+    server.run_in_thread()
+    host, port = listening.getsockname()[:2]
+    return host, port, f"http://{'localhost' if host == '0.0.0.0' else host}:{port}/", server
 
 
 def _share_message(public_address: str | None, address: str, has_password: bool) -> str:

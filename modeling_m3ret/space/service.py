@@ -19,7 +19,7 @@ from typing import TypeVar, cast
 
 import numpy as np
 import torch
-from cachetools import TTLCache
+from cachetools import Cache, LRUCache, TTLCache
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -109,7 +109,8 @@ class SearchService:
         self._lock = threading.Lock()  # of the caches
         self._scans: TTLCache[str, Scan] = _cache(scan_cache_bytes, lambda scan: scan.array.nbytes)
         self._heats: TTLCache[str, Heat] = _cache(HEAT_CACHE_BYTES, lambda heat: heat.query.nbytes + heat.hit.nbytes)
-        self._tokens: TTLCache[str, ScanTokens] = _cache(TOKEN_CACHE_BYTES, lambda tokens: tokens.tokens.nbytes)
+        self._tokens: TTLCache[str, ScanTokens] = _cache(TOKEN_CACHE_BYTES, _token_bytes)  # of uploads
+        self._gallery_tokens: LRUCache[str, ScanTokens] = LRUCache(TOKEN_CACHE_BYTES, _token_bytes)
         self._encode = on_gpu(model, self._encode_here)
         self._tokenise = on_gpu(model, lambda scan: scan_tokens(model, processor, [scan])[0])
 
@@ -282,10 +283,20 @@ class SearchService:
             return replace(query, region=None)
         return replace(query, region=(self.slices_in_patch(query, min(index, D - 1)), rows, columns))
 
+    def prepare_regions(self) -> None:
+        """Compute the patches of the gallery's scans, as many as fit in memory, so that a search by region is fast."""
+        for row in range(len(self.gallery) if self.has_scans() else 0):
+            with suppress(M3RetReadError):
+                tokens = self._tokens_of(key_of_row(row))
+                if self._gallery_tokens.currsize + _token_bytes(tokens) > self._gallery_tokens.maxsize:
+                    return
+
     def _tokens_of(self, key: str) -> ScanTokens:
+        if key.startswith(ROW_KEY):  # read again: hundreds of scans would take the place of those in use
+            return self._cached(self._gallery_tokens, key, lambda: self._tokenise(self._read_again(key)))
         return self._cached(self._tokens, key, lambda: self._tokenise(self.scan(key)))
 
-    def _cached(self, cache: TTLCache[str, Item], key: str, compute: Callable[[], Item]) -> Item:
+    def _cached(self, cache: Cache[str, Item], key: str, compute: Callable[[], Item]) -> Item:
         """Return an item and restart its time to live. If it is not cached, compute it without holding the lock."""
         with self._lock:
             if (item := cache.get(key)) is not None:
@@ -306,6 +317,10 @@ class SearchService:
 def _cache(max_bytes: int, bytes_of: Callable[[Item], int]) -> TTLCache[str, Item]:
     """Create a cache that evicts the least recently used items. An item larger than the limit is cached alone."""
     return TTLCache(max_bytes, RETENTION_SECONDS, getsizeof=lambda item: min(bytes_of(item), max_bytes))
+
+
+def _token_bytes(tokens: ScanTokens) -> int:
+    return tokens.tokens.nbytes
 
 
 def key_of_row(row: int) -> str:

@@ -1,4 +1,7 @@
-"""A page with the progress of embedding the gallery, on the address of the search page until that is ready."""
+"""A page with the progress of embedding the gallery, on the address of the search page until that is ready.
+
+Both listen on one socket, so that no visitor is refused in between: connections wait for the search page.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +37,7 @@ class StartupPage:
         port: None for the first free port from 7860.
 
     Attributes:
-        port: The port, free again after the context.
+        socket: Where it listens, still open after the context.
 
     Raises:
         InputError: If no port is free.
@@ -69,7 +72,7 @@ class StartupPage:
                 continue
         else:
             raise InputError(f"port is not free: expected one of {ports[0]} to {ports[-1]}. Choose one with --port.")
-        self.port = candidate
+        self.socket = self._server.socket
         self._server.daemon_threads = True
 
     def report(self, done: int, total: int) -> None:
@@ -91,4 +94,3 @@ class StartupPage:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._server.shutdown()
-        self._server.server_close()

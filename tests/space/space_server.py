@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import os
 import shutil
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -97,10 +98,11 @@ def serving(
     auth: tuple[str, str] | None = None,
     subjects: int = SUBJECTS,
     show_labels: bool = False,
+    listening: socket.socket | None = None,
 ) -> Iterator[SpaceServer]:
     pytest.importorskip("gradio", reason="the Space needs gradio: pip install m3ret[app]")
     records = small_phantom(folder / "secret-ward", subjects)
-    with serving_records(folder, records, upload_bytes, auth, show_labels) as space:
+    with serving_records(folder, records, upload_bytes, auth, show_labels, listening) as space:
         yield space
 
 
@@ -111,6 +113,7 @@ def serving_records(
     upload_bytes: int = 2**25,
     auth: tuple[str, str] | None = None,
     show_labels: bool = False,
+    listening: socket.socket | None = None,
 ) -> Iterator[SpaceServer]:
     """Serve a gallery of these records, with `folder` as the checkpoint."""
     from modeling_m3ret.space.pages import build, serve
@@ -120,7 +123,7 @@ def serving_records(
     service = SearchService(model, processor, gallery, IsolatedReaders(seconds=TIMEOUT))
     page = build(service, str(folder))
     try:
-        address = serve(page, service, upload_bytes=upload_bytes, auth=auth, wait=False)
+        address = serve(page, service, listening=listening, upload_bytes=upload_bytes, auth=auth, wait=False)
         yield SpaceServer(address, page, folder, records, service, Path(os.environ["GRADIO_TEMP_DIR"]))
     finally:
         page.close()

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import socket
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
 import pytest
-from space_server import small_gallery, small_phantom
+from space_server import TIMEOUT, serving, small_gallery, small_phantom
 
 from modeling_m3ret.errors import InputError
 from modeling_m3ret.space.gallery import embed_gallery
@@ -20,10 +21,9 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def test_the_progress_is_shown_until_the_page_is_ready() -> None:
+def test_the_progress_is_shown_until_the_page_is_ready(tmp_path: Path) -> None:
     port = free_port()
     with StartupPage(port) as startup:
-        assert startup.port == port
         for done, fraction in ((0, "0.000"), (52, "0.250"), (208, "1.000")):
             startup.report(done, 208)
             answer = httpx.get(f"http://127.0.0.1:{port}/any/path?<script>")
@@ -32,14 +32,17 @@ def test_the_progress_is_shown_until_the_page_is_ready() -> None:
             assert f'value="{fraction}"' in answer.text
             assert "any/path" not in answer.text
         assert httpx.post(f"http://127.0.0.1:{port}/").status_code == 501
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        probe.bind(("127.0.0.1", port))  # free for the search page
+    with ThreadPoolExecutor() as pool:  # a visitor between the two pages waits
+        visit = pool.submit(httpx.get, f"http://127.0.0.1:{port}/config", timeout=TIMEOUT)
+        with serving(tmp_path, listening=startup.socket) as space:
+            assert visit.result().status_code == 200
+            assert space.address == f"http://127.0.0.1:{port}/"
 
 
 def test_a_port_in_use_is_an_error() -> None:
-    with StartupPage(free_port()) as first, pytest.raises(InputError, match=str(first.port)):
-        StartupPage(first.port)
+    port = free_port()
+    with StartupPage(port), pytest.raises(InputError, match=str(port)):
+        StartupPage(port)
 
 
 def test_embedding_a_gallery_reports_its_progress(tmp_path: Path) -> None:
