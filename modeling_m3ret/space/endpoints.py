@@ -59,7 +59,8 @@ def error_html(error: Exception) -> str:
     message = expected_message(error)
     if isinstance(error, M3RetReadError) and error.reason:
         what = f"<p>We could not read <b>{html.escape(error.file)}</b>: {PLAIN[error.reason]}</p>"
-        return f"{what}<details><summary>Details</summary><p>{html.escape(error.detail)}</p></details>"
+        detail = html.escape(error.detail[:1].upper() + error.detail[1:])
+        return f"{what}<details><summary>Details</summary><p>{detail}</p></details>"
     return f"<p>{html.escape(message or FAILED)}</p>"
 
 

@@ -42,7 +42,7 @@ class ExplorePage:
         last = len(service.gallery) - 1
         with gr.Row():
             item = gr.Number(label="Or type the number of a scan", minimum=0, maximum=last, precision=0, elem_id="item")
-            button = gr.Button("Search with this scan", size="sm", elem_id="search-with-item")
+            button = gr.Button("Search with this scan", elem_id="search-with-item")
         gr.on([tab.select, colour.input], self.draw, [search.query, colour], self.map, **PRIVATE)
         event: dict[str, Any] = {"outputs": search.outputs, **PRIVATE, **HEAVY}
         for chosen in (
@@ -83,7 +83,7 @@ class ExplorePage:
             for name, shade in legend.items()
         )
         svg = f"<svg viewBox='0 0 {WIDTH} {HEIGHT}' role='img' aria-label='Map of the gallery'>{''.join(shapes)}</svg>"
-        return f"<div class='legend'>{entries}</div>{svg}"
+        return f"<div class='legend'>{entries}</div><div class='scroll' tabindex='0'>{svg}</div>"
 
     def _place(self, query: Query) -> list[float]:
         """Return the point of the query: its own, or of its nearest scan, beside which it lies."""

@@ -47,6 +47,11 @@ def plane_of(scan: Scan) -> str:
     return str(scan.description.get("plane", "")) if scan.spacing[0] is not None else ""
 
 
+def has_mm(scan: Scan) -> bool:
+    """Return whether distances within a slice are known in mm."""
+    return None not in scan.spacing[1:] and "pixel_aspect_ratio" not in scan.description
+
+
 def describe_scan(scan: Scan) -> str:
     """Describe size and spacing, without any text from a file header."""
     _, D, H, W = scan.array.shape
@@ -59,7 +64,7 @@ def describe_scan(scan: Scan) -> str:
     else:
         size = f"{D} slices of {W} × {H} px"
     mm = []
-    if across is not None and down is not None and "pixel_aspect_ratio" not in scan.description:
+    if has_mm(scan):
         mm.append(f"{across:.3g} × {down:.3g} mm per pixel")
     if through is not None and D > 1:
         mm.append(f"{through:.3g} mm between slices")
@@ -143,8 +148,12 @@ def nifti_head(scan: Scan, shape: tuple[int, ...], dtype: np.dtype, stride: int)
 
 
 def heat_base64(scan: Scan, heat: NDArray[np.uint8]) -> str:
-    """Return a heatmap of every `heat_stride`-th row and column as a compressed NIfTI file in base64."""
-    data = nifti_head(scan, heat.shape, np.dtype(np.uint8), heat_stride(scan)) + np.ascontiguousarray(heat).tobytes()
+    """Return a heatmap of every `heat_stride`-th row and column as a compressed NIfTI file in base64.
+
+    Values are square roots of the confidence, which NiiVue squares to obtain their opacity.
+    """
+    roots = np.rint(255 * np.sqrt(heat / 255)).astype(np.uint8)
+    data = nifti_head(scan, heat.shape, roots.dtype, heat_stride(scan)) + roots.tobytes()
     return base64.b64encode(gzip.compress(data, 6, mtime=0)).decode()
 
 

@@ -6,6 +6,7 @@ import functools
 import json
 import uuid
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -31,13 +32,21 @@ LIVE = "<div role='{}'>${{value || ''}}</div>"  # read out when it changes
 NO_PIXELS = "This gallery has no pictures, only embeddings."
 
 
+@dataclass
+class Turn:
+    """The number of queries of a visitor so far. It tells whether the query of an event is still the latest."""
+
+    number: int = 0
+
+
 class SearchPage:
     """The components and events of the tab. Construct it within a `gr.Blocks`.
 
-    A visitor has one query at a time. All that is shown of it is replaced or cleared together, see `cleared`.
+    A visitor has one query at a time. All that is shown of it is replaced or cleared together, see `cleared`. If an
+    event ends after a later query was chosen, it changes nothing.
 
     Attributes:
-        options: Inputs of a search: number of results, filters and order.
+        options: Inputs of a search: turn, number of results, filters and order.
         outputs: Outputs of an event that changes the query.
     """
 
@@ -47,6 +56,7 @@ class SearchPage:
         self.query: gr.State = gr.State(None, time_to_live=3600)  # a `Query`
         self.groups: gr.State = gr.State([], time_to_live=3600)  # a list of `Group`, the results
         self.choices: gr.State = gr.State([], time_to_live=1800)  # a list of `Choice`
+        self.turn = gr.State(Turn())
         with gr.Row(elem_id="search-row"):
             with gr.Column(scale=2, min_width=280, elem_id="query-column"):
                 with gr.Column(elem_id="upload-box"):
@@ -127,19 +137,22 @@ class SearchPage:
 
     def _connect_events(self) -> None:
         viewer = self.viewer
-        self.options = [self.count, self.modalities, self.anatomies, self.sort, self.exclude_same_patient, self.rerank]
+        filters = [self.modalities, self.anatomies]
+        self.options = [self.turn, self.count, *filters, self.sort, self.exclude_same_patient, self.rerank]
         result_outputs = [self.groups, self.grid, self.table, self.status, self.as_csv, self.as_json]
         result_outputs += [self.notice, viewer.view]
         panes = [self.query_card, self.clear, self.welcome, self.area, self.choice]
         self.outputs = [self.query, self.choices, self.files, *panes, *result_outputs]
         event: dict[str, Any] = {"show_progress_on": self.notice, "show_progress": "minimal", **PRIVATE, **HEAVY}
+        new: dict[str, Any] = {"outputs": self.outputs, "trigger_mode": "multiple", **event}
         for files in (self.files, self.folder):
-            files.upload(self._new_query(self._of_files), [files, *self.options], self.outputs, **event)
+            uploaded = "(files, ...options) => [m3ret.isLatestQuery() ? files : null, ...options]"
+            files.upload(self._of_files, [files, *self.options], js=uploaded, **new)
         for cleared in (self.files.clear, self.clear.click):
-            cleared(self.cleared, None, self.outputs, show_progress="hidden", **PRIVATE)
+            cleared(self._new_query(lambda _: {}), [self.turn], self.outputs, show_progress="hidden", **PRIVATE)
         for clicked in (self.examples.select, viewer.view.submit):
-            clicked(self.of_click, self.options, self.outputs, **event)
-        self.choice.select(self._new_query(self._of_choice), [self.choices, *self.options], self.outputs, **event)
+            clicked(self.of_click, self.options, **new)
+        self.choice.select(self._new_query(self._of_choice), [self.choices, *self.options], **new)
         # a slider's `release` does not fire for keys
         changes = [self.count.input, self.modalities.change, self.anatomies.change, self.sort.change]
         changes += [self.exclude_same_patient.change, self.rerank.change]
@@ -147,7 +160,7 @@ class SearchPage:
         gr.on(changes, search, [self.query, *self.options], result_outputs, trigger_mode="always_last", **event)
         opening = [viewer.view, self.notice]
         for selected in (self.grid.select, viewer.view.select):
-            selected(self._shown(self._open), [self.query, self.groups], opening, **event)
+            selected(self._shown(self._open), [self.turn, self.query, self.groups], opening, **event)
         by_region = self._shown(self._search_region)
         viewer.view.input(by_region, [self.query, *self.options], [self.query, *result_outputs], **event)
 
@@ -163,36 +176,45 @@ class SearchPage:
             **{self.welcome: gr.Column(visible=True), self.area: gr.Column(visible=False)},
         }
 
-    def _shown(self, function: Callable[..., dict[Any, Any]]) -> Callable[..., dict[Any, Any]]:
-        """Wrap an event handler so that its errors are shown in the page, and earlier ones are not."""
+    def _shown(
+        self, function: Callable[..., dict[Any, Any]], is_new_query: bool = False
+    ) -> Callable[..., dict[Any, Any]]:
+        """Wrap an event handler, one of whose inputs is the turn.
+
+        Its errors are shown in the page, and earlier ones are not. If a later query was chosen meanwhile, it changes
+        nothing. Of a new query, nothing of the earlier one stays, even after an error.
+        """
 
         @functools.wraps(function)
         def handler(*args: Any, **kwargs: Any) -> dict[Any, Any]:
+            turn = next(value for value in args if isinstance(value, Turn))
+            turn.number += is_new_query
+            own = turn.number
+            found = self.cleared() if is_new_query else {self.notice: ""}
             try:
-                return {self.notice: "", **function(*args, **kwargs)}
+                found |= function(*args, **kwargs)
             except Exception as error:
-                return {self.notice: error_html(error)}
+                found[self.notice] = error_html(error)
+            return found if turn.number == own else {self.notice: gr.skip()}
 
         return handler
 
     def _new_query(self, function: Callable[..., dict[Any, Any]]) -> Callable[..., dict[Any, Any]]:
-        """Wrap a handler of an event that changes the query: nothing of the earlier one stays, even after an error."""
-        shown = self._shown(function)
-
-        @functools.wraps(function)
-        def handler(*args: Any, **kwargs: Any) -> dict[Any, Any]:
-            return {**self.cleared(), **shown(*args, **kwargs)}
-
-        return handler
+        return self._shown(function, is_new_query=True)
 
     # -------------------------------------------------------------------------------------------------------- queries
 
     def _of_files(self, files: Any, *options: Any, progress: gr.Progress = gr.Progress()) -> dict[Any, Any]:
+        def search(*options: Any) -> dict[Any, Any]:
+            found = self.service.query_or_choices(files)
+            if isinstance(found, Query):
+                return {**self._query(found, *options), self.files: gr.skip()}
+            return {self.choices: found, self.choice: _which_one(found), self.welcome: gr.Column(visible=False)}
+
+        if files is None:  # a later query was chosen while they were uploaded
+            return {self.files: None}
         progress(None, desc="Reading the scan")
-        found = self.service.query_or_choices(files or [])
-        if isinstance(found, Query):
-            return {**self._query(found, *options), self.files: gr.skip()}
-        return {self.choices: found, self.choice: _which_one(found), self.welcome: gr.Column(visible=False)}
+        return self._new_query(search)(*options)
 
     def _of_choice(self, selected: gr.SelectData, choices: list[Choice], *options: Any) -> dict[Any, Any]:
         if not 0 <= selected.index < len(choices):
@@ -207,12 +229,12 @@ class SearchPage:
     def of_item(self, row: int | None, *options: Any) -> dict[Any, Any]:
         """Search with a scan of the gallery. Values of `outputs`."""
 
-        def search(row: int | None) -> dict[Any, Any]:
+        def search(*options: Any) -> dict[Any, Any]:
             if row is None:
                 raise InputError("Type the number of a scan first.")
             return self._query(self.service.query_of_row(row), *options)
 
-        return self._new_query(search)(row)
+        return self._new_query(search)(*options)
 
     def _query(self, query: Query, *options: Any) -> dict[Any, Any]:
         facts, picture = [], self.service.gallery.thumbnail(query.row) if query.row is not None else None
@@ -240,6 +262,7 @@ class SearchPage:
     def _search(
         self,
         query: Query | None,
+        _: Turn,
         count: float,
         modalities: list[str],
         anatomies: list[str],
@@ -280,14 +303,14 @@ class SearchPage:
         level = calibration.level(best["similarity"])
         part = "the selected part of this gallery" if is_filtered else "this gallery"
         p = calibration.p_value(best["similarity"])
-        own = f"Only {p:.1%} of the gallery's own scans have so distant a nearest scan of another patient."
+        own = f"No more than {p:.1%} of the gallery's own scans are as far from the scans of all other patients."
         if level == "unlike":
             return f"Unlike anything in {part}", f"{own} Do not rely on these results."
         if level == "weak":
             return f"Only weak matches in {part}", own
         return "", ""
 
-    def _open(self, selected: gr.SelectData, query: Query | None, groups: list[Group]) -> dict[Any, Any]:
+    def _open(self, selected: gr.SelectData, _: Turn, query: Query | None, groups: list[Group]) -> dict[Any, Any]:
         if query is None or selected.index not in [hit["item"] for group in groups for hit in group.hits]:
             raise InputError("This result is not shown any more. Select another one.")
         if not self.service.has_scans():
@@ -323,10 +346,12 @@ def _status(groups: int, hits: int, rerank: bool, by_region: bool) -> str:
 
 
 def _which_one(choices: Sequence[Choice]) -> str:
-    items = "".join(
-        f"<li><button type='button' class='card' data-index='{number}'><img src='{picture_url(choice.picture)}' "
-        f"alt='Scan {number + 1}'><span><b>Scan {number + 1}</b></span><span>{escape(choice.description)}</span>"
-        f"</button></li>"
-        for number, choice in enumerate(choices)
-    )
-    return f"<h2>Which one?</h2><p>This upload holds several scans.</p><ul class='cards'>{items}</ul>"
+    items = ""
+    for number, choice in enumerate(choices):
+        is_file = len(choice.files) == 1 and choice.series is None
+        name = escape(choice.files[0].name if is_file else f"Series {number + 1}")
+        image = f"<img src='{picture_url(choice.picture)}' alt='{name}'>"
+        items += f"<li><button type='button' class='card' data-index='{number}'>{image}<span><b>{name}</b></span>"
+        items += f"<span>{escape(choice.description)}</span></button></li>"
+    question = "<h2>Which one?</h2><p>You uploaded several scans. Select one to search with.</p>"
+    return f"{question}<ul class='cards'>{items}</ul>"

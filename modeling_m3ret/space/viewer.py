@@ -26,6 +26,7 @@ from .pixels import (
     ORIENTATIONS,
     PER_MILLE,
     describe_scan,
+    has_mm,
     heat_base64,
     is_hounsfield,
     plane_of,
@@ -74,7 +75,7 @@ class Viewer:
             slices = "" if depth.stop - depth.start == 1 else f" of slices {depth.start + 1} to {depth.stop}"
             region = f"Results are ordered by the region{slices} that you selected."
         name = " · ".join(filter(None, (describe(hit), hit["source"], alikeness(hit["percentile"]))))
-        query_name = describe(self.service.gallery.facts(query.row)) if query.row is not None else "your scan"
+        query_name = describe(self.service.gallery.facts(query.row)) if query.row is not None else "Your scan"
         return {
             "item": item,
             "items": [*of_item],
@@ -104,6 +105,7 @@ class Viewer:
             "unit": "HU" if is_hounsfield(scan) else "",
             "max": 255 if is_bytes else PER_MILLE,
             "step": scan.spacing[0] or 1.0,
+            "mm": has_mm(scan),
             "volume": scan.spacing[0] is not None and scan.array.shape[1] > 1,
         }
 

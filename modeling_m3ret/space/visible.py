@@ -22,7 +22,7 @@ from ..data.schema import MODALITIES
 from ..phantom import SYNTHETIC_SOURCE
 
 
-SAMPLE_SOURCE = "pydicom-data (real)"
+SAMPLE_SOURCE = "pydicom-data"
 # titles of the collections that dataset_scripts can build, listed here because a Space does not contain that package;
 # the last line is the demo gallery
 SOURCES = frozenset({

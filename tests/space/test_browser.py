@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import csv
 import io
 import json
 import re
+import threading
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -295,6 +297,42 @@ def test_nothing_of_a_query_stays_after_an_error_or_a_new_start(
     page.locator("#welcome").wait_for()
     idle(page)
     is_reset(page)
+
+
+@pytest.mark.parametrize("slow", ["upload", "reading"])
+def test_a_query_that_is_chosen_during_an_upload_replaces_it(
+    slow: str, open_page: OpenPage, server: SpaceServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = open_page()
+    row = example_row(page, "CT")
+    read, chosen, ended = server.service.query_or_choices, threading.Event(), threading.Event()
+
+    def slow_read(files: Any) -> Any:
+        assert chosen.wait(TIMEOUT)
+        ended.set()
+        return read(files)
+
+    if slow == "reading":
+        monkeypatch.setattr(server.service, "query_or_choices", slow_read)
+    else:
+        page.route("**/upload?*", lambda route: (page.wait_for_function("() => window.go"), route.continue_()))
+    with page.expect_request("**/upload?*" if slow == "upload" else "**/queue/join?*"):
+        upload(page, server.scan_path("xray", ".png"))
+    page.locator(f"#examples [data-index='{row}']").click()
+    found = results(page)
+    open_result(page)
+    with page.expect_response("**/queue/join?*") if slow == "upload" else contextlib.nullcontext():
+        chosen.set()
+        page.evaluate("() => { window.go = true }")
+    assert slow == "upload" or ended.wait(TIMEOUT)
+    idle(page)
+    assert results(page) == found
+    assert page.locator("#viewer").is_visible()
+    title = page.locator("#viewer figcaption b")
+    shown = title.nth(1).inner_text()
+    viewed(page, page.locator("#viewer [data-do=next]").click)
+    assert title.nth(1).inner_text() != shown
+    assert "CT" in title.first.inner_text(), "the query is still the example"
 
 
 def test_an_upload_that_is_too_large_is_an_error_in_the_page(open_page: OpenPage, tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ from modeling_m3ret.space.endpoints import error_html
 from modeling_m3ret.space.explore import HEIGHT, WIDTH, ExplorePage
 from modeling_m3ret.space.gallery import Gallery
 from modeling_m3ret.space.pages import about, build, model_card
-from modeling_m3ret.space.search_page import EXAMPLES, NO_PIXELS, SORTS, SearchPage
+from modeling_m3ret.space.search_page import EXAMPLES, NO_PIXELS, SORTS, SearchPage, Turn
 from modeling_m3ret.space.service import SearchService
 
 
@@ -166,10 +166,10 @@ def search_page(service: SearchService) -> SearchPage:
 def test_nothing_of_an_earlier_query_stays() -> None:
     """Whatever an event of a query changes is among the outputs that `cleared` resets."""
     page = search_page(service_of(torch.eye(2, 8), {"modality": ["ct", "mri"]}, None))
-    found = page.of_item(0, 8, [], [], SORTS[0], False, False)
+    found = page.of_item(0, Turn(), 8, [], [], SORTS[0], False, False)
     assert found[page.query].row == 0
     assert [group.first["item"] for group in found[page.groups]] == [1]
-    failed = page.of_item(99, 8, [], [], SORTS[0], False, False)
+    failed = page.of_item(99, Turn(), 8, [], [], SORTS[0], False, False)
     assert "99" in failed[page.notice]
     cleared = page.cleared()
     assert set(cleared) == set(page.outputs) == set(found) == set(failed)
@@ -184,6 +184,22 @@ def test_nothing_of_an_earlier_query_stays() -> None:
     assert not any(cleared[part] for part in (page.groups, page.grid, page.table, page.status, page.viewer.view))
 
 
+def test_an_event_that_ends_after_a_later_query_changes_nothing() -> None:
+    page = search_page(service_of(torch.eye(2, 8), {"modality": ["ct", "mri"]}, None))
+    turn = Turn()
+    search, later = page.service.search, []
+
+    def slow_search(*args: Any, **kwargs: Any) -> Any:
+        page.service.search = search  # type: ignore[method-assign]
+        later.append(page.of_item(1, turn, 8, [], [], SORTS[0], False, False))
+        return search(*args, **kwargs)
+
+    page.service.search = slow_search  # type: ignore[assignment]
+    earlier = page.of_item(0, turn, 8, [], [], SORTS[0], False, False)
+    assert later[0][page.query].row == 1
+    assert set(earlier) == {page.notice}
+
+
 def test_an_unexpected_error_is_shown_without_its_message(caplog: pytest.LogCaptureFixture) -> None:
     page = search_page(service_of(torch.eye(2, 8), {"modality": ["ct", "mri"]}, None))
 
@@ -193,7 +209,7 @@ def test_an_unexpected_error_is_shown_without_its_message(caplog: pytest.LogCapt
         raise RuntimeError(path)
 
     page.service.search = fail  # type: ignore[assignment]
-    shown = page.of_item(0, 8, [], [], SORTS[0], False, False)
+    shown = page.of_item(0, Turn(), 8, [], [], SORTS[0], False, False)
     assert shown[page.notice]
     assert path not in shown[page.notice] + caplog.text
     assert "RuntimeError" in caplog.text
@@ -211,7 +227,7 @@ def test_results_can_be_sorted() -> None:
     columns = {"modality": ["ct", "xray", "ct", "mri"]}
     embeddings = torch.eye(4) + torch.tensor([[0.0], [0.3], [0.1], [0.2]])  # most similar first: 1, 3, 2
     page = search_page(service_of(embeddings, columns, None))
-    shown = page.of_item(0, 8, [], [], SORTS[1], False, False)[page.grid]
+    shown = page.of_item(0, Turn(), 8, [], [], SORTS[1], False, False)[page.grid]
     assert re.findall(r"data-index='(\d)'", shown) == ["2", "3", "1"]
     assert re.findall(r"class='rank'>(\d)<", shown) == ["3", "2", "1"], "the rank is that of the similarity"
 
@@ -236,10 +252,10 @@ def test_a_checkpoint_of_synthetic_scans_has_a_banner(synthetic: bool | None, tm
 
 def test_a_gallery_without_scans_has_no_viewer() -> None:
     page = search_page(service_of(torch.eye(2, 8), {"modality": pa.array([None, "ct"])}, None))
-    found = page.of_item(0, 8, [], [], SORTS[0], False, False)
+    found = page.of_item(0, Turn(), 8, [], [], SORTS[0], False, False)
     query, hits = found[page.query], found[page.groups]
     selected = SimpleNamespace(index=1)
-    assert NO_PIXELS in page._shown(page._open)(selected, query, hits)[page.notice]
+    assert NO_PIXELS in page._shown(page._open)(selected, Turn(), query, hits)[page.notice]
 
 
 def test_the_page_names_every_format_that_is_read() -> None:

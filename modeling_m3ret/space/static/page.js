@@ -2,9 +2,9 @@
 'use strict'
 window.m3ret = (() => {
   const NIIVUE = 'm3ret/niivue-0.69.0.umd.js'
-  // colours and opacities of a confidence of 0, 0.05, 0.25, 0.5 and 1; below 0.05 nothing is shown
+  // colours of a confidence of 0, 0.05, 0.25, 0.5 and 1, whose square roots are stored
   const HEAT = {
-    R: [0, 120, 200, 255, 255], G: [0, 20, 50, 140, 240], B: [0, 90, 60, 20, 120], A: [0, 0, 110, 190, 255], I: [0, 13, 64, 128, 255]
+    R: [0, 120, 200, 255, 255], G: [0, 20, 50, 140, 240], B: [0, 90, 60, 20, 120], A: [0, 255, 255, 255, 255], I: [0, 57, 128, 180, 255]
   }
   const wait = (script) => new Promise((resolve, reject) => {
     const node = Object.assign(document.createElement('script'), { src: script, onload: resolve })
@@ -34,9 +34,9 @@ window.m3ret = (() => {
         trigger('select', { index: Number(card.dataset.index), value: null })
       }
     })
-    element.addEventListener('pointerover', (event) => showTip(event.target.closest?.('circle[data-index]')))
-    // on a phone, the results are below the upload: bring them into view once they are laid out
+    // on a phone, the results are below the upload: bring them into view once they are laid out, but do not leave the viewer
     const reveal = () => setTimeout(() => {
+      if (!document.querySelector('#viewer')?.hidden) return
       const first = element.closest('#results')?.querySelector('#status') ?? element
       const { top } = first.getBoundingClientRect()
       if (element.innerText && (top < 0 || top > innerHeight * 0.7)) first.scrollIntoView({ behavior: smooth() })
@@ -45,7 +45,8 @@ window.m3ret = (() => {
     if (element.closest('#results')) reveal() // it was not on the page until there were results
   }
 
-  // Show the thumbnail of a point of the map beside it.
+  // Show the thumbnail of a point of the map beside it while the pointer is there.
+  document.addEventListener('pointerover', (event) => showTip(event.target.closest?.('circle[data-index]')))
   function showTip (point) {
     const tip = document.getElementById('map-tip') ?? Object.assign(document.createElement('div'), { id: 'map-tip', className: 'card' })
     tip.hidden = !point
@@ -63,6 +64,14 @@ window.m3ret = (() => {
     const notice = document.querySelector('#notice [role=alert]')
     if (toast && notice) notice.replaceChildren(Object.assign(document.createElement('p'), { textContent: toast.innerText }))
   }))).observe(document.documentElement, { childList: true, subtree: true })
+
+  // Files whose upload takes time must not replace a query that was chosen meanwhile.
+  let isLatestQuery = true
+  const choosers = '#examples [data-index], #map [data-index], #which-one [data-index], #viewer [data-do=query], #search-with-item, #start-over'
+  document.addEventListener('click', (event) => { if (event.target.closest(choosers)) isLatestQuery = false }, true)
+  for (const chosen of ['change', 'drop', 'paste']) {
+    document.addEventListener(chosen, (event) => { if (event.type !== 'change' || event.target.type === 'file') isLatestQuery = true }, true)
+  }
 
   // All files of a dropped file or folder.
   async function filesOf (entry) {
@@ -100,8 +109,9 @@ window.m3ret = (() => {
         backColor: [0, 0, 0, 1], isRadiologicalConvention: true, dragAndDropEnabled: false, crosshairColor: [0.2, 0.9, 1, 0.8],
         crosshairWidth: 0.3, crosshairWidthUnit: 'percent', crosshairGap: 10, multiplanarShowRender: 0, show3Dcrosshair: false, loadingText: '', logLevel: 'error',
         isForceMouseClickToVoxelCenters: true, rulerColor: [1, 0.85, 0.2, 1], selectionBoxColor: [0.2, 0.9, 1, 0.25],
-        fontMinPx: 16, fontColor: [1, 1, 1, 1], showAllOrientationMarkers: true
+        fontMinPx: 16, fontColor: [1, 1, 1, 1], showAllOrientationMarkers: true, multiplanarPadPixels: 20
       })
+      this.nv.drawCircle = (box, colour) => this.nv.drawRect(box, colour) // a region is a box, NiiVue draws an ellipse
       this.tool('crosshair')
       this.nv.addColormap('m3ret', HEAT)
       this.nv.onLocationChange = (location) => this.moved(location)
@@ -135,11 +145,13 @@ window.m3ret = (() => {
         volume = await NVImage.loadFromUrl({ url: await answer.arrayBuffer(), name: 'scan.nii', colormap: 'gray' })
       }
       const heat = await NVImage.loadFromBase64({ base64: pane.heat, name: 'heat.nii.gz', colormap: 'm3ret', opacity: this.viewer.opacity })
-      Object.assign(heat, { cal_min: 0, cal_max: 255 })
+      // type 1 makes values below cal_min translucent: their opacity is (value / cal_min)², so that it grows with the confidence
+      Object.assign(heat, { cal_min: 254, cal_max: 255, colormapType: 1 })
       if (isNew) {
         Object.assign(volume, this.window())
         nv.clearAllMeasurements()
         nv.setIsOrientationTextVisible(pane.oriented)
+        nv.opts.showMeasureUnits = pane.mm
         nv.scene.pan2Dxyzmm = [0, 0, 0, 1]
         this.url = pane.url
       }
@@ -211,16 +223,18 @@ window.m3ret = (() => {
       this.slider.setAttribute('aria-valuetext', `${slice + 1} of ${pane.shape[0]}`)
       const volume = nv.volumes[0]
       const voxel = nv.frac2vox(nv.scene.crosshairPos)
-      this.text = pane.shape[0] > 1 ? `${this.unit} ${slice + 1} of ${pane.shape[0]} · ` : ''
-      this.output.textContent = this.text + this.value(volume.getValue(...voxel))
+      this.showValue(volume.getValue(...voxel), 'at the cross')
       this.figure.dataset.slice = slice
       if (!isLinked) this.viewer.follow(this)
     }
 
-    value (value) {
-      if (this.nv.volumes[0].hdr.datatypeCode === 128) return 'colour'
-      const { unit, max } = this.pane
-      return unit === 'HU' ? `${Math.round(value)} HU` : `brightness ${(100 * value / max).toFixed(0)}%`
+    // Show the slice and a value of it.
+    showValue (value, where) {
+      const { unit, max, shape } = this.pane
+      const parts = shape[0] > 1 ? [`${this.unit} ${this.slice + 1} of ${shape[0]}`] : []
+      if (unit === 'HU') parts.push(`${Math.round(value)} HU ${where}`)
+      else if (this.nv.volumes[0].hdr.datatypeCode !== 128) parts.push(`Brightness ${(100 * value / max).toFixed(0)}% ${where}`)
+      this.output.textContent = parts.join(' · ') // a colour has no value
     }
 
     // Show the value under the cursor.
@@ -233,8 +247,7 @@ window.m3ret = (() => {
       const tile = nv.tileIndex(x, y)
       const at = tile < 0 ? [-1] : nv.screenXY2TextureFrac(x, y, tile, false)
       if (at[0] < 0) return
-      const text = this.value(nv.volumes[0].getValue(...nv.frac2vox(at)))
-      this.output.textContent = `${this.text}${text} under the cursor`
+      this.showValue(nv.volumes[0].getValue(...nv.frac2vox(at)), 'under the cursor')
     }
 
     wheel (event) {
@@ -277,7 +290,7 @@ window.m3ret = (() => {
 
   class Viewer {
     constructor (element, props, trigger) {
-      Object.assign(this, { props, trigger, opacity: 0.4, tool: 'crosshair', planes: false, link: true, window: [40, 400] })
+      Object.assign(this, { props, trigger, opacity: 0.7, tool: 'crosshair', planes: false, link: true, window: [40, 400] })
       this.section = element.querySelector('#viewer')
       this.message = this.section.querySelector('.message')
       this.section.addEventListener('click', (event) => this.do(event.target.closest('[data-do]')?.dataset.do))
@@ -380,7 +393,7 @@ window.m3ret = (() => {
       const what = { b: 'best', r: 'reset', n: 'next', p: 'previous', Escape: 'close' }[event.key]
       if (event.key === 'h') {
         const node = this.section.querySelector('[data-set=heat]')
-        node.value = this.opacity ? 0 : 40
+        node.value = this.opacity ? 0 : 70
         this.set('heat', node)
       } else if (what) this.do(what)
       else return false
@@ -390,6 +403,7 @@ window.m3ret = (() => {
 
   return {
     clickable,
+    isLatestQuery: () => isLatestQuery,
     viewer (element, props, trigger, watch) {
       const viewer = new Viewer(element, props, trigger)
       watch('value', () => viewer.open())
