@@ -10,6 +10,7 @@ with a ViT of timm (BiomedCLIP). Only JSON and safetensors files are read.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Callable, Mapping
@@ -37,13 +38,16 @@ from .encoder_files import (
     CARD,
     OPEN_CLIP,
     OPEN_CLIP_WEIGHTS,
+    UNSUPPORTED_PROCESSOR,
     WEIGHTS,
     EncoderError,
     ImageTransform,
+    UnsupportedEncoderError,
     encoder_errors,
     find_files,
     height_and_width,
     read_json,
+    read_open_clip_transform,
     read_transform,
     read_weights,
     short_name,
@@ -99,7 +103,7 @@ LAYER = re.compile(r"^(?:encoder\.|model\.)*(?:layers?|blocks)\.(\d+)\.(.+)$")
 # weights of other parts of a model: masked patches, classifiers, ViT's dense pooler, MAE's decoder, text
 UNUSED = re.compile(
     r"(^|\.)(mask_token|position_ids|inv_freq|logit_scale|logit_bias)$"
-    r"|^(classifier|pooler|decoder|text_model|text_projection|text)\."
+    r"|^(classifier|pooler|decoder|text_model|text_projection)\."
 )
 
 
@@ -115,7 +119,7 @@ def our_name(theirs: str) -> str | None:
         return prefix + known[name]
     module, _, kind = name.rpartition(".")
     if module not in known:
-        raise KeyError(f"unknown weight {theirs}")
+        raise UnsupportedEncoderError("unknown weights", "those of the image encoder and nothing else", theirs)
     return f"{prefix}{known[module]}.{kind}"
 
 
@@ -126,11 +130,11 @@ def _sizes(config: Any, **fields: Any) -> dict[str, Any]:
     """Return the fields that all families have; `fields` override them."""
     height, width = height_and_width(config.patch_size)
     if height != width or height < 1:
-        raise ValueError(f"patch_size is not supported: expected squares, got {height} x {width}")
+        raise UnsupportedEncoderError("unsupported patch_size", "squares of at least 1 pixel", f"{height} x {width}")
     if config.num_channels not in (1, 3):
-        raise ValueError(f"num_channels is not supported: expected 1 or 3, got {config.num_channels}")
+        raise UnsupportedEncoderError("unsupported num_channels", "1 or 3", config.num_channels)
     if config.hidden_act not in ACT2FN:
-        raise ValueError(f"unknown hidden_act: expected an activation of transformers, got {config.hidden_act!r}")
+        raise UnsupportedEncoderError("unknown hidden_act", "an activation of transformers", repr(config.hidden_act))
     same = ("hidden_size", "num_hidden_layers", "num_attention_heads", "hidden_act", "layer_norm_eps", "num_channels")
     sizes = {name: getattr(config, name) for name in same}
     sizes |= {"patch_size": height, "layer_scale_init": 1.0, "num_register_tokens": 0, "pooling": "cls"}
@@ -141,9 +145,9 @@ def _sizes(config: Any, **fields: Any) -> dict[str, Any]:
 
 def _with_table(config: Any, **fields: Any) -> dict[str, Any]:
     """Return the fields of a family whose positions are a learned table; its depth is set later."""
-    height, width = height_and_width(config.image_size)
-    p = height_and_width(config.patch_size)[0]
-    return _sizes(config, rotary_axes="none", position_grid=[1, height // p, width // p], **fields)
+    fields = _sizes(config, rotary_axes="none", **fields)
+    height, width = (edge // fields["patch_size"] for edge in height_and_width(config.image_size))
+    return fields | {"position_grid": [1, height, width]}
 
 
 def _dinov3(config: Any) -> dict[str, Any]:
@@ -240,7 +244,8 @@ def is_convertible(name: str) -> bool:
 def _timm_vit(folder: Path) -> re.Match[str] | None:
     """Return the name of timm's ViT in an open_clip checkpoint, if it has one with a linear projection."""
     vision = read_json(folder / "open_clip_config.json").get("model_cfg", {}).get("vision_cfg", {})
-    plain = vision.get("timm_pool", "") in ("", "token") and vision.get("timm_proj") in ("linear", None)
+    # open_clip's defaults; without a projection of its own, the trunk has a head
+    plain = vision.get("timm_pool", "avg") in ("", "token") and vision.get("timm_proj", "linear") == "linear"
     return TIMM_VIT.match(str(vision.get("timm_model_name"))) if plain else None
 
 
@@ -266,15 +271,18 @@ def convert_vit(name: str, **overrides: Any) -> tuple[M3RetModel, M3RetImageProc
     with encoder_errors(name, "cannot be converted", "a 2D vision transformer, see docs/start-from-a-vit.md"):
         fields, transform = _read_open_clip(name, folder) if is_open_clip else _read_transformers(name, folder)
         source = read_weights(name, folder, OPEN_CLIP_WEIGHTS if is_open_clip else WEIGHTS)
+        _check_overrides(fields, overrides)
         channels = overrides.get("num_channels", fields["num_channels"])
         depth = overrides.get("patch_depth", M3RetConfig.patch_depth)
         if fields.get("position_grid"):
             fields["position_grid"][0] = -(-NUM_FRAMES // depth)
         location = name.removeprefix(OPEN_CLIP)
         origin = short_name(name) if folder == Path(location) else location
-        if overrides.get("pooling") == "attention" and fields["pooling"] != "attention":
-            raise EncoderError(name, "pooling is not supported", "cls, mean or statistics", "attention, without a head")
         config = M3RetConfig(**fields | {"converted_from": origin, "converted_license": _license(folder)} | overrides)
+        for numbers in (transform.mean, transform.std):
+            if len(set(numbers)) > 1 and len(numbers) != fields["num_channels"]:
+                expected = f"{fields['num_channels']} means and standard deviations, one for each channel"
+                raise EncoderError(name, UNSUPPORTED_PROCESSOR, expected, str(list(numbers)))
         folded = channels == 1 and fields["num_channels"] > 1  # the patch weights then hold mean and deviation
         mean, std = (0.5, 0.5) if folded else (list(transform.mean), list(transform.std))
         height, width = transform.size
@@ -287,22 +295,30 @@ def convert_vit(name: str, **overrides: Any) -> tuple[M3RetModel, M3RetImageProc
             patch_depth=config.patch_depth,
             num_channels=channels,
         )
+        if is_open_clip:
+            source = {key: value for key, value in source.items() if key.startswith("visual.")}
         used = {key: ours for key in source if (ours := our_name(key)) is not None}
-        if quantised := [key for key in used if not source[key].is_floating_point()]:
-            got = f"{source[quantised[0]].dtype} in {quantised[0]}"
-            raise EncoderError(name, "quantised weights are not supported", "floating-point numbers", got)
+        if quantised := [key for key in used if source[key].dtype not in FLOATS]:
+            raise EncoderError(name, *QUANTISED, f"{source[quantised[0]].dtype} in {quantised[0]}")
         named = {ours: source[key].float() for key, ours in used.items()}
         if folded:
             _fold_channels(named, transform)
         with torch.device("meta"):
             model = M3RetModel(config)
+        shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
         try:
             weights = convert_weights(named, model)
-            missing = sorted(model.state_dict().keys() - weights.keys())
+            missing = sorted(shapes.keys() - weights.keys())
         except KeyError as error:
             missing = [error.args[0]]
+        except RuntimeError as error:  # of torch: a tensor cannot have the expected shape
+            raise EncoderError(name, MISFIT, "tensors of its sizes", str(error)) from error
         if missing:
             raise EncoderError(name, "incomplete weights", "all of the encoder", f"none for {missing[0]}")
+        for key, value in weights.items():
+            if shapes.get(key) != value.shape:
+                expected = f"{shapes[key]} in {key}" if key in shapes else f"no {key}"
+                raise EncoderError(name, MISFIT, expected, f"{tuple(value.shape)}")
         # each in memory of its own: torch.export cannot save parts of a larger tensor
         model.load_state_dict({key: value.contiguous().clone() for key, value in weights.items()}, assign=True)
     for key, tensor in model.state_dict().items():
@@ -311,15 +327,39 @@ def convert_vit(name: str, **overrides: Any) -> tuple[M3RetModel, M3RetImageProc
     return model.eval(), processor
 
 
+MISFIT = "weights do not fit config.json"
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+QUANTISED = ("quantised weights are not supported", "float16, bfloat16 or float32")
+
+
+def _check_overrides(fields: Mapping[str, Any], overrides: Mapping[str, Any]) -> None:
+    """Check the fields of `M3RetConfig` that shall differ from those of a source."""
+    free = {field.name for field in dataclasses.fields(M3RetConfig)} - fields.keys()
+    free |= {"pooling", "patch_depth", "num_channels"}
+    if fixed := sorted(overrides.keys() - free):
+        raise UnsupportedEncoderError("invalid override", "pooling, patch_depth, num_channels", ", ".join(fixed))
+    poolings = ["mean", "statistics", *(["cls"] if fields.get("use_cls_token", True) else [])]
+    for name, known in (
+        ("pooling", [*poolings, *(["attention"] if fields["pooling"] == "attention" else [])]),
+        ("num_channels", sorted({1, fields["num_channels"]})),
+    ):
+        if overrides.get(name, known[0]) not in known:
+            raise UnsupportedEncoderError(f"unsupported {name}", " or ".join(map(str, known)), overrides[name])
+    if overrides.get("patch_depth", 1) < 1:
+        raise UnsupportedEncoderError("unsupported patch_depth", "at least 1", overrides["patch_depth"])
+
+
 def _read_transformers(name: str, folder: Path) -> tuple[dict[str, Any], ImageTransform]:
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     if config.model_type not in FAMILIES:
         raise EncoderError(name, "unsupported kind of model", ", ".join(FAMILIES), config.model_type)
+    if getattr(config, "quantization_config", None):
+        raise EncoderError(name, *QUANTISED, "a quantization_config in config.json")
     return FAMILIES[config.model_type](getattr(config, "vision_config", config)), read_transform(name, folder)
 
 
 def _read_open_clip(name: str, folder: Path) -> tuple[dict[str, Any], ImageTransform]:
-    found, settings = _timm_vit(folder), read_json(folder / "open_clip_config.json")
+    found = _timm_vit(folder)
     if found is None:
         expected = "vit_{tiny,small,base,large}_patchN_SIZE of timm, pooled by its class token"
         raise EncoderError(name, "unsupported vision tower", expected, "another one")
@@ -333,10 +373,8 @@ def _read_open_clip(name: str, folder: Path) -> tuple[dict[str, Any], ImageTrans
         patch_size=p,
         image_size=size,
     )
-    preprocessing = settings.get("preprocess_cfg", {})
-    mean, std = (tuple(preprocessing[key]) for key in ("mean", "std"))
     # timm interpolates its table of positions with antialiasing
-    return _vit(image) | {"position_antialias": True}, ImageTransform((size, size), mean, std, "bicubic")
+    return _vit(image) | {"position_antialias": True}, read_open_clip_transform(folder, (size, size))
 
 
 def _license(folder: Path) -> str | None:

@@ -42,8 +42,8 @@ weights were converted from `{config.converted_from}`, a vision transformer for 
 Licence of the weights: {license}. The code is that of M3Ret, under Apache-2.0.
 
 - One image, slice or frame gives the tokens of the source, for pixels that are prepared as its own processor does.
-- Patches of volumes and clips span {config.patch_depth} slices or frames; equal slices give the tokens of one. Deeper
-  scans extend the source, which has not seen any.
+- Patches of volumes and clips span {config.patch_depth} slices or frames; {config.patch_depth} equal slices give the
+  tokens of one. Deeper scans extend the source, which has not seen any.
 - {whitening}
 
 ```python
@@ -63,7 +63,7 @@ def main() -> None:
     add = parser.add_argument
     add("source", type=str, metavar="SOURCE", help="folder or Hub id of a 2D vision transformer")
     add("output", type=Path, metavar="OUTPUT", help="new or empty folder for the checkpoint")
-    fit = "folder, ORG/NAME or phantom, to whose training scans the whitening is fitted; labels are not used"
+    fit = "folder, ORG/NAME or phantom; the whitening is fitted to its scans of the split train or without a split"
     add("--fit_whitening", type=str, metavar="DATA", help=fit)
     add("--pooling", choices=CHOICES["pooling"], help="what is pooled; by default what the source pools")
     arguments = parser.parse_args()
@@ -80,7 +80,7 @@ def main() -> None:
             model.save_pretrained(folder)
             processor.save_pretrained(folder)
             (folder / "README.md").write_text(write_card(model, output.absolute().name, fitted), encoding="utf-8")
-    print(f"{output}: {model.num_parameters() / 1e6:.1f} M parameters; {describe_whitening(model, fitted)}")
+    print(f"{output}: {model.num_parameters() / 1e6:.1f} M parameters. {describe_whitening(model, fitted)}")
 
 
 def fit_whitening(model: M3RetModel, processor: M3RetImageProcessor, data: str) -> int:

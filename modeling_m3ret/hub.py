@@ -14,6 +14,7 @@ from transformers import AutoConfig
 
 from .configuration_m3ret import M3RetConfig
 from .convert import convert_vit, is_convertible
+from .encoder_files import OPEN_CLIP
 from .errors import InputError
 from .image_processing_m3ret import M3RetImageProcessor
 from .modeling_m3ret import M3RetModel
@@ -63,29 +64,33 @@ def load_pretrained(name: str | Path) -> tuple[M3RetModel, M3RetImageProcessor]:
     """Load an encoder in evaluation mode, and its image processor.
 
     Args:
-        name: checkpoint folder or Hub id; also of a 2D vision transformer, which is converted in memory.
+        name: checkpoint folder or `ORG/NAME[@REVISION]` on the Hub; also of a 2D vision transformer, which is converted
+            in memory.
 
     Raises:
         InputError: if there is no such checkpoint, it holds another kind of model, or weights that are missing, of
             other shapes or not finite.
     """
     name = str(name)
-    problem = f"cannot load a model: expected a folder or Hub id of an M3Ret checkpoint, got {shorten(name, 200)!r}."
+    kinds = "an M3Ret checkpoint or a 2D vision transformer (docs/start-from-a-vit.md)"
+    problem = f"cannot load a model: expected a folder or Hub id of {kinds}, got {shorten(name, 200)!r}."
     try:
         is_folder = Path(name).is_dir()
     except OSError:  # a name that is too long
         is_folder = False
     if not is_folder and name.count("/") != 1:  # not ORG/NAME: a missing folder, no need to ask the Hub
         raise InputError(f"{problem} The folder does not exist.")
-    if is_convertible(name):
+    if name.startswith(OPEN_CLIP) or is_convertible(name):
         return convert_vit(name)
+    repository, _, revision = (name, "", "") if is_folder else name.partition("@")
+    version: dict[str, Any] = {"revision": revision or None}
     try:
         # without trust_remote_code=False, transformers asks on the terminal whether to run the code of a checkpoint
-        model_type = AutoConfig.from_pretrained(name, trust_remote_code=False).model_type
+        model_type = AutoConfig.from_pretrained(repository, trust_remote_code=False, **version).model_type
         if model_type != M3RetConfig.model_type:
             raise ValueError(f"Its model type is {model_type!r}.")
-        with_info: Any = M3RetModel.from_pretrained(name, output_loading_info=True)
-        processor = M3RetImageProcessor.from_pretrained(name)
+        with_info: Any = M3RetModel.from_pretrained(repository, output_loading_info=True, **version)
+        processor = M3RetImageProcessor.from_pretrained(repository, **version)
     except LOADING_ERRORS as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise InputError(f"{problem} {reason}") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -248,12 +249,60 @@ def test_a_vit_of_timm_in_open_clip_is_converted(tmp_path: Path) -> None:
     ours = model.embed_scans(images)
     assert largest_difference(ours @ ours.T, expected @ expected.T) <= 1e-5
     assert (processor.size, processor.image_mean) == (64, IMAGENET["image_mean"])
+
+
+@pytest.mark.parametrize(
+    ("part", "changes"),
+    [
+        ("vision_cfg", {"timm_model_name": "convnext_base"}),
+        ("vision_cfg", {"timm_pool": "avg"}),
+        ("vision_cfg", {"timm_pool": None}),
+        ("vision_cfg", {"timm_proj": "mlp"}),
+        ("preprocess_cfg", {"std": [0.2, 0, 0.2]}),
+        ("preprocess_cfg", {"mean": "imagenet"}),
+    ],
+    ids=str,
+)
+def test_other_and_damaged_checkpoints_of_open_clip_are_refused(
+    part: str, changes: dict[str, Any], tmp_path: Path
+) -> None:
+    save_timm_vit(tmp_path)
     config = json.loads((tmp_path / "open_clip_config.json").read_text())
-    config["model_cfg"]["vision_cfg"]["timm_model_name"] = "convnext_base"
+    changed = config["model_cfg"]["vision_cfg"] if part == "vision_cfg" else config[part]
+    changed.update(changes)
     (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
-    assert not is_convertible(str(tmp_path))
     with pytest.raises(EncoderError):
         convert_vit(str(tmp_path))
+    if part == "vision_cfg":
+        assert not is_convertible(str(tmp_path))
+
+
+@torch.no_grad()
+def test_embeddings_of_open_clip_are_those_of_its_own_model_and_transform(tmp_path: Path) -> None:
+    """As in BiomedCLIP, but smaller."""
+    open_clip = pytest.importorskip("open_clip", reason="needs the extra `clip`")
+    vision = {"timm_model_name": "vit_tiny_patch16_224", "timm_pool": "", "timm_proj": "linear", "image_size": 224}
+    text = {"context_length": 1, "vocab_size": 1, "width": 1, "heads": 1, "layers": 1}
+    theirs = open_clip.CLIP(24, vision, text).eval()
+    for parameter in theirs.parameters():
+        parameter.add_(torch.randn_like(parameter) * 0.05)
+    statistics = {"mean": IMAGENET["image_mean"], "std": IMAGENET["image_std"]}
+    save_file(
+        {key: value.contiguous() for key, value in theirs.state_dict().items()},
+        tmp_path / "open_clip_model.safetensors",
+    )
+    config = {"model_cfg": {"embed_dim": 24, "vision_cfg": vision, "text_cfg": text}, "preprocess_cfg": statistics}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+    pictures = np.random.default_rng(0).integers(0, 256, (2, 224, 224, 3), dtype=np.uint8)
+    transform = open_clip.image_transform(224, is_train=False, **statistics)
+    pixels = torch.stack([transform(Image.fromarray(picture)) for picture in pictures])
+    model, processor = convert_vit(str(tmp_path))
+    ours = torch.stack([processor.resize(processor.read(picture))[:, 0] for picture in pictures])
+    assert largest_difference(ours, pixels) <= 1e-5
+    expected = theirs.encode_image(pixels, normalize=True)
+    embedded = model.embed_scans(**processor(list(pictures)))
+    assert largest_difference(embedded[:, :24], expected) <= 1e-5
+    assert not embedded[:, 24:].any()  # the projection is padded to the width of the tokens
 
 
 WRITTEN = ("dinov3_vit", "dinov3_vit gated", "dinov2", "dinov2 gated", "dinov2_with_registers", "vit", "vit_mae")
@@ -374,6 +423,9 @@ DAMAGES: dict[str, Callable[[Path], None]] = {
     "fewer layers": change_config(num_hidden_layers=1),
     "patches that are no squares": change_config(patch_size=[8, 4]),
     "a pickle": only_a_pickle,
+    "four channels": change_config(num_channels=4),
+    "quantisation": change_config(quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True}),
+    "heads that do not divide the width": change_config(num_attention_heads=3),
     "unknown activation": change_config(hidden_act="no-such-activation"),
     "patches without pixels": change_config(patch_size=0),
     "config.json without an object": write_text("config.json", "[]"),
@@ -383,10 +435,14 @@ DAMAGES: dict[str, Callable[[Path], None]] = {
     "negative size": change_processor(size={"height": -32, "width": -32}),
     "no deviation": change_processor(image_std=[0, 0, 0]),
     "numbers for two channels": change_processor(image_mean=[0.4, 0.5]),
+    "one number as mean": change_processor(image_mean=0.5),
+    "a mean that is no number": change_processor(image_mean=["a", "b", "c"]),
+    "channels in another order": change_processor(do_flip_channel_order=True),
     "other range of values": change_processor(rescale_factor=1 / 127.5),
     "no factor": change_processor(rescale_factor=None),
     "a missing shard": lambda folder: write_shards(folder, 1),
     "integers": change_weights(lambda w: {key: value.to(torch.int8) for key, value in w.items()}),
+    "floats of 8 bits": change_weights(lambda w: {key: value.to(torch.float8_e4m3fn) for key, value in w.items()}),
     "no processor": lambda folder: (folder / "preprocessor_config.json").unlink(),
     "broken weights": lambda folder: (folder / "model.safetensors").write_bytes(b"broken"),
     "a bias of one layer missing": change_weights(lambda w: {k: v for k, v in w.items() if k != FIRST_BIAS}),
@@ -396,6 +452,10 @@ DAMAGES: dict[str, Callable[[Path], None]] = {
 }
 
 
+# whose errors are quoted
+FOUND_BY_LIBRARIES = ("unknown family", "config.json without an object", "broken weights", "no factor")
+
+
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_other_and_damaged_checkpoints_are_refused(damage: str, tmp_path: Path) -> None:
     save_source("vit", tmp_path)
@@ -403,8 +463,36 @@ def test_other_and_damaged_checkpoints_are_refused(damage: str, tmp_path: Path) 
     with pytest.raises(EncoderError) as caught:
         convert_vit(str(tmp_path))
     assert caught.value.name == str(tmp_path)
+    if damage not in FOUND_BY_LIBRARIES:
+        assert not re.search(r"\w+Error", str(caught.value))
     with pytest.raises(InputError):
         load_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"poolng": "mean"},  # misspelt
+        {"hidden_size": 64},  # sizes are those of the source
+        {"rotary_axes": "shared"},
+        {"pooling": "attention"},  # needs a head that the source lacks
+        {"num_channels": 2},
+        {"patch_depth": 0},
+    ],
+    ids=str,
+)
+def test_overrides_that_do_not_fit_the_source_are_refused(overrides: dict[str, Any], tmp_path: Path) -> None:
+    save_source("vit", tmp_path)
+    with pytest.raises(EncoderError) as caught:
+        convert_vit(str(tmp_path), **overrides)
+    assert next(iter(overrides)) in str(caught.value)
+
+
+def test_a_source_without_a_class_token_cannot_pool_it(tmp_path: Path) -> None:
+    save_source("siglip_vision_model", tmp_path)
+    assert convert_vit(str(tmp_path), pooling="statistics")[0].config.pooling == "statistics"
+    with pytest.raises(EncoderError):
+        convert_vit(str(tmp_path), pooling="cls")
 
 
 @pytest.mark.parametrize(
@@ -437,12 +525,6 @@ def test_mean_and_deviation_of_a_grey_source_are_kept(tmp_path: Path) -> None:
     with torch.no_grad():
         ours = model(processor.normalise(grey.clone())).pooler_output
     assert largest_difference(ours, source_tokens(theirs, (grey - 0.3) / 0.2)[2]) <= 1e-5
-
-
-def test_a_pooling_head_that_the_source_lacks_is_refused(tmp_path: Path) -> None:
-    save_source("vit", tmp_path)
-    with pytest.raises(EncoderError):
-        convert_vit(str(tmp_path), pooling="attention")
 
 
 def test_whitening_is_fitted_to_a_folder_without_a_manifest(tmp_path: Path) -> None:
@@ -499,6 +581,15 @@ def test_published_sizes_give_the_tokens_of_the_source(kind: str, sizes: dict[st
     p = sizes["patch_size"]
     for height, width in ((14, 14), (16, 9), (7, 20)):
         assert_same_tokens(model, theirs, torch.randn(1, 3, height * p, width * p))
+
+
+@pytest.mark.parametrize("name", ["hf-hub:org/no-such-model", "org/no-such-model@v1"])
+def test_an_encoder_that_is_not_on_the_hub_is_an_error_of_the_hub(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not one about the form of its name."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(InputError) as caught:
+        load_pretrained(name)
+    assert "must use alphanumeric" not in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["/no/such/folder", "./folder", "a/b/c", "C:\\models\\vit", "hf-hub:no/such/folder"])

@@ -42,6 +42,7 @@ from ..encoder_files import (
     find_files,
     height_and_width,
     read_json,
+    read_open_clip_transform,
     read_transform,
     read_weights,
     short_name,
@@ -223,8 +224,7 @@ def _load_open_clip(name: str, folder: Path, device: torch.device) -> tuple[Imag
         expected = "the package open_clip (pip install 'm3ret[clip]')"
         raise EncoderError(name, "open_clip is not installed", expected, "none") from error
     weights = read_weights(name, folder, OPEN_CLIP_WEIGHTS)
-    settings = read_json(folder / "open_clip_config.json")
-    model, preprocessing = settings["model_cfg"], settings.get("preprocess_cfg", {})
+    model = read_json(folder / "open_clip_config.json")["model_cfg"]
     # do not fetch ImageNet weights (timm), return the embedding without tokens (CoCa)
     vision = model["vision_cfg"] | {"timm_model_pretrained": False, "output_tokens": False}
     minimal_text = {"context_length": 1, "vocab_size": 1, "width": 1, "heads": 1, "layers": 1}
@@ -232,10 +232,5 @@ def _load_open_clip(name: str, folder: Path, device: torch.device) -> tuple[Imag
     tower = clip.visual
     visual = {key: value for key, value in weights.items() if key.startswith("visual.")}
     tower.load_state_dict({key.removeprefix("visual."): value for key, value in visual.items()})
-    transform = ImageTransform(
-        height_and_width(tower.image_size),
-        (*preprocessing.get("mean", open_clip.OPENAI_DATASET_MEAN),),
-        (*preprocessing.get("std", open_clip.OPENAI_DATASET_STD),),
-        "bilinear" if preprocessing.get("interpolation") == "bilinear" else "bicubic",
-    )
+    transform = read_open_clip_transform(folder, height_and_width(tower.image_size))
     return transform, tower.to(device).eval(), weights

@@ -82,7 +82,8 @@ def read_start(run: RunConfig) -> Start | None:
     elif run.initial:
         start = _read_config(_find_checkpoint(run.initial))
         if start is None:
-            raise WarmStartError(run.initial, f"expected a checkpoint, got {run.initial} with a damaged config.json.")
+            kinds = "an M3Ret checkpoint or a 2D vision transformer that can be converted (docs/start-from-a-vit.md)"
+            raise WarmStartError(run.initial, f"expected {kinds}, got {run.initial} with another config.json.")
     if start is None and run.preset == "initial":
         problem = "expected a checkpoint to take the encoder of, got none. Set initial"
         raise ConfigError("preset", f"{problem}, or choose one of vitt, vits, vitb and vitl.")
@@ -92,6 +93,8 @@ def read_start(run: RunConfig) -> Start | None:
 def _read_config(folder: Path) -> Start | None:
     """Return the configuration of a checkpoint folder of ours, or None if it cannot be read."""
     try:
+        if read_json(folder / "config.json").get("model_type") != M3RetConfig.model_type:
+            return None
         config = M3RetConfig.from_pretrained(folder)
         settings = read_json(folder / "preprocessor_config.json")
     except (OSError, ValueError, TypeError, AttributeError, StrictDataclassError):
@@ -128,7 +131,7 @@ def load_initial(model: nn.Module, config: M3RetConfig, weights_file: str, sourc
     pairs = {name: (getattr(theirs, name), getattr(config, name)) for name in ENCODER_FIELDS}
     if differences := {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}:
         listed = format_differences(differences)
-        problem = f"the encoder of {source} differs from this run's ({listed}). Use --preset initial without model."
+        problem = f"the encoder of {source} differs from this run's ({listed}). Set `--preset initial --model {{}}`."
         raise WarmStartError(source, problem, differences)
 
     encoders = [name for name, part in model.named_children() if isinstance(part, M3RetModel)]

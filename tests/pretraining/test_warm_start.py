@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -89,6 +90,16 @@ def test_different_encoder_is_refused_with_its_differences(tmp_path: Path) -> No
         build(2, initial=source, **SIMDINO, model={"rope_theta": 50, "num_hidden_layers": 3})
     assert error.value.differences == {"num_hidden_layers": (2, 3), "rope_theta": (100.0, 50)}
     assert source in str(error.value)
+
+
+def test_another_kind_of_encoder_is_refused(tmp_path: Path) -> None:
+    """Not taken for a checkpoint of ours with other sizes."""
+    save_source("vit", tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "swin"}))
+    with pytest.raises(WarmStartError, match="converted") as error:
+        build(2, initial=str(tmp_path), **MAE)
+    assert not error.value.differences
 
 
 def test_folder_without_a_checkpoint_is_refused(tmp_path: Path) -> None:
