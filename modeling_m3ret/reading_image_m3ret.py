@@ -160,7 +160,7 @@ def _pixel_aspect(image: Any, description: Description) -> Spacing:
     across, down = (float(value) for value in density[:2])
     if not (0 < across < math.inf and 0 < down < math.inf):
         return (None, None, None)
-    turned = image.getexif().get(EXIF_ORIENTATION, 1) > 4  # by 90 degrees
+    turned = across != down and image.getexif().get(EXIF_ORIENTATION, 1) > 4  # by 90 degrees
     return spacing_of_aspect(down / across if turned else across / down, description)
 
 
@@ -170,7 +170,8 @@ def _image_pixels(image: Any, request: ReadRequest) -> tuple[np.ndarray, bool]:
     EXIF rotation and alpha are applied.
     """
     tags = getattr(image, "tag_v2", {})
-    bits, kind, planar = (int(np.ravel(tags.get(tag, 1))[0]) for tag in (BITS_PER_SAMPLE, SAMPLE_FORMAT, PLANAR))
+    names = (BITS_PER_SAMPLE, SAMPLE_FORMAT, PLANAR)
+    bits, kind, planar = (int(np.ravel(tags.get(name, 1))[0]) for name in names) if tags else (1, 1, 1)
     if bits > 8 and planar == 2 and len(image.getbands()) > 1:  # Pillow would read it as 8 bits
         expected = "interleaved colour channels, or 8 bits per channel"
         raise request.error("unsupported", expected, "separate colour planes of more than 8 bits")

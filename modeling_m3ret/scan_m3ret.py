@@ -8,7 +8,6 @@ is copied into every checkpoint and imports only NumPy.
 from __future__ import annotations
 
 import importlib
-import io
 import logging
 import math
 import os
@@ -17,7 +16,7 @@ import struct
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -205,22 +204,26 @@ class _LibrarySilencer:
     """
 
     def __init__(self) -> None:
-        self.lock, self.depth, self.original = threading.Lock(), 0, ExitStack()
+        self.lock, self.depth = threading.Lock(), 0
+        self.loggers = [logging.getLogger(name) for name in ("pydicom", "nibabel.global", "PIL", "h5py")]
 
     def __enter__(self) -> None:
         with self.lock:
             self.depth += 1
             if self.depth == 1:
-                self.original.enter_context(warnings.catch_warnings(action="ignore"))
-                for logger in map(logging.getLogger, ("pydicom", "nibabel.global", "PIL", "h5py")):
-                    self.original.callback(setattr, logger, "disabled", logger.disabled)
+                self.filters = warnings.catch_warnings(action="ignore")
+                self.filters.__enter__()
+                self.enabled = [logger for logger in self.loggers if not logger.disabled]
+                for logger in self.enabled:
                     logger.disabled = True
 
     def __exit__(self, *error: object) -> None:
         with self.lock:
             self.depth -= 1
             if self.depth == 0:
-                self.original.close()
+                for logger in self.enabled:
+                    logger.disabled = False
+                self.filters.__exit__(None, None, None)
 
 
 silence_libraries = _LibrarySilencer()
@@ -308,14 +311,18 @@ def unsupported_format(head: bytes) -> str | None:
     return next((name for magic, name in UNSUPPORTED_MAGICS.items() if head.startswith(magic)), None)
 
 
+def _first_bytes(path: Path) -> bytes:
+    with path.open("rb") as stream:
+        return stream.read(HEAD_BYTES)
+
+
 def sniff(file: bytes | Path) -> str | None:
     """Return the kind of a file from its first bytes, or None if it is of no kind that is read.
 
     Kinds are "dicom", "nifti", "mgh", "minc", "nrrd", "metaimage", "npy", "image", "heif", "video", and the containers
     "zip" and "gzip". The name only decides between formats that the content equally fits.
     """
-    with file.open("rb") if isinstance(file, Path) else io.BytesIO(file[:HEAD_BYTES]) as stream:
-        head = stream.read(HEAD_BYTES)
+    head = file[:HEAD_BYTES] if isinstance(file, bytes) else _first_bytes(file)
     is_image = head.startswith(IMAGE_MAGICS) or (head[:2] == b"BM" and head[15:18] == b"\0\0\0")  # BMP: header size
     if head[128:132] == b"DICM":
         named_tiff = isinstance(file, Path) and file.suffix.lower() in (".tif", ".tiff")

@@ -9,6 +9,7 @@ import gc
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, InitVar, dataclass, field, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,10 +73,10 @@ class Pack(Movable):
             (array.shape[0], -(-array.shape[1] // depth) * depth, *array.shape[2:])
             for array, depth in zip(arrays, depths, strict=True)
         ]
-        sizes = [*map(math.prod, shapes)]
-        values = np.empty(sum(sizes), arrays[0].dtype)
-        for part, array, depth in zip(np.split(values, np.cumsum(sizes)[:-1]), arrays, depths, strict=True):
-            _write_patches(array, part, depth, processor.patch_size)
+        ends = [*accumulate(map(math.prod, shapes))]
+        values = np.empty(ends[-1], arrays[0].dtype)
+        for start, end, array, depth in zip([0, *ends], ends, arrays, depths, strict=False):
+            _write_patches(array, values[start:end], depth, processor.patch_size)
         return cls(torch.from_numpy(values), shapes, [index] * len(volumes), noise)
 
     @classmethod

@@ -327,7 +327,7 @@ class RowReader:
 
     def __init__(self, cache_bytes: int = 2**29):
         self.cache_bytes = cache_bytes
-        self._groups: OrderedDict[tuple[str, int], pa.Table] = OrderedDict()
+        self._groups: OrderedDict[tuple[str, int], dict[str, pa.ChunkedArray]] = OrderedDict()
         self._bytes = 0
         self._open = lru_cache(MAX_OPEN_SHARDS)(open_parquet)
 
@@ -341,8 +341,11 @@ class RowReader:
         if key not in self._groups:
             self.fetch(location.shard, location.group, location.group + 1)
         self._groups.move_to_end(key)
-        row = self._groups[key].slice(location.row, 1).to_pylist()[0]
-        return row | {name: _media_bytes(row.get(name)) for name in MEDIA}
+        columns, index = self._groups[key], location.row
+        # PyArrow copies a large value twice if it is indexed, and a slice of all columns takes three times as long
+        media = {name: columns[name].slice(index, 1).to_pylist()[0] for name in MEDIA if name in columns}
+        row: dict[str, Any] = {name: columns[name][index].as_py() for name in FETCHED_COLUMNS if name in columns}
+        return row | {name: _media_bytes(media.get(name)) for name in MEDIA}
 
     def fetch(self, shard: str, first: int, end: int) -> None:
         """Fetch the row groups `first` to `end` that are not cached, in one read.
@@ -364,11 +367,13 @@ class RowReader:
                 got=type(error).__name__,
                 advice="Check the connection, or download the dataset again.",
             ) from error
-        self._groups.update(zip(((shard, group) for group in missing), tables, strict=True))
-        self._bytes += sum(table.nbytes for table in tables)
+        for group, table in zip(missing, tables, strict=True):
+            filled = [n for n in table.column_names if n not in MEDIA or table[n].null_count < len(table)]
+            self._groups[shard, group] = {name: table[name] for name in filled}
+            self._bytes += _size(self._groups[shard, group])
         while self._bytes > self.cache_bytes and len(self._groups) > len(missing):
             _, oldest = self._groups.popitem(last=False)
-            self._bytes -= oldest.nbytes
+            self._bytes -= _size(oldest)
 
     def _read_row_groups(self, shard: str, groups: list[int]) -> list[pa.Table]:
         try:
@@ -380,6 +385,10 @@ class RowReader:
             raise
         ends = list(accumulate(parquet.metadata.row_group(group).num_rows for group in groups))
         return [table.slice(start, end - start) for start, end in pairwise([0, *ends])]
+
+
+def _size(columns: dict[str, pa.ChunkedArray]) -> int:
+    return sum(column.nbytes for column in columns.values())
 
 
 def _media_bytes(cell: Any) -> bytes | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from ..reading_m3ret import Scan
 
 
 Range = tuple[float, float]
+BLURRED_AT_ONCE = 2**15  # values, which fit into the second-level cache with their copies
 
 
 @dataclass(frozen=True)
@@ -125,8 +127,9 @@ def random_intensity(values: np.ndarray, jitter: Jitter, generator: np.random.Ge
             values *= np.float32(generator.uniform(*jitter.saturation))
             values += grey
             np.clip(values, 0, 1, out=values)
-        # values ** gamma: `np.power` takes six times as long for zeros, which fill the background of many scans
-        np.log2(np.maximum(values, np.float32(1e-30), out=values), out=values)
+        # values ** gamma: `np.power` takes seven times as long. The power of a zero, the background of many scans, is
+        # 2^-100, because a subnormal number takes fifty times as long.
+        np.log2(np.clip(values, np.float32(2 ** (-100 / gamma)), 1, out=values), out=values)
         values *= np.float32(gamma)
         np.exp2(values, out=values)
         mean = float(values.mean(dtype=np.float64))
@@ -136,19 +139,29 @@ def random_intensity(values: np.ndarray, jitter: Jitter, generator: np.random.Ge
     if has_colour and generator.random() < jitter.grey_probability:
         values[:] = values.mean(0, keepdims=True)
     if generator.random() < jitter.noise_probability:
-        noise = generator.standard_normal(values.shape, dtype=np.float32)
+        noise = _normal_quantiles().take(generator.integers(0, 2**16, values.shape, dtype=np.uint16))
         noise *= np.float32(generator.uniform(*jitter.noise))
         values += noise
         np.clip(values, 0, 1, out=values)
     return values
 
 
+@lru_cache(maxsize=1)
+def _normal_quantiles() -> np.ndarray:
+    """Return 65,536 evenly spaced quantiles of a standard normal distribution, `(65536,)` float32.
+
+    To draw one of them takes a fifth of the time of drawing a normal number.
+    """
+    levels = (torch.arange(2**16, dtype=torch.float64) + 0.5) / 2**16
+    return torch.special.ndtri(levels).float().numpy()
+
+
 def lower_resolution(values: np.ndarray, factor: float) -> np.ndarray:
     """Downsample the slices of `(C, D, H, W)` by `factor` and upsample them again, as a coarser detector would."""
     H, W = values.shape[-2:]
-    size = (max(1, round(H * factor)), max(1, round(W * factor)))
-    small = nn.functional.interpolate(torch.from_numpy(values), size=size, mode="nearest")
-    return nn.functional.interpolate(small, size=(H, W), mode="bilinear", align_corners=False).numpy()
+    rows, columns = (np.arange(n) * side // n for side in (H, W) for n in [max(1, round(side * factor))])
+    small = values.take(rows, axis=2).take(columns, axis=3)  # for small planes, a fifth of the time of torch
+    return nn.functional.interpolate(torch.from_numpy(small), size=(H, W), mode="bilinear").numpy()
 
 
 def gaussian_blur(values: np.ndarray, sigma: float) -> np.ndarray:
@@ -157,15 +170,18 @@ def gaussian_blur(values: np.ndarray, sigma: float) -> np.ndarray:
     kernel = np.exp(-0.5 * (np.arange(radius + 1) / sigma) ** 2)
     kernel = (kernel / (kernel[0] + 2 * kernel[1:].sum())).astype(np.float32)
     H, W = values.shape[2:]
-    blurred = np.empty_like(values)
-    rows = np.empty((H + 2 * radius, W), np.float32)  # a plane with its replicated borders
-    columns = np.empty((H, W + 2 * radius), np.float32)
+    blurred = np.empty(values.shape, np.float32)
     inner = slice(radius, -radius)
-    for plane, result in zip(values.reshape(-1, H, W), blurred.reshape(-1, H, W), strict=True):  # fits into the cache
-        rows[:radius], rows[inner], rows[-radius:] = plane[0], plane, plane[-1]
-        _convolve([rows[start : start + H] for start in range(2 * radius + 1)], kernel, columns[:, inner])
-        columns[:, :radius], columns[:, -radius:] = columns[:, radius, None], columns[:, -radius - 1, None]
-        _convolve([columns[:, start : start + W] for start in range(2 * radius + 1)], kernel, result)
+    at_once = max(1, BLURRED_AT_ONCE // (H * W))
+    planes, results = values.reshape(-1, H, W), blurred.reshape(-1, H, W)
+    for first in range(0, len(planes), at_once):
+        part, result = planes[first : first + at_once], results[first : first + at_once]
+        rows = np.empty((len(part), H + 2 * radius, W), np.float32)  # planes with their replicated borders
+        columns = np.empty((len(part), H, W + 2 * radius), np.float32)
+        rows[:, :radius], rows[:, inner], rows[:, -radius:] = part[:, :1], part, part[:, -1:]
+        _convolve([rows[:, start : start + H] for start in range(2 * radius + 1)], kernel, columns[..., inner])
+        columns[..., :radius], columns[..., -radius:] = columns[..., radius, None], columns[..., -radius - 1, None]
+        _convolve([columns[..., start : start + W] for start in range(2 * radius + 1)], kernel, result)
     return blurred
 
 

@@ -7,10 +7,20 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from scipy.ndimage import gaussian_filter
+from scipy.stats import kstest
+from torch import nn
 
 from modeling_m3ret import Scan
-from modeling_m3ret.data.views import CropRanges, Jitter, gaussian_blur, random_crop, random_intensity
+from modeling_m3ret.data.views import (
+    CropRanges,
+    Jitter,
+    gaussian_blur,
+    lower_resolution,
+    random_crop,
+    random_intensity,
+)
 
 
 def jitter_of(*names: str) -> Jitter:
@@ -55,11 +65,11 @@ def test_intensity_changes_follow_their_formula() -> None:
     assert np.abs(changed - expected).max() <= 2e-6
 
 
-@pytest.mark.parametrize("sigma", [0.5, 0.9])
-def test_gaussian_blur_matches_scipy(sigma: float) -> None:
-    image = random_values(2, 2, 20, 24)
+@pytest.mark.parametrize(("sigma", "shape"), [(0.5, (2, 2, 20, 24)), (0.9, (2, 2, 20, 24)), (0.9, (1, 5, 130, 120))])
+def test_gaussian_blur_matches_scipy(sigma: float, shape: tuple[int, ...]) -> None:
+    image = random_values(*shape)
     options = {"mode": "nearest", "radius": math.ceil(3 * sigma)}
-    planes = image.reshape(-1, 20, 24).astype(np.float64)
+    planes = image.reshape(-1, *shape[2:]).astype(np.float64)
     expected = np.stack([gaussian_filter(plane, sigma, **options) for plane in planes]).reshape(image.shape)
     assert np.abs(gaussian_blur(image, sigma) - expected).max() <= 1e-6
 
@@ -75,10 +85,12 @@ def test_only_arrays_with_colour_change_their_colour() -> None:
     assert random_intensity(grey, both, np.random.default_rng(1)).shape == grey.shape
 
 
-def test_noise_stays_within_its_range() -> None:
-    flat = np.full((1, 1, 64, 64), 0.5, np.float32)
-    noisy = random_intensity(flat, jitter_of("noise_probability"), np.random.default_rng(3))
-    assert 0 < noisy.std() <= 0.1  # at most a tenth of the range
+def test_noise_is_normal() -> None:
+    flat = np.full((1, 1, 256, 256), 0.5, np.float32)
+    jitter = replace(jitter_of("noise_probability"), noise=(0.1, 0.1))
+    noise = (random_intensity(flat, jitter, np.random.default_rng(3)) - 0.5) / 0.1
+    assert kstest(noise.ravel(), "norm").pvalue > 0.01
+    assert np.abs(np.corrcoef(noise[0, 0, 1:].ravel(), noise[0, 0, :-1].ravel())[0, 1]) < 0.02
 
 
 def test_low_resolution_removes_detail() -> None:
@@ -86,6 +98,14 @@ def test_low_resolution_removes_detail() -> None:
     jitter = jitter_of("low_resolution_probability")
     coarse = random_intensity(checkerboard[None, None].copy(), jitter, np.random.default_rng(3))
     assert np.abs(np.diff(coarse)).mean() < np.abs(np.diff(checkerboard)).mean()
+
+
+@pytest.mark.parametrize("factor", [0.5, 0.83])
+def test_lower_resolution_drops_pixels_and_interpolates_the_rest(factor: float) -> None:
+    values = random_values(3, 2, 40, 25)
+    small = nn.functional.interpolate(torch.from_numpy(values), (round(40 * factor), round(25 * factor)))
+    expected = nn.functional.interpolate(small, (40, 25), mode="bilinear").numpy()
+    assert np.array_equal(lower_resolution(values, factor), expected)
 
 
 def test_crops_lie_inside_the_scan_and_span_their_ranges() -> None:
