@@ -41,7 +41,7 @@ from modeling_m3ret.atomic_io import append_json_line, atomic_folder  # noqa: E4
 from modeling_m3ret.data.loading import PackLoader  # noqa: E402
 from modeling_m3ret.data.sampler import SeededBatchSampler  # noqa: E402
 from modeling_m3ret.model_facts import sha256_of  # noqa: E402
-from modeling_m3ret.pretraining.distributed import clip_gradient, prepare_training  # noqa: E402
+from modeling_m3ret.pretraining.distributed import clip_gradient, gather_encoder, prepare_training  # noqa: E402
 from modeling_m3ret.pretraining.objectives import Objective, build_objective  # noqa: E402
 from modeling_m3ret.pretraining.optimisation import build_optimiser, set_schedule  # noqa: E402
 from modeling_m3ret.pretraining.run_config import RunConfig, format_differences  # noqa: E402
@@ -130,6 +130,8 @@ class Run:
         set_seed(config.seed)
         self.objective: Objective
         self.objective, self.model_config = build_objective(self.config)
+        if self.model_config.converted_from is not None:  # its patches, means and deviations are others
+            sys.exit(f"initial: expected an encoder of M3Ret's own, got {self.config.initial}. Use train.py.")
         self.processor = M3RetImageProcessor(size=config.size, num_frames=config.num_frames)
         optimiser = build_optimiser(self.objective, self.config)
         self.model, self.optimiser = prepare_training(self.accelerator, self.objective, optimiser)
@@ -228,7 +230,8 @@ class Run:
     def export(self, folder: Path) -> None:
         """Write the published encoder in bfloat16, its processor, and the metrics, in files of less than 16 MiB."""
         self.fit_whitening()
-        weights = {name: value.to(torch.bfloat16) for name, value in self.objective.encoder.state_dict().items()}
+        encoder = gather_encoder(self.objective.encoder)  # without adapters
+        weights = {name: value.to(torch.bfloat16) for name, value in encoder.state_dict().items()}
         folder.mkdir(parents=True, exist_ok=True)
         for path in folder.iterdir():  # of an earlier piece
             path.unlink()

@@ -23,6 +23,7 @@ from ..configuration_m3ret import M3RetConfig
 from ..cpu import has_bfloat16
 from ..errors import InputError
 from ..modeling_m3ret import M3RetModel
+from .adapters import merge_adapters
 
 
 logger = logging.getLogger(__name__)
@@ -98,12 +99,12 @@ def _whole(value: Tensor) -> Tensor:
 
 @torch.no_grad()
 def gather_encoder(encoder: M3RetModel) -> M3RetModel:
-    """Return the whole encoder in eval mode, on every rank. All ranks must call it together.
+    """Return the whole encoder in eval mode, without adapters, on every rank. All ranks must call it together.
 
-    Sharded weights are gathered. Tensors that are whole on each rank are shared, not copied: all weights without FSDP2,
-    and always the whitening, so that fitting it on the returned encoder also fits it on `encoder`.
+    Sharded weights are gathered and adapters merged. Other tensors are shared, not copied: all weights without FSDP2
+    and adapters, and always the whitening, so that fitting it on the returned encoder also fits it on `encoder`.
     """
-    state = {name: _whole(value) for name, value in encoder.state_dict().items()}
+    state = merge_adapters({name: _whole(value) for name, value in encoder.state_dict().items()})
     with torch.device("meta"):
         whole = M3RetModel(cast(M3RetConfig, encoder.config))
     whole.load_state_dict(state, assign=True)

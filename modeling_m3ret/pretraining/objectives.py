@@ -29,6 +29,7 @@ from ..configuration_m3ret import M3RetConfig
 from ..data.views import GLOBAL_CROPS, LOCAL_CROPS, Jitter, ViewKind
 from ..masked_autoencoder_m3ret import M3RetDecoder, M3RetForPreTraining, MaskPlan, plan_masks
 from ..modeling_m3ret import M3RetLayer, M3RetModel, variable_length_attention
+from .adapters import add_adapters
 from .distributed import rank_weight
 from .run_config import ConfigError, RunConfig
 from .simdino import SimDINO, SimDINOLoss, ViewPlan, teacher_momentum
@@ -166,7 +167,8 @@ def build_objective(run: RunConfig, start: Start | None = None) -> tuple[Objecti
         start: result of `read_start`, which is called if it is None.
 
     Raises:
-        ConfigError: if `run.attn_implementation` is not installed, or there are fewer than `run.freeze_layers` layers.
+        ConfigError: if `run.attn_implementation` or PEFT is not installed, or there are too few layers for
+            `run.freeze_layers`.
         WarmStartError: if the checkpoint `run.initial` cannot be used.
     """
     start = start or read_start(run)
@@ -181,6 +183,8 @@ def build_objective(run: RunConfig, start: Start | None = None) -> tuple[Objecti
     objective = (MaskedAutoencoding if run.objective == "mae" else SelfDistillation)(run, config)
     if run.initial and start is not None and not run.resume:  # --resume loads all weights later
         load_initial(objective.model, config, objective.weights_file, run.initial, start)
+    if run.lora_rank:
+        add_adapters(objective.trained_encoder, objective.encoder, run.lora_rank, run.freeze_layers)
     freeze_layers(objective.trained_encoder, run.freeze_layers)
     if run.gradient_checkpointing:
         checkpoint_activations(objective.trained_encoder)

@@ -162,6 +162,10 @@ class OptimisationOptions:
     """Factor on the learning rate for each layer further from the output, in (0, 1]; 1 as in MAE and SimDINO."""
     freeze_layers: int = 0
     """Number of first layers of the encoder that are not trained, together with its embeddings."""
+    lora_rank: int = 0
+    """Rank of adapters (LoRA, by the package peft), which are trained instead of the weights of the encoder, on all
+    linear layers that are not frozen; 0 trains the weights. Heads and decoder are trained as always. Checkpoints hold
+    the merged weights."""
     adam_beta2: float = 0.95
     """Second beta of AdamW; 0.95 as in MAE. The first is 0.9."""
     warmup_fraction: float = 0.05
@@ -195,7 +199,7 @@ LIMITS: dict[str, str] = {
     **dict.fromkeys(("steps", "batch_size", "tokens_per_batch", "views_per_decode", "accumulate", "log_every"), ">= 1"),
     **dict.fromkeys(("save_every", "keep_last", "size", "num_frames", "max_patches", "local_size"), ">= 1"),
     **dict.fromkeys(("num_workers", "local_views", "cache_gib", "seed", "evaluate_every", "stop_after"), ">= 0"),
-    "freeze_layers": ">= 0",
+    **dict.fromkeys(("freeze_layers", "lora_rank"), ">= 0"),
     **dict.fromkeys(("learning_rate", "final_learning_rate", "weight_decay", "final_weight_decay"), ">= 0"),
     **dict.fromkeys(("mae_weight", "simdino_weight", "patch_weight", "compression_weight", "expansion_weight"), ">= 0"),
     **dict.fromkeys(("flip_probability", "single_slice_probability", "warmup_fraction"), ">= 0 and <= 1"),
@@ -329,7 +333,7 @@ class RunConfig(OutputOptions, ResumeOptions, DataOptions, ObjectiveOptions, Vie
         ours = {key: value for key, value in asdict(self).items() if key not in MAY_CHANGE_ON_RESUME}
         theirs = {RENAMED_KEYS.get(key, key): value for key, value in checkpoint.items()}
         theirs = {key: value for key, value in theirs.items() if key not in MAY_CHANGE_ON_RESUME}
-        theirs.setdefault("freeze_layers", 0)  # a later option
+        theirs = {"freeze_layers": 0, "lora_rank": 0} | theirs  # later options
         theirs["precision"] = theirs.get("precision") or ours["precision"]  # early checkpoints may lack it
         pairs = {key: (theirs.get(key, "absent"), ours.get(key, "absent")) for key in sorted(ours.keys() | theirs)}
         return {key: (their, our) for key, (their, our) in pairs.items() if their != our}

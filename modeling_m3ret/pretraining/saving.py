@@ -29,6 +29,7 @@ from ..modeling_m3ret import M3RetModel
 from ..phantom import SYNTHETIC_SOURCE
 from ..search.embedding import embed_records, encoder_embedder, pixel_embedder
 from ..version import __version__
+from .adapters import merge_adapters
 from .checkpoints import CheckpointFolder, OutputFolderError, write_checkpoint
 from .distributed import decide_on_main, gather_encoder
 from .hub_upload import HubUpload
@@ -38,6 +39,7 @@ from .quality import OnlineQuality
 from .run_config import RunConfig
 from .training_state import (
     STATE_FOLDER,
+    UNMERGED_FILE,
     DamagedCheckpointError,
     Progress,
     check_intact,
@@ -156,6 +158,9 @@ class RunSaver:
         self.accelerator.print(f"resumed from {checkpoint}")
 
     def _weights(self, checkpoint: Path) -> dict[str, Tensor]:
+        with_adapters = checkpoint / UNMERGED_FILE
+        if with_adapters.is_file():
+            return load_file(with_adapters)
         return {f"model.{name}": value for name, value in load_file(checkpoint / self.objective.weights_file).items()}
 
     def _is_finished(self) -> bool:
@@ -285,7 +290,8 @@ class RunSaver:
         }
 
     def _write(self, folder: Path, weights: Mapping[str, Tensor], facts: dict[str, Any]) -> None:
-        write_checkpoint(folder, self.objective, weights, self.processor, self._card(facts, []), facts)
+        merged = merge_adapters(weights)
+        write_checkpoint(folder, self.objective, merged, self.processor, self._card(facts, []), facts)
 
     def _card(self, facts: dict[str, Any], rows: list[Row]) -> str:
         return write_card(self.card_template, self.config, self.objective.encoder, facts, rows)

@@ -31,6 +31,7 @@ from torch.optim import Optimizer
 
 from ..errors import InputError
 from ..model_facts import sha256_of
+from .adapters import is_adapter
 from .run_config import RunConfig, format_differences
 
 
@@ -39,6 +40,7 @@ if TYPE_CHECKING:  # needs pyarrow
 
 STATE_FOLDER = "training_state"
 STATE_FILE = f"{STATE_FOLDER}/state.json"
+UNMERGED_FILE = f"{STATE_FOLDER}/weights.safetensors"  # with adapters, which cannot be separated from merged weights
 FACTS_FILE = "training.json"
 ON_MAIN_RANK = StateDictOptions(full_state_dict=True, cpu_offload=True)
 ON_EVERY_RANK = StateDictOptions(full_state_dict=True)
@@ -109,6 +111,8 @@ def write_state(
     folder.mkdir(parents=True)
     save_file(state.optimiser, folder / "optimiser.safetensors")
     save_file(state.random, folder / "random.safetensors")
+    if any(map(is_adapter, state.weights)):
+        save_file(state.weights, folder.parent / UNMERGED_FILE)
     run = {"progress": asdict(progress), "config": asdict(config), "processes": processes}
     run["training_scans"] = training_order_hash(records, config)
     files = sorted(path for path in folder.parent.rglob("*") if path.suffix in (".safetensors", ".json"))

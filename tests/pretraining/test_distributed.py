@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 
 from modeling_m3ret import M3RetModel
 from modeling_m3ret.errors import InputError
+from modeling_m3ret.pretraining.adapters import merge_adapters
 from modeling_m3ret.pretraining.distributed import (
     LaunchError,
     clip_gradient,
@@ -49,6 +50,7 @@ CASES: dict[str, dict[str, Any]] = {
     "simdino with patches": {"objective": "simdino", "patch_weight": 1.0, "gradient_checkpointing": True},
     "mae+simdino": {"objective": "mae+simdino"},
     "mae+simdino in bfloat16": {"objective": "mae+simdino", "precision": "bf16"},
+    "simdino with adapters": {"objective": "simdino", "lora_rank": 2, "learning_rate": 1e-3},
     "clipped": {"objective": "mae", "gradient_clip": 0.01},
 }
 STEPS = 2
@@ -193,7 +195,8 @@ def test_each_rank_holds_half_of_the_weights_and_gathers_the_whole_encoder(
         assert ddp["local_fraction"] == 1
         assert 0.49 <= fsdp2["local_fraction"] <= 0.51
     for mode in range(2):
-        prefix, gathered, saved = (ranks[0][case][mode][key] for key in ("encoder_in", "weights", "saved"))
+        prefix = ranks[0][case][mode]["encoder_in"]
+        gathered, saved = (merge_adapters(ranks[0][case][mode][key]) for key in ("weights", "saved"))
         of_main, of_other = (of_rank[case][mode]["encoder"] for of_rank in ranks)
         assert of_main.keys() == of_other.keys()
         for name, value in of_main.items():

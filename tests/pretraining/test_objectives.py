@@ -82,6 +82,7 @@ OBJECTIVES = {
     "mae by patch": {"objective": "mae", "model": TINY | {"loss_weighting": "patch"}},
     "mae+simdino": {"objective": "mae+simdino"},
     "patch term": {"objective": "simdino", "patch_weight": 1.0},
+    "adapters": {"objective": "mae+simdino", "lora_rank": 2},
 }
 
 
