@@ -206,7 +206,8 @@ FAMILIES: dict[str, Callable[[Any], dict[str, Any]]] = {
     "siglip": _siglip,
     "siglip_vision_model": _siglip,
 }
-NUM_FRAMES = 32  # of the processor's default, which gives the table of positions its depth
+# The processor's defaults. NUM_FRAMES gives the table of positions its depth; images of the source's size always fit.
+NUM_FRAMES, MAX_PATCHES = 32, 2048
 TIMM_VIT = re.compile(r"^vit_(tiny|small|base|large)_patch(\d+)_(\d+)$")
 TIMM_SIZES = {"tiny": (192, 12, 3), "small": (384, 12, 6), "base": (768, 12, 12), "large": (1024, 24, 16)}
 
@@ -289,6 +290,7 @@ def convert_vit(name: str, **overrides: Any) -> tuple[M3RetModel, M3RetImageProc
         processor = M3RetImageProcessor(
             size=round((height * width) ** 0.5),
             num_frames=NUM_FRAMES,
+            max_patches=max(MAX_PATCHES, round(height / config.patch_size) * round(width / config.patch_size)),
             image_mean=mean,
             image_std=std,
             patch_size=config.patch_size,

@@ -92,7 +92,10 @@ def load_pretrained(name: str | Path) -> tuple[M3RetModel, M3RetImageProcessor]:
         with_info: Any = M3RetModel.from_pretrained(repository, output_loading_info=True, **version)
         processor = M3RetImageProcessor.from_pretrained(repository, **version)
     except LOADING_ERRORS as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        lines = (
+            str(error).strip().splitlines()[:2]
+        )  # the second one says what to do about a gated or private repository
+        reason = shorten(" ".join(lines), 400) or type(error).__name__
         raise InputError(f"{problem} {reason}") from error
     model, loaded = with_info
     if missing := sorted(loaded["missing_keys"]):  # transformers would initialise them at random

@@ -111,6 +111,17 @@ def test_processor_gives_the_pixels_of_the_source(source: tuple[nn.Module, Path]
     assert largest_difference(resized[:, 0], expected) <= 1e-5
 
 
+@pytest.mark.parametrize(("height", "width"), [(400, 400), (24, 40), (40, 8)])
+def test_images_of_the_size_of_the_source_are_not_resized(height: int, width: int, tmp_path: Path) -> None:
+    """Also if they are no squares, or larger than the limit of other scans."""
+    save_source("vit", tmp_path)
+    change_processor(size={"height": height, "width": width})(tmp_path)
+    _, processor = convert_vit(str(tmp_path))
+    picture = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    resized = processor.resize(processor.read(picture))
+    assert largest_difference(resized[:, 0], processor.normalise(torch.tensor(picture).permute(2, 0, 1), -3)) <= 1e-5
+
+
 @torch.no_grad()
 def test_one_channel_gives_the_tokens_of_grey_pictures(source: tuple[nn.Module, Path]) -> None:
     theirs, folder = source
