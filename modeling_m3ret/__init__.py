@@ -11,7 +11,6 @@ from transformers import (
     AutoModelForImageClassification,
     AutoModelForPreTraining,
 )
-from transformers.pipelines import PIPELINE_REGISTRY
 from transformers.utils import is_vision_available
 
 from .classification_m3ret import M3RetForImageClassification
@@ -19,7 +18,6 @@ from .configuration_m3ret import M3RetConfig
 from .image_processing_m3ret import M3RetCollator, M3RetImageProcessor
 from .masked_autoencoder_m3ret import M3RetForPreTraining
 from .modeling_m3ret import M3RetModel
-from .pipeline_m3ret import M3RetFeatureExtractionPipeline, M3RetImageClassificationPipeline
 from .reading_m3ret import M3RetReadError, ReadLimits, Scan, read_scan
 from .version import __version__
 
@@ -33,14 +31,6 @@ if is_vision_available():  # without Pillow, which only files of images need, tr
     # "torchvision" is asked for where it is installed
     backends: dict[str, type] = {"pil": M3RetImageProcessor, "torchvision": M3RetImageProcessor}
     AutoImageProcessor.register(M3RetConfig, image_processor_classes=backends, exist_ok=True)
-for task, pipeline, auto_class in (
-    ("image-feature-extraction", M3RetFeatureExtractionPipeline, AutoModel),
-    ("image-classification", M3RetImageClassificationPipeline, AutoModelForImageClassification),
-):
-    of_task = {"impl": pipeline, "pt": (auto_class,), "type": "image"}
-    PIPELINE_REGISTRY.supported_tasks[task] = PIPELINE_REGISTRY.supported_tasks[task] | of_task  # same default model
-    pipeline._registered_impl = {task: of_task}  # for its `save_pretrained`
-
 # without the package: save_pretrained copies the code into the checkpoint
 M3RetConfig.register_for_auto_class()
 M3RetModel.register_for_auto_class("AutoModel")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.utils.generic import can_return_tuple
@@ -39,6 +40,7 @@ class M3RetForImageClassification(M3RetPreTrainedModel):
     ```
     """
 
+    new_head: Tensor | None = None  # random weights of a head that the checkpoint lacked
     accepts_loss_kwargs = False  # a multi-label loss ignores the number of items over which `Trainer` accumulates
     _keys_to_ignore_on_load_unexpected = [r"^decoder\."]  # of a pretraining checkpoint
 
@@ -49,6 +51,23 @@ class M3RetForImageClassification(M3RetPreTrainedModel):
         labels = config.num_labels or 0
         self.classifier = nn.Linear(config.hidden_size, labels) if labels > 0 else nn.Identity()  # as in ViT
         self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Load a classifier, or an encoder with a new head to train, as every model does."""
+        with_info = kwargs.pop("output_loading_info", False)
+        loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        model, info = loaded
+        if "classifier.weight" in info["missing_keys"]:
+            model.new_head = model.classifier.weight.detach().cpu().clone()
+        return (model, info) if with_info else model
+
+    def is_trained(self) -> bool:
+        """Return False if the head still has the random weights by which `from_pretrained` completed an encoder."""
+        if self.new_head is None or not isinstance(self.classifier, nn.Linear):
+            return True
+        weight = self.classifier.weight.detach().cpu()
+        return not torch.equal(weight.to(self.new_head.dtype), self.new_head)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.m3ret.get_input_embeddings()

@@ -5,6 +5,7 @@ This file is copied into every checkpoint and imports nothing else of the projec
 
 # no `from __future__ import annotations`: @strict checks values against the annotations, which must not be strings
 
+import copy
 from typing import Any, Self
 
 from huggingface_hub.dataclasses import strict
@@ -103,6 +104,15 @@ class M3RetConfig(PreTrainedConfig):
         if not __name__.startswith("transformers_modules"):  # `pipeline` would insist on remote code
             kwargs.pop("custom_pipelines", None)
         super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Load a config as every config. For a pipeline that classifies, it lists that pipeline, also of an encoder."""
+        loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        config = loaded[0] if isinstance(loaded, tuple) else loaded
+        if kwargs.get("_from_pipeline") in CLASSIFICATION and hasattr(config, "custom_pipelines"):
+            config.custom_pipelines = copy.deepcopy(FEATURE_EXTRACTION | CLASSIFICATION)  # `pipeline` changes it
+        return loaded
 
     def to_dict(self) -> dict[str, Any]:
         """Return all values as for JSON, with the pipelines that a checkpoint brings along."""

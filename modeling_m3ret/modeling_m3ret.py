@@ -33,6 +33,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_m3ret import M3RetConfig
 from .packing_m3ret import PackLayout, ScanSubset, grid_coordinates, patch_coordinates, patchify, put, take
+from .pipeline_m3ret import register_pipelines
 
 
 Rotary = tuple[Tensor, Tensor]  # result of `rotary_tables`
@@ -418,10 +419,8 @@ class M3RetPreTrainedModel(PreTrainedModel):
         if not is_main_process:
             return
         from .classification_m3ret import M3RetForImageClassification  # imports this file
-        from .pipeline_m3ret import M3RetFeatureExtractionPipeline  # not needed to embed or train
 
-        for with_code in (M3RetForImageClassification, M3RetFeatureExtractionPipeline):
-            custom_object_save(with_code, save_directory)
+        custom_object_save(M3RetForImageClassification, save_directory)
         for name, content in SENTENCE_TRANSFORMERS_FILES.items():
             Path(save_directory, name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         if push_to_hub:
@@ -885,5 +884,7 @@ class M3RetModel(M3RetPreTrainedModel):
             pooled.append(pool(patches))
         return layout.scans_to_caller_order(torch.cat(pooled))
 
+
+register_pipelines()
 
 __all__ = ["M3RetModel", "M3RetPreTrainedModel"]

@@ -9,6 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
+from transformers import AutoModel, AutoModelForImageClassification
+from transformers.pipelines import PIPELINE_REGISTRY
 from transformers.pipelines.image_classification import ImageClassificationPipeline
 from transformers.pipelines.image_feature_extraction import ImageFeatureExtractionPipeline
 
@@ -35,6 +37,15 @@ class M3RetScanInputs(Standard):
         return inputs.to(self.dtype)
 
 
+def _refuse(unknown: dict[str, Any], known: str) -> None:
+    """Raise a TypeError if a pipeline got arguments that it does not have."""
+    if unknown:
+        raise TypeError(
+            f"unknown argument: expected {known}, got {', '.join(unknown)}. Pass arguments of the image processor as "
+            "image_processor_kwargs={...}."
+        )
+
+
 class M3RetFeatureExtractionPipeline(M3RetScanInputs, StandardFeatureExtraction):
     """Extract the features of scans: `pipeline("image-feature-extraction", model=...)(["ct.nii.gz", "chest.dcm"])`.
 
@@ -42,8 +53,8 @@ class M3RetFeatureExtractionPipeline(M3RetScanInputs, StandardFeatureExtraction)
     series in a list of their own. The result is a list with the features of each scan, also for a single scan: its
     tokens `[L][d]` (CLS, registers, patches), or with `pool` its embedding `[d]`. It does not depend on `batch_size`.
 
-    With the package, the task has this class for every model. Built with another model than M3Ret, it returns the
-    standard pipeline.
+    As soon as an M3Ret model is imported, the task has this class for every model. Built with another model than M3Ret,
+    it returns the standard pipeline.
 
     Args (of a call):
         pool: return the retrieval embedding of each scan, whitened and of unit length, instead of its tokens.
@@ -51,10 +62,18 @@ class M3RetFeatureExtractionPipeline(M3RetScanInputs, StandardFeatureExtraction)
         image_processor_kwargs: arguments of the image processor, for example `{"intensity": "hounsfield"}`.
     """
 
-    def _sanitize_parameters(self, pool: bool | None = None, **kwargs: Any) -> tuple[dict, dict, dict]:
-        preprocess, _, postprocess = super()._sanitize_parameters(**kwargs)
-        preprocess.pop("timeout", None)  # of downloads
-        return preprocess, {} if pool is None else {"pool": pool}, postprocess
+    def _sanitize_parameters(
+        self,
+        pool: bool | None = None,
+        return_tensors: bool | None = None,
+        image_processor_kwargs: dict[str, Any] | None = None,
+        timeout: float | None = None,  # of downloads, which there are none of
+        **unknown: Any,
+    ) -> tuple[dict, dict, dict]:
+        _refuse(unknown, "pool, return_tensors, image_processor_kwargs")
+        forward = {} if pool is None else {"pool": pool}
+        postprocess = {} if return_tensors is None else {"return_tensors": return_tensors}
+        return dict(image_processor_kwargs or {}), forward, postprocess
 
     def _forward(self, model_inputs: dict[str, Tensor], pool: bool = False) -> dict[str, list[Tensor]]:
         grid_thw = model_inputs["grid_thw"]
@@ -78,8 +97,8 @@ class M3RetImageClassificationPipeline(M3RetScanInputs, StandardClassification):
     """Classify scans: `pipeline("image-classification", model=...)(["ct.nii.gz", "chest.dcm"])`.
 
     Inputs are those of [`M3RetFeatureExtractionPipeline`]. Labels and scores are those of the standard pipeline, a list
-    of `{"label", "score"}` for each scan, and do not depend on `batch_size`. With the package, the task has this class
-    for every model, and it returns the standard pipeline as the other one does.
+    of `{"label", "score"}` for each scan, and do not depend on `batch_size`. The task has this class for every model,
+    and it returns the standard pipeline for others, as the other class does.
 
     Args (of a call):
         top_k, function_to_apply: as in the standard pipeline.
@@ -87,13 +106,45 @@ class M3RetImageClassificationPipeline(M3RetScanInputs, StandardClassification):
     """
 
     def check_model_type(self, supported_models: Any) -> None:
-        """Accept the model: the list of transformers has its own models only."""
+        """Check that the model has a trained head. Its class is not compared: transformers lists its own models only.
+
+        Raises:
+            ValueError: if it is an encoder with a new head, whose scores mean nothing.
+        """
+        if not self.model.is_trained():
+            raise ValueError(
+                f"{self.model.name_or_path} has no classification head: expected a classifier, got an encoder, which "
+                "would classify at random. Train a classifier first (docs/fine-tuning.md), or use the task "
+                "image-feature-extraction."
+            )
 
     def _sanitize_parameters(
-        self, image_processor_kwargs: dict[str, Any] | None = None, **kwargs: Any
+        self,
+        top_k: int | None = None,
+        function_to_apply: Any = None,
+        image_processor_kwargs: dict[str, Any] | None = None,
+        timeout: float | None = None,
+        **unknown: Any,
     ) -> tuple[dict, dict, dict]:
-        _, forward, postprocess = super()._sanitize_parameters(**kwargs)
+        _refuse(unknown, "top_k, function_to_apply, image_processor_kwargs")
+        _, forward, postprocess = super()._sanitize_parameters(top_k=top_k, function_to_apply=function_to_apply)
         return dict(image_processor_kwargs or {}), forward, postprocess
+
+
+def register_pipelines() -> None:
+    """Register both classes for their tasks, so that `pipeline` also has them for models that are loaded already.
+
+    For a model that is given by its name, `pipeline` finds them in `custom_pipelines` of the checkpoint. For a model
+    that is given as an object, it looks nowhere but in this registry.
+    """
+    for task, pipeline, auto_class in (
+        ("image-feature-extraction", M3RetFeatureExtractionPipeline, AutoModel),
+        ("image-classification", M3RetImageClassificationPipeline, AutoModelForImageClassification),
+    ):
+        of_task = {"impl": pipeline, "pt": (auto_class,), "type": "image"}
+        # with the default model that the task has
+        PIPELINE_REGISTRY.supported_tasks[task] = PIPELINE_REGISTRY.supported_tasks[task] | of_task
+        pipeline._registered_impl = {task: of_task}  # for its `save_pretrained`
 
 
 __all__ = ["M3RetFeatureExtractionPipeline", "M3RetImageClassificationPipeline"]

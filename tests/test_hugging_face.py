@@ -220,36 +220,70 @@ def test_saved_classification_pipeline_loads(classifier: Path, files: list[str],
     assert pipeline("image-classification", model=str(tmp_path))(files[0]) == classify(files[0])
 
 
+def test_classification_pipeline_refuses_an_encoder_until_its_head_is_trained(checkpoint: Path) -> None:
+    # transformers itself would give the scores of a random head, after a warning
+    with pytest.raises(ValueError, match="has no classification head"):
+        pipeline("image-classification", model=str(checkpoint))
+    model = M3RetForImageClassification.from_pretrained(checkpoint, id2label=LABELS)
+    parts = {"model": model, "image_processor": M3RetImageProcessor(size=32)}
+    with pytest.raises(ValueError, match="has no classification head"):
+        pipeline("image-classification", **parts)
+    model(torch.rand(2, 3, 32, 32), labels=torch.tensor([0, 1])).loss.backward()
+    torch.optim.SGD(model.classifier.parameters(), lr=0.1).step()
+    assert len(pipeline("image-classification", **parts)(np.zeros((32, 32), dtype=np.uint8))) == len(LABELS)
+
+
+@pytest.mark.parametrize("task", [TASK, "image-classification"])
+def test_pipelines_refuse_unknown_arguments(classifier: Path, files: list[str], task: str) -> None:
+    run = pipeline(task, model=str(classifier))
+    with pytest.raises(TypeError, match=r"got intensity\. Pass arguments of the image processor"):
+        run(files[2], intensity="hounsfield")
+    assert run(files[2], image_processor_kwargs={"intensity": "hounsfield"}) != run(files[2])
+
+
 CLASSIFY = """
 import json, sys
-from transformers import pipeline
-folder, *files = sys.argv[1:]
+from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
+folder, encoder, *files = sys.argv[1:]
 classify = pipeline("image-classification", model=folder, trust_remote_code=True)
 extract = pipeline("image-feature-extraction", model=folder, trust_remote_code=True)
+model = AutoModelForImageClassification.from_pretrained(folder, trust_remote_code=True)
+processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=True)
+of_objects = pipeline("image-classification", model=model, image_processor=processor)
+try:
+    pipeline("image-classification", model=encoder, trust_remote_code=True)
+    raise SystemExit("an encoder was taken for a classifier")
+except ValueError as error:
+    assert "has no classification head" in str(error), error
 print(json.dumps({
-    "modules": [type(classify).__module__, type(extract).__module__],
-    "scores": {size: classify(files, batch_size=size) for size in (1, 2, 4)},
+    "modules": [type(classify).__module__, type(extract).__module__, type(of_objects).__module__],
+    "scores": [*(classify(files, batch_size=size) for size in (1, 2, 4)), of_objects(files, batch_size=2)],
 }))
 """
 
 
 @pytest.mark.slow
-def test_classification_pipeline_runs_without_the_package(classifier: Path, files: list[str], tmp_path: Path) -> None:
-    ran = run_new_process(CLASSIFY, tmp_path, str(classifier), *files)
+def test_classification_pipeline_runs_without_the_package(
+    classifier: Path, checkpoint: Path, files: list[str], tmp_path: Path
+) -> None:
+    ran = run_new_process(CLASSIFY, tmp_path, str(classifier), str(checkpoint), *files)
     assert all(module.startswith("transformers_modules.") for module in ran["modules"])
-    for scores in ran["scores"].values():
+    for scores in ran["scores"]:
         assert_equal_scores(scores, score_alone(classifier, files))
 
 
 EXTRACT = """
 import json, sys
-from transformers import pipeline
+from transformers import AutoImageProcessor, AutoModel, pipeline
 folder, *files = sys.argv[1:]
 extract = pipeline("image-feature-extraction", model=folder, trust_remote_code=True)
+model = AutoModel.from_pretrained(folder, trust_remote_code=True)
+processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=True)
+of_objects = pipeline("image-feature-extraction", model=model, image_processor=processor)
 print(json.dumps({
-    "module": type(extract).__module__,
-    "pooled": {size: extract(files, batch_size=size, pool=True) for size in (1, 2, 4)},
-    "tokens": extract(files, batch_size=2),
+    "modules": [type(extract).__module__, type(of_objects).__module__],
+    "pooled": [extract(files, batch_size=size, pool=True) for size in (1, 2, 4)],
+    "tokens": [extract(files, batch_size=2), of_objects(files, batch_size=2)],
 }))
 """
 
@@ -257,12 +291,13 @@ print(json.dumps({
 @pytest.mark.slow
 def test_pipeline_runs_without_the_package(checkpoint: Path, files: list[str], tmp_path: Path) -> None:
     ran = run_new_process(EXTRACT, tmp_path, str(checkpoint), *files)
-    assert ran["module"].startswith("transformers_modules.")
+    assert all(module.startswith("transformers_modules.") for module in ran["modules"])
     tokens, embeddings = read_alone(checkpoint, files)
-    for pooled in ran["pooled"].values():
+    for pooled in ran["pooled"]:
         np.testing.assert_allclose(pooled, embeddings, atol=1e-5)
-    for got, expected in zip(ran["tokens"], tokens, strict=True):
-        np.testing.assert_allclose(got, expected, atol=1e-5)
+    for of_files in ran["tokens"]:
+        for got, expected in zip(of_files, tokens, strict=True):
+            np.testing.assert_allclose(got, expected, atol=1e-5)
 
 
 ENCODE = """
