@@ -14,7 +14,7 @@ import importlib
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -28,7 +28,7 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.generic import TransformersKwargs, can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_m3ret import M3RetConfig
@@ -341,6 +341,25 @@ class M3RetLayer(GradientCheckpointingLayer):
         self.feed_forward = torch.compile(self.feed_forward, dynamic=True)  # type: ignore[method-assign]
 
 
+# What may be passed to `forward` beside the scans: what libraries pass to every model, what this file passes on, and an
+# option of other encoders that has its effect here always.
+OPTIONS = {*TransformersKwargs.__annotations__, "return_dict", "cls_only", "interpolate_pos_encoding"}
+
+
+def check_options(options: Mapping[str, Any], attn_implementation: str | None) -> None:
+    """Check further arguments of `forward`. An attention function that a user has registered may take any.
+
+    Raises:
+        TypeError: if one is not None and has no effect, such as `bool_masked_pos`, which masks patches in DINOv3.
+    """
+    unknown = [name for name, value in options.items() if value is not None and name not in OPTIONS]
+    if unknown and attn_implementation in (None, "eager", "sdpa", "flex_attention"):
+        raise TypeError(
+            "unknown argument: expected pixel_values, grid_thw, output_hidden_states, output_attentions or "
+            f"return_dict, got {', '.join(unknown)}. Leave it out."
+        )
+
+
 # options of `save_pretrained` that its `push_to_hub` takes
 HUB_OPTIONS = ("repo_id", "commit_message", "commit_description", "private", "token", "revision", "create_pr", "tags")
 
@@ -383,6 +402,10 @@ class M3RetPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_record_outputs = {"hidden_states": M3RetLayer, "attentions": M3RetAttention}
+
+    def __init__(self, config: M3RetConfig, *args: Any, **kwargs: Any):
+        config.validate_architecture()  # `from_pretrained(..., pooling="max")` sets fields of a config that was valid
+        super().__init__(config, *args, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -714,7 +737,8 @@ class M3RetModel(M3RetPreTrainedModel):
                 processor; if all scans are images also `(P, C*p*p)`, with the single slice stored once. Dense:
                 `(B, C, D, H, W)` or `(B, C, H, W)`, H and W multiples of the patch size.
             grid_thw: int64 `(B, 3)`, patches of each scan along depth, height and width. Only with packed rows.
-            kwargs: `output_hidden_states`, `output_attentions` (needs `attn_implementation="eager"`), `return_dict`.
+            kwargs: `output_hidden_states`, `output_attentions` (needs `attn_implementation="eager"`), `return_dict`,
+                and arguments of an attention function of your own.
 
         Returns:
             `pooler_output` is `(B, config.pooled_size)`. The tokens of a scan are CLS, registers and patches in raster
@@ -725,7 +749,9 @@ class M3RetModel(M3RetPreTrainedModel):
               attentions are a tuple of `(heads, L, L)`, one for each scan, for each layer.
 
         Raises:
-            ValueError: if `pixel_values` and `grid_thw` have wrong or inconsistent shapes.
+            ValueError: if `pixel_values` and `grid_thw` have wrong or inconsistent shapes, or are not numbers of the
+                kinds above.
+            TypeError: if an argument is unknown.
         """
         dense = grid_thw is None
         rows, coordinates, layout = self.lay_out(pixel_values, grid_thw)
@@ -805,6 +831,11 @@ class M3RetModel(M3RetPreTrainedModel):
         errors are those of `forward`.
         """
         config = self.config
+        if not pixel_values.is_floating_point():
+            raise ValueError(
+                f"pixel_values are not normalised: expected floating-point numbers, got {pixel_values.dtype}. Use the "
+                "pixel_values of the processor."
+            )
         if grid_thw is not None:
             is_grid = grid_thw.ndim == 2 and grid_thw.shape[1] == 3 and not grid_thw.is_floating_point()
             grids = [(t, h, w) for t, h, w in grid_thw.tolist()] if is_grid else []
@@ -851,7 +882,11 @@ class M3RetModel(M3RetPreTrainedModel):
 
         Returns:
             The normalised tokens `(N, d)` by position, and the output of the layers before the norm.
+
+        Raises:
+            TypeError: if one of the kwargs is unknown.
         """
+        check_options(kwargs, self.config._attn_implementation)
         scans, config, embeddings = layout.scans, self.config, self.embeddings
         patches = embeddings.add_positions(embeddings(rows), coordinates)  # (P, d)
         tokens = layout.join(embeddings.prefix_tokens(scans).to(patches.dtype), patches)  # (N, d)

@@ -127,6 +127,13 @@ def test_encoder_loads_from_a_pretraining_checkpoint_without_its_decoder(
     assert dropped == {name for name, _ in pretraining.named_parameters() if name.startswith("decoder.")}
 
 
+def test_loading_checks_changed_fields_of_the_config(tmp_path: Path) -> None:
+    save_tiny_checkpoint(tmp_path)
+    for overrides in ({"pooling": "max"}, {"num_attention_heads": 5}):
+        with pytest.raises(ValueError, match=next(iter(overrides))):
+            AutoModel.from_pretrained(tmp_path, **overrides)
+
+
 @torch.no_grad()
 def test_checkpoint_loads_with_device_map_and_dtype(tmp_path: Path) -> None:
     """transformers builds models on the meta device; a tensor that the file lacks would be left uninitialised."""

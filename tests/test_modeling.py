@@ -11,9 +11,10 @@ import torch
 from conftest import tiny_config
 from huggingface_hub.errors import StrictDataclassClassValidationError, StrictDataclassFieldValidationError
 from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from modeling_m3ret import M3RetConfig, M3RetModel
+from modeling_m3ret import M3RetConfig, M3RetForPreTraining, M3RetModel
 from modeling_m3ret.modeling_m3ret import rotary_tables, rotate
 from modeling_m3ret.packing_m3ret import PackLayout, grid_coordinates, patch_coordinates, patchify, permute, put, take
 
@@ -485,19 +486,30 @@ def test_torch_compile_gives_the_same_embeddings() -> None:
 @pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("shape", [(3, 32, 48), (3, 8, 32, 32)], ids=["images", "volumes"])
-def test_dense_batches_of_any_size_share_two_graphs_with_one_attention_call_per_layer(shape: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("pooling", ["mean", "cls", "statistics"])
+def test_dense_batches_of_any_size_share_two_graphs_with_one_attention_call_per_layer(
+    pooling: str, shape: tuple[int, ...]
+) -> None:
     """PyTorch specialises a batch of one, so it has a graph of its own."""
-    model, graphs = make_model(num_hidden_layers=1), []
+    model, graphs = make_model(num_hidden_layers=1, pooling=pooling), []
 
     def keep(graph: torch.fx.GraphModule, _: list[Tensor]) -> Callable[..., Any]:
         graphs.append(graph)
         return graph.forward
 
-    torch.compiler.reset()
-    compiled = torch.compile(model, dynamic=True, fullgraph=True, backend=keep)
-    for batch in (2, 3, 1, 5, 8, 64):
-        scans = torch.randn(batch, *shape)
-        output, expected = compiled(scans), model(scans)
+    def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+        torch.compiler.reset()
+        graphs.clear()
+        return torch.compile(function, dynamic=True, fullgraph=True, backend=keep)
+
+    batches = [torch.randn(batch, *shape) for batch in (2, 3, 1, 5, 8, 64)]
+    embed_scans = compiled(model.embed_scans)
+    for scans in batches:
+        assert largest_difference(embed_scans(scans), model.embed_scans(scans)) <= 1e-5
+    assert len(graphs) <= 2
+    forward = compiled(model)
+    for scans in batches:
+        output, expected = forward(scans), model(scans)
         assert largest_difference(output.pooler_output, expected.pooler_output) <= 1e-5
         assert largest_difference(output.last_hidden_state, expected.last_hidden_state) <= 1e-5
     assert len(graphs) <= 2
@@ -524,6 +536,30 @@ def test_wrong_shapes_raise_an_error_that_names_the_argument(
 ) -> None:
     with pytest.raises(ValueError, match=argument):
         make_model()(torch.zeros(pixels), None if grid is None else torch.tensor(grid))
+
+
+@pytest.mark.parametrize("make", [make_model, lambda: M3RetForPreTraining(tiny_config())])
+def test_arguments_without_an_effect_are_refused(make: Callable[[], PreTrainedModel]) -> None:
+    model, images = make(), torch.rand(1, 3, 32, 32)
+    with pytest.raises(TypeError, match="got bool_masked_pos"):
+        model(images, bool_masked_pos=torch.ones(1, 4, dtype=torch.bool))  # masks patches in DINOv3
+    with pytest.raises(ValueError, match=r"got torch\.uint8"):
+        model(images.to(torch.uint8))
+    # what PEFT passes to every model, and what has its effect always
+    model(images, attention_mask=None, inputs_embeds=None, num_items_in_batch=1, interpolate_pos_encoding=True)
+
+
+@torch.no_grad()
+def test_registered_attention_function_gets_its_own_arguments() -> None:
+    seen = []
+
+    def attend(*tensors: Any, temperature: float = 1.0, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        seen.append(temperature)
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](*tensors, **kwargs)
+
+    AttentionInterface.register("with_temperature", attend)
+    make_model("with_temperature")(torch.rand(1, 3, 32, 32), temperature=2.0)
+    assert seen == [2.0] * 3
 
 
 def test_presets_have_the_published_sizes() -> None:
