@@ -8,7 +8,6 @@ that cannot be read are not stored either. Visitors see the row of a scan and wh
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import json
 import shutil
@@ -24,6 +23,7 @@ import pyarrow.parquet as pq
 import torch
 from filelock import FileLock
 from PIL import Image
+from pydicom.data import get_testdata_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -250,6 +250,9 @@ def embed_gallery(
     shutil.rmtree(folder / SHARDS, ignore_errors=True)
     gallery = _load(folder, facts, records)
     gallery.collection = collection
+    index = gallery.index  # words of a manifest may have changed since
+    metadata = _metadata(records, gallery.records or ())
+    gallery.index = RetrievalIndex(index.embeddings, metadata, index.facts, index.approximate)
     return gallery
 
 
@@ -287,14 +290,10 @@ def _embed(
 
 def sample_records() -> list[Record]:
     """Return real scans of the package `pydicom-data`; none if it is not installed."""
-    found = importlib.util.find_spec("data_store")
-    if found is None or not found.submodule_search_locations:
-        return []
-    folder = Path(next(iter(found.submodule_search_locations))) / "data"
     return [
-        Record(f"pydicom-data-{number}", folder / file, modality, anatomy, "", "", source=SAMPLE_SOURCE)
+        Record(f"pydicom-data-{number}", Path(path), modality, anatomy, "", "", source=SAMPLE_SOURCE)
         for number, (file, (modality, anatomy)) in enumerate(SAMPLES.items())
-        if (folder / file).is_file()
+        if (path := get_testdata_file(file, download=False))
     ]
 
 

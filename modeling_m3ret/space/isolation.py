@@ -59,6 +59,8 @@ class IsolatedReaders:
             pool = self._free.get(timeout=self.seconds)
         except Empty:
             raise self._timeout(name) from None
+        if not pool.active:  # its process was killed while it had nothing to do
+            pool = self._pool()
         is_intact = False
         try:
             remaining = max(0.01, deadline - time.monotonic())

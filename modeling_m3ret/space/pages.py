@@ -108,14 +108,6 @@ def serve(
     # system fonts, and a blue that is legible on white and on black
     font, font_mono = ["system-ui", "sans-serif"], ["ui-monospace", "monospace"]
     theme = gr.themes.Default(primary_hue="blue", neutral_hue="slate", font=font, font_mono=font_mono)
-    settings: dict[str, Any] = {
-        "theme": theme,
-        "css": (STATIC / "page.css").read_text(encoding="utf-8"),
-        "footer_links": ["api"],
-        "ssr_mode": False,
-    }
-    settings["head"] = "<script src='m3ret/page.js'></script>"
-    settings |= {"enable_monitoring": False, "run_history": False}  # visits are recorded neither here nor in browsers
     page.queue(max_size=MAX_QUEUE, default_concurrency_limit=8)
     if wait:
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # stop like Ctrl-C when a container is stopped
@@ -136,7 +128,13 @@ def serve(
             state_session_capacity=MAX_SESSIONS,
             prevent_thread_lock=True,
             quiet=not wait,
-            **settings,
+            theme=theme,
+            css=(STATIC / "page.css").read_text(encoding="utf-8"),
+            head="<script src='m3ret/page.js'></script>",
+            footer_links=["api"],
+            ssr_mode=False,
+            enable_monitoring=False,
+            run_history=False,  # visits are recorded neither here nor in browsers
         )
         if share:
             print(_share_message(public_address, address, auth is not None), file=sys.stderr, flush=True)

@@ -20,9 +20,8 @@ from ..intensity_m3ret import HU_RANGE
 from ..reading_m3ret import Scan
 
 
-VIEW_BYTES = (
-    2**28
-)  # of a volume in the browser; 500 CT slices of 512 x 512, larger ones are shown at a lower resolution
+# of a volume in the browser: 500 CT slices of 512 x 512; larger ones are shown at a lower resolution
+VIEW_BYTES = 2**28
 HEAT_SIDE = 128  # voxels; a heatmap has the resolution of patches, at most 14 across
 PER_MILLE = 1000  # grey values without a unit are sent as integers of this scale
 PREVIEW_WINDOW = (-160.0, 240.0)  # HU of a CT's small picture: soft tissue, level 40 and width 400

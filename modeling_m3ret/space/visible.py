@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection
+from importlib.resources import files
 
 import pyarrow as pa
 
@@ -34,49 +35,7 @@ SOURCES = frozenset({
 })  # fmt: skip
 # body regions, findings and qualifiers of those collections and of DICOM's body parts (PS3.16, annex L). No first name,
 # few surnames, and no digits but those of covid-19 and of the weightings of MRI
-WORDS = frozenset(
-    """
-    abdomen abdominal abdominopelvic abnormal abnormality abscess acetabulum acute adc adenocarcinoma adenoma
-    adenomatous adrenal adult airspace airway and aneurysm angioectasia angiography ankle anterior anteroposterior
-    anus aorta aortic ap appendix arch arm arterial artery ascites atelectasis atherosclerosis atrium attenuation
-    axial axilla back bacterial barretts benign bilateral biliary bladder bleeding blood body bone bones bowel
-    brachial brain brainstem breast breasts bronchiectasis bronchitis bronchus buckle buttock caecum calcaneus
-    calcification calcified calculus calf calot calot-triangle-dissection cancer carcinoma cardiac cardiomediastinum
-    cardiomegaly carotid catheter cavitation cavity cecum cell central cerebellum cerebral cervical cervix chest
-    chronic cirrhosis clavicle cleaning clip clipping coagulation coccyx colitis collapse colon colorectal
-    congestion consolidation contrast contusion coronal coronary covid covid-19 covid19 cranial cranium cropped ct
-    cta cutting cyst cystic cysts deep defect degeneration degenerative dementia descending device devices diaphragm
-    diffuse dilatation dilated disease dislocation displaced dissection distal diverticulosis diverticulum doppler
-    dorsal duodenum dwi dyed ear early edema effusion elbow embolism emphysema endobronchial endometrium endoscopy
-    enhanced enhancing enlarged enlargement erosion esophagitis esophagus external extremity eye eyes face facial
-    fatty femoral femur fetal fibrosis fibrotic fibula film finding findings finger flair fluid focal foot forearm
-    fracture fractures frontal gallbladder gallstone ganglion gastritis gastrointestinal gi gland glioblastoma
-    glioma goitre grade granuloma groin haemorrhage haemorrhoids hand head heart hematochezia hematoma hemithorax
-    hemorrhage hemorrhoids hernia hiatal high hilar hip humerus hydronephrosis hyperdense hyperintense hyperplasia
-    hyperplastic hypertrophy hypodense hypointense ileum iliac impacted implant infarct infarction infection
-    inferior infiltrate infiltrating infiltration inflammation inflammatory injury inner instrument instruments
-    interlobular internal interstitial intestine ischemia ischemic jaw joint kidney kidneys knee laparoscopy large
-    larynx lateral left leftparotid leg lesion lesions lifted ligament limb limbs liver lobe low lower lumbar lung
-    lungs lymph lymphadenopathy lymphoid lymphoma malignant mammography mandible margin margins mass masses material
-    maxilla medial mediastinum medical melanoma meningioma metastases metastasis middle mild minimal moderate mosaic
-    mouth mra mri mucosa multiple muscle nasal nasopharynx neck necrosis neoplasm nerve no node nodes nodular nodule
-    nodules non nondisplaced none normal nose oblique obstruction oedema oesophagus of opacification opacities
-    opacity oral orbit oropharynx osteoarthritis osteoporosis other outer ovary pa pacemaker packaging palate
-    pancreas parotid partial patella pathological pathology pattern pd pelvic pelvis penis perforation peribronchial
-    pericardial pericardium peripheral peritoneum phalanx phantom pharynx pituitary placenta plane pleura pleural
-    pneumonia pneumoperitoneum pneumothorax polyp polyps portal posterior postoperative preoperative preparation
-    primary prostate proximal pulmonary pylorus quality radiograph radius rectum reflux region regular renal
-    resection retina retraction retroflex rib ribs right rightparotid rupture sacrum sagittal salivary sarcoma
-    scapula scar schwannoma sclerosis scoliosis scrotum secondary septal sequela severe shoulder sigmoid simple
-    sinus skin skull slices small spinal spinalcord spine spleen squamous stage stenosis stent sternum stomach stone
-    stones stool stricture stroke subclavian submandibular superficial superior supine support surgical swelling t1
-    t1c t1w t2 t2w talus teeth temporal terminal testis thickening thigh thoracic thorax thrombosis thrombus thumb
-    thymus thyroid tibia tissue toe tongue tooth torso total trachea tract transverse trauma triangle tube
-    tuberculosis tumor tumors tumour tumours ulcer ulcerative ultrasound uncertain uninformative unknown
-    unremarkable upper ureter urethra uterus vagina valve varices vascular vein ventricle vertebra vessel view viral
-    vulva wall with without wrist x-ray xray z-line
-    """.split()  # noqa: SIM905
-)
+WORDS = frozenset((files("modeling_m3ret.space") / "words.txt").read_text(encoding="utf-8").split())
 
 
 def is_visible(text: str) -> bool:

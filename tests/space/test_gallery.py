@@ -6,6 +6,7 @@ import os
 import signal
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,9 @@ def test_gallery_is_read_from_the_cache(
     again = embed_gallery(records, model, processor, "renamed", folder=folder / "galleries")
     torch.testing.assert_close(again.index.embeddings, first.index.embeddings, rtol=0, atol=0)
     assert again.records == first.records
+    relabelled = [replace(record, anatomy="heart") for record in records]
+    words = embed_gallery(relabelled, model, processor, "renamed", folder=folder / "galleries").index.metadata
+    assert set(words.column("anatomy").to_pylist()) == {"heart"}, "words of a manifest are not cached"
 
 
 def test_index_of_another_model_is_refused(

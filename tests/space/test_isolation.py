@@ -94,6 +94,13 @@ def test_a_reader_that_exceeds_the_time_limit_is_killed_and_replaced(
     wait_for_end_of(int((tmp_path / "pid").read_text()))
 
 
+def test_a_reader_that_is_killed_while_idle_is_replaced(readers: IsolatedReaders, file: Path) -> None:
+    os.kill(readers.read("", os.getpid), signal.SIGKILL)
+    while readers._free.queue[0].active:  # until its pool has noticed
+        time.sleep(0.01)
+    assert is_read(readers, file)
+
+
 def die_while_sending(file: Path) -> Any:
     """Get killed while the result is sent, as happens when memory runs out."""
     threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGKILL)).start()
