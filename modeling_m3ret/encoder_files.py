@@ -106,6 +106,9 @@ def find_files(name: str) -> tuple[Path, bool]:
         return Path(snapshot_download(repo_id, revision=revision or None, allow_patterns=files)), is_open_clip
 
 
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # Git LFS puts a text file in the place of weights
+
+
 def read_weights(name: str, folder: Path, patterns: Sequence[str]) -> dict[str, Tensor]:
     """Read the tensors of all files that match the first pattern with any match.
 
@@ -125,6 +128,9 @@ def read_weights(name: str, folder: Path, patterns: Sequence[str]) -> dict[str, 
         raise EncoderError(name, "incomplete weights", f"{' or '.join(sorted(counts))} shards", got)
     weights: dict[str, Tensor] = {}
     for file in files:
+        with file.open("rb") as opened:
+            if opened.read(len(LFS_POINTER)) == LFS_POINTER:
+                raise EncoderError(name, f"{file.name} was not fetched", "weights", "a pointer. Run `git lfs pull`")
         with encoder_errors(name, f"damaged {file.name}", "safetensors weights"):
             weights |= load_file(file)
     return weights

@@ -456,6 +456,9 @@ DAMAGES: dict[str, Callable[[Path], None]] = {
     "floats of 8 bits": change_weights(lambda w: {key: value.to(torch.float8_e4m3fn) for key, value in w.items()}),
     "no processor": lambda folder: (folder / "preprocessor_config.json").unlink(),
     "broken weights": lambda folder: (folder / "model.safetensors").write_bytes(b"broken"),
+    "a pointer of Git LFS": write_text(
+        "model.safetensors", f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 99\n"
+    ),
     "a bias of one layer missing": change_weights(lambda w: {k: v for k, v in w.items() if k != FIRST_BIAS}),
     "no positions": change_weights(lambda w: {k: v for k, v in w.items() if "position" not in k}),
     "an unknown weight": change_weights(lambda w: w | {"encoder.layer.0.adapter.weight": torch.ones(2)}),
