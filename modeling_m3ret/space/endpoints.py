@@ -32,11 +32,11 @@ PRIVATE: dict[str, Any] = {"api_visibility": "private"}
 # what went wrong with an upload, and what to do about it, by the reason of an `M3RetReadError`
 PLAIN = {
     "damaged": "the file is incomplete or damaged. Export it again, and upload the new copy.",
-    "undecodable": "it could not be decoded. Check that it is complete and that other software opens it.",
-    "unsupported": "it is of a kind that this page does not read. Upload one of the formats listed below.",
+    "undecodable": "it could not be decoded. Check that it is complete and that other software can open it.",
+    "unsupported": "it is of a kind that this page does not read. Upload one of those listed under “Formats”.",
     "too_large": "it is too large for this server. Upload fewer slices, or a smaller part of the scan.",
     "no_decoder": "this server has no decoder for its format. Convert it to DICOM, NIfTI or PNG.",
-    "not_found": "there is no such file. Upload it again.",
+    "not_found": "the file is no longer there. Upload it again.",
     "timeout": "reading it took too long. Try again, or upload a smaller part of the scan.",
 }
 FAILED = "The server failed to answer. Please try again."

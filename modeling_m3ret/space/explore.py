@@ -34,14 +34,16 @@ class ExplorePage:
         self.service = service
         gr.HTML(
             "<p>Each point is a scan of the gallery. Scans that are close to each other look alike to the model. "
-            "Point at one to see it, click to search with it. A red ring marks your query.</p>"
+            "Point at one to see it; click it to search with it. A red ring marks your query.</p>"
         )
         colours = [("Modality", "modality"), ("Anatomy", "anatomy")]
         colour = gr.Radio(colours, value="modality", label="Colour by", elem_id="map-colour")
         self.map = gr.HTML(elem_id="map", js_on_load="m3ret.clickable(element, trigger, watch)")
         last = len(service.gallery) - 1
         with gr.Row():
-            item = gr.Number(label="Or type the number of a scan", minimum=0, maximum=last, precision=0, elem_id="item")
+            item = gr.Number(
+                label="Or enter the number of a scan", minimum=0, maximum=last, precision=0, elem_id="item"
+            )
             button = gr.Button("Search with this scan", elem_id="search-with-item")
         gr.on([tab.select, colour.input], self.draw, [search.query, colour], self.map, **PRIVATE)
         event: dict[str, Any] = {"outputs": search.outputs, **PRIVATE, **HEAVY}

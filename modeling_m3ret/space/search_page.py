@@ -218,7 +218,7 @@ class SearchPage:
 
     def _of_choice(self, selected: gr.SelectData, choices: list[Choice], *options: Any) -> dict[Any, Any]:
         if not 0 <= selected.index < len(choices):
-            raise InputError("These scans are not in memory any more. Please upload them again.")
+            raise InputError("These scans are no longer in memory. Please upload them again.")
         choice = choices[selected.index]
         return self._query(self.service.query_of_files(choice.files, choice.series), *options)
 
@@ -231,7 +231,7 @@ class SearchPage:
 
         def search(*options: Any) -> dict[Any, Any]:
             if row is None:
-                raise InputError("Type the number of a scan first.")
+                raise InputError("Enter the number of a scan first.")
             return self._query(self.service.query_of_row(row), *options)
 
         return self._new_query(search)(*options)
@@ -335,12 +335,11 @@ def _verdict(title: str, text: str) -> str:
 def _status(groups: int, hits: int, rerank: bool, by_region: bool) -> str:
     """Describe the results in HTML."""
     if not groups:
-        return "<p>No scan of the gallery has these properties. Remove a filter.</p>"
-    similar = f" ({hits} with those that look the same)" if hits > groups else ""
+        return "<p>No scan in the gallery matches these filters. Remove one.</p>"
+    similar = f" ({hits} including near-identical ones)" if hits > groups else ""
     order = "by the selected region" if by_region else "by their regions" if rerank else "most similar first"
-    note = (
-        " “Closest 1%”: of 100 pairs of scans of this gallery, 1 is more alike. It is not a probability of a diagnosis."
-    )
+    note = " “Closest 1%” means that only 1 in 100 pairs of scans in this gallery is more alike."
+    note += " It is not a probability of a diagnosis."
     note = "" if rerank or by_region else note
     return f"<p><b>{groups} results</b>{similar}, {order}. Select one to compare it with your query.{note}</p>"
 
