@@ -83,7 +83,7 @@ def main() -> None:
         records = open_collection(config.data, stream=config.stream)
     training, held_out = split_training_and_held_out(records, config.holdout)
     training = exclude_modalities(training, config.exclude_modalities)
-    unseen = sorted({record.modality for record in records} - {record.modality for record in training})
+    unseen = sorted({*records.column("modality")} - {*training.column("modality")})
     patches = {name: getattr(model_config, name) for name in ("patch_size", "patch_depth", "num_channels")}
     patches |= {} if start is None else start.statistics
     processor = M3RetImageProcessor(
@@ -123,7 +123,7 @@ def main() -> None:
         "blocks": None if blocks is None else blocks.block_of_row,
         "lanes": config.stream_lanes,
     }
-    strata = [(record.modality, record.source) for record in training]
+    strata = [*zip(training.column("modality"), training.column("source"), strict=True)]
     if config.tokens_per_batch is None:
         batches = SeededBatchSampler(strata, config.batch_size, **order)
     else:

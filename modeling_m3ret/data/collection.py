@@ -13,13 +13,19 @@ import hashlib
 import logging
 import math
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from itertools import islice
+from operator import eq, not_
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+
 from ..hub import CACHE_FOLDER
-from .parquet import ParquetRow, Shards, hub_shards, local_shards, read_locations
+from .parquet import ParquetRow, ParquetRows, Shards, hub_shards, local_shards, read_locations
 from .schema import CollectionError, UnknownWordError, clean, fold, parse_modality, require_words
 from .table import COLUMNS, MANIFEST, TableError, count_similar, read_manifest_rows, splits_of_patients
 
@@ -55,7 +61,124 @@ class Record:
         return source if self.intensity is None else {"volume": source, "intensity": self.intensity}
 
 
-def open_collection(data: str | Path, *, stream: bool = False) -> list[Record]:
+_WORD = pa.dictionary(pa.int32(), pa.string())  # few different values
+_WORDS = ("modality", "anatomy", "label", "split", "source", "intensity")
+_COLUMNS = pa.schema(
+    [
+        *(("id", pa.string()), ("group", pa.string())),
+        *((name, _WORD) for name in _WORDS),
+        ("shape", pa.list_(pa.int32())),
+        ("spacing", pa.list_(pa.float64())),
+        ("is_clip", pa.bool_()),
+        *(("paths", pa.list_(pa.string())), ("is_one_path", pa.bool_())),  # null for rows of Parquet
+        *(("shard", _WORD), ("row_group", pa.int32()), ("row", pa.int32()), ("size", pa.int64())),  # null for paths
+    ]
+)
+_RECORDS_AT_ONCE = 4096  # are objects at the same time
+
+
+class Records(Sequence[Record]):
+    """Many records in Arrow columns, which take about 100 bytes for each row of Parquet; an object takes 350.
+
+    Forked workers share them, whereas they copy every object that they read.
+    """
+
+    def __init__(self, table: pa.Table):
+        self.table = table
+
+    @classmethod
+    def of(cls, records: Iterable[Record]) -> Records:
+        """Return the same records."""
+        if isinstance(records, Records):
+            return records
+        batches = [
+            pa.RecordBatch.from_pylist([*map(_to_row, some)], _COLUMNS) for some in _batches(records, _RECORDS_AT_ONCE)
+        ]
+        return cls(pa.Table.from_batches(batches, _COLUMNS).unify_dictionaries().combine_chunks())
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return self.take(np.arange(len(self))[index])
+        index = range(len(self))[index]  # also refuses an index out of range
+        return _to_record(self.table.slice(index, 1).to_pylist()[0])
+
+    def __iter__(self) -> Iterator[Record]:
+        for start in range(0, len(self), _RECORDS_AT_ONCE):
+            yield from map(_to_record, self.table.slice(start, _RECORDS_AT_ONCE).to_pylist())
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and len(self) == len(other) and all(map(eq, self, other))
+
+    def __repr__(self) -> str:
+        return f"Records({len(self)})"
+
+    def take(self, indices: Sequence[int] | np.ndarray) -> Records:
+        """Return the records of these indices, in this order."""
+        return Records(self.table.take(pa.array(indices, pa.int64())))
+
+    def column(self, name: str) -> list[Any]:
+        """Return one field of all records. Equal words are the same object."""
+        column = self.table[name].combine_chunks()
+        if column.type != _WORD:
+            return column.to_pylist()
+        words = np.array([*column.dictionary.to_pylist(), None], object)
+        return words[column.indices.fill_null(-1).to_numpy()].tolist()
+
+    def parquet_rows(self) -> ParquetRows | None:
+        """Return the locations of all records, or None if they are not rows of Parquet."""
+        if len(self) == 0 or self.table["shard"].null_count:
+            return None
+        shards = self.table["shard"].combine_chunks()
+        numbers = [shards.indices, *(self.table[name] for name in ("row_group", "row", "size"))]
+        return ParquetRows(shards.dictionary.to_pylist(), np.stack([column.to_numpy() for column in numbers], axis=1))
+
+
+def _to_row(record: Record) -> dict[str, Any]:
+    """Return the cells of `_COLUMNS` of a record."""
+    row = {field.name: getattr(record, field.name) for field in fields(record) if field.name != "location"}
+    location = record.location
+    if isinstance(location, ParquetRow):
+        place = {"shard": location.shard, "row_group": location.group, "row": location.row, "size": location.size}
+    else:
+        paths = (location,) if isinstance(location, Path) else location
+        place = {"paths": [*map(str, paths)], "is_one_path": paths is not location}
+    return row | place
+
+
+def _to_record(row: dict[str, Any]) -> Record:
+    """Return the record of the cells of `_COLUMNS`."""
+    place = {name: row.pop(name) for name in ("paths", "is_one_path", "shard", "row_group", "row", "size")}
+    row |= {name: sys.intern(row[name]) for name in _WORDS if row[name] is not None}  # few objects in a list of records
+    paths = None if place["paths"] is None else tuple(map(Path, place["paths"]))
+    location: Any
+    if paths is None:
+        location = ParquetRow(place["shard"], place["row_group"], place["row"], place["size"])
+    else:
+        location = paths[0] if place["is_one_path"] else paths
+    return Record(**row | {"location": location, "shape": _triple(row["shape"]), "spacing": tuple(row["spacing"])})
+
+
+def _batches(records: Iterable[Record], size: int) -> Iterator[list[Record]]:
+    """Yield consecutive lists of `size` records; the last may be shorter."""
+    iterator = iter(records)
+    while some := list(islice(iterator, size)):
+        yield some
+
+
+def select_where(records: Sequence[Record], chosen: Iterable[bool]) -> Records:
+    """Return the records that are chosen, in their order."""
+    return Records.of(records).take(np.flatnonzero(np.fromiter(chosen, bool)))
+
+
+def column(records: Sequence[Record], name: str) -> list[Any]:
+    """Return one field of all records."""
+    return records.column(name) if isinstance(records, Records) else [getattr(record, name) for record in records]
+
+
+def open_collection(data: str | Path, *, stream: bool = False) -> Records:
     """Return the records of a collection.
 
     Args:
@@ -67,18 +190,19 @@ def open_collection(data: str | Path, *, stream: bool = False) -> list[Record]:
         CollectionError: if there is no such collection, it does not match its format, or it cannot be streamed.
     """
     records = _open(data, stream)
-    splits = splits_of_patients((record.group, record.split) for record in records)
-    if similar := count_similar(record.group for record in records):
+    groups, splits = records.column("group"), records.column("split")
+    split_of = splits_of_patients(zip(groups, splits, strict=True))
+    if similar := count_similar(groups):
         logger.warning(
             "%s: %d patients differ from another in case, spaces or zeros only, and count as different.", data, similar
         )
-    return [  # a scan without a split follows the other scans of its patient
-        replace(record, split=splits[record.group]) if not record.split and record.group in splits else record
-        for record in records
-    ]
+    # a scan without a split follows the other scans of its patient
+    completed = [split or split_of.get(group, "") for group, split in zip(groups, splits, strict=True)]
+    index = _COLUMNS.get_field_index("split")
+    return Records(records.table.set_column(index, _COLUMNS.field(index), pa.array(completed, _WORD)))
 
 
-def _open(data: str | Path, stream: bool) -> list[Record]:
+def _open(data: str | Path, stream: bool) -> Records:
     try:
         exists = Path(data).exists()
     except OSError as error:  # a name that is too long
@@ -87,7 +211,7 @@ def _open(data: str | Path, stream: bool) -> list[Record]:
         ) from error
     if not exists:
         if str(data).split(":")[0] == "phantom" and not stream:
-            return read_manifest(phantom_folder(str(data)))
+            return Records.of(read_manifest(phantom_folder(str(data))))
         if HUB_NAME.fullmatch(str(data)):
             return _read_parquet(hub_shards(str(data), stream))
     elif (Path(data) / "data").is_dir() and not (Path(data) / MANIFEST).is_file():
@@ -97,12 +221,12 @@ def _open(data: str | Path, stream: bool) -> list[Record]:
             f"cannot stream {data}: expected a Parquet dataset (ORG/NAME on the Hub or a folder with data/*.parquet), "
             "got none. Build one with dataset_scripts/build.py, or do not stream."
         )
-    return read_manifest(Path(data))
+    return Records.of(read_manifest(Path(data)))
 
 
-def _read_parquet(shards: Shards) -> list[Record]:
+def _read_parquet(shards: Shards) -> Records:
     try:
-        return list(_parquet_records(shards))
+        return Records.of(_parquet_records(shards))
     except UnknownWordError as error:
         raise TableError(shards.name, error.expected, error.got, error.advice) from error
 
@@ -200,42 +324,45 @@ def read_manifest(folder: Path) -> list[Record]:
     return records
 
 
-def split_training_and_held_out(records: Sequence[Record], holdout: float) -> tuple[list[Record], list[Record]]:
+def split_training_and_held_out(records: Sequence[Record], holdout: float) -> tuple[Records, Records]:
     """Split a collection into records for training and records for validation.
 
     The collection's own training and validation splits are used if it has them. Otherwise a fraction of the patients of
     its training split, or of the whole collection if it has no splits, is held out. A test split is never used, and
     patients who are in another split too are not in training.
     """
-    splits = splits_of_patients((record.group, record.split) for record in records)
-    in_training = [record for record in records if record.split in ("", "train")]
-    usable = [record for record in in_training if splits.get(record.group, "train") == "train"]
-    if left_out := len(in_training) - len(usable):
+    groups, splits = column(records, "group"), column(records, "split")
+    split_of = splits_of_patients(zip(groups, splits, strict=True))
+    is_training = [split in ("", "train") for split in splits]
+    usable = select_where(
+        records,
+        (
+            of_scan and split_of.get(group, "train") == "train"
+            for of_scan, group in zip(is_training, groups, strict=True)
+        ),
+    )
+    if left_out := sum(is_training) - len(usable):
         logger.warning("%d training scans are left out: their patients are in the test or validation split.", left_out)
-    validation = [record for record in records if record.split == "validation"]
+    validation = select_where(records, (split == "validation" for split in splits))
     return (usable, validation) if validation else split_by_group(usable, holdout)
 
 
-def split_by_group(records: Sequence[Record], holdout: float) -> tuple[list[Record], list[Record]]:
+def split_by_group(records: Sequence[Record], holdout: float) -> tuple[Records, Records]:
     """Split records into training and held-out ones, with all records of a group on the same side.
 
     The side depends on a hash of the group's name alone, so a group keeps its side when data is added. `holdout` is the
     expected fraction of the groups that is held out.
     """
-    training: list[Record] = []
-    held_out: list[Record] = []
-    for record in records:
-        digest = hashlib.sha256(f"m3ret-holdout:{record.group}".encode()).digest()
-        is_held_out = int.from_bytes(digest[:8], "big") < holdout * 2**64
-        (held_out if is_held_out else training).append(record)
-    return training, held_out
+    digests = (hashlib.sha256(f"m3ret-holdout:{group}".encode()).digest() for group in column(records, "group"))
+    held_out = [int.from_bytes(digest[:8], "big") < holdout * 2**64 for digest in digests]
+    return select_where(records, map(not_, held_out)), select_where(records, held_out)
 
 
-def exclude_modalities(records: Iterable[Record], excluded: Sequence[str]) -> list[Record]:
+def exclude_modalities(records: Sequence[Record], excluded: Sequence[str]) -> Records:
     """Return the records of all other modalities.
 
     Raises:
         InputError: if `excluded` is not a list of modalities. Case and synonyms do not matter.
     """
     names = {parse_modality(name) for name in require_words("exclude_modalities", excluded)}
-    return [record for record in records if record.modality not in names]
+    return select_where(records, (modality not in names for modality in column(records, "modality")))

@@ -166,7 +166,7 @@ def read_locations(shards: Shards) -> Iterator[tuple[ParquetRow, str, dict[str, 
     table = _read_index(shards) or build_index(shards)
     modalities = _modality_names(table.schema)
     files = {_file_name(file): file for file in shards.files}
-    for row in table.to_pylist():
+    for row in (row for batch in table.to_batches(max_chunksize=4096) for row in batch.to_pylist()):
         location = ParquetRow(files[row["shard"]], row["group"], row["row"], row["size"])
         if type(number := row["modality"]) is int:
             if not 0 <= number < len(modalities):  # -1 is the class of unlabelled rows in `datasets`

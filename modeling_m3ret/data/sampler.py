@@ -6,7 +6,7 @@ Both follow from the seed alone, so a run resumes from any step with the batches
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, InitVar, dataclass
 from itertools import count
 from typing import Any, ClassVar
 
@@ -38,7 +38,7 @@ class SeededBatchSampler:
         InputError: if the records do not fill one batch on each rank.
     """
 
-    strata: Sequence[Stratum]  # of each record; strata are numbered in sorted order
+    strata: InitVar[Sequence[Stratum]]  # of each record; strata are numbered in sorted order
     batch_size: int  # scans per batch and rank
     _: KW_ONLY
     seed: int  # of all shuffles
@@ -51,11 +51,11 @@ class SeededBatchSampler:
 
     WINDOW: ClassVar = 4  # blocks shuffled together: at 8 MiB a block, several hundred images
 
-    def __post_init__(self) -> None:
-        self.records = len(self.strata)
+    def __post_init__(self, strata: Sequence[Stratum]) -> None:
+        self.records = len(strata)
         self._require_scans(self.batch_size, "batch_size")
-        number_of = {stratum: number for number, stratum in enumerate(sorted(set(self.strata)))}
-        numbers = np.array([number_of[stratum] for stratum in self.strata])
+        number_of = {stratum: number for number, stratum in enumerate(sorted(set(strata)))}
+        numbers = np.array([number_of[stratum] for stratum in strata])
         self.members = [np.flatnonzero(numbers == number) for number in range(len(number_of))]
         self.samples = _apportion(self.records, np.array([len(members) ** self.alpha for members in self.members]))
         if self.blocks is None:

@@ -35,7 +35,7 @@ def select_records(records: Sequence[Record], split: str | None, holdout: float 
     """
     split = None if split is None else parse_split(split)
     in_split = [record for record in records if split is None or record.split == split]
-    return in_split if holdout is None else split_by_group(in_split, holdout)[1]
+    return in_split if holdout is None else [*split_by_group(in_split, holdout)[1]]
 
 
 def describe_selection(split: str | None, holdout: float | None) -> str:
@@ -78,8 +78,8 @@ def training_records(
     """
     training = checkpoint_records(records, facts)
     if training is None:
-        training, _ = split_by_group([record for record in records if record.split in ("", "train")], holdout or 0.0)
-        training = _of_modalities(training, _modalities(facts))
+        usable = [record for record in records if record.split in ("", "train")]
+        training = _of_modalities(split_by_group(usable, holdout or 0.0)[0], _modalities(facts))
     patients = {record.group for record in evaluated}
     return [record for record in training if record.group not in patients]
 

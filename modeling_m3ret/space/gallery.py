@@ -206,7 +206,8 @@ def open_gallery(
     if source is None:
         has_folder = (project / DEMO_FOLDER).is_dir()
         portable: str | None = DEMO_FOLDER if has_folder else DEMO
-        records = [*open_collection(project / DEMO_FOLDER if has_folder else DEMO), *sample_records()]
+        demo = open_collection(project / DEMO_FOLDER if has_folder else DEMO)
+        records: Sequence[Record] = [*demo, *sample_records()]
     else:
         portable = None if Path(source).exists() else source
         records = open_collection(source)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import pickle
+import tracemalloc
 import unicodedata
+from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +15,14 @@ import torch
 
 from modeling_m3ret.data.collection import (
     Record,
+    Records,
     exclude_modalities,
     open_collection,
     read_manifest,
     split_by_group,
     split_training_and_held_out,
 )
+from modeling_m3ret.data.parquet import ParquetRow
 from modeling_m3ret.data.schema import CollectionError
 from modeling_m3ret.data.table import COLUMNS, TableError
 from modeling_m3ret.errors import InputError
@@ -91,6 +97,54 @@ def make_records(groups: int) -> list[Record]:
         for group in range(groups)
         for modality in ("ct", "mri", "xray")
     ]
+
+
+def parquet_records(count: int) -> Iterator[Record]:
+    for i in range(count):
+        location = ParquetRow(f"train-{i // 500}.parquet", i // 64, i % 64, 10_000 + i)
+        form = {"shape": (1 + i % 3, 20, 30), "spacing": (None, 1.0, 0.5), "is_clip": i % 2 == 0}
+        identity = {"id": f"{i:016x}", "group": f"{i // 2:016x}", "source": f"source {i % 5}"}
+        yield Record(location=location, modality="ct", anatomy="chest", label="a|b", **identity, **form)
+
+
+def test_columns_hold_the_same_records(tmp_path: Path) -> None:
+    series = (tmp_path / "1.dcm", tmp_path / "2.dcm")
+    expected = [
+        *parquet_records(5000),
+        Record("a", tmp_path / "1.png", "xray", "", "", "p", intensity="8-bit"),
+        *(Record(f"s{n}", series[:n], "mri", "head", "", "p", "test", shape=(2, 3, 4)) for n in (1, 2)),
+    ]
+    records = Records.of(iter(expected))
+    assert records == expected
+    assert [records[index] for index in (0, 4096, -1, -3)] == [expected[index] for index in (0, 4096, -1, -3)]
+    assert records[4999::-2] == expected[4999::-2]
+    assert records.take([3, 1, 3]) == [expected[index] for index in (3, 1, 3)]
+    assert pickle.loads(pickle.dumps(records)) == expected
+    for field in fields(Record):
+        if field.name != "location":
+            assert [*map(_tupled, records.column(field.name))] == [getattr(record, field.name) for record in expected]
+    assert records.parquet_rows() is None
+    assert [*records[:5000:7].parquet_rows()] == [record.location for record in expected[:5000:7]]
+    with pytest.raises(IndexError):
+        records[len(expected)]
+    assert Records.of([]) == []
+
+
+def _tupled(cell: Any) -> Any:
+    return tuple(cell) if isinstance(cell, list) else cell
+
+
+def test_a_record_of_a_dataset_takes_less_than_160_bytes() -> None:
+    """Arrow counts its own memory, tracemalloc that of Python's objects."""
+    tracemalloc.start()
+    try:
+        records = Records.of(parquet_records(20_000))
+        objects = tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+    assert records.table.nbytes < 160 * len(records)
+    assert objects < 10 * len(records)  # an object for each takes 350
+    assert len({*map(id, records.column("source"))}) == 5
 
 
 def test_patients_are_on_one_side_and_stay_there() -> None:

@@ -179,7 +179,7 @@ def test_official_splits_are_used_and_the_test_split_never(dataset: Path) -> Non
     assert [record.split for record in held_out] == ["validation"] * 3
     (dataset / VALIDATION).rename(dataset / TEST)
     training, held_out = split_training_and_held_out(open_collection(dataset), 0.5)
-    assert {record.split for record in training + held_out} == {"train"}
+    assert {record.split for record in [*training, *held_out]} == {"train"}
     assert len(training) + len(held_out) == 7
     assert not {record.group for record in training} & {record.group for record in held_out}
 
