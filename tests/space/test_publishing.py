@@ -100,7 +100,7 @@ def test_requirements_include_every_package_that_the_app_and_the_readers_import(
                 wanted.add(ast.literal_eval(node.args[0]))
     modules = {name.split(".")[0] for name in wanted} & distributions.keys()
     assert {"SimpleITK", "h5py", "pillow_heif", "nibabel", "pydicom", "av"} <= modules
-    transitive = {"m3ret", "gradio", "safetensors", "packaging", "pyyaml", "starlette", "anyio", "jinja2"}
+    transitive = {"m3ret", "gradio", "safetensors", "packaging", "pyyaml", "starlette", "uvicorn", "anyio", "jinja2"}
     not_needed = {"pymilvus", "onnx", "onnxruntime", "onnxscript"}  # for servers and exports
     missing = {canonicalize_name(distributions[name][0]) for name in modules} - declared - transitive - not_needed
     assert not missing
