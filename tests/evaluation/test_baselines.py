@@ -345,8 +345,8 @@ def replace_by_text_model(folder: Path) -> None:
         (change("config.json", model_type="siglip2"), None, "siglip2"),
         (change("config.json", num_hidden_layers=3), None, "layer.2."),
         (change("config.json", hidden_size=32), RuntimeError, ""),
-        (lambda folder: (folder / "preprocessor_config.json").unlink(), None, "size, image_mean, image_std"),
-        (change("preprocessor_config.json", rescale_factor=1.0), None, "rescale_factor"),
+        (lambda folder: (folder / "preprocessor_config.json").unlink(), None, "preprocessor_config.json"),
+        (change("preprocessor_config.json", rescale_factor=1.0), UnsupportedEncoderError, "rescale_factor"),
         (lambda folder: (folder / "model.safetensors").write_bytes(b"broken"), SafetensorError, ""),
     ],
 )
