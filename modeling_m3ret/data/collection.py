@@ -78,7 +78,7 @@ _RECORDS_AT_ONCE = 4096  # are objects at the same time
 
 
 class Records(Sequence[Record]):
-    """Many records in Arrow columns, which take about 100 bytes for each row of Parquet; an object takes 350.
+    """Many records in Arrow columns, which take about 130 bytes for each row of Parquet; an object takes 350 or more.
 
     Forked workers share them, whereas they copy every object that they read.
     """

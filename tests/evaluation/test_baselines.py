@@ -26,7 +26,7 @@ from torch import Tensor
 
 from modeling_m3ret import encoder_files
 from modeling_m3ret.data.collection import Record
-from modeling_m3ret.encoder_files import EncoderError, short_name
+from modeling_m3ret.encoder_files import EncoderError, UnsupportedEncoderError, short_name
 from modeling_m3ret.evaluation import baselines
 from modeling_m3ret.evaluation.baselines import embed_with_baseline, load_baseline
 from modeling_m3ret.search import embedding_store
