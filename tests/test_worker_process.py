@@ -72,7 +72,8 @@ if __name__ == "__main__":
         (worker,) = active_children()
         worker.terminate()
         worker.join(300)
-        assert worker.exitcode == -signal.SIGTERM, worker.exitcode
+        # the pool waits for it too; whoever comes second finds no exit status, which multiprocessing reports as 255
+        assert worker.exitcode in (-signal.SIGTERM, 255), worker.exitcode
     print("ended")
 """
 
