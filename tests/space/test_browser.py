@@ -78,6 +78,10 @@ def open_page(context: Any, server: SpaceServer, requested: list[str]) -> Iterat
         page.on("pageerror", lambda error: errors.append(str(error)))
         page.on("console", lambda message: errors.append(message.text) if "Policy" in message.text else None)
         page.goto(server.address)
+        page.wait_for_function(
+            "() => document.querySelector('#examples')?.closest('[data-clickable]')"
+            " || document.querySelector('#examples [data-clickable]')"
+        )
         page.locator("#examples .card").first.wait_for()
         return page
 

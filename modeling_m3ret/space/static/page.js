@@ -43,6 +43,7 @@ window.m3ret = (() => {
     }, 250)
     watch('value', reveal)
     if (element.closest('#results')) reveal() // it was not on the page until there were results
+    element.dataset.clickable = '' // tests wait for it: a click before is lost
   }
 
   // Show the thumbnail of a point of the map beside it while the pointer is there.
