@@ -12,7 +12,7 @@ import torch
 
 from ..evaluation.report.numbers import principal_components
 from .endpoints import HEAVY, PRIVATE
-from .results import describe, modality_name, readable
+from .results import describe, modality_name, once_loaded, readable
 from .search_page import SearchPage
 from .service import Query, SearchService
 
@@ -38,7 +38,7 @@ class ExplorePage:
         )
         colours = [("Modality", "modality"), ("Anatomy", "anatomy")]
         colour = gr.Radio(colours, value="modality", label="Colour by", elem_id="map-colour")
-        self.map = gr.HTML(elem_id="map", js_on_load="m3ret.clickable(element, trigger, watch)")
+        self.map = gr.HTML(elem_id="map", js_on_load=once_loaded("m3ret.clickable(element, trigger, watch)"))
         last = len(service.gallery) - 1
         with gr.Row():
             item = gr.Number(

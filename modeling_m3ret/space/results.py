@@ -168,3 +168,8 @@ def to_csv(hits: Sequence[HitFacts]) -> str:
         texts = [hit["modality"], hit["anatomy"], ", ".join(hit["labels"]), hit["source"]]
         writer.writerow([*numbers, *(f"'{text}" if text.startswith(tuple("=+-@\t\r")) else text for text in texts)])
     return stream.getvalue()
+
+
+def once_loaded(call: str) -> str:
+    """Return a script for `js_on_load` that runs a call of page.js, which may be loaded later than the element."""
+    return f"(function run () {{ window.m3ret ? {call} : setTimeout(run, 50) }})()"

@@ -19,7 +19,19 @@ from ..search.filters import MetadataFilter
 from ..search.thumbnails import is_blank
 from .endpoints import HEAVY, PRIVATE, error_html
 from .pixels import describe_scan, preview
-from .results import Group, card, cards, describe, group_similar, modality_name, picture_url, readable, table, to_csv
+from .results import (
+    Group,
+    card,
+    cards,
+    describe,
+    group_similar,
+    modality_name,
+    once_loaded,
+    picture_url,
+    readable,
+    table,
+    to_csv,
+)
 from .service import DEFAULT_HITS, MAX_HITS, HitFacts, Query, SearchService
 from .uploads import Choice
 from .viewer import Viewer
@@ -93,7 +105,8 @@ class SearchPage:
 
     def _clickable(self, elem_id: str, value: str = "") -> gr.HTML:
         """Add HTML in which a click on an element with `data-index` is a selection."""
-        return gr.HTML(value, elem_id=elem_id, js_on_load="m3ret.clickable(element, trigger, watch)")
+        script = once_loaded("m3ret.clickable(element, trigger, watch)")
+        return gr.HTML(value, elem_id=elem_id, js_on_load=script)
 
     def _example_cards(self) -> str:
         visible = self.service.gallery.visible.select(["modality", "anatomy"]).to_pylist()

@@ -33,7 +33,7 @@ from .pixels import (
     volume_bytes,
     volume_stride,
 )
-from .results import Group, alikeness, describe, webp
+from .results import Group, alikeness, describe, once_loaded, webp
 from .service import Query, SearchService, Voxel, key_of_row
 
 
@@ -55,7 +55,7 @@ class Viewer:
         self.view = gr.HTML(
             None,
             html_template=TEMPLATE,
-            js_on_load="m3ret.viewer(element, props, trigger, watch)",
+            js_on_load=once_loaded("m3ret.viewer(element, props, trigger, watch)"),
             apply_default_css=False,
             elem_id="viewer-block",
         )
