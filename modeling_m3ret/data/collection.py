@@ -119,6 +119,10 @@ class Records(Sequence[Record]):
         """Return the records of these indices, in this order."""
         return Records(self.table.take(pa.array(indices, pa.int64())))
 
+    def where(self, chosen: Iterable[bool]) -> Records:
+        """Return the records that are chosen, in their order."""
+        return self.take(np.flatnonzero(np.fromiter(chosen, bool)))
+
     def column(self, name: str) -> list[Any]:
         """Return one field of all records. Equal words are the same object."""
         column = self.table[name].combine_chunks()
@@ -166,16 +170,6 @@ def _batches(records: Iterable[Record], size: int) -> Iterator[list[Record]]:
     iterator = iter(records)
     while some := list(islice(iterator, size)):
         yield some
-
-
-def select_where(records: Sequence[Record], chosen: Iterable[bool]) -> Records:
-    """Return the records that are chosen, in their order."""
-    return Records.of(records).take(np.flatnonzero(np.fromiter(chosen, bool)))
-
-
-def column(records: Sequence[Record], name: str) -> list[Any]:
-    """Return one field of all records."""
-    return records.column(name) if isinstance(records, Records) else [getattr(record, name) for record in records]
 
 
 def open_collection(data: str | Path, *, stream: bool = False) -> Records:
@@ -331,19 +325,16 @@ def split_training_and_held_out(records: Sequence[Record], holdout: float) -> tu
     its training split, or of the whole collection if it has no splits, is held out. A test split is never used, and
     patients who are in another split too are not in training.
     """
-    groups, splits = column(records, "group"), column(records, "split")
+    records = Records.of(records)
+    groups, splits = records.column("group"), records.column("split")
     split_of = splits_of_patients(zip(groups, splits, strict=True))
     is_training = [split in ("", "train") for split in splits]
-    usable = select_where(
-        records,
-        (
-            of_scan and split_of.get(group, "train") == "train"
-            for of_scan, group in zip(is_training, groups, strict=True)
-        ),
+    usable = records.where(
+        of_scan and split_of.get(group, "train") == "train" for of_scan, group in zip(is_training, groups, strict=True)
     )
     if left_out := sum(is_training) - len(usable):
         logger.warning("%d training scans are left out: their patients are in the test or validation split.", left_out)
-    validation = select_where(records, (split == "validation" for split in splits))
+    validation = records.where(split == "validation" for split in splits)
     return (usable, validation) if validation else split_by_group(usable, holdout)
 
 
@@ -353,9 +344,10 @@ def split_by_group(records: Sequence[Record], holdout: float) -> tuple[Records, 
     The side depends on a hash of the group's name alone, so a group keeps its side when data is added. `holdout` is the
     expected fraction of the groups that is held out.
     """
-    digests = (hashlib.sha256(f"m3ret-holdout:{group}".encode()).digest() for group in column(records, "group"))
+    records = Records.of(records)
+    digests = (hashlib.sha256(f"m3ret-holdout:{group}".encode()).digest() for group in records.column("group"))
     held_out = [int.from_bytes(digest[:8], "big") < holdout * 2**64 for digest in digests]
-    return select_where(records, map(not_, held_out)), select_where(records, held_out)
+    return records.where(map(not_, held_out)), records.where(held_out)
 
 
 def exclude_modalities(records: Sequence[Record], excluded: Sequence[str]) -> Records:
@@ -365,4 +357,5 @@ def exclude_modalities(records: Sequence[Record], excluded: Sequence[str]) -> Re
         InputError: if `excluded` is not a list of modalities. Case and synonyms do not matter.
     """
     names = {parse_modality(name) for name in require_words("exclude_modalities", excluded)}
-    return select_where(records, (modality not in names for modality in column(records, "modality")))
+    records = Records.of(records)
+    return records.where(modality not in names for modality in records.column("modality"))
