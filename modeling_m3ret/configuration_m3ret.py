@@ -35,6 +35,13 @@ CHOICES = {
     "loss_weighting": ("scan", "patch"),
 }
 
+# fields that determine the tokens of a scan; with another value, the weights of an encoder give other tokens
+ENCODER_FIELDS = (
+    *("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act", "layer_norm_eps"),
+    *("patch_size", "patch_depth", "num_channels", "num_register_tokens", "qkv_bias", "rope_theta"),
+    *("rotary_axes", "position_grid", "position_antialias", "use_cls_token", "embedding_norm", "gated_mlp"),
+)
+
 
 @strict
 class M3RetConfig(PreTrainedConfig):

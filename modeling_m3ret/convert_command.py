@@ -101,7 +101,7 @@ def describe_whitening(model: M3RetModel, fitted: int) -> str:
     """Return a sentence about the whitening of a converted encoder, which was fitted to `fitted` scans."""
     if fitted:
         return f"The whitening is fitted to {fitted} scans, without labels."
-    if model.whitening.matrix.diagonal().eq(1).all():
+    if model.whitening.is_identity():
         return "The whitening is not fitted, so that an embedding is the normalised pooled feature."
     return "An embedding is the image embedding of the source; no whitening is fitted."
 

@@ -28,13 +28,16 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import logging
 from transformers.utils.generic import TransformersKwargs, can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .configuration_m3ret import M3RetConfig
+from .configuration_m3ret import ENCODER_FIELDS, M3RetConfig
 from .packing_m3ret import PackLayout, ScanSubset, grid_coordinates, patch_coordinates, patchify, put, take
 from .pipeline_m3ret import register_pipelines
 
+
+logger = logging.get_logger(__name__)
 
 Rotary = tuple[Tensor, Tensor]  # result of `rotary_tables`
 
@@ -360,6 +363,9 @@ def check_options(options: Mapping[str, Any], attn_implementation: str | None) -
         )
 
 
+# options of `from_pretrained` that say where a config is
+LOCATION_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+
 # options of `save_pretrained` that its `push_to_hub` takes
 HUB_OPTIONS = ("repo_id", "commit_message", "commit_description", "private", "token", "revision", "create_pr", "tags")
 
@@ -406,6 +412,38 @@ class M3RetPreTrainedModel(PreTrainedModel):
     def __init__(self, config: M3RetConfig, *args: Any, **kwargs: Any):
         config.validate_architecture()  # `from_pretrained(..., pooling="max")` sets fields of a config that was valid
         super().__init__(config, *args, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Load a model as every model does, and check that its whitening was fitted to the features that it will have.
+
+        Raises:
+            ValueError: if pooling or encoder differ from the config of the checkpoint. With
+                `ignore_mismatched_sizes=True`, the whitening is reset instead, with a warning.
+        """
+        with_info = kwargs.pop("output_loading_info", False)
+        loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        model, fields = loaded[0], ("pooling", *ENCODER_FIELDS)
+        whitening = next((part for part in model.modules() if isinstance(part, M3RetWhitening)), None)
+        if (
+            whitening is not None
+            and not whitening.is_identity()
+            and any(name in kwargs for name in ("config", *fields))
+        ):
+            location = {name: kwargs[name] for name in LOCATION_OPTIONS if name in kwargs}
+            try:
+                stored = M3RetConfig.from_pretrained(model.name_or_path, **location)
+            except OSError:  # weights without a config: it must be the given one
+                stored = model.config
+            fitted = {name: getattr(stored, name) for name in fields}
+            if changed := {name: value for name, value in fitted.items() if value != getattr(model.config, name)}:
+                given = {name: getattr(model.config, name) for name in changed}
+                problem = f"the whitening of {model.name_or_path} does not fit: expected {changed}, got {given}."
+                if not kwargs.get("ignore_mismatched_sizes"):
+                    raise ValueError(f"{problem} Pass ignore_mismatched_sizes=True to load the model without it.")
+                whitening.reset()
+                logger.warning(f"{problem} It is left out. Fit it to your own scans by `model.whitening.fit`.")
+        return loaded if with_info else model
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -601,6 +639,16 @@ class M3RetWhitening(nn.Module):
         self.register_buffer("mean", torch.zeros(config.pooled_size))
         self.register_buffer("matrix", torch.eye(config.hidden_size, config.pooled_size))
 
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Undo `fit`."""
+        self.mean.zero_()
+        nn.init.eye_(self.matrix)
+
+    def is_identity(self) -> bool:
+        """Return whether it was never fitted, so that it returns its input or, for statistics pooling, the means."""
+        return not self.mean.any() and torch.equal(self.matrix, torch.eye(*self.matrix.shape).to(self.matrix))
+
     def forward(self, pooled: Tensor) -> Tensor:
         """Whiten `pooler_output (B, pooled)` to `(B, d)` float32."""
         with torch.autocast(pooled.device.type, enabled=False):
@@ -698,6 +746,7 @@ class M3RetModel(M3RetPreTrainedModel):
         self.embeddings = M3RetEmbeddings(config)
         self.encoder = M3RetEncoder(config)
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.built_with = config.pooling
         self.pooler = M3RetAttentionPooling(config) if config.pooling == "attention" else None
         self.whitening = M3RetWhitening(config)
         self.post_init()
@@ -775,7 +824,7 @@ class M3RetModel(M3RetPreTrainedModel):
 
     def embed_rows(self, rows: Tensor, coordinates: Tensor, layout: PackLayout) -> Tensor:
         """Embed patch rows `(P, C*t*p*p)` as `embed` does: `(B, pooled)`. The other args are those of `encode`."""
-        is_cls = self.config.pooling == "cls"
+        is_cls = self.pooling == "cls"
         tokens, _ = self.encode(rows, coordinates, layout, cls_only=is_cls)
         return layout.scans_to_caller_order(tokens) if is_cls else self.pool(tokens, layout)
 
@@ -907,12 +956,26 @@ class M3RetModel(M3RetPreTrainedModel):
         output = self.encoder(tokens, layout, rotary, **kwargs | {"return_dict": True})
         return self.norm(output.last_hidden_state).view(-1, tokens.shape[-1]), output
 
+    @property
+    def pooling(self) -> str:
+        """How the model pools, by the config.
+
+        Raises:
+            ValueError: if the config was changed since the model was built: its whitening is that of another pooling.
+        """
+        if self.config.pooling != self.built_with:
+            raise ValueError(
+                f"config.pooling was changed after the model was built: expected {self.built_with!r}, got "
+                f"{self.config.pooling!r}. Pass `pooling` to `from_pretrained`, or build a new model."
+            )
+        return self.built_with
+
     def pool(self, tokens: Tensor, layout: PackLayout) -> Tensor:
         """Pool normalised tokens `(N, d)` by position to `(B, pooled)` in the caller's order."""
-        if self.config.pooling == "cls":
+        if self.pooling == "cls":
             return layout.scans_to_caller_order(layout.first_tokens(tokens))
         mean = functools.partial(torch.mean, dim=1)
-        pool = self.pooler or (mean_and_std if self.config.pooling == "statistics" else mean)
+        pool = self.pooler or (mean_and_std if self.pooling == "statistics" else mean)
         pooled = []
         for group in layout.split_groups(tokens):  # (scans, L, d)
             _, patches = group.split([layout.prefix, group.shape[1] - layout.prefix], dim=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,9 +12,22 @@ from conftest import tiny_config
 from PIL import Image
 from remote_code import run_new_process
 from test_modeling import largest_difference, make_scans, pack
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForPreTraining
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForImageClassification,
+    AutoModelForPreTraining,
+)
 
-from modeling_m3ret import M3RetConfig, M3RetForPreTraining, M3RetImageProcessor, M3RetModel, masked_autoencoder_m3ret
+from modeling_m3ret import (
+    M3RetConfig,
+    M3RetForPreTraining,
+    M3RetImageProcessor,
+    M3RetModel,
+    masked_autoencoder_m3ret,
+    modeling_m3ret,
+)
 from modeling_m3ret.pretraining.checkpoints import write_checkpoint
 from modeling_m3ret.pretraining.objectives import MaskedAutoencoding
 from modeling_m3ret.pretraining.run_config import RunConfig
@@ -132,6 +146,61 @@ def test_loading_checks_changed_fields_of_the_config(tmp_path: Path) -> None:
     for overrides in ({"pooling": "max"}, {"num_attention_heads": 5}):
         with pytest.raises(ValueError, match=next(iter(overrides))):
             AutoModel.from_pretrained(tmp_path, **overrides)
+
+
+def save_whitened_checkpoint(folder: Path) -> M3RetModel:
+    model = M3RetModel(tiny_config(pooling="mean")).eval()
+    model.whitening.fit(torch.randn(200, 48))
+    model.save_pretrained(folder)
+    return model
+
+
+CHANGED_FEATURES = [{"pooling": "cls"}, {"pooling": "statistics"}, {"rope_theta": 10.0}, {"num_attention_heads": 2}]
+
+
+@pytest.mark.parametrize("way", ["arguments", "config"])
+@pytest.mark.parametrize("changes", CHANGED_FEATURES)
+def test_whitening_of_other_features_is_refused_or_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], way: str
+) -> None:
+    save_whitened_checkpoint(tmp_path)
+    given = changes if way == "arguments" else {"config": AutoConfig.from_pretrained(tmp_path, **changes)}
+    with pytest.raises((ValueError, RuntimeError)):
+        AutoModel.from_pretrained(tmp_path, **given)
+    warnings: list[str] = []
+    monkeypatch.setattr(modeling_m3ret.logger, "warning", warnings.append)
+    model = AutoModel.from_pretrained(tmp_path, ignore_mismatched_sizes=True, **given).eval()
+    assert len(warnings) == (changes != {"pooling": "statistics"})  # of which transformers reports other shapes
+    pooled = model(torch.rand(2, 3, 32, 32)).pooler_output
+    assert torch.equal(model.whitening(pooled), pooled[:, :48])
+
+
+@torch.no_grad()
+def test_whitening_is_kept_if_the_features_are_the_same(tmp_path: Path) -> None:
+    model = save_whitened_checkpoint(tmp_path)
+    config = AutoConfig.from_pretrained(tmp_path, pooling="mean", rope_theta=100, drop_path_rate=0.3, num_labels=5)
+    loaded = AutoModel.from_pretrained(tmp_path, config=config).eval()
+    images = torch.rand(2, 3, 32, 32)
+    assert torch.equal(loaded.embed_scans(images), model.embed_scans(images))
+    classifier = AutoModelForImageClassification.from_pretrained(tmp_path, config=config)
+    assert torch.equal(classifier.m3ret.whitening.matrix, model.whitening.matrix)
+    with pytest.raises(ValueError, match="pooling"):
+        AutoModelForImageClassification.from_pretrained(tmp_path, pooling="cls")
+
+
+def test_unfitted_whitening_fits_every_pooling(tmp_path: Path) -> None:
+    save_tiny_checkpoint(tmp_path)
+    model = AutoModel.from_pretrained(tmp_path, pooling="cls").eval()
+    output = model(torch.rand(2, 3, 32, 32))
+    assert torch.equal(output.pooler_output, output.last_hidden_state[:, 0])
+
+
+def test_pooling_of_a_built_model_does_not_change() -> None:
+    model = M3RetModel(tiny_config(pooling="mean")).eval()
+    model.config.pooling = "cls"
+    for method in (model, model.embed_scans):
+        with pytest.raises(ValueError, match="pooling"):
+            method(torch.rand(2, 3, 32, 32))
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from huggingface_hub.errors import HfHubHTTPError, StrictDataclassError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ..configuration_m3ret import M3RetConfig
+from ..configuration_m3ret import ENCODER_FIELDS, M3RetConfig
 from ..convert import convert_vit, is_convertible
 from ..encoder_files import read_json
 from ..errors import InputError
@@ -23,12 +23,6 @@ from .run_config import ConfigError, RunConfig, format_differences
 
 logger = logging.getLogger(__name__)
 
-# fields that must be equal for the weights of an encoder to be usable
-ENCODER_FIELDS = (
-    *("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act", "layer_norm_eps"),
-    *("patch_size", "patch_depth", "num_channels", "num_register_tokens", "qkv_bias", "rope_theta"),
-    *("rotary_axes", "position_grid", "position_antialias", "use_cls_token", "embedding_norm", "gated_mlp"),
-)
 # further fields that a run takes over together with those of the encoder
 KEPT_FIELDS = (
     *("decoder_hidden_size", "decoder_num_hidden_layers", "decoder_num_attention_heads"),
@@ -122,7 +116,7 @@ def load_initial(model: nn.Module, config: M3RetConfig, weights_file: str, sourc
     Parts are the children of `model`. If the checkpoint holds `weights_file` (it was trained with the same family of
     objectives), they are student, teacher and heads, or encoder and decoder. Otherwise the published encoder
     initialises all encoders. The pooling may differ. Parts that are missing or differ are initialised randomly, with a
-    warning. The whitening is statistics, not weights; it is loaded if its shape is the same.
+    warning. The whitening is statistics, not weights; it is loaded if the pooling is the same.
 
     Raises:
         WarmStartError: if its encoder differs from this run's.
@@ -145,6 +139,8 @@ def load_initial(model: nn.Module, config: M3RetConfig, weights_file: str, sourc
     ours = model.state_dict()
     # a pooling head belongs to the pooling, which may differ
     loaded = {name: value for name, value in loaded.items() if name in ours or ".pooler." not in name}
+    if theirs.pooling != config.pooling:  # the whitening was fitted to other features
+        loaded = {name: value for name, value in loaded.items() if ".whitening." not in name}
     fitting = {name: value for name, value in loaded.items() if name in ours and ours[name].shape == value.shape}
     learned = {name for name in ours if ".whitening." not in name}
     parts = {_part(name) for name in learned}

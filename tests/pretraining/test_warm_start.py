@@ -83,6 +83,16 @@ def test_common_parts_are_loaded_and_others_are_random(
     assert warned == random
 
 
+@pytest.mark.parametrize(("pooling", "kept"), [("mean", True), ("cls", False)])
+def test_whitening_is_loaded_for_the_same_pooling_only(tmp_path: Path, pooling: str, kept: bool) -> None:
+    objective = build(1, objective="mae", model={"pooling": "mean"})
+    objective.encoder.whitening.fit(torch.randn(100, objective.encoder.config.pooled_size))
+    write_checkpoint(tmp_path / "first", objective, objective.state_dict(), M3RetImageProcessor(size=32), "", {})
+    second = build(2, objective="mae", initial=str(tmp_path / "first"), model={"pooling": pooling})
+    assert torch.equal(second.encoder.whitening.matrix, objective.encoder.whitening.matrix) == kept
+    assert second.encoder.whitening.is_identity() == (not kept)
+
+
 def test_different_encoder_is_refused_with_its_differences(tmp_path: Path) -> None:
     source = str(tmp_path / "first")
     publish(tmp_path / "first", **MAE)
