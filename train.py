@@ -34,6 +34,7 @@ from modeling_m3ret.data.parquet import group_into_blocks
 from modeling_m3ret.data.sampler import SeededBatchSampler, TokenBatchSampler
 from modeling_m3ret.pretraining.checkpoints import validate_output_folder
 from modeling_m3ret.pretraining.distributed import (
+    check_process_count,
     clip_gradient,
     gather_encoder,
     prepare_training,
@@ -67,6 +68,7 @@ def main() -> None:
         # a rank may decode or evaluate for longer than the default timeout of ten minutes
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=6))],
     )
+    check_process_count(accelerator.num_processes)
     config = config.as_launched(accelerator.mixed_precision, accelerator.num_processes)
     tracked = {key: str(value) for key, value in asdict(config).items() if key not in PATHS}
     accelerator.init_trackers("m3ret", config=tracked)

@@ -44,12 +44,12 @@ def train_command(data: Path, **overrides: object) -> list[str]:
     return [str(ROOT / "train.py"), *(word for key, value in settings.items() for word in (f"--{key}", str(value)))]
 
 
-def launch(folder: Path, options: list[str], words: list[str]) -> None:
-    """Run a script with `accelerate launch` from a shell."""
+def launch(folder: Path, options: list[str], words: list[str], fails: bool = False) -> None:
+    """Run a script with `accelerate launch` from a shell, and check whether it fails."""
     command = [sys.executable, "-m", "accelerate.commands.launch", *options, *words]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     ran = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
-    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert (ran.returncode != 0) == fails, ran.stdout + ran.stderr
 
 
 def scores_of(file: Path, method: str) -> dict[str, dict[str, float]]:
@@ -115,6 +115,11 @@ def test_two_processes_of_the_launcher_train_together(tmp_path: Path, phantom: P
     assert json.loads((tmp_path / "m3ret-tiny/config.json").read_text())["pooling"] == "cls"
     assert (tmp_path / "m3ret-tiny/pretraining/simdino.safetensors").is_file()
     assert scores_of(tmp_path / "runs/tiny/retrieval.json", "trained")
+
+
+def test_training_is_refused_if_the_launcher_starts_one_process_of_two(tmp_path: Path, phantom: Path) -> None:
+    launch(tmp_path, ["--cpu", "--num_processes", "2"], train_command(phantom), fails=True)
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize(

@@ -64,6 +64,28 @@ def supported_precision(precision: str | None) -> str | None:
     return "no"
 
 
+def check_process_count(processes: int) -> None:
+    """Check that `accelerate launch` started as many processes as it was asked for.
+
+    Without several GPUs or `--multi_gpu` it starts one, whatever `--num_processes` says, and gives it the address where
+    the others would meet, but no world size.
+
+    Args:
+        processes: number of processes of this run.
+
+    Raises:
+        LaunchError: if this is the only process of several.
+    """
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_ADDR" in os.environ
+    if processes == 1 and launched and "WORLD_SIZE" not in os.environ:
+        raise LaunchError(
+            "num_processes",
+            "expected several processes that meet at MASTER_ADDR, got one. `accelerate launch` starts several only for "
+            "several GPUs or with --multi_gpu. On CPUs run `ACCELERATE_USE_CPU=true accelerate launch --multi_gpu "
+            "--num_processes 2 train.py ...`, without --cpu. For one process unset MASTER_ADDR.",
+        )
+
+
 def prepare_training(
     accelerator: Accelerator, objective: nn.Module, optimiser: torch.optim.Optimizer
 ) -> tuple[nn.Module, torch.optim.Optimizer]:

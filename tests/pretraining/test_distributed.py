@@ -23,6 +23,7 @@ from modeling_m3ret.errors import InputError
 from modeling_m3ret.pretraining.adapters import merge_adapters
 from modeling_m3ret.pretraining.distributed import (
     LaunchError,
+    check_process_count,
     clip_gradient,
     decide_on_main,
     gather_encoder,
@@ -256,3 +257,23 @@ def test_fsdp_settings_that_would_change_the_result_are_refused(
     with pytest.raises(LaunchError) as error:
         prepare_training(accelerator, model, torch.optim.AdamW(model.parameters()))
     assert error.value.setting.removeprefix("fsdp_") in next(iter(setting))
+
+
+@pytest.mark.parametrize(
+    ("added", "processes", "is_refused"),
+    [
+        ({"MASTER_ADDR": "127.0.0.1"}, 1, True),  # `accelerate launch --cpu --num_processes 2`
+        ({}, 1, False),  # `accelerate launch --cpu --num_processes 1`
+        ({"MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "2"}, 2, False),
+        ({"MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "1"}, 1, False),  # torchrun --nproc_per_node 1
+    ],
+)
+def test_one_process_instead_of_several_is_refused(
+    monkeypatch: pytest.MonkeyPatch, added: dict[str, str], processes: int, is_refused: bool
+) -> None:
+    for name in ("MASTER_ADDR", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in ({"ACCELERATE_MIXED_PRECISION": "no"} | added).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(LaunchError) if is_refused else contextlib.nullcontext():
+        check_process_count(processes)
