@@ -148,10 +148,11 @@ class M3RetImageProcessor(BaseImageProcessor):
             input_data_format: "channels_first" or "channels_last", the layout of arrays and tensors.
             series: which DICOM series to read of a folder or list with several: its UID, its index or "largest"; see
                 `read_scan`.
-            return_tensors: type of the returned arrays, as in every image processor.
+            return_tensors: type of the returned arrays, as in every image processor. None returns lists with one array
+                per scan, which `datasets.map(batched=True)` needs, since it stores one entry per row.
 
         Returns:
-            `pixel_values (P, C*t*p*p)` float32 and `grid_thw (B, 3)` int64.
+            `pixel_values (P, C*t*p*p)` float32 and `grid_thw (B, 3)` int64; lists hold those of each scan by itself.
 
         Raises:
             M3RetReadError: if a scan cannot be read.
@@ -170,6 +171,9 @@ class M3RetImageProcessor(BaseImageProcessor):
         declared: dict[str, Any] = {"intensity": intensity, "input_data_format": input_data_format, "series": series}
         declared["min_pixels"] = (self.size if edge is None else edge) ** 2
         rows, grids = self.pack([self.resize(self.read(scan, num_frames, **declared), **settings) for scan in scans])
+        if return_tensors is None:
+            of_scans = {"pixel_values": rows.split(grids.prod(1).tolist()), "grid_thw": grids.split(1)}
+            return BatchFeature({name: [each.numpy() for each in values] for name, values in of_scans.items()})
         return BatchFeature({"pixel_values": rows, "grid_thw": grids}, tensor_type=return_tensors)
 
     def read(self, source: Any, num_frames: int | None = None, **declared: Any) -> Scan:
@@ -340,7 +344,7 @@ class M3RetCollator:
                 raise ValueError(
                     f"item {number} is not one scan: expected grid_thw (1, 3) and one row of pixel_values for each of "
                     f"its patches, got grid_thw {grid.tolist()} and pixel_values {tuple(values.shape)}. Call the "
-                    "processor for each scan, without batched=True."
+                    "processor for each scan, or with return_tensors=None in a map with batched=True."
                 )
             grids.append(grid.long().reshape(1, 3))
             rows.append(values)

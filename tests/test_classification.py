@@ -188,6 +188,22 @@ def test_collated_items_are_the_pack_of_all_scans() -> None:
     assert half["pixel_values"].dtype == torch.float16
 
 
+def test_batched_map_stores_what_a_map_of_each_scan_stores() -> None:
+    arrays = make_arrays(5)
+    table = datasets.Dataset.from_dict({"number": range(5), "label": [0, 1, 0, 1, 0]})
+    singly = table.map(lambda row: dict(PROCESSOR(arrays[row["number"]])), remove_columns="number")
+    batched = table.map(
+        lambda rows: PROCESSOR([arrays[number] for number in rows["number"]], return_tensors=None),
+        batched=True,
+        batch_size=2,
+        remove_columns="number",
+    )
+    assert batched.features == singly.features
+    assert batched.to_dict() == singly.to_dict()
+    for given in (batched, batched.with_format("torch")):
+        assert torch.equal(M3RetCollator()(list(given))["pixel_values"], PROCESSOR(arrays)["pixel_values"])
+
+
 @pytest.mark.parametrize(
     ("column", "values", "expected"),
     [
