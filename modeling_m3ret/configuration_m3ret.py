@@ -114,19 +114,19 @@ class M3RetConfig(PreTrainedConfig):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """Load a config as every config. For a pipeline that classifies, it lists that pipeline, also of an encoder."""
+        """Load a config as every config. For `pipeline` with the name of a task, it lists the pipelines of both."""
         loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         config = loaded[0] if isinstance(loaded, tuple) else loaded
-        if kwargs.get("_from_pipeline") in CLASSIFICATION and hasattr(config, "custom_pipelines"):
-            config.custom_pipelines = copy.deepcopy(FEATURE_EXTRACTION | CLASSIFICATION)  # `pipeline` changes it
+        pipelines = FEATURE_EXTRACTION | CLASSIFICATION
+        if kwargs.get("_from_pipeline") in pipelines and hasattr(config, "custom_pipelines"):
+            config.custom_pipelines = copy.deepcopy(pipelines)  # `pipeline` changes it
         return loaded
 
     def to_dict(self) -> dict[str, Any]:
         """Return all values as for JSON, with the pipelines that a checkpoint brings along."""
-        # an encoder lists one task, so that `pipeline` needs no name of it
+        # a single task, so that `pipeline` needs no name of it
         has_head = "M3RetForImageClassification" in (self.architectures or [])
-        tasks = FEATURE_EXTRACTION | CLASSIFICATION if has_head else FEATURE_EXTRACTION
-        return super().to_dict() | {"custom_pipelines": tasks}
+        return super().to_dict() | {"custom_pipelines": CLASSIFICATION if has_head else FEATURE_EXTRACTION}
 
     def validate_architecture(self) -> None:
         """Check the values of the fields, after `@strict` has checked their types.

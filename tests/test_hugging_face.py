@@ -213,10 +213,7 @@ def test_classification_pipeline_of_other_models_is_the_standard_one() -> None:
 def test_saved_classification_pipeline_loads(classifier: Path, files: list[str], tmp_path: Path) -> None:
     classify = pipeline("image-classification", model=str(classifier))
     classify.save_pretrained(tmp_path)
-    assert json.loads((tmp_path / "config.json").read_text())["custom_pipelines"].keys() == {
-        TASK,
-        "image-classification",
-    }
+    assert json.loads((tmp_path / "config.json").read_text())["custom_pipelines"].keys() == {"image-classification"}
     assert pipeline("image-classification", model=str(tmp_path))(files[0]) == classify(files[0])
 
 
@@ -250,12 +247,14 @@ extract = pipeline("image-feature-extraction", model=folder, trust_remote_code=T
 model = AutoModelForImageClassification.from_pretrained(folder, trust_remote_code=True)
 processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=True)
 of_objects = pipeline("image-classification", model=model, image_processor=processor)
+unnamed = [pipeline(model=each, trust_remote_code=True).task for each in (folder, encoder)]
 try:
     pipeline("image-classification", model=encoder, trust_remote_code=True)
     raise SystemExit("an encoder was taken for a classifier")
 except ValueError as error:
     assert "has no classification head" in str(error), error
 print(json.dumps({
+    "unnamed": unnamed,
     "modules": [type(classify).__module__, type(extract).__module__, type(of_objects).__module__],
     "scores": [*(classify(files, batch_size=size) for size in (1, 2, 4)), of_objects(files, batch_size=2)],
 }))
@@ -267,6 +266,7 @@ def test_classification_pipeline_runs_without_the_package(
     classifier: Path, checkpoint: Path, files: list[str], tmp_path: Path
 ) -> None:
     ran = run_new_process(CLASSIFY, tmp_path, str(classifier), str(checkpoint), *files)
+    assert ran["unnamed"] == ["image-classification", TASK]
     assert all(module.startswith("transformers_modules.") for module in ran["modules"])
     for scores in ran["scores"]:
         assert_equal_scores(scores, score_alone(classifier, files))
