@@ -81,6 +81,7 @@ class SearchPage:
                 formats = f"<details><summary>Formats</summary><p>{FORMATS}; a zip of one or of a series.</p></details>"
                 gr.HTML(formats, elem_id="formats")
                 self.query_card = gr.HTML(elem_id="query-card")
+                self.another = gr.Button("Other scans of this upload", size="sm", visible=False, elem_id="another")
                 self.clear = gr.Button("Start over", size="sm", visible=False, elem_id="start-over")
             with gr.Column(scale=5, min_width=300):
                 self.notice = gr.HTML(elem_id="notice", html_template=LIVE.format("alert"))
@@ -154,7 +155,7 @@ class SearchPage:
         self.options = [self.turn, self.count, *filters, self.sort, self.exclude_same_patient, self.rerank]
         result_outputs = [self.groups, self.grid, self.table, self.status, self.as_csv, self.as_json]
         result_outputs += [self.notice, viewer.view]
-        panes = [self.query_card, self.clear, self.welcome, self.area, self.choice]
+        panes = [self.query_card, self.another, self.clear, self.welcome, self.area, self.choice]
         self.outputs = [self.query, self.choices, self.files, *panes, *result_outputs]
         event: dict[str, Any] = {"show_progress_on": self.notice, "show_progress": "minimal", **PRIVATE, **HEAVY}
         new: dict[str, Any] = {"outputs": self.outputs, "trigger_mode": "multiple", **event}
@@ -166,6 +167,7 @@ class SearchPage:
         for clicked in (self.examples.select, viewer.view.submit):
             clicked(self.of_click, self.options, **new)
         self.choice.select(self._new_query(self._of_choice), [self.choices, *self.options], **new)
+        self.another.click(self._new_query(self._offer), [self.choices, self.turn], **new)
         # a slider's `release` does not fire for keys
         changes = [self.count.input, self.modalities.change, self.anatomies.change, self.sort.change]
         changes += [self.exclude_same_patient.change, self.rerank.change]
@@ -185,7 +187,8 @@ class SearchPage:
         return {
             **dict.fromkeys(empty, ""),
             **dict.fromkeys([self.query, self.files, self.viewer.view, self.as_csv, self.as_json]),
-            **{self.choices: [], self.groups: [], self.clear: gr.Button(visible=False)},
+            **{self.choices: [], self.groups: []},
+            **dict.fromkeys([self.another, self.clear], gr.Button(visible=False)),
             **{self.welcome: gr.Column(visible=True), self.area: gr.Column(visible=False)},
         }
 
@@ -222,7 +225,7 @@ class SearchPage:
             found = self.service.query_or_choices(files)
             if isinstance(found, Query):
                 return {**self._query(found, *options), self.files: gr.skip()}
-            return {self.choices: found, self.choice: _which_one(found), self.welcome: gr.Column(visible=False)}
+            return self._offer(found)
 
         if files is None:  # a later query was chosen while they were uploaded
             return {self.files: None}
@@ -233,7 +236,12 @@ class SearchPage:
         if not 0 <= selected.index < len(choices):
             raise InputError("These scans are no longer in memory. Please upload them again.")
         choice = choices[selected.index]
-        return self._query(self.service.query_of_files(choice.files, choice.series), *options)
+        found = self._query(self.service.query_of_files(choice.files, choice.series), *options)
+        return {**found, self.choices: choices, self.another: gr.Button(visible=True)}
+
+    def _offer(self, choices: list[Choice], *_: Any) -> dict[Any, Any]:
+        """Ask which of several scans of an upload to search with."""
+        return {self.choices: choices, self.choice: _which_one(choices), self.welcome: gr.Column(visible=False)}
 
     def of_click(self, selected: gr.SelectData, *options: Any) -> dict[Any, Any]:
         """Search with the scan of the gallery that was clicked. Values of `outputs`."""
@@ -361,7 +369,7 @@ def _which_one(choices: Sequence[Choice]) -> str:
     items = ""
     for number, choice in enumerate(choices):
         is_file = len(choice.files) == 1 and choice.series is None
-        name = escape(choice.files[0].name if is_file else f"Series {number + 1}")
+        name = escape(choice.files[0].name if is_file else f"Series {(choice.series or 0) + 1}")
         image = f"<img src='{picture_url(choice.picture)}' alt='{name}'>"
         items += f"<li><button type='button' class='card' data-index='{number}'>{image}<span><b>{name}</b></span>"
         items += f"<span>{escape(choice.description)}</span></button></li>"

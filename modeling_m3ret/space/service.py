@@ -63,6 +63,7 @@ class Query:
     row: int | None  # in the gallery, or None for an upload
     embedding: Tensor  # `(d,)` float32
     region: Region | None = None  # box of voxels whose matches are of interest; None for the whole scan
+    drawn_on: int = 0  # slice on which the region was drawn
 
 
 @dataclass(frozen=True, eq=False)
@@ -231,7 +232,9 @@ class SearchService:
             ScanExpiredError, M3RetReadError: See `scan`.
             ValueError: If the region holds no voxel of the query.
         """
-        return self._cached(self._heats, f"{query.key} {row} {query.region}", lambda: self._compare(query, row))
+        return self._cached(
+            self._heats, f"{query.key} {row} {query.region} {query.drawn_on}", lambda: self._compare(query, row)
+        )
 
     def _compare(self, query: Query, row: int) -> Heat:
         scans = self.scan(query.key), self.scan(key_of_row(row))
@@ -251,10 +254,10 @@ class SearchService:
         bodies = body_mask(scans[0], strides[0]) & inside, body_mask(scans[1], strides[1])
         masks = [mask if mask.any() else np.ones_like(mask) for mask in bodies]  # e.g. a region of air
         heats = [heat.numpy() * mask for heat, mask in zip((match.query_heat, match.hit_heat), masks, strict=True)]
-        best = [np.unravel_index(int(heat.argmax()), heat.shape) for heat in heats]
-        voxels = [
-            (int(at[0]), int(at[1]) * stride, int(at[2]) * stride) for at, stride in zip(best, strides, strict=True)
-        ]
+        best = [_middle_maximum(heat) for heat in heats]
+        if query.region is not None:
+            best[0] = (query.drawn_on, *best[0][1:])
+        voxels = [(at[0], at[1] * stride, at[2] * stride) for at, stride in zip(best, strides, strict=True)]
         return Heat(*(np.rint(heat * 255).astype(np.uint8) for heat in heats), *voxels)
 
     def slices_in_patch(self, query: Query, slice_index: int) -> slice:
@@ -281,7 +284,8 @@ class SearchService:
         )
         if (rows, columns) == (slice(0, H), slice(0, W)):
             return replace(query, region=None)
-        return replace(query, region=(self.slices_in_patch(query, min(index, D - 1)), rows, columns))
+        index = min(index, D - 1)
+        return replace(query, region=(self.slices_in_patch(query, index), rows, columns), drawn_on=index)
 
     def prepare_regions(self) -> None:
         """Compute the patches of the gallery's scans, as many as fit in memory, so that a search by region is fast."""
@@ -338,6 +342,13 @@ def _coarse(tokens: ScanTokens, stride: int) -> ScanTokens:
     depth, *plane = tokens.edges
     height, width = (edges * (math.ceil(float(edges[-1]) / stride) / float(edges[-1])) for edges in plane)
     return replace(tokens, edges=(depth, height, width))
+
+
+def _middle_maximum(heat: NDArray[np.float32]) -> Voxel:
+    """Return a voxel of the largest value. Of several, such as in all slices of one patch, it is the middle one."""
+    largest = np.argwhere(heat == heat.max()).tolist()
+    depth, row, column = largest[len(largest) // 2]
+    return depth, row, column
 
 
 def _coarse_slice(axis: slice, stride: int) -> slice:

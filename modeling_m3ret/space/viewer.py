@@ -80,6 +80,7 @@ class Viewer:
             "item": item,
             "items": [*of_item],
             "region": region,
+            "box": [[axis.start, axis.stop] for axis in query.region or ()],
             "panes": [
                 self._pane(f"Query · {query_name}", query.key, heat.query, heat.query_voxel),
                 self._pane(f"Result {rank} · {name}", key_of_row(item), heat.hit, heat.hit_voxel),

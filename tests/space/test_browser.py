@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import nibabel
 import numpy as np
 import pydicom
 import pytest
@@ -360,6 +361,12 @@ def test_several_scans_in_an_upload_are_offered(open_page: OpenPage, server: Spa
     page.locator("#which-one .card").filter(has_not_text="slices").click()
     assert server.records[results(page)[0]].location == image
     assert not page.locator("#which-one .card").count()
+    page.locator("#another").click()
+    page.locator("#which-one .card").filter(has_text="slices").click()
+    assert server.records[results(page)[0]].location == server.scan_path("ct", "")
+    page.locator("#start-over").click()
+    page.locator("#welcome").wait_for()
+    assert not page.locator("#another").is_visible(), "the upload is not the query any more"
 
 
 def test_a_folder_is_uploaded(open_page: OpenPage, server: SpaceServer) -> None:
@@ -546,6 +553,21 @@ def test_a_scan_is_shown_as_radiologists_expect(open_page: OpenPage, tmp_path: P
     assert pane(page, 0, "pane.nv.opts.sliceType === pane.nv.sliceTypeMultiplanar")
 
 
+def test_the_face_is_at_the_left_of_a_sagittal_slice(open_page: OpenPage, tmp_path: Path) -> None:
+    values = np.full((6, 40, 40), 100, np.int16)  # from right to left, posterior to anterior, inferior to superior
+    values[:, 28:38, 28:38] = 900  # anterior and superior
+    nibabel.save(nibabel.Nifti1Image(values, np.diag([6.0, 1.0, 1.0, 1.0])), tmp_path / "sagittal.nii")
+    page = open_page()
+    upload(page, tmp_path / "sagittal.nii")
+    results(page)
+    open_result(page)
+    page.locator("#viewer canvas").first.focus()
+    page.keyboard.press("h")
+    shown = picture(page)
+    bright = np.argwhere(shown.min(-1) > 200).mean(0) / shown.shape[:2]
+    assert (bright < 0.45).all(), "at the top left"
+
+
 def test_an_image_is_not_mirrored(open_page: OpenPage, tmp_path: Path) -> None:
     pixels = np.full((60, 60, 3), (60, 90, 60), np.uint8)
     pixels[5:15, 5:15] = (255, 0, 0)
@@ -618,6 +640,10 @@ def test_a_box_on_the_query_searches_by_that_region(
     assert len(hot)
     assert hot.min() > 0.2, "no colour outside of the region"
     assert hot.max() < 0.8
+    shown = picture(page)
+    outline = np.argwhere(np.abs(shown - [255, 217, 51]).max(-1) < 40)
+    ends = np.concatenate([outline.min(0), outline.max(0)]) / [*shown.shape[:2], *shown.shape[:2]]
+    np.testing.assert_allclose(ends, [0.35, 0.35, 0.6, 0.6], atol=0.04)
     assert not page.locator("#grid small", has_text="closest").count(), "another score than the cosine"
     viewed(page, page.locator("#viewer [data-do=next]").click)
     assert "region" in page.locator("#viewer .message").inner_text()

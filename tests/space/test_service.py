@@ -101,12 +101,14 @@ def test_the_heatmap_of_a_region_is_zero_outside_of_it(service: SearchService, r
         (slice(0, D // 2), slice(0, H // 2), slice(0, W // 2)),
         (slice(D // 2, D), slice(H // 2, H), slice(W // 2, W)),
     ):
-        heat = service.heat(replace(query, region=region), row)
+        drawn_on = region[0].start + 1
+        heat = service.heat(replace(query, region=region, drawn_on=drawn_on), row)
         outside = heat.query.copy()
         outside[region] = 0
         assert heat.query.any()
         assert not outside.any()
         assert all(axis.start <= at < axis.stop for axis, at in zip(region, heat.query_voxel, strict=True))
+        assert heat.query_voxel[0] == drawn_on
 
 
 def test_a_region_is_a_box_of_the_query(service: SearchService, records: list[Record]) -> None:
@@ -116,6 +118,7 @@ def test_a_region_is_a_box_of_the_query(service: SearchService, records: list[Re
     assert region is not None
     assert region[1:] == (slice(4, 10), slice(3, W))
     assert region[0] == service.slices_in_patch(query, D - 1)
+    assert service.with_region(query, 999, 4, 9, 3, 5).drawn_on == D - 1
     assert service.with_region(query, 999, 4, 9, 3, 5).region == (region[0], slice(4, 10), slice(3, 6))
     assert service.with_region(replace(query, region=region), 0, 0, H, 0, W).region is None, "the whole scan"
 

@@ -68,7 +68,7 @@ window.m3ret = (() => {
 
   // Files whose upload takes time must not replace a query that was chosen meanwhile.
   let isLatestQuery = true
-  const choosers = '#examples [data-index], #map [data-index], #which-one [data-index], #viewer [data-do=query], #search-with-item, #start-over'
+  const choosers = '#examples [data-index], #map [data-index], #which-one [data-index], #viewer [data-do=query], #search-with-item, #another, #start-over'
   document.addEventListener('click', (event) => { if (event.target.closest(choosers)) isLatestQuery = false }, true)
   for (const chosen of ['change', 'drop', 'paste']) {
     document.addEventListener(chosen, (event) => { if (event.type !== 'change' || event.target.type === 'file') isLatestQuery = true }, true)
@@ -108,11 +108,17 @@ window.m3ret = (() => {
       this.viewer = viewer
       this.nv = new window.niivue.Niivue({
         backColor: [0, 0, 0, 1], isRadiologicalConvention: true, dragAndDropEnabled: false, crosshairColor: [0.2, 0.9, 1, 0.8],
-        crosshairWidth: 0.3, crosshairWidthUnit: 'percent', crosshairGap: 10, multiplanarShowRender: 0, show3Dcrosshair: false, loadingText: '', logLevel: 'error',
+        crosshairWidth: 0.4, crosshairWidthUnit: 'percent', crosshairGap: 10, multiplanarShowRender: 0, show3Dcrosshair: false, loadingText: '', logLevel: 'error',
         isForceMouseClickToVoxelCenters: true, rulerColor: [1, 0.85, 0.2, 1], selectionBoxColor: [0.2, 0.9, 1, 0.25],
-        fontMinPx: 16, fontColor: [1, 1, 1, 1], showAllOrientationMarkers: true, multiplanarPadPixels: 20
+        fontMinPx: 16, fontColor: [1, 1, 1, 1], showAllOrientationMarkers: true, multiplanarPadPixels: 20, sagittalNoseLeft: true
       })
-      this.nv.drawCircle = (box, colour) => this.nv.drawRect(box, colour) // a region is a box, NiiVue draws an ellipse
+      const { nv } = this
+      nv.drawCircle = (box, colour) => nv.drawRect(box, colour) // a region is a box, NiiVue draws an ellipse
+      const { drawScene, drawTextLeft, drawTextAbove } = nv
+      nv.drawScene = () => { drawScene.call(nv); this.drawRegion() }
+      // NiiVue draws the letters at the right and at the bottom partly outside of the picture
+      nv.drawTextLeft = ([x, y], ...text) => drawTextLeft.call(nv, [x - 6, y], ...text)
+      nv.drawTextAbove = ([x, y], ...text) => drawTextAbove.call(nv, [x, y - 6], ...text)
       this.tool('crosshair')
       this.nv.addColormap('m3ret', HEAT)
       this.nv.onLocationChange = (location) => this.moved(location)
@@ -197,6 +203,25 @@ window.m3ret = (() => {
     }
 
     get slice () { return this.voxel(0, this.nv.scene.crosshairPos[this.pane.axes[0][0]]) }
+
+    // Outline the region of the search on each of its slices. Its ends are the edges of voxels.
+    drawRegion () {
+      const { nv, pane } = this
+      const [slices, ...ends] = this === this.viewer.panes?.[0] ? this.viewer.props.value?.box ?? [] : []
+      if (!slices || !nv.volumes.length || this.viewer.planes || this.slice < slices[0] || this.slice >= slices[1]) return
+      const size = [nv.canvas.height, nv.canvas.width]
+      const [first, last] = [[0, 0], [size[1], size[0]]].map(([x, y]) => nv.screenXY2TextureFrac(x, y, 0, false))
+      const [[y, bottom], [x, right]] = ends.map((edges, index) => {
+        const [world, direction] = pane.axes[index + 1]
+        return edges.map((edge) => edge / pane.shape[index + 1]).map((share) => direction > 0 ? share : 1 - share)
+          .map((share) => (share - first[world]) / (last[world] - first[world]) * size[index]).sort((one, other) => one - other)
+      })
+      const [width, height] = [right - x, bottom - y]
+      const line = 2 * nv.uiData.dpr
+      for (const side of [[x, y, width, line], [x, y + height - line, width, line], [x, y, line, height], [x + width - line, y, line, height]]) {
+        nv.drawRect(side, [1, 0.85, 0.2, 1])
+      }
+    }
 
     go (slice, isLinked = false) {
       const position = this.nv.scene.crosshairPos
