@@ -628,7 +628,8 @@ class M3RetWhitening(nn.Module):
     Pooled features share a large mean and a few strong directions that say little about a case. Removing them improves
     retrieval without any label (Jégou and Chum, ECCV 2012). Pretraining fits the whitening to training scans; users can
     fit it to their own. Before `fit` it is the identity; for statistics pooling it selects the means. The output has
-    the hidden size `d`; wider features are reduced to the d directions of largest variance.
+    the hidden size `d`; wider features are reduced to the d directions of largest variance. These come first, so that
+    the first columns of embeddings are embeddings of fewer dimensions (`truncate_dim` in sentence-transformers).
     """
 
     mean: Tensor  # (pooled,)
@@ -669,7 +670,7 @@ class M3RetWhitening(nn.Module):
         variances, directions = torch.linalg.eigh(centred.T @ centred / len(pooled))
         scale = (variances.clamp(min=0) + shrinkage * variances[-1].clamp(min=1e-12)).rsqrt()
         self.mean.copy_(pooled.mean(0))
-        self.matrix.copy_((scale[:, None] * directions.T)[-len(self.matrix) :])
+        self.matrix.copy_((scale[:, None] * directions.T).flip(0)[: len(self.matrix)])
 
 
 def drop_path_rates(config: M3RetConfig) -> list[float]:
