@@ -11,6 +11,7 @@ import functools
 import importlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from numbers import Real
 from typing import Any, TypedDict
 
 import numpy as np
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 from transformers import BatchFeature, default_data_collator
 from transformers.image_processing_utils import BaseImageProcessor  # `transformers` itself has none without Pillow
+from transformers.processing_utils import ImagesKwargs
 
 from .packing_m3ret import split_into_patches
 from .reading_m3ret import M3RetReadError, Scan, read_scan
@@ -42,6 +44,8 @@ FIXED_SETTINGS = {
     "do_rescale": True,
     "do_normalize": True,
     "do_convert_rgb": True,
+    "do_center_crop": False,
+    "do_pad": False,
     "data_format": "channels_first",
 }
 SAVED_BY_TRANSFORMERS = ("auto_map", "image_processor_type", "feature_extractor_type", "processor_class")
@@ -82,8 +86,8 @@ class M3RetImageProcessor(BaseImageProcessor):
         image_std: divides the centred values. Together with `image_mean`, maps [0, 1] to [-1, 1].
 
     Raises:
-        ValueError: if a size is less than 1, or a standard setting of image processors has another value than
-            the only one that this processor supports.
+        ValueError: if a size is no integer of at least 1, `image_std` is not positive, or a standard setting of image
+            processors has another value than the only one that this processor supports.
         TypeError: if an argument is unknown.
     """
 
@@ -105,21 +109,29 @@ class M3RetImageProcessor(BaseImageProcessor):
         given = {name: value for name, value in kwargs.items() if name not in SAVED_BY_TRANSFORMERS and name[0] != "_"}
         _check_fixed_settings(given, M3RetImageProcessorKwargs.__annotations__)
         super().__init__(**{name: value for name, value in kwargs.items() if name not in given})
-        self.size: int = _single_number("size", size)
-        _require_positive(
-            size=self.size,
-            num_frames=num_frames,
-            max_patches=max_patches,
-            patch_size=patch_size,
-            patch_depth=patch_depth,
-        )
-        self.num_frames = num_frames
-        self.max_patches = max_patches
-        self.patch_size = patch_size
-        self.patch_depth = patch_depth
-        self.num_channels = num_channels
-        self.image_mean = _channel_numbers("image_mean", image_mean, num_channels)
-        self.image_std = _channel_numbers("image_std", image_std, num_channels)
+        self.size = _positive_integer("size", _single_number("size", size))
+        self.num_frames = _positive_integer("num_frames", num_frames)
+        self.max_patches = _positive_integer("max_patches", max_patches)
+        self.patch_size = _positive_integer("patch_size", patch_size)
+        self.patch_depth = _positive_integer("patch_depth", patch_depth)
+        self.num_channels = _positive_integer("num_channels", num_channels)
+        self.image_mean = _channel_numbers("image_mean", image_mean, self.num_channels)
+        self.image_std = _channel_numbers("image_std", image_std, self.num_channels)
+        if np.min(self.image_std) <= 0:
+            raise ValueError(f"image_std is out of range: expected positive numbers, got {image_std}.")
+
+    @classmethod
+    def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Build a processor from its settings, as every image processor.
+
+        Raises:
+            TypeError, ValueError: if one of `kwargs` is a setting of other image processors that has no effect here;
+                transformers would leave it out.
+        """
+        standard = ImagesKwargs.__annotations__.keys() - M3RetImageProcessorKwargs.__annotations__.keys()
+        given = {name: value for name, value in kwargs.items() if name in standard}
+        _check_fixed_settings(given, M3RetImageProcessorKwargs.__annotations__)
+        return super().from_dict(image_processor_dict, **kwargs)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # by name, because `datasets` hashes classes of remote code by their content, which differs between processes
@@ -156,21 +168,23 @@ class M3RetImageProcessor(BaseImageProcessor):
 
         Raises:
             M3RetReadError: if a scan cannot be read.
-            ValueError: if the list is empty, a size is less than 1, or `series` is neither a string nor an integer.
+            ValueError: if the list is empty, a size is no integer of at least 1, or `series` is neither a string nor
+                an integer.
             TypeError: if an argument is unknown.
         """
         call = ("size", "num_frames", "max_patches", "intensity", "input_data_format", "series", "return_tensors")
         _check_fixed_settings(unknown, call)
-        edge: int | None = None if size is None else _single_number("size", size)
-        settings = {"size": edge, "num_frames": num_frames, "max_patches": max_patches}
+        size = None if size is None else _single_number("size", size)
+        given = {"size": size, "num_frames": num_frames, "max_patches": max_patches}
+        settings = {name: None if value is None else _positive_integer(name, value) for name, value in given.items()}
         is_batch = input_data_format == "channels_first" and getattr(images, "ndim", None) == 4
         is_sequence = isinstance(images, Sequence) and not isinstance(images, (str, bytes, bytearray, memoryview))
         scans = list(images) if is_batch or is_sequence else [images]  # a `datasets` column is a sequence, too
         if not scans:
             raise ValueError("images is empty: expected at least one scan, got an empty list.")
         declared: dict[str, Any] = {"intensity": intensity, "input_data_format": input_data_format, "series": series}
-        declared["min_pixels"] = (self.size if edge is None else edge) ** 2
-        rows, grids = self.pack([self.resize(self.read(scan, num_frames, **declared), **settings) for scan in scans])
+        declared |= {"num_frames": settings["num_frames"], "min_pixels": (settings["size"] or self.size) ** 2}
+        rows, grids = self.pack([self.resize(self.read(scan, **declared), **settings) for scan in scans])
         if return_tensors is None:
             of_scans = {"pixel_values": rows.split(grids.prod(1).tolist()), "grid_thw": grids.split(1)}
             return BatchFeature({name: [each.numpy() for each in values] for name, values in of_scans.items()})
@@ -283,12 +297,11 @@ class M3RetImageProcessor(BaseImageProcessor):
             size: overrides the processor's setting, as do `num_frames` and `max_patches`.
 
         Raises:
-            ValueError: if a setting is less than 1.
+            ValueError: if a setting is not an integer of at least 1.
         """
-        size = self.size if size is None else size
-        num_frames = self.num_frames if num_frames is None else num_frames
-        max_patches = self.max_patches if max_patches is None else max_patches
-        _require_positive(size=size, num_frames=num_frames, max_patches=max_patches)
+        size = self.size if size is None else _positive_integer("size", size)
+        num_frames = self.num_frames if num_frames is None else _positive_integer("num_frames", num_frames)
+        max_patches = self.max_patches if max_patches is None else _positive_integer("max_patches", max_patches)
         D, H, W = shape
         slice_mm, row_mm, column_mm = (mm if mm is not None and 0 < mm < math.inf else None for mm in spacing)
         if row_mm is None or column_mm is None:
@@ -306,7 +319,7 @@ class M3RetImageProcessor(BaseImageProcessor):
             height = max(1, round(edge * aspect / self.patch_size))
             width = max(1, round(edge / aspect / self.patch_size))
             slices = max(1, round(depth * shrink))
-            if -(-slices // self.patch_depth) * height * width <= max_patches or shrink < 1e-3:
+            if -(-slices // self.patch_depth) * height * width <= max_patches or edge < 0.1:
                 # an extremely elongated scan, thousands of times longer than wide, is limited along its length
                 height, width = min(height, max_patches), min(width, max_patches)
                 return slices, height * self.patch_size, width * self.patch_size
@@ -398,7 +411,7 @@ def _single_number(name: str, value: Any) -> Any:
             expected = "one number (equal height and width)" if name == "size" else "one number for all channels"
             raise ValueError(f"{name} is not supported: expected {expected}, got {value}.")
         (value,) = numbers
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
         raise ValueError(f"{name} is not supported: expected a finite number, got {value!r}.")
     return value
 
@@ -413,7 +426,7 @@ def _channel_numbers(name: str, value: Any, num_channels: int) -> float | list[f
         if len(value) != num_channels:
             raise ValueError(f"{name} is not supported: expected {num_channels} numbers, got {value}.")
         return [float(_single_number(name, number)) for number in value]
-    return _single_number(name, value)
+    return float(_single_number(name, value))
 
 
 def _check_fixed_settings(settings: Mapping[str, Any], known: Iterable[str]) -> None:
@@ -441,11 +454,16 @@ def _restore(module: str, name: str, settings: dict[str, Any]) -> Any:
     return processor
 
 
-def _require_positive(**settings: int) -> None:
-    """Raise a ValueError that names the first setting below 1."""
-    for name, value in settings.items():
-        if value < 1:
-            raise ValueError(f"{name} is out of range: expected at least 1, got {value}.")
+def _positive_integer(name: str, value: Any) -> int:
+    """Return the value of a setting as an integer.
+
+    Raises:
+        ValueError: if it is not an integer of at least 1. The message names the setting.
+    """
+    is_number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    if not is_number or value < 1 or value != int(value):
+        raise ValueError(f"{name} is out of range: expected an integer of at least 1, got {value!r}.")
+    return int(value)
 
 
 __all__ = ["M3RetCollator", "M3RetImageProcessor", "M3RetReadError"]

@@ -801,7 +801,7 @@ class M3RetModel(M3RetPreTrainedModel):
         Raises:
             ValueError: if `pixel_values` and `grid_thw` have wrong or inconsistent shapes, or are not numbers of the
                 kinds above.
-            TypeError: if an argument is unknown.
+            TypeError: if an argument is unknown, or no tensor.
         """
         dense = grid_thw is None
         rows, coordinates, layout = self.lay_out(pixel_values, grid_thw)
@@ -881,6 +881,12 @@ class M3RetModel(M3RetPreTrainedModel):
         errors are those of `forward`.
         """
         config = self.config
+        for name, value in (("pixel_values", pixel_values), ("grid_thw", grid_thw)):
+            if not isinstance(value, Tensor) and not (value is None and name == "grid_thw"):
+                raise TypeError(
+                    f"{name} is of a wrong type: expected a tensor, got {type(value).__name__}. Pass the processor's "
+                    "output as `model(**inputs)`."
+                )
         if not pixel_values.is_floating_point():
             raise ValueError(
                 f"pixel_values are not normalised: expected floating-point numbers, got {pixel_values.dtype}. Use the "

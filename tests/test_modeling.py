@@ -6,12 +6,13 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import tiny_config
 from huggingface_hub.errors import StrictDataclassClassValidationError, StrictDataclassFieldValidationError
 from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, BatchFeature, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from modeling_m3ret import M3RetConfig, M3RetForPreTraining, M3RetModel
@@ -537,6 +538,16 @@ def test_wrong_shapes_raise_an_error_that_names_the_argument(
 ) -> None:
     with pytest.raises(ValueError, match=argument):
         make_model()(torch.zeros(pixels), None if grid is None else torch.tensor(grid))
+
+
+@pytest.mark.parametrize(
+    "given", [BatchFeature({"pixel_values": torch.zeros(4, 3072)}), np.zeros((1, 3, 32, 32), np.float32), None]
+)
+def test_inputs_that_are_no_tensors_are_refused_by_name(given: Any) -> None:
+    with pytest.raises(TypeError, match="pixel_values"):
+        make_model()(given)
+    with pytest.raises(TypeError, match="grid_thw"):
+        make_model()(torch.zeros(4, 3072), [[1, 2, 2]])
 
 
 @pytest.mark.parametrize("make", [make_model, lambda: M3RetForPreTraining(tiny_config())])

@@ -55,9 +55,17 @@ def test_settings_of_other_image_processors_are_understood(picture: Path) -> Non
     [
         ({"do_resize": False}, ValueError),
         ({"do_normalize": False}, ValueError),
+        ({"do_center_crop": True}, ValueError),
+        ({"crop_size": 64}, TypeError),
+        ({"resample": 3}, TypeError),
         ({"data_format": "channels_last"}, ValueError),
         ({"size": {"height": 64, "width": 32}}, ValueError),
         ({"size": "64"}, ValueError),
+        ({"size": 64.5}, ValueError),
+        ({"size": 0}, ValueError),
+        ({"num_frames": "2"}, ValueError),
+        ({"num_frames": True}, ValueError),
+        ({"max_patches": float("inf")}, ValueError),
         ({"foo": 3}, TypeError),
     ],
 )
@@ -69,6 +77,44 @@ def test_settings_without_effect_are_refused_by_name(
         M3RetImageProcessor(**settings)
     with pytest.raises(error, match=name):
         M3RetImageProcessor()(picture, **settings)
+
+
+def test_settings_without_effect_are_refused_when_loading(tmp_path: Path, picture: Path) -> None:
+    """Of what is unknown, transformers leaves out all, as it may be meant for a model of the same pipeline."""
+    expected = M3RetImageProcessor(size=64)
+    expected.save_pretrained(tmp_path)
+    for settings in ({"do_resize": False}, {"do_center_crop": True}, {"crop_size": 32}, {"resample": 3}):
+        with pytest.raises((TypeError, ValueError), match=next(iter(settings))):
+            AutoImageProcessor.from_pretrained(tmp_path, **settings)
+    for settings in ({"do_center_crop": False}, {"do_pad": False, "do_resize": True}, {"dtype": "auto"}):
+        assert_same(AutoImageProcessor.from_pretrained(tmp_path, **settings)(picture), expected(picture))
+
+
+def test_numbers_of_numpy_are_numbers(tmp_path: Path, picture: Path) -> None:
+    of_numpy = {
+        "size": np.int64(64),
+        "num_frames": np.uint8(8),
+        "image_mean": np.float32(0.25),
+        "image_std": np.ones(())[()],
+    }
+    processor, expected = M3RetImageProcessor(**of_numpy), M3RetImageProcessor(64, 8, image_mean=0.25, image_std=1)
+    assert processor.to_dict() == expected.to_dict()
+    processor.save_pretrained(tmp_path)
+    assert_same(AutoImageProcessor.from_pretrained(tmp_path)(picture), expected(picture))
+    assert_same(M3RetImageProcessor(32, image_mean=0.25, image_std=1)(picture, size=np.int64(64)), expected(picture))
+
+
+@pytest.mark.parametrize("std", [0, -1.0, [0.5, 0.0, 0.5]])
+def test_deviations_that_cannot_divide_are_refused(std: Any) -> None:
+    with pytest.raises(ValueError, match="image_std"):
+        M3RetImageProcessor(image_std=std)
+
+
+@pytest.mark.parametrize("size", [10**4, 10**9])
+def test_no_size_exceeds_the_maximum_of_patches(picture: Path, size: int) -> None:
+    (grid,) = M3RetImageProcessor(size=size, max_patches=200)(picture)["grid_thw"].tolist()
+    assert 150 < np.prod(grid) <= 200
+    assert grid[2] / grid[1] == pytest.approx(60 / 40, rel=0.1)
 
 
 @pytest.mark.parametrize("mean", [[0.485, 0.456], [0.485, 0.456, "0.4"], [0.485, 0.456, float("nan")]])
