@@ -9,12 +9,11 @@ that cannot be read are not stored either. Visitors see the row of a scan and wh
 from __future__ import annotations
 
 import io
-import json
 import shutil
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from dataclasses import dataclass, replace
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import TypedDict, cast
 
@@ -23,6 +22,7 @@ import pyarrow.parquet as pq
 import torch
 from filelock import FileLock
 from PIL import Image
+from pydantic import BaseModel, ConfigDict
 from pydicom.data import get_testdata_file
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -65,8 +65,15 @@ SAMPLES = {
 }
 
 
-Report = Callable[[int, int], object]
-NO_REPORT: Report = lambda done, total: None  # noqa: E731
+Report = Callable[[int, int], object]  # called with the number of embedded scans and of all scans
+
+
+class About(BaseModel):
+    """What a saved gallery states of itself. Visitors see all labels if `show_labels` is set, see `visible.py`."""
+
+    model_config = ConfigDict(strict=True)
+    collection: str | None = None  # name by which the records can be opened on another machine
+    show_labels: bool = False
 
 
 class Facts(TypedDict):
@@ -87,7 +94,6 @@ class Gallery:
     thumbnails: pa.ChunkedArray | None = None  # WebP picture of each row
     collection: str | None = None  # name by which the records can be opened on another machine
     show_labels: bool = False  # whether visitors see modality, anatomy and labels as they are, see `visible.py`
-    _blank: dict[int, bool] = field(default_factory=dict, init=False, repr=False)
 
     def __len__(self) -> int:
         return len(self.index)
@@ -114,12 +120,10 @@ class Gallery:
         with Image.open(io.BytesIO(self.thumbnails[row].as_py()), formats=["WEBP"]) as image:
             return image.convert("RGB")
 
-    def is_blank(self, row: int) -> bool:
-        """Return whether the thumbnail of a scan shows nothing."""
-        if row not in self._blank:
-            thumbnail = self.thumbnail(row)
-            self._blank[row] = thumbnail is not None and is_blank(thumbnail)
-        return self._blank[row]
+    @cached_property
+    def is_blank(self) -> Callable[[int], bool]:
+        """Tells whether the thumbnail of a row shows nothing."""
+        return cache(lambda row: (thumbnail := self.thumbnail(row)) is not None and is_blank(thumbnail))
 
     def counts(self, column: str) -> dict[str, int]:
         """Return the distinct values of a visible column with their number of scans, sorted, without empty ones."""
@@ -135,13 +139,11 @@ class Gallery:
         query_row: int | None = None,
         exclude_same_patient: bool = False,
     ) -> Hits:
-        """Return the k most similar scans of one embedding that are not blank.
+        """Return the k most similar scans of one embedding `(d,)` that are not blank.
 
         Args:
-            embedding: `(d,)`.
-            where: only scans that match this filter are found.
             query_row: row of the query, if it is a scan of this gallery. It is not a hit of itself.
-            exclude_same_patient: leave out other scans of the query's patient, if there is a `query_row`.
+            exclude_same_patient: leave out other scans of the patient of `query_row`.
         """
         patients = None
         if exclude_same_patient and query_row is not None:
@@ -164,8 +166,8 @@ class Gallery:
         if self.thumbnails is not None:
             with atomic_write(folder / THUMBNAILS) as stream:
                 pq.write_table(pa.table({"webp": self.thumbnails}), stream, compression="none")
-        about = {"collection": self.collection} | ({"show_labels": True} if self.show_labels else {})
-        atomic_write_text(folder / ABOUT, json.dumps(about))
+        about = About(collection=self.collection, show_labels=self.show_labels)
+        atomic_write_text(folder / ABOUT, about.model_dump_json())
 
 
 def check_gallery(source: str | None) -> None:
@@ -182,16 +184,14 @@ def open_gallery(
     show_labels: bool = False,
     *,
     project: Path = Path(),
-    report: Report = NO_REPORT,
+    report: Report | None = None,
 ) -> Gallery:
     """Open a gallery, and embed it if needed, with a model of this name.
 
     Args:
         source: folder of an index, or a collection as `open_collection` takes it. None opens the gallery published with
             this Space, or else the demo.
-        show_labels: whether visitors see modality, anatomy and labels as they are. Published galleries state it too.
         project: folder that may hold the real scans of the demo; otherwise it is the phantom.
-        report: called with the number of embedded scans and of all scans while the gallery is embedded.
 
     Raises:
         IndexFormatError: if the index is damaged or of another model.
@@ -204,9 +204,8 @@ def open_gallery(
         gallery.show_labels |= show_labels
         return gallery
     if source is None:
-        has_folder = (project / DEMO_FOLDER).is_dir()
-        portable: str | None = DEMO_FOLDER if has_folder else DEMO
-        demo = open_collection(project / DEMO_FOLDER if has_folder else DEMO)
+        portable: str | None = DEMO_FOLDER if (project / DEMO_FOLDER).is_dir() else DEMO
+        demo = open_collection(project / DEMO_FOLDER if portable == DEMO_FOLDER else DEMO)
         records: Sequence[Record] = [*demo, *sample_records()]
     else:
         portable = None if Path(source).exists() else source
@@ -223,13 +222,9 @@ def embed_gallery(
     name: str,
     collection: str | None = None,
     folder: Path | None = None,
-    report: Report = NO_REPORT,
+    report: Report | None = None,
 ) -> Gallery:
     """Return the gallery of some records, from the cache if possible. Scans that cannot be read are left out.
-
-    Args:
-        collection: name by which the records can be opened on another machine.
-        folder: of the cache; by default `HF_HOME/m3ret/galleries`.
 
     Raises:
         CollectionError: if no scan can be read.
@@ -264,7 +259,7 @@ def _embed(
     facts: ModelFacts,
     collection: str | None,
     folder: Path,
-    report: Report,
+    report: Report | None,
 ) -> None:
     """Embed a gallery in shards and save it."""
     embedders = {"embeddings": encoder_embedder(model), "thumbnails": thumbnail_embedder(processor)}
@@ -273,9 +268,9 @@ def _embed(
 
     class Bar(tqdm):
         def update(self, n: float | None = 1) -> bool | None:
-            shown = super().update(n)
-            report(int(self.n), len(records))
-            return shown
+            if report is not None:
+                report(int(self.n + (n or 0)), len(records))
+            return super().update(n)
 
     with Bar(total=len(records), desc="embedding the gallery", unit="scan") as bar:
         write_shards(names, embed, records, shards, SHARD_SCANS, bar=bar, log_failures=False)
@@ -302,7 +297,11 @@ def _load(folder: Path, facts: ModelFacts, records: Sequence[Record] | None = No
     index = RetrievalIndex.load(folder)
     # names may differ: folders are renamed, and a Space gives its model another name
     check_model(folder, replace(index.facts, model=facts.model), facts)
-    collection, show_labels = _read_about(folder)
+    try:
+        about = About.model_validate_json((folder / ABOUT).read_bytes()) if (folder / ABOUT).is_file() else About()
+    except ValueError as error:
+        expected = "expected a name or null as collection, and true or false as show_labels"
+        raise damaged(folder, f"{ABOUT} is not valid: {expected}.", ABOUT) from error
     thumbnails = None
     if (folder / THUMBNAILS).is_file():
         try:
@@ -312,32 +311,17 @@ def _load(folder: Path, facts: ModelFacts, records: Sequence[Record] | None = No
         if len(thumbnails) != len(index):
             details = f"{THUMBNAILS} does not match the index: expected {len(index)} rows, got {len(thumbnails)}."
             raise damaged(folder, details, THUMBNAILS)
-    if records is None and collection is not None:
-        records = open_collection(collection)
+    if records is None and about.collection is not None:
+        records = open_collection(about.collection)
     if records is not None:
         record_of = {str(position): record for position, record in enumerate(records)}
         ids = index.metadata.column("id").to_pylist()
         found = [record_of[id] for id in ids if id in record_of]
         if len(found) < len(ids):
             expected = f"expected {len(ids)} of its scans, got {len(found)}."
-            raise damaged(folder, f"the collection {collection} does not match the index: {expected}")
+            raise damaged(folder, f"the collection {about.collection} does not match the index: {expected}")
         records = found
-    return Gallery(index, records, thumbnails, collection, show_labels)
-
-
-def _read_about(folder: Path) -> tuple[str | None, bool]:
-    """Return the collection of a saved gallery and whether its labels are shown as they are."""
-    if not (folder / ABOUT).is_file():
-        return None, False
-    try:
-        about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
-        collection, show_labels = about.get("collection"), about.get("show_labels", False)
-    except (ValueError, AttributeError, RecursionError) as error:
-        raise damaged(folder, f"{ABOUT} is not valid: expected a JSON object.", ABOUT) from error
-    if not isinstance(collection, str | None) or not isinstance(show_labels, bool):
-        expected = "expected a name or null as collection, and true or false as show_labels"
-        raise damaged(folder, f"{ABOUT} is not valid: {expected}.", ABOUT)
-    return collection, show_labels
+    return Gallery(index, records, thumbnails, about.collection, about.show_labels)
 
 
 def _metadata(records: Sequence[Record], readable: Sequence[Record]) -> pa.Table:

@@ -54,7 +54,6 @@ class RequestGate:
     Args:
         folder: Folder of the uploads. Uploads in progress may take half of its free disk space.
         upload_bytes: Maximum size of one upload, all of its files together.
-        page: Page whose events define the accepted values.
         assets: Server from which the page loads its scripts, besides this one.
     """
 
@@ -109,7 +108,11 @@ class RequestGate:
         if is_upload and self._bytes_in_progress + length > shutil.disk_usage(self.folder).free // 2:
             raise EventError(507, "This server does not have enough disk space. Please try again later.")
         if is_upload:
-            await self._upload(length, scope, receive, send)
+            self._bytes_in_progress += length
+            try:
+                await self.app(scope, receive, send)
+            finally:
+                self._bytes_in_progress -= length
         else:
             await self._message(route, found[3], length, scope, receive, send)
 
@@ -127,13 +130,6 @@ class RequestGate:
         await self.app({**scope, **question}, receive, send)
         if statuses[0] == 401:
             raise EventError(401, "Log in first.")
-
-    async def _upload(self, length: int, scope: Scope, receive: Receive, send: Send) -> None:
-        self._bytes_in_progress += length
-        try:
-            await self.app(scope, receive, send)
-        finally:
-            self._bytes_in_progress -= length
 
     async def _message(
         self, route: str, api_name: str, length: int, scope: Scope, receive: Receive, send: Send

@@ -101,6 +101,7 @@ def test_requirements_include_every_package_that_the_app_and_the_readers_import(
     modules = {name.split(".")[0] for name in wanted} & distributions.keys()
     assert {"SimpleITK", "h5py", "pillow_heif", "nibabel", "pydicom", "av"} <= modules
     transitive = {"m3ret", "gradio", "safetensors", "packaging", "pyyaml", "starlette", "uvicorn", "anyio", "jinja2"}
+    transitive |= {"pandas", "pydantic", "pydantic-core"}  # of gradio
     not_needed = {"pymilvus", "onnx", "onnxruntime", "onnxscript"}  # for servers and exports
     missing = {canonicalize_name(distributions[name][0]) for name in modules} - declared - transitive - not_needed
     assert not missing
@@ -140,7 +141,7 @@ def test_no_pixel_and_no_name_of_a_local_gallery_is_uploaded(files: dict[str, by
     gallery = {name for name in files if name.startswith("gallery/")}
     assert {Path(name).suffix for name in gallery} == {".json", ".parquet", ".safetensors"}
     assert "gallery/thumbnails.parquet" not in gallery
-    assert json.loads(files["gallery/gallery.json"]) == {"collection": None}
+    assert json.loads(files["gallery/gallery.json"]) == {"collection": None, "show_labels": False}
     for name, content in files.items():
         for secret in (b"secret-ward", b"subject-00", b"xray-00", str(ROOT).encode(), b"hf_home"):
             is_source_code = name.startswith("modeling_m3ret/") and secret in (b"subject-00", b"xray-00")

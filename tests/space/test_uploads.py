@@ -23,8 +23,9 @@ from PIL import Image
 from scan_files import dicom_bytes
 
 
-pytest.importorskip("starlette", reason="the Space needs gradio: pip install m3ret[app]")
+pytest.importorskip("gradio", reason="the Space needs gradio: pip install m3ret[app]")
 
+import gradio
 from starlette.responses import PlainTextResponse
 
 from modeling_m3ret import M3RetReadError
@@ -276,7 +277,7 @@ def test_uploads_in_progress_count_towards_the_disk_space(tmp_path: Path, monkey
             if message["type"] == "http.response.start":
                 statuses.append(message["status"])
 
-        gate = request_gate.RequestGate(app, tmp_path, 50, page=None)
+        gate = request_gate.RequestGate(app, tmp_path, 50, page=gradio.Blocks())
         headers = [(b"content-length", b"40"), (b"content-type", b"multipart/form-data; boundary=x")]
         scope = {"type": "http", "method": "POST", "path": "/gradio_api/upload", "headers": headers}
         first = asyncio.create_task(gate(scope, None, send))
