@@ -19,6 +19,7 @@ import gradio as gr
 from ..errors import InputError
 from ..reading_m3ret import M3RetReadError
 from ..search.filters import MetadataFilter
+from .results import HTML
 from .service import DEFAULT_HITS, MAX_HITS, Query, SearchService
 
 
@@ -27,8 +28,6 @@ logger = logging.getLogger(__name__)
 # keyword arguments of events
 HEAVY: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 2}  # the number of cores of a small server
 PRIVATE: dict[str, Any] = {"api_visibility": "private"}
-
-
 # what went wrong with an upload, and what to do about it, by the reason of an `M3RetReadError`
 PLAIN = {
     "damaged": "the file is incomplete or damaged. Export it again, and upload the new copy.",
@@ -58,9 +57,7 @@ def error_html(error: Exception) -> str:
     """Return an error in plain words, in HTML."""
     message = expected_message(error)
     if isinstance(error, M3RetReadError) and error.reason:
-        what = f"<p>We could not read <b>{html.escape(error.file)}</b>: {PLAIN[error.reason]}</p>"
-        detail = html.escape(error.detail[:1].upper() + error.detail[1:])
-        return f"{what}<details><summary>Details</summary><p>{detail}</p></details>"
+        return str(HTML.error(error.file, PLAIN[error.reason], error.detail[:1].upper() + error.detail[1:]))
     return f"<p>{html.escape(message or FAILED)}</p>"
 
 
@@ -81,11 +78,7 @@ def show_errors(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def add_endpoints(service: SearchService) -> None:
-    """Add the endpoints to the current `gr.Blocks`. Their docstrings are their documentation; see also docs/space.md.
-
-    Each needs components as inputs; they are hidden. Files arrive through a file component, which accepts uploads only:
-    `RequestGate` refuses URLs.
-    """
+    """Add the endpoints to the current `gr.Blocks`. Their inputs are hidden components, their docstrings are shown."""
 
     @contextmanager
     def uploaded(files: list[str] | None) -> Iterator[tuple[Query, dict[str, Any]]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from functools import cached_property
-from html import escape
 from typing import Any
 
 import gradio as gr
@@ -12,7 +11,7 @@ import torch
 
 from ..evaluation.report.numbers import principal_components
 from .endpoints import HEAVY, PRIVATE
-from .results import describe, modality_name, once_loaded, readable
+from .results import HTML, describe, modality_name, once_loaded, readable
 from .search_page import SearchPage
 from .service import Query, SearchService
 
@@ -70,26 +69,15 @@ class ExplorePage:
         named = by_count if len(by_count) <= len(COLOURS) else by_count[: len(COLOURS) - 1]
         colours = dict(zip(named, COLOURS, strict=False))
         legend = colours | ({OTHERS: COLOURS[-1]} if len(named) < len(by_count) else {})
-        shapes = []
-        for row in range(0, len(names), -(-len(names) // MAX_POINTS)):
-            x, y = self.points[row].tolist()
-            fill, text = colours.get(names[row], COLOURS[-1]), escape(describe(gallery.facts(row)), quote=True)
-            shapes.append(
-                f"<circle cx='{x:.1f}' cy='{y:.1f}' r='9' fill='{fill}' data-index='{row}' data-tip='{text}'/>"
-            )
-        if query is not None:
-            x, y = self._place(query)
-            shapes.append(f"<circle class='query' cx='{x:.1f}' cy='{y:.1f}' r='18'/>")
-        entries = "".join(
-            f"<span><i style='background:{shade}'></i>{escape(name)} ({names.count(name) or 'rest'})</span>"
-            for name, shade in legend.items()
-        )
-        svg = f"<svg viewBox='0 0 {WIDTH} {HEIGHT}' role='img' aria-label='Map of the gallery'>{''.join(shapes)}</svg>"
-        return f"<div class='legend'>{entries}</div><div class='scroll' tabindex='0'>{svg}</div>"
-
-    def _place(self, query: Query) -> list[float]:
-        """Return the point of the query: its own, or of its nearest scan, beside which it lies."""
-        if query.row is None:
-            similarity = self.service.gallery.index.embeddings.float() @ query.embedding
-            return self.points[int(similarity.argmax())].tolist()
-        return self.points[query.row].tolist()
+        points = [
+            (row, *self.points[row].tolist(), colours.get(names[row], COLOURS[-1]), describe(gallery.facts(row)))
+            for row in range(0, len(names), -(-len(names) // MAX_POINTS))
+        ]
+        entries = [(name, shade, names.count(name)) for name, shade in legend.items()]
+        place = None
+        if query is not None:  # of an upload, the place of its nearest scan, beside which it lies
+            row = query.row
+            if row is None:
+                row = int((gallery.index.embeddings.float() @ query.embedding).argmax())
+            place = self.points[row].tolist()
+        return str(HTML.map(points, entries, place, WIDTH, HEIGHT))

@@ -15,6 +15,7 @@ import socket
 import sys
 import tempfile
 from functools import partial
+from importlib.resources import files
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -31,6 +32,7 @@ from ..evaluation.leakage import read_training_facts
 from .endpoints import add_endpoints
 from .explore import ExplorePage
 from .request_gate import RequestGate
+from .results import HTML
 from .search_page import SearchPage
 from .service import SearchService
 from .uploads import UPLOAD_BYTES, start_sweeper
@@ -40,25 +42,6 @@ from .viewer import STATIC, viewer_routes
 MAX_QUEUE = 64  # waiting visitors; further ones are asked to retry
 SHARE_ASSETS = "https://gradio.s3-us-west-2.amazonaws.com"  # with a public address, Gradio's scripts come from here
 MAX_SESSIONS = 1000  # latest sessions whose state is stored; each takes at least 0.125 MB
-HEADER = """<div class="head"><h1>M3Ret</h1><p>Find similar medical scans of any modality</p>
-<b>Research software, not for diagnosis</b></div>"""
-SYNTHETIC = (
-    "<b>This model has seen synthetic scans only.</b> Its results on real scans are not meaningful. Use it to try the "
-    "software, and a checkpoint trained on real scans for anything else."
-)
-NOTICE = """## Not for diagnosis
-
-Research software. It finds scans that a model considers similar. It makes no statement about a patient's condition and
-has not been evaluated for any clinical decision. Colours in the viewer show which image regions the model considers to
-match. They are often wrong.
-
-## Your scans
-
-An uploaded scan is read, compared, and deleted within one hour. Text in a file's header is not shown, and no data
-leaves this server, except the pixels that your own browser shows. Still, do not upload a patient's scan to a server
-that is not under your control.
-
-"""
 
 
 def build(service: SearchService, model_name: str) -> gr.Blocks:
@@ -69,9 +52,9 @@ def build(service: SearchService, model_name: str) -> gr.Blocks:
     os.environ.setdefault("GRADIO_ANALYTICS_MAX_EVENTS", "1")
     _ = service.gallery.calibration  # now, not when the first visitor waits for it
     with gr.Blocks(title="M3Ret", analytics_enabled=False) as page:
-        gr.HTML(HEADER, elem_id="header")
+        gr.HTML(HTML.header(), elem_id="header")
         if read_training_facts(model_name).get("synthetic"):
-            gr.HTML(SYNTHETIC, elem_id="synthetic")
+            gr.HTML(HTML.synthetic(), elem_id="synthetic")
         with gr.Tabs() as tabs:
             with gr.Tab("Search", id="search"):
                 search = SearchPage(service)
@@ -97,7 +80,6 @@ def serve(
 
     Args:
         listening: Socket on which to serve. None for one on any free port.
-        share: Whether to create a public Gradio address too.
         auth: User and password.
         upload_bytes: Maximum size of one upload, all of its files together.
         wait: Whether to block until the server is stopped.
@@ -137,7 +119,9 @@ def serve(
             run_history=False,  # visits are recorded neither here nor in browsers
         )
         if share:
-            print(_share_message(public_address, address, auth is not None), file=sys.stderr, flush=True)
+            public = public_address or "none; see the error above"
+            note = "" if auth else " Everyone who knows it has access. Set --auth to require a password."
+            print(f"Public address: {public}.{note}", file=sys.stderr, flush=True)
         if wait:
             page.block_thread()
         return str(address)
@@ -156,13 +140,6 @@ def _start_server(listening: socket.socket, app: Any, **_: Any) -> tuple[str, in
     return host, port, f"http://{'localhost' if host == '0.0.0.0' else host}:{port}/", server
 
 
-def _share_message(public_address: str | None, address: str, has_password: bool) -> str:
-    if public_address is None:
-        return f"Could not create a public address (see the error above). The page is available at {address}."
-    warning = "" if has_password else " Everyone who knows this address has access. Set --auth to require a password."
-    return f"Public address: {public_address}.{warning}"
-
-
 def about(model_name: str) -> str:
     """Return the "About" tab in HTML: the notice and the model card.
 
@@ -173,15 +150,15 @@ def about(model_name: str) -> str:
     for kind in ("html_block", "html_inline"):
         markdown.add_render_rule(kind, lambda *_: "")
     markdown.add_render_rule("image", lambda _, tokens, index, *__: html.escape(tokens[index].content))
-    rendered: str = markdown.render(NOTICE + (card if card else "This checkpoint has no model card."))
-    return rendered
+    notice = (files("modeling_m3ret.space") / "templates" / "notice.md").read_text(encoding="utf-8")
+    return str(markdown.render(notice + (card or "This checkpoint has no model card.")))
 
 
 def model_card(model_name: str) -> str:
     """Return the README.md of a checkpoint folder or Hub repository with its header, or an empty string."""
     try:
         is_local = Path(model_name).is_dir()
-        file = Path(model_name, "README.md") if is_local else Path(hf_hub_download(model_name, "README.md"))
-        return file.read_text(encoding="utf-8")
+        file = Path(model_name, "README.md") if is_local else hf_hub_download(model_name, "README.md")
+        return Path(file).read_text(encoding="utf-8")
     except (FileNotFoundError, EntryNotFoundError):
         return ""

@@ -5,9 +5,8 @@ from __future__ import annotations
 import functools
 import json
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +19,13 @@ from ..search.thumbnails import is_blank
 from .endpoints import HEAVY, PRIVATE, error_html
 from .pixels import describe_scan, preview
 from .results import (
+    HTML,
     Group,
-    card,
-    cards,
     describe,
     group_similar,
     modality_name,
     once_loaded,
-    picture_url,
     readable,
-    table,
     to_csv,
 )
 from .service import DEFAULT_HITS, MAX_HITS, HitFacts, Query, SearchService
@@ -78,8 +74,7 @@ class SearchPage:
                     self.folder = gr.UploadButton(
                         "Choose a folder", file_count="directory", size="sm", elem_id="upload-folder"
                     )
-                formats = f"<details><summary>Formats</summary><p>{FORMATS}; a zip of one or of a series.</p></details>"
-                gr.HTML(formats, elem_id="formats")
+                gr.HTML(HTML.formats(FORMATS), elem_id="formats")
                 self.query_card = gr.HTML(elem_id="query-card")
                 self.another = gr.Button("Other scans of this upload", size="sm", visible=False, elem_id="another")
                 self.clear = gr.Button("Start over", size="sm", visible=False, elem_id="start-over")
@@ -87,10 +82,7 @@ class SearchPage:
                 self.notice = gr.HTML(elem_id="notice", html_template=LIVE.format("alert"))
                 self.choice = self._clickable("which-one")
                 with gr.Column(elem_id="welcome") as self.welcome:
-                    gr.HTML(
-                        f"<h2>Find scans that look like yours</h2><p>Drop your scan into the box, or try one of these. "
-                        f"The gallery holds <b>{len(gallery):,} scans</b>.</p>"
-                    )
+                    gr.HTML(HTML.welcome(len(gallery)))
                     self.examples = self._clickable("examples", self._example_cards())
                 with gr.Column(visible=False, elem_id="results") as self.area:
                     self.status = gr.HTML(elem_id="status", html_template=LIVE.format("status"))
@@ -115,12 +107,7 @@ class SearchPage:
         # one of each modality first, then a second anatomy of each, and so on
         turn = {pair: sum(other < pair for other in rows if other[0] == pair[0]) for pair in rows}
         first = sorted(rows, key=lambda pair: (turn[pair], pair))[:EXAMPLES]
-        items = "".join(f"<li>{self._card(row)}</li>" for row in map(rows.__getitem__, sorted(first)))
-        return f"<ul class='cards' aria-label='Examples'>{items}</ul>"
-
-    def _card(self, row: int) -> str:
-        facts = self.service.gallery.facts(row)
-        return card({**facts, "labels": [], "source": ""}, row)
+        return str(HTML.examples([rows[pair] for pair in sorted(first)], self.service.gallery))
 
     def _add_options(self) -> None:
         def chips(column: str, name: Callable[[str], str]) -> gr.CheckboxGroup:
@@ -241,7 +228,7 @@ class SearchPage:
 
     def _offer(self, choices: list[Choice], *_: Any) -> dict[Any, Any]:
         """Ask which of several scans of an upload to search with."""
-        return {self.choices: choices, self.choice: _which_one(choices), self.welcome: gr.Column(visible=False)}
+        return {self.choices: choices, self.choice: HTML.which_one(choices), self.welcome: gr.Column(visible=False)}
 
     def of_click(self, selected: gr.SelectData, *options: Any) -> dict[Any, Any]:
         """Search with the scan of the gallery that was clicked. Values of `outputs`."""
@@ -265,13 +252,9 @@ class SearchPage:
             scan = self.service.scan(query.key)
             picture = preview(scan)
             facts.append(describe_scan(scan))
-        lines = "".join(f"<p>{escape(text)}</p>" for text in facts)
-        width, height = picture.size if picture else (1, 1)
-        size = f"width='{width}' height='{height}'"  # known before the picture is decoded, so that nothing moves
-        image = f"<img src='{picture_url(picture)}' {size} alt='Middle slice or frame of the query'>"
         return {
             self.query: query,
-            self.query_card: f"<h2>Your query</h2>{image}{lines}",
+            self.query_card: HTML.query(picture, facts),
             self.clear: gr.Button(visible=True),
             self.welcome: gr.Column(visible=False),
             self.area: gr.Column(visible=True),
@@ -301,11 +284,14 @@ class SearchPage:
         hits = self.service.search(query, found, where, exclude_same_patient=exclude_same_patient, rerank=rerank)
         groups = group_similar(hits, gallery, int(count))
         hits = [hit for group in groups for hit in group.hits]
-        status = _status(len(groups), len(hits), rerank, query.region is not None)
+        is_cosine = not rerank and query.region is None
+        order = "most similar first" if is_cosine else "by their regions" if rerank else "by the selected region"
+        verdict = reason = ""
         if picture is not None and is_blank(picture):
-            status = _verdict("The query is blank", "It shows nothing that could be compared.") + status
-        elif hits and hits[0]["percentile"] is not None:
-            status = _verdict(*self._level_words(hits[0], bool(modalities or anatomies))) + status
+            verdict, reason = "The query is blank", "It shows nothing that could be compared."
+        elif hits and is_cosine:
+            verdict, reason = self._level_words(hits[0], bool(modalities or anatomies))
+        status = HTML.status(groups, verdict, reason, order, is_cosine)
         if sort != SORTS[0]:
             column = "modality" if sort == SORTS[1] else "anatomy"
             groups.sort(key=lambda group: group.first[column])  # type: ignore[literal-required]
@@ -314,7 +300,7 @@ class SearchPage:
         (folder / "results.csv").write_text(to_csv(hits), encoding="utf-8")
         (folder / "results.json").write_text(json.dumps(hits, indent=2), encoding="utf-8")
         return {
-            **{self.groups: groups, self.status: status, self.grid: cards(groups), self.table: table(groups)},
+            **{self.groups: groups, self.status: status, self.grid: HTML.cards(groups), self.table: HTML.table(groups)},
             self.viewer.view: None,
             **{self.as_csv: str(folder / "results.csv"), self.as_json: str(folder / "results.json")},
         }
@@ -347,31 +333,3 @@ class SearchPage:
         groups = found[self.groups]
         best = min(groups, key=lambda group: group.rank, default=None)
         return found | ({self.viewer.view: self.viewer.open(query, groups, best.first["item"])} if best else {})
-
-
-def _verdict(title: str, text: str) -> str:
-    return f"<p class='verdict'><b>{title}.</b> {text}</p>" if title else ""
-
-
-def _status(groups: int, hits: int, rerank: bool, by_region: bool) -> str:
-    """Describe the results in HTML."""
-    if not groups:
-        return "<p>No scan in the gallery matches these filters. Remove one.</p>"
-    similar = f" ({hits} including near-identical ones)" if hits > groups else ""
-    order = "by the selected region" if by_region else "by their regions" if rerank else "most similar first"
-    note = " “Closest 1%” means that only 1 in 100 pairs of scans in this gallery is more alike."
-    note += " It is not a probability of a diagnosis."
-    note = "" if rerank or by_region else note
-    return f"<p><b>{groups} results</b>{similar}, {order}. Select one to compare it with your query.{note}</p>"
-
-
-def _which_one(choices: Sequence[Choice]) -> str:
-    items = ""
-    for number, choice in enumerate(choices):
-        is_file = len(choice.files) == 1 and choice.series is None
-        name = escape(choice.files[0].name if is_file else f"Series {(choice.series or 0) + 1}")
-        image = f"<img src='{picture_url(choice.picture)}' alt='{name}'>"
-        items += f"<li><button type='button' class='card' data-index='{number}'>{image}<span><b>{name}</b></span>"
-        items += f"<span>{escape(choice.description)}</span></button></li>"
-    question = "<h2>Which one?</h2><p>You uploaded several scans. Select one to search with.</p>"
-    return f"{question}<ul class='cards'>{items}</ul>"

@@ -7,36 +7,19 @@ from __future__ import annotations
 
 import os
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.resources import files
+from string import Template
 from threading import Thread
 
 from ..errors import InputError
 
 
 FIRST_PORT, PORTS = 7860, 100  # as Gradio searches for a free one
-# asks every second, and loads the search page as soon as something else than this page answers
-PAGE = """<!doctype html><html lang="en"><title>M3Ret is starting</title>
-<meta name="viewport" content="width=device-width"><meta name="color-scheme" content="light dark">
-<body style="font: 17px/1.5 system-ui; max-width: 34rem; margin: 15vh auto; padding: 0 1rem">
-<h1>M3Ret is starting</h1><p id="text" role="status">{text}</p>
-<progress id="bar" max="1" value="{fraction}" aria-label="Progress" style="width: 100%"></progress>
-<script>setInterval(async () => {{
-  const answer = await fetch('/').catch(() => null)
-  if (!answer) return
-  if (answer.status !== 503) return location.reload()
-  const next = new DOMParser().parseFromString(await answer.text(), 'text/html')
-  text.textContent = next.getElementById('text').textContent
-  bar.value = next.getElementById('bar').getAttribute('value')
-}}, 1000)</script>"""
+PAGE = (files("modeling_m3ret.space") / "templates" / "startup.html").read_text(encoding="utf-8")
 
 
 class StartupPage:
-    """Serve the page while this context is open. It accepts no input and shows two numbers.
-
-    Args:
-        port: None for the first free port from 7860.
-
-    Attributes:
-        socket: Where it listens, still open after the context.
+    """Serve the page while this context is open, by default on the first free port. `socket` stays open after it.
 
     Raises:
         InputError: If no port is free.
@@ -83,7 +66,7 @@ class StartupPage:
         text = "Loading the gallery."
         if self._total:
             text = f"Preparing the gallery for the first time: {self._done:,} of {self._total:,} scans."
-        return PAGE.format(text=text, fraction=f"{self._done / max(1, self._total):.3f}")
+        return Template(PAGE).substitute(text=text, fraction=f"{self._done / max(1, self._total):.3f}")
 
     def __enter__(self) -> StartupPage:
         Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()

@@ -1,8 +1,6 @@
 """Uploaded files: how they are read, and when they are deleted.
 
-An upload is one file, the slices of a DICOM series, or a zip of either, which is inflated in memory. It is untrusted
-and read by `read_scan` within `LIMITS`.
-
+An upload is one file, the slices of a DICOM series, or a zip of either. It is read by `read_scan` within `LIMITS`.
 Gradio's own `delete_cache` removes only the files that it has registered. It leaves the part of an upload that was
 refused for its size, and an empty file for each one that a page accepted. `start_sweeper` deletes these too.
 """
@@ -32,9 +30,6 @@ SWEEP_INTERVAL_SECONDS = 300.0
 MAX_CHOICES = 12  # scans of one upload that are offered; each is read to show a picture of it
 
 
-# -------------------------------------------------------------------------------------------------------------- reading
-
-
 @dataclass(frozen=True, eq=False)
 class Choice:
     """One of several scans in an upload."""
@@ -44,16 +39,18 @@ class Choice:
     description: str
     picture: Image.Image
 
+    @property
+    def name(self) -> str:
+        """What visitors call it."""
+        is_file = len(self.files) == 1 and self.series is None
+        return self.files[0].name if is_file else f"Series {(self.series or 0) + 1}"
+
 
 def read_upload(files: Sequence[Path], num_frames: int, limits: ReadLimits = LIMITS, series: int | None = None) -> Scan:
     """Read the scan in one file, in an archive, or in several files, which must be the slices of one DICOM series.
 
-    Args:
-        num_frames: Number of frames to sample from a video, see `read_scan`.
-        series: Which DICOM series of several to read.
-
     Raises:
-        M3RetReadError: If the files hold no scan or several, or exceed the limits.
+        M3RetReadError: If the files hold no scan or several, or exceed the limits. `series` chooses one of several.
     """
     if not files:
         raise M3RetReadError("upload", "not_found", f"{FORMATS}, or a zip archive of DICOM slices", "no file")
@@ -62,11 +59,7 @@ def read_upload(files: Sequence[Path], num_frames: int, limits: ReadLimits = LIM
 
 
 def read_or_list(files: Sequence[Path], num_frames: int, limits: ReadLimits = LIMITS) -> Scan | list[Choice]:
-    """Read an upload, or list its scans if it holds several: DICOM series, or files of other formats.
-
-    Raises:
-        M3RetReadError: As `read_upload`, if no scan can be read.
-    """
+    """Read an upload, or list its scans if it holds several. Raises `M3RetReadError` if none can be read."""
     try:
         return read_upload(files, num_frames, limits)
     except M3RetReadError:
@@ -98,9 +91,6 @@ def read_record(record: Record, num_frames: int, limits: ReadLimits = LIMITS) ->
     return read_scan(record.open(), num_frames=num_frames, limits=limits)
 
 
-# ------------------------------------------------------------------------------------------------------------- deleting
-
-
 def delete_old_files(folder: Path, seconds: float) -> None:
     """Delete files that were not written for this many seconds, and folders that have been empty as long."""
     for path in sorted(folder.rglob("*"), reverse=True):  # the contents of a folder come before the folder
@@ -116,9 +106,7 @@ def delete_old_files(folder: Path, seconds: float) -> None:
 def start_sweeper(folder: Path, registered: Sequence[set[str]], close_idle: Callable[[float], object]) -> Event:
     """Delete old uploads and close idle scans at regular intervals, in a daemon thread, until the event is set.
 
-    Args:
-        registered: Gradio's sets of the files that it has written. Paths of deleted files are removed from them.
-        close_idle: Called with the retention time in seconds, see `SearchService.close_idle`.
+    Paths of deleted files are removed from Gradio's sets of `registered` files.
     """
     stop = Event()
 

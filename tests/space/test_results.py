@@ -18,14 +18,13 @@ from modeling_m3ret.model_facts import ModelFacts
 from modeling_m3ret.search.index import RetrievalIndex
 from modeling_m3ret.space.gallery import Gallery
 from modeling_m3ret.space.results import (
+    HTML,
     Group,
     alikeness,
-    cards,
     describe,
     finding,
     group_similar,
     readable,
-    table,
     to_csv,
 )
 from modeling_m3ret.space.service import HitFacts
@@ -81,7 +80,7 @@ def test_hits_that_look_the_same_are_one_group() -> None:
 
 
 def test_cards_number_the_groups_and_hide_what_looks_the_same() -> None:
-    shown = cards([Group(1, hit(7), (hit(8), hit(9))), Group(2, hit(3, weak=True))])
+    shown = HTML.cards([Group(1, hit(7), (hit(8), hit(9))), Group(2, hit(3, weak=True))])
     assert re.findall(r"data-index='(\d+)'", shown) == ["7", "8", "9", "3"]
     assert re.findall(r"class='rank'>(\d+)<", shown) == ["1", "2"]
     assert shown.count("<li hidden>") == 2
@@ -93,13 +92,13 @@ def test_cards_number_the_groups_and_hide_what_looks_the_same() -> None:
 def test_metadata_is_escaped() -> None:
     evil = "<img src=x onerror=alert(1)>'\""
     one = hit(1, anatomy=evil, labels=[evil], source=evil, modality=evil)
-    for shown in (cards([Group(1, one, (one,))]), table([Group(1, one)])):
+    for shown in (HTML.cards([Group(1, one, (one,))]), HTML.table([Group(1, one)])):
         assert "<img src=x" not in shown
         assert shown.count("&lt;") >= 3
 
 
 def test_a_table_has_every_value() -> None:
-    shown = table([Group(2, hit(4, 0.61234, labels=["no_findings"]), (hit(5, percentile=None, anatomy=""),))])
+    shown = HTML.table([Group(2, hit(4, 0.61234, labels=["no_findings"]), (hit(5, percentile=None, anatomy=""),))])
     cells = re.findall(r"<td>(.*?)</td>", shown)
     assert cells[:8] == ["2", "closest 2.8%", "CT", "Chest", "No findings", "CheXpert", "0.612", "4"]
     assert cells[8:12] == ["2", "–", "CT", "–"]
@@ -109,4 +108,4 @@ def test_formulas_are_escaped_in_the_csv_file() -> None:
     one = hit(3, -0.5, anatomy="+1", labels=["=HYPERLINK(1)"], source="s", percentile=None, weak=True)
     header, line = csv.reader(io.StringIO(to_csv([one])))
     assert header == ["item", "similarity", "percentile", "weak", "modality", "anatomy", "labels", "source"]
-    assert line == ["3", "-0.5000", "", "true", "ct", "'+1", "'=HYPERLINK(1)", "s"]
+    assert line == ["3", "-0.5", "", "true", "ct", "'+1", "'=HYPERLINK(1)", "s"]
