@@ -58,10 +58,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def find_checkpoint(project: Path, folder: Path = Path()) -> Path:
-    """Return the checkpoint that is used by default: the shipped one, or else the newest `m3ret-*` in `folder`.
-
-    Args:
-        project: folder of this script.
+    """Return the shipped checkpoint in `project`, or else the newest `m3ret-*` in `folder`.
 
     Raises:
         InputError: if there is none.

@@ -21,7 +21,6 @@ from ..worker_process import exit_with_parent, worker_context
 
 MAX_READERS = 2  # processes at a time
 READ_SECONDS = 60.0  # 500 JPEG 2000 slices take about 20 s on two cores
-
 MAX_READS = 100  # of one process, whose memory may grow with each; starting another takes 0.15 s
 
 # modules that a reader needs, and those that app.py imports, which each process imports again
@@ -46,10 +45,6 @@ class IsolatedReaders:
 
     def read(self, name: str, function: Callable[..., Result], *arguments: object) -> Result:
         """Return `function(*arguments)`, computed in a separate process.
-
-        Args:
-            name: Name of the scan, for error messages.
-            function: Module-level function. Its arguments and its result are pickled.
 
         Raises:
             M3RetReadError: If the function raises it, its process dies, or is killed because of the time limit.
@@ -81,7 +76,8 @@ class IsolatedReaders:
             if not is_intact:
                 pool.stop()
                 threading.Thread(target=pool.join, daemon=True).start()  # waits until its process is killed
-            self._free.put(pool if is_intact else self._pool())
+                pool = self._pool()
+            self._free.put(pool)
 
     def _pool(self) -> ProcessPool:
         """Return a pool of one process, which starts with the first read."""

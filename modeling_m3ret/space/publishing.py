@@ -37,11 +37,7 @@ PINNED_BY_README = "gradio"  # its version is in the header of the Space's READM
 def push_space(
     repo_id: str, app: Path, model: M3RetModel, processor: M3RetImageProcessor, gallery: Gallery, model_name: str
 ) -> str:
-    """Upload the Space and return its address. See `write_space` for the other arguments.
-
-    Args:
-        repo_id: ORG/NAME. Created as a private Space if it does not exist.
-    """
+    """Upload the Space ORG/NAME, which is created as a private one, and return its address. See `write_space`."""
     api = HfApi()
     with tempfile.TemporaryDirectory(prefix="m3ret-space-") as folder:
         write_space(Path(folder), repo_id.split("/")[-1], app, model, processor, gallery, model_name)
@@ -65,12 +61,7 @@ def write_space(
     gallery: Gallery,
     model_name: str,
 ) -> None:
-    """Write the files of the Space to a folder.
-
-    Args:
-        app: The script that the Space runs.
-        model_name: Checkpoint folder or Hub id, whose model card is included.
-    """
+    """Write the files of the Space to a folder. It runs the script `app` and shows the card of `model_name`."""
     package = Path(str(files("modeling_m3ret")))
     shutil.copy(app, folder / "app.py")
     shutil.copytree(package, folder / "modeling_m3ret", ignore=shutil.ignore_patterns("__pycache__", "*.pyc", ".*"))
@@ -118,8 +109,7 @@ def publishable(gallery: Gallery) -> Gallery:
     """Return the part of a gallery that may be uploaded.
 
     Of the demo and of a gallery with a public name these are the scans of that collection, with thumbnails if they are
-    of the demo or synthetic. Of any other gallery it is the index, with ids and patients replaced by numbers. Metadata
-    that visitors may not see is not uploaded.
+    of the demo or synthetic. Of any other gallery it is the index, with ids and patients replaced by numbers.
     """
     index, thumbnails = gallery.index, None
     if gallery.collection is None:

@@ -6,8 +6,6 @@ kilobytes. The scans themselves are in caches of bounded size, so that memory do
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import math
 import threading
 import uuid
@@ -15,7 +13,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -48,7 +46,6 @@ ROW_KEY = "row-"  # how the cache keys of the gallery's scans start
 Voxel = tuple[int, int, int]  # along D, H, W
 Region = tuple[slice, slice, slice]  # a box of voxels
 Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 
 class ScanExpiredError(InputError):
@@ -92,9 +89,7 @@ class HitFacts(Facts):
 class SearchService:
     """Search a gallery by upload or by row, and compare two scans. All methods are thread-safe.
 
-    Args:
-        model: In evaluation mode, on the device where it runs.
-        scan_cache_bytes: Memory for decoded scans.
+    A scan is given by its cache key, see `scan`; methods that need its voxels raise what `scan` raises.
     """
 
     def __init__(
@@ -112,8 +107,6 @@ class SearchService:
         self._heats: TTLCache[str, Heat] = _cache(HEAT_CACHE_BYTES, lambda heat: heat.query.nbytes + heat.hit.nbytes)
         self._tokens: TTLCache[str, ScanTokens] = _cache(TOKEN_CACHE_BYTES, _token_bytes)  # of uploads
         self._gallery_tokens: LRUCache[str, ScanTokens] = LRUCache(TOKEN_CACHE_BYTES, _token_bytes)
-        self._encode = on_gpu(model, self._encode_here)
-        self._tokenise = on_gpu(model, lambda scan: scan_tokens(model, processor, [scan])[0])
 
     def query_of_files(self, files: Sequence[str | Path], series: int | None = None) -> Query:
         """Read and embed uploaded files. Raises `M3RetReadError` if they cannot be read, or not in time."""
@@ -127,7 +120,10 @@ class SearchService:
         return found if isinstance(found, list) else self._query(found)
 
     def _query(self, scan: Scan) -> Query:
-        query = Query(f"upload-{uuid.uuid4().hex}", None, self._encode(scan))
+        with torch.inference_mode():
+            inputs = self.processor.preprocess(scan).to(self.model.device)
+            embedding = self.model.embed_scans(**inputs)[0].float().cpu().clone()
+        query = Query(f"upload-{uuid.uuid4().hex}", None, embedding)
         self._cached(self._scans, query.key, lambda: scan)
         return query
 
@@ -159,11 +155,9 @@ class SearchService:
         exclude_same_patient: bool = False,
         rerank: bool = False,
     ) -> list[HitFacts]:
-        """Return the most similar scans, best first.
+        """Return the `k` most similar scans, at most `MAX_HITS`, best first.
 
         Args:
-            k: Number of hits, limited to `MAX_HITS`.
-            where: Which scans may be found. None for all.
             exclude_same_patient: Omit scans of the query's patient, if the query is a scan of the gallery.
             rerank: Order the hits by late interaction, whose score is then the similarity. Hits that cannot be read
                 are omitted. A query with a region is always re-ranked, and by the patches of the region only, among
@@ -226,12 +220,7 @@ class SearchService:
             raise error.with_file(f"item {row} of the gallery") from error
 
     def heat(self, query: Query, row: int) -> Heat:
-        """Compute where the query, or its region, matches the scan of the gallery in this row.
-
-        Raises:
-            ScanExpiredError, M3RetReadError: See `scan`.
-            ValueError: If the region holds no voxel of the query.
-        """
+        """Compute where the query, or its region, matches the scan of the gallery in this row."""
         return self._cached(
             self._heats, f"{query.key} {row} {query.region} {query.drawn_on}", lambda: self._compare(query, row)
         )
@@ -261,7 +250,7 @@ class SearchService:
         return Heat(*(np.rint(heat * 255).astype(np.uint8) for heat in heats), *voxels)
 
     def slices_in_patch(self, query: Query, slice_index: int) -> slice:
-        """Return the slices of the query whose centres lie in the same patch as this slice's. Raises as `scan`."""
+        """Return the slices of the query whose centres lie in the same patch as this slice's."""
         edges = self._tokens_of(query.key).edges[0]
         patch = int(torch.searchsorted(edges, slice_index + 0.5, right=True)) - 1
         start, stop = (math.ceil(float(edge) - 0.5) for edge in edges[patch : patch + 2])
@@ -270,12 +259,7 @@ class SearchService:
     def with_region(self, query: Query, index: int, top: int, bottom: int, left: int, right: int) -> Query:
         """Return the query with a region: a box of one slice, and of all slices that share a patch with it.
 
-        Args:
-            index: Slice, from 0.
-            top, bottom, left, right: First and last row and column, from 0. All of them are the whole scan.
-
-        Raises:
-            ScanExpiredError: See `scan`.
+        The slice and the first and last row and column are from 0. All rows and columns are the whole scan.
         """
         _, D, H, W = self.scan(query.key).array.shape
         rows, columns = (
@@ -311,11 +295,8 @@ class SearchService:
             cache[key] = item
         return item
 
-    def _encode_here(self, scan: Scan) -> Tensor:
-        with torch.inference_mode():
-            inputs = self.processor.preprocess(scan).to(self.model.device)
-            embedding: Tensor = self.model.embed_scans(**inputs)
-        return embedding[0].float().cpu().clone()
+    def _tokenise(self, scan: Scan) -> ScanTokens:
+        return scan_tokens(self.model, self.processor, [scan])[0]
 
 
 def _cache(max_bytes: int, bytes_of: Callable[[Item], int]) -> TTLCache[str, Item]:
@@ -353,16 +334,3 @@ def _middle_maximum(heat: NDArray[np.float32]) -> Voxel:
 
 def _coarse_slice(axis: slice, stride: int) -> slice:
     return slice(axis.start // stride, -(-axis.stop // stride))
-
-
-def on_gpu(model: torch.nn.Module, function: Callable[[Scan], Result]) -> Callable[[Scan], Result]:
-    """Wrap a function so that a Space on ZeroGPU assigns it a GPU per call. Elsewhere return it unchanged."""
-    if importlib.util.find_spec("spaces") is None:
-        return function
-
-    def call_on_gpu(scan: Scan) -> Result:
-        if torch.cuda.is_available():
-            model.to("cuda")  # ZeroGPU calls this in a separate process; only that one has a GPU
-        return function(scan)
-
-    return cast(Callable[[Scan], Result], importlib.import_module("spaces").GPU(call_on_gpu))

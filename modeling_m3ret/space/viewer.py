@@ -22,17 +22,7 @@ from starlette.staticfiles import StaticFiles
 
 from ..errors import InputError
 from ..reading_m3ret import M3RetReadError
-from .pixels import (
-    ORIENTATIONS,
-    PER_MILLE,
-    describe_scan,
-    has_mm,
-    heat_base64,
-    is_hounsfield,
-    plane_of,
-    volume_bytes,
-    volume_stride,
-)
+from . import pixels
 from .results import Group, alikeness, describe, once_loaded, webp
 from .service import Query, SearchService, Voxel, key_of_row
 
@@ -45,9 +35,8 @@ KEY = re.compile(r"row-\d{1,9}|upload-[0-9a-f]{32}")
 class Viewer:
     """The component of the viewer. Construct it within a `gr.Blocks`.
 
-    Attributes:
-        view: What it shows, as `open` returns it, or None. Its events are `select` of another hit, `submit` of a hit as
-            the next query, and `input` of a region: slice, first and last row, first and last column, from 0.
+    `view` is what it shows, as `open` returns it, or None. Its events are `select` of another hit, `submit` of a hit as
+    the next query, and `input` of a region: slice, first and last row, first and last column, from 0.
     """
 
     def __init__(self, service: SearchService):
@@ -61,11 +50,7 @@ class Viewer:
         )
 
     def open(self, query: Query, groups: Sequence[Group], item: int) -> dict[str, Any]:
-        """Return what the browser needs to show the query beside the hit `item`, each at its best match.
-
-        Raises:
-            M3RetReadError, ScanExpiredError: If one of the scans cannot be read, or not any more.
-        """
+        """Return what the browser needs to show the query beside the hit `item`, each at its best match."""
         heat = self.service.heat(query, item)
         of_item = {hit["item"]: (group.rank, hit) for group in groups for hit in group.hits}
         rank, hit = of_item[item]
@@ -89,24 +74,24 @@ class Viewer:
 
     def _pane(self, name: str, key: str, heat: Any, voxel: Voxel) -> dict[str, Any]:
         scan = self.service.scan(key)
-        stride = volume_stride(scan)
-        plane = plane_of(scan)
+        stride = pixels.volume_stride(scan)
+        plane = pixels.plane_of(scan)
         is_bytes = scan.array.dtype == np.uint8
         return {
             "name": name,
-            "facts": describe_scan(scan),
+            "facts": pixels.describe_scan(scan),
             "url": f"m3ret/scan/{key}.nii",
-            "heat": heat_base64(scan, heat),
+            "heat": pixels.heat_base64(scan, heat),
             "shape": [int(size) for size in scan.array.shape[1:]],
-            "axes": ORIENTATIONS[plane or "axial"],
+            "axes": pixels.ORIENTATIONS[plane or "axial"],
             "plane": plane or "axial",
             "oriented": bool(plane),
             "voxel": [voxel[0], voxel[1] // stride, voxel[2] // stride],
             "stride": stride,
-            "unit": "HU" if is_hounsfield(scan) else "",
-            "max": 255 if is_bytes else PER_MILLE,
+            "unit": "HU" if pixels.is_hounsfield(scan) else "",
+            "max": 255 if is_bytes else pixels.PER_MILLE,
             "step": scan.spacing[0] or 1.0,
-            "mm": has_mm(scan),
+            "mm": pixels.has_mm(scan),
             "volume": scan.spacing[0] is not None and scan.array.shape[1] > 1,
         }
 
@@ -120,7 +105,7 @@ def viewer_routes(service: SearchService) -> Mount:
         if not KEY.fullmatch(key) or (key.startswith("row-") and int(key[4:]) >= len(service.gallery)):
             return PlainTextResponse("This scan does not exist.", 404)
         try:
-            size, parts = await to_thread.run_sync(lambda: volume_bytes(service.scan(key)), limiter=limiter)
+            size, parts = await to_thread.run_sync(lambda: pixels.volume_bytes(service.scan(key)), limiter=limiter)
         except (M3RetReadError, InputError) as error:
             return PlainTextResponse(str(error), 404)
         headers = {"Content-Length": str(size), "Cache-Control": "no-store"}

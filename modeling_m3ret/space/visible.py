@@ -46,12 +46,7 @@ def is_visible(text: str) -> bool:
 
 
 def visible_columns(metadata: pa.Table, show_labels: bool = False) -> pa.Table:
-    """Return the columns modality, anatomy, labels and source of an index, with empty values for what is not shown.
-
-    Args:
-        metadata: of `RetrievalIndex`.
-        show_labels: whether the owner of the gallery lets visitors see modality, anatomy and labels as they are.
-    """
+    """Return the columns modality, anatomy, labels and source of an index, with empty values for what is not shown."""
 
     def cells(column: str, known: Collection[str], show_all: bool) -> list[str]:
         values = [value or "" for value in metadata.column(column).to_pylist()]  # may be null

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import io
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -274,36 +273,3 @@ def test_an_index_without_scans_can_be_searched(parts: Parts, readers: DirectRea
     assert (hit["item"], hit["modality"], hit["labels"]) == (1, "", [])
     with pytest.raises(ScanExpiredError):
         service.scan(key_of_row(0))
-
-
-def test_on_zerogpu_only_the_model_runs_on_the_gpu(
-    parts: Parts, records: list[Record], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, readers: DirectReaders
-) -> None:
-    """A stand-in for the package `spaces`: arguments and results are pickled, and only the call sees a GPU."""
-    (tmp_path / "spaces.py").write_text(
-        "import pickle, torch\n"
-        "calls = []\n"
-        "def GPU(function):\n"
-        "    def on_gpu(*arguments):\n"
-        "        before, torch.cuda.is_available = torch.cuda.is_available, lambda: True\n"
-        "        try:\n"
-        "            calls.append(function)\n"
-        "            result = function(*pickle.loads(pickle.dumps(arguments)))\n"
-        "        finally:\n"
-        "            torch.cuda.is_available = before\n"
-        "        return pickle.loads(pickle.dumps(result))\n"
-        "    return on_gpu\n"
-    )
-    path = file_of(records[0])
-    on_cpu = SearchService(*parts, readers)
-    embedding, heat = on_cpu.query_of_files([path]).embedding, on_cpu.heat(on_cpu.query_of_row(0), 1)
-    monkeypatch.syspath_prepend(tmp_path)
-    devices: list[str] = []
-    monkeypatch.setattr(type(parts[0]), "to", lambda self, device: devices.append(device) or self)
-    service = SearchService(*parts, readers)
-    spaces = sys.modules.pop("spaces")  # later tests must not find it
-    assert not spaces.calls
-    torch.testing.assert_close(service.query_of_files([path]).embedding, embedding, rtol=0, atol=0)
-    assert (len(spaces.calls), devices) == (1, ["cuda"])
-    np.testing.assert_array_equal(service.heat(service.query_of_row(0), 1).hit, heat.hit)
-    assert len(spaces.calls) == len(devices) == 3, "two scans were tokenised"
