@@ -108,7 +108,7 @@ window.m3ret = (() => {
       this.viewer = viewer
       this.nv = new window.niivue.Niivue({
         backColor: [0, 0, 0, 1], isRadiologicalConvention: true, dragAndDropEnabled: false, crosshairColor: [0.2, 0.9, 1, 0.8],
-        crosshairWidth: 0.4, crosshairWidthUnit: 'percent', crosshairGap: 10, multiplanarShowRender: 0, show3Dcrosshair: false, loadingText: '', logLevel: 'error',
+        crosshairWidthUnit: 'mm', crosshairGap: 10, multiplanarShowRender: 0, show3Dcrosshair: false, loadingText: '', logLevel: 'error',
         isForceMouseClickToVoxelCenters: true, rulerColor: [1, 0.85, 0.2, 1], selectionBoxColor: [0.2, 0.9, 1, 0.25],
         fontMinPx: 16, fontColor: [1, 1, 1, 1], showAllOrientationMarkers: true, multiplanarPadPixels: 20, sagittalNoseLeft: true
       })
@@ -165,6 +165,8 @@ window.m3ret = (() => {
       // both volumes at once: each update of the graphics memory takes as long as the upload of both
       Object.assign(nv, { volumes: [volume, heat], back: volume, overlays: [heat] })
       nv.updateGLVolume()
+      const { dims, pixDims } = volume.hdr // of W, H and D
+      if (isNew) nv.setCrosshairWidth(0.004 * Math.max(dims[1] * pixDims[1], dims[2] * pixDims[2]))
       this.planes()
       this.best()
     }
