@@ -259,7 +259,7 @@ def check_compile(quick: bool) -> list[Check]:
 
 
 def check_checkpointing(quick: bool) -> list[Check]:
-    """Gradients and peak memory with `gradient_checkpointing` against those without."""
+    """Gradients with `gradient_checkpointing` against those without, and on a GPU the peak memory."""
     checks = []
     for name in OBJECTIVES:
         gradients, peaks = [], []
@@ -270,9 +270,11 @@ def check_checkpointing(quick: bool) -> list[Check]:
             if device() == "cuda":
                 torch.cuda.reset_peak_memory_stats()
             gradients.append(loss_and_gradient(objective, run, pack)[1])
-            peaks.append(torch.cuda.max_memory_allocated() if device() == "cuda" else 1)
+            if device() == "cuda":
+                peaks.append(torch.cuda.max_memory_allocated())
         checks.append(Check(f"{name}: gradient", distance(gradients[1], gradients[0]), 1e-4))
-        checks.append(Check(f"{name}: peak memory", peaks[1] / peaks[0], 1.0))
+        if peaks:
+            checks.append(Check(f"{name}: peak memory", peaks[1] / peaks[0], 0.99))
     return checks
 
 

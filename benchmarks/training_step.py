@@ -2,7 +2,7 @@
 
     python benchmarks/training_step.py simdino --reference CLONE    # a clone of github.com/RobinWu218/SimDINO
     python benchmarks/training_step.py mae                          # ViTMAEForPreTraining of transformers
-    python benchmarks/training_step.py mixed                        # ours on the batch padded to its longest scan
+    python benchmarks/training_step.py mixed                        # ours on the batch padded to the longest, and FLOPs
     python benchmarks/training_step.py memory --preset vitb         # peak memory, with and without checkpointing
     python benchmarks/training_step.py scaling --preset vitt        # cost of a step against scans and tokens
 
@@ -32,6 +32,7 @@ import timing
 import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
 from modeling_m3ret import M3RetConfig, M3RetForPreTraining, M3RetImageProcessor, M3RetModel
@@ -195,6 +196,13 @@ def measure_memory(preset: str, batch: int, dtype: torch.dtype | None, checkpoin
     print(f"checkpointing {checkpointing!s:5}  {peak:6.2f} GiB  {taken[-1]:6.1f} s a step", flush=True)
 
 
+def count_flops(step: Step) -> int:
+    """Return the FLOPs of all matrix products of a step in bfloat16, whose attention is explicit on a CPU."""
+    with FlopCounterMode(display=False) as counter:
+        step()
+    return counter.get_total_flops()
+
+
 @dataclass
 class Cost:
     """What a step costs, independent of other processes on the machine except for the time."""
@@ -306,6 +314,8 @@ def main() -> None:
         compare(makers, "ViTMAE", rounds)
     elif arguments.benchmark == "mixed":
         makers = {f"ours {form}": partial(our_mae, preset, MIXED, form == "packed") for form in ("packed", "padded")}
+        packed, padded = (count_flops(make(dtype=torch.bfloat16)) for make in makers.values())
+        print(f"GFLOP: {packed / 1e9:.0f} packed, {padded / 1e9:.0f} padded, ratio {padded / packed:.2f}", flush=True)
         compare(makers, "ours padded", rounds)
     elif arguments.benchmark == "scaling":
         measure_scaling(preset, PRECISIONS[arguments.precision], rounds)

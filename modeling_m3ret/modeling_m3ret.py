@@ -267,7 +267,9 @@ class M3RetLayer(GradientCheckpointingLayer):
         if cls_only and is_plain_linear(self.attention.qkv) and not has_hooks(self.attention):
             return self.forward_cls(rows, layout, rotary, subsets)
         output = self.forward_all(rows, layout, rotary, subsets, **kwargs)
-        return layout.first_tokens(output) if cls_only else output.view_as(tokens)
+        if cls_only:
+            return layout.first_tokens(output)
+        return output if tokens.ndim == 2 else output.view_as(tokens)  # FSDP2 warns of layers that return views
 
     def forward_all(
         self,
