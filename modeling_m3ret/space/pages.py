@@ -121,7 +121,7 @@ def serve(
         if share:
             public = public_address or "none; see the error above"
             note = "" if auth else " Everyone who knows it has access. Set --auth to require a password."
-            print(f"Public address: {public}.{note}", file=sys.stderr, flush=True)
+            print(f"Local address: {address}. Public address: {public}.{note}", file=sys.stderr, flush=True)
         if wait:
             page.block_thread()
         return str(address)
