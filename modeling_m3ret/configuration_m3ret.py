@@ -114,7 +114,7 @@ class M3RetConfig(PreTrainedConfig):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """Load a config as every config. For `pipeline` with the name of a task, it lists the pipelines of both."""
+        """Load a config. If `pipeline` asks for a task by name, the config lists the pipelines of all tasks."""
         loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         config = loaded[0] if isinstance(loaded, tuple) else loaded
         pipelines = FEATURE_EXTRACTION | CLASSIFICATION

@@ -170,7 +170,7 @@ def test_whitening_of_other_features_is_refused_or_left_out(
     warnings: list[str] = []
     monkeypatch.setattr(modeling_m3ret.logger, "warning", warnings.append)
     model = AutoModel.from_pretrained(tmp_path, ignore_mismatched_sizes=True, **given).eval()
-    assert len(warnings) == (changes != {"pooling": "statistics"})  # of which transformers reports other shapes
+    assert len(warnings) == (changes != {"pooling": "statistics"})  # transformers reports other shapes itself
     pooled = model(torch.rand(2, 3, 32, 32)).pooler_output
     assert torch.equal(model.whitening(pooled), pooled[:, :48])
 

@@ -44,12 +44,13 @@ def train_command(data: Path, **overrides: object) -> list[str]:
     return [str(ROOT / "train.py"), *(word for key, value in settings.items() for word in (f"--{key}", str(value)))]
 
 
-def launch(folder: Path, options: list[str], words: list[str], fails: bool = False) -> None:
-    """Run a script with `accelerate launch` from a shell, and check whether it fails."""
+def launch(folder: Path, options: list[str], words: list[str], fails: bool = False) -> str:
+    """Run a script with `accelerate launch` from a shell, check whether it fails, and return its error output."""
     command = [sys.executable, "-m", "accelerate.commands.launch", *options, *words]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     ran = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     assert (ran.returncode != 0) == fails, ran.stdout + ran.stderr
+    return ran.stderr
 
 
 def scores_of(file: Path, method: str) -> dict[str, dict[str, float]]:
@@ -118,7 +119,8 @@ def test_two_processes_of_the_launcher_train_together(tmp_path: Path, phantom: P
 
 
 def test_training_is_refused_if_the_launcher_starts_one_process_of_two(tmp_path: Path, phantom: Path) -> None:
-    launch(tmp_path, ["--cpu", "--num_processes", "2"], train_command(phantom), fails=True)
+    errors = launch(tmp_path, ["--cpu", "--num_processes", "2"], train_command(phantom), fails=True)
+    assert "train.py: error: num_processes" in errors
     assert not (tmp_path / "runs").exists()
 
 

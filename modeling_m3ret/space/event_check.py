@@ -108,7 +108,7 @@ class EventCheck:
         blocks = {parameter["parameter_name"]: block for parameter, block in zip(parameters, fn.inputs, strict=True)}
         required = {parameter["parameter_name"] for parameter in parameters if not parameter["parameter_has_default"]}
         if not required <= values.keys() <= blocks.keys():
-            raise EventError(400, f"expected values of {', '.join(blocks)}, of which {len(required)} are required.")
+            raise EventError(400, f"expected values of {', '.join(blocks)}; required: {', '.join(sorted(required))}.")
         self._refuse((name, blocks[name], value) for name, value in values.items())
 
     def _refuse(self, values: Iterable[tuple[str, Any, Any]]) -> None:
@@ -146,7 +146,7 @@ class EventCheck:
 
     def _require_file(self, path: str) -> str:
         if not self.is_file(path):
-            raise ValueError("expected an uploaded file; they are deleted after half an hour")
+            raise ValueError("expected an uploaded file (uploads are deleted after half an hour)")
         return path
 
 

@@ -120,7 +120,11 @@ def serve(
         )
         if share:
             public = public_address or "none; see the error above"
-            note = "" if auth else " Everyone who knows it has access. Set --auth to require a password."
+            note = (
+                " Everyone who knows it has access. Set --auth to require a password."
+                if public_address and not auth
+                else ""
+            )
             print(f"Local address: {address}. Public address: {public}.{note}", file=sys.stderr, flush=True)
         if wait:
             page.block_thread()

@@ -553,17 +553,22 @@ def test_a_scan_is_shown_as_radiologists_expect(open_page: OpenPage, tmp_path: P
     assert pane(page, 0, "pane.nv.opts.sliceType === pane.nv.sliceTypeMultiplanar")
 
 
-def test_the_face_is_at_the_left_of_a_sagittal_slice(open_page: OpenPage, tmp_path: Path) -> None:
-    values = np.full((6, 40, 40), 100, np.int16)  # from right to left, posterior to anterior, inferior to superior
-    values[:, 28:38, 28:38] = 900  # anterior and superior
-    nibabel.save(nibabel.Nifti1Image(values, np.diag([6.0, 1.0, 1.0, 1.0])), tmp_path / "sagittal.nii")
+def picture_of_query(open_page: OpenPage, path: Path) -> tuple[Any, np.ndarray]:
+    """Search with a file, open the first result, and return the page and the query's picture without match colours."""
     page = open_page()
-    upload(page, tmp_path / "sagittal.nii")
+    upload(page, path)
     results(page)
     open_result(page)
     page.locator("#viewer canvas").first.focus()
     page.keyboard.press("h")
-    shown = picture(page)
+    return page, picture(page)
+
+
+def test_the_face_is_at_the_left_of_a_sagittal_slice(open_page: OpenPage, tmp_path: Path) -> None:
+    values = np.full((6, 40, 40), 100, np.int16)  # from right to left, posterior to anterior, inferior to superior
+    values[:, 28:38, 28:38] = 900  # anterior and superior
+    nibabel.save(nibabel.Nifti1Image(values, np.diag([6.0, 1.0, 1.0, 1.0])), tmp_path / "sagittal.nii")
+    _, shown = picture_of_query(open_page, tmp_path / "sagittal.nii")
     bright = np.argwhere(shown.min(-1) > 200).mean(0) / shown.shape[:2]
     assert (bright < 0.45).all(), "at the top left"
 
@@ -572,13 +577,7 @@ def test_an_image_is_not_mirrored(open_page: OpenPage, tmp_path: Path) -> None:
     pixels = np.full((60, 60, 3), (60, 90, 60), np.uint8)
     pixels[5:15, 5:15] = (255, 0, 0)
     Image.fromarray(pixels).save(tmp_path / "corner.png")
-    page = open_page()
-    upload(page, tmp_path / "corner.png")
-    results(page)
-    open_result(page)
-    page.locator("#viewer canvas").first.focus()
-    page.keyboard.press("h")
-    shown = picture(page)
+    page, shown = picture_of_query(open_page, tmp_path / "corner.png")
     red = np.argwhere((shown[..., 0] > 200) & (shown[..., 1] < 60)).mean(0) / shown.shape[:2]
     assert (red < 0.45).all(), "at the top left"
     assert not page.locator("#viewer .slices").first.is_visible()
