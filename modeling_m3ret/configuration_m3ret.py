@@ -76,8 +76,8 @@ class M3RetConfig(PreTrainedConfig):
     # standard deviation of its patch tokens, concatenated (statistics pooling, Snyder et al., Interspeech 2017). The
     # standard deviation captures texture, which the mean averages away. Masked autoencoding has no loss on the CLS
     # token, so its checkpoints pool patches (`global_pool` in MAE); SimDINO as published trains the CLS token. See
-    # docs/results.md for a comparison. "attention" is the pooling head of SigLIP (arXiv 2303.15343): a learned query
-    # attends to the patch tokens, and an MLP follows.
+    # docs/experiments.md for a comparison. "attention" is the pooling head of SigLIP (arXiv 2303.15343): a learned
+    # query attends to the patch tokens, and an MLP follows.
     pooling: str = "mean"
     initializer_range: float = 0.02  # standard deviation of the truncated normal that initialises weights, as in ViT
 

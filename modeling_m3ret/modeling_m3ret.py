@@ -665,7 +665,7 @@ class M3RetWhitening(nn.Module):
             pooled: `(n, pooled)` features of n scans, before whitening.
             shrinkage: e as a fraction of the largest variance. Small variances are noise, and some are zero if there
                 are fewer scans than dimensions. On a development benchmark of real scans, 0.1 gained 0.13 across
-                modalities and 0.01 within them against 0.01 (one encoder, docs/results.md).
+                modalities and 0.01 within them against 0.01 (one encoder, docs/experiments.md).
         """
         pooled = pooled.cpu().double()  # MPS has no float64
         centred = pooled - pooled.mean(0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import doctest
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from modeling_m3ret import classification_m3ret, modeling_m3ret
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "modeling_m3ret"
 CHECKPOINT_CODE = sorted(path.stem for path in PACKAGE.glob("*_m3ret.py"))  # copied into every checkpoint
+PAGES = [ROOT / "README.md", ROOT / "m3ret-vitt" / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 ROOMS = ("phantom", "data", "search", "evaluation", "pretraining", "space")  # a room imports only those before it
 
 
@@ -72,3 +74,28 @@ def test_readme_names_the_ci_script_and_existing_files() -> None:
         path = word.strip("`()[].,").split("](")[0]
         if path.startswith(("configs/", "dataset_scripts/", "modeling_m3ret/")) and "." in path:
             assert (ROOT / path).exists(), path
+
+
+def anchors(markdown: str) -> set[str]:
+    """Return the anchors that GitHub gives to the headings of a page."""
+    without_code = re.sub(r"^```.*?^```", "", markdown, flags=re.DOTALL | re.MULTILINE)
+    headings = re.findall(r"^#+ (.*)$", without_code, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_relative_links_lead_to_files_and_headings(page: Path) -> None:
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        name, _, anchor = link.partition("#")
+        if "://" not in link:
+            target = page.parent / name if name else page
+            assert target.exists(), link
+            assert not anchor or anchor in anchors(target.read_text()), link
+
+
+def test_code_and_configurations_name_existing_pages() -> None:
+    for folder in ("modeling_m3ret", "dataset_scripts", "benchmarks", "configs"):
+        for path in (ROOT / folder).rglob("*"):
+            if path.suffix in (".py", ".sh", ".yaml", ".md"):
+                for page in re.findall(r"(?<![\w/])docs/[\w-]+\.md", path.read_text()):
+                    assert (ROOT / page).is_file(), f"{path} names {page}"

@@ -130,7 +130,7 @@ class ViewOptions:
     """SimDINO: range of the fraction of a slice's area in a local crop; [0.05, 0.4] as published."""
     single_slice_probability: float = 0.5
     """SimDINO: probability that a crop of a volume or video is a single slice or frame. At 0 the student can tell scans
-    apart by their depth; docs/results.md compares values."""
+    apart by their depth; docs/experiments.md compares values."""
     flip_probability: float = 0.0
     """Probability of a left-right flip of a view; 0.5 adds variety where the two sides of the body do not differ."""
 

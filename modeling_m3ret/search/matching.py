@@ -107,7 +107,7 @@ def scan_tokens(
     """Compute the patch tokens of scans: last layer, layer-normalised, whitened, on the CPU.
 
     A CT of 8 x 14 x 14 patches takes 2.4 MB at a hidden size of 768, an X-ray 0.3 MB. Whitened tokens retrieve and
-    localise better than tokens that are not (docs/results.md).
+    localise better than tokens that are not (docs/experiments.md).
 
     Args:
         model: encoder in evaluation mode.
@@ -137,7 +137,7 @@ def fit_token_whitening(
     """Fit a whitening from `(n, d)` to `(n, d)` to patch tokens, for checkpoints that pool the CLS token.
 
     The whitening of their embedding was fitted to CLS tokens and does not suit patch tokens. Checkpoints that pool the
-    mean do not need it (docs/results.md).
+    mean do not need it (docs/experiments.md).
 
     Args:
         model: encoder in evaluation mode.
@@ -155,7 +155,7 @@ def fit_token_whitening(
     # a token has hidden_size values, whatever the model pools
     sizes = {name: getattr(model.config, name) for name in ("hidden_size", "num_attention_heads")}
     whitening = M3RetWhitening(M3RetConfig(**sizes, pooling="mean"))
-    whitening.fit(torch.cat(sample), shrinkage=0.01)  # as in the measurements of docs/results.md
+    whitening.fit(torch.cat(sample), shrinkage=0.01)  # as in the measurements of docs/experiments.md
     return whitening.to(model.device)
 
 
@@ -206,7 +206,7 @@ def late_interaction(query: ScanTokens, hits: Sequence[ScanTokens]) -> Tensor:
     """Return the mean over the query's patches of the largest cosine to any patch of a hit: `(n,)` float32.
 
     All patches have equal weight, and only the query's patches search. Both directions, and weights by norm or rarity,
-    retrieved worse (docs/results.md).
+    retrieved worse (docs/experiments.md).
     """
     query_tokens = _normalized(query)
     scores = [torch.empty(0)]
@@ -225,7 +225,7 @@ def _normalized(scan: ScanTokens) -> Tensor:
 def rerank(queries: Sequence[ScanTokens], hits: Hits, gallery: Sequence[ScanTokens] | Mapping[int, ScanTokens]) -> Hits:
     """Return the same hits ordered by late interaction, which replaces the score of the first search.
 
-    Mixing in the first score retrieved worse (docs/results.md). Hits of equal score are in the order of their rows.
+    Mixing in the first score retrieved worse (docs/experiments.md). Hits of equal score are in the order of their rows.
 
     Args:
         queries: tokens of the query of each row of the hits.
