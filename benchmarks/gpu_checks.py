@@ -22,9 +22,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from modeling_m3ret import M3RetImageProcessor, M3RetModel, modeling_m3ret
+from modeling_m3ret import M3RetImageProcessor, M3RetModel, layers_m3ret
 from modeling_m3ret.data.loading import Pack, RandomViews
-from modeling_m3ret.modeling_m3ret import M3RetLayer
+from modeling_m3ret.layers_m3ret import M3RetLayer
 from modeling_m3ret.pretraining.objectives import Objective, build_objective
 from modeling_m3ret.pretraining.optimisation import build_optimiser
 from modeling_m3ret.pretraining.run_config import RunConfig
@@ -209,12 +209,12 @@ def check_determinism(quick: bool) -> list[Check]:
 
 def grouped_attention() -> AbstractContextManager:
     """Return a context in which a mixed pack takes one attention call per length, as on the CPU."""
-    return mock.patch.object(modeling_m3ret, "variable_length_attention", return_value=None)
+    return mock.patch.object(layers_m3ret, "variable_length_attention", return_value=None)
 
 
 def check_variable_length(quick: bool) -> list[Check]:
     """One variable-length call for all scans against one call per length, in bfloat16."""
-    kernel = modeling_m3ret.variable_length_attention()
+    kernel = layers_m3ret.variable_length_attention()
     if device() == "cpu" or kernel is None:
         raise SkippedError("needs a GPU and torch.nn.attention.varlen")
     counted = mock.Mock(side_effect=kernel)
@@ -223,7 +223,7 @@ def check_variable_length(quick: bool) -> list[Check]:
         run = run_config(quick, name)
         objective = build(run)
         pack = planned_pack(objective, run)
-        with mock.patch.object(modeling_m3ret, "variable_length_attention", return_value=counted):
+        with mock.patch.object(layers_m3ret, "variable_length_attention", return_value=counted):
             loss, gradient = loss_and_gradient(objective, run, pack, torch.bfloat16)
         with grouped_attention():
             grouped_loss, grouped = loss_and_gradient(objective, run, pack, torch.bfloat16)

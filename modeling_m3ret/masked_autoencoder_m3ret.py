@@ -20,14 +20,8 @@ from transformers.utils import logging
 from transformers.utils.generic import ModelOutput, can_return_tuple
 
 from .configuration_m3ret import M3RetConfig
-from .modeling_m3ret import (
-    M3RetLayer,
-    M3RetModel,
-    M3RetPreTrainedModel,
-    drop_path_rates,
-    recorded,
-    rotary_tables,
-)
+from .layers_m3ret import M3RetLayer, rotary_tables
+from .modeling_m3ret import M3RetModel, M3RetPreTrainedModel, drop_path_rates, recorded
 from .packing_m3ret import Movable, PackLayout, patch_coordinates
 
 

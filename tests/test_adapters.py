@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import tiny_config
-from test_modeling import make_model, make_scans, pack
+from packs import make_model, make_scans, pack
 from torch import Tensor, nn
 from transformers import AutoModel, TorchAoConfig
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import tiny_config
+from packs import largest_difference, make_scans, pack
 from PIL import Image
 from remote_code import run_new_process
-from test_modeling import largest_difference, make_scans, pack
 from transformers import (
     AutoConfig,
     AutoImageProcessor,

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import tiny_config
+from packs import largest_difference, make_scans, pack
 from remote_code import run_new_process
-from test_modeling import largest_difference, make_scans, pack
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, mse_loss
 from transformers import AutoModel, AutoModelForImageClassification, Trainer, TrainingArguments

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import tiny_config
-from test_modeling import largest_difference, make_scans, pack
+from packs import largest_difference, make_scans, pack
 from torch import Tensor
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
 

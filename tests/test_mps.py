@@ -8,7 +8,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from conftest import tiny_config
-from test_modeling import make_scans, pack
+from packs import make_scans, pack
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 

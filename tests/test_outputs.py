@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import tiny_config
-from test_modeling import largest_difference, make_model, make_scans, pack
+from packs import largest_difference, make_model, make_scans, pack
 from transformers import Trainer, TrainingArguments
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 

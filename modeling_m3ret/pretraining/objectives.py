@@ -27,8 +27,9 @@ from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_availa
 
 from ..configuration_m3ret import M3RetConfig
 from ..data.views import GLOBAL_CROPS, LOCAL_CROPS, Jitter, ViewKind
+from ..layers_m3ret import M3RetLayer, variable_length_attention
 from ..masked_autoencoder_m3ret import M3RetDecoder, M3RetForPreTraining, MaskPlan, plan_masks
-from ..modeling_m3ret import M3RetLayer, M3RetModel, variable_length_attention
+from ..modeling_m3ret import M3RetModel
 from .adapters import add_adapters
 from .distributed import rank_weight
 from .run_config import ConfigError, RunConfig

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from ..configuration_m3ret import M3RetConfig
 from ..image_processing_m3ret import M3RetImageProcessor
-from ..modeling_m3ret import M3RetModel, M3RetWhitening
+from ..modeling_m3ret import M3RetModel
+from ..pooling_m3ret import M3RetWhitening
 from ..reading_m3ret import Scan
 from .embedding import MAX_TOKENS, Embedded, batched
 from .exact import Hits

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from packs import make_scans, pack
 from processes import in_ranks
-from test_modeling import make_scans, pack
 from torch._dynamo.utils import counters
 from torch.profiler import ProfilerActivity, profile
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import tiny_config
+from packs import largest_difference, make_scans, pack
 from processes import in_ranks
-from test_modeling import largest_difference, make_scans, pack
 from torch import Tensor
 
 from modeling_m3ret import M3RetForPreTraining, M3RetModel

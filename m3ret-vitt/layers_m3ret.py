@@ -1,0 +1,1 @@
+../modeling_m3ret/layers_m3ret.py

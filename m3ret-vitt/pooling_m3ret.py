@@ -1,0 +1,1 @@
+../modeling_m3ret/pooling_m3ret.py
