@@ -28,6 +28,10 @@ CLASSIFICATION = {
     }
 }
 
+# Building a layer takes milliseconds, so a million of them would take an hour before any weight is compared. The
+# deepest published transformer has 1,000 layers (DeepNet, arXiv 2203.00555).
+MAX_LAYERS = 1000
+
 # values of the fields that name one of several methods
 CHOICES = {
     "pooling": ("mean", "cls", "statistics", "attention"),
@@ -134,6 +138,9 @@ class M3RetConfig(PreTrainedConfig):
         `@strict` raises the `ValueError` as a `StrictDataclassClassValidationError`.
         """
         for prefix in ("", "decoder_"):
+            layers = f"{prefix}num_hidden_layers"
+            if not 1 <= getattr(self, layers) <= MAX_LAYERS:
+                raise ValueError(f"invalid {layers}: expected 1 to {MAX_LAYERS}, got {getattr(self, layers)}.")
             width, heads = f"{prefix}hidden_size", f"{prefix}num_attention_heads"
             head_dim, rest = divmod(getattr(self, width), getattr(self, heads))
             if rest or head_dim % 2 or head_dim < 6:

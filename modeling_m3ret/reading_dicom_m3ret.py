@@ -236,7 +236,9 @@ def _parse_dataset(source: Any, request: ReadRequest) -> Any:
     if hasattr(source, "group_dataset"):
         return source
     if not isinstance(source, (str, os.PathLike, bytes, bytearray, memoryview)):
-        raise request.error("unsupported", "a DICOM file or dataset", f"an object of type {type(source).__name__}")
+        advice = "A list within a list is a DICOM series. Pass voxels as an array, for example by numpy.asarray."
+        got = f"an object of type {type(source).__name__}"
+        raise request.error("unsupported", "a DICOM file or dataset", got, advice)
     file = Path(source) if isinstance(source, (str, os.PathLike)) else bytes(source)
     if isinstance(file, Path) and not file.is_file():
         raise request.error("not_found", "an existing DICOM file", "a path that does not exist")

@@ -184,6 +184,11 @@ def test_urls_are_refused_in_words(url: str) -> None:
         M3RetImageProcessor()(url)
 
 
+def test_voxels_in_nested_lists_are_refused_with_the_way_to_pass_them() -> None:
+    with pytest.raises(M3RetReadError, match=r"got an object of type list\. .* numpy\.asarray"):
+        M3RetImageProcessor()(np.zeros((1, 4, 32, 32), dtype=np.float32).tolist())
+
+
 def test_processors_pickle_small_and_equal() -> None:
     processor = M3RetImageProcessor(size=96)
     pickled = pickle.dumps(processor)
