@@ -447,7 +447,7 @@ class M3RetModel(M3RetPreTrainedModel):
         Args and errors are those of `forward`.
         """
         output = self(pixel_values, grid_thw, **kwargs | {"return_dict": True})
-        output.pooler_output = self.normalise(output.pooler_output)
+        output.pooler_output = self.embed_pooled(output.pooler_output)
         return output
 
     def embed_scans(self, pixel_values: Tensor, grid_thw: Tensor | None = None, **kwargs: Any) -> Tensor:
@@ -460,10 +460,10 @@ class M3RetModel(M3RetPreTrainedModel):
         """
         if kwargs:  # options of `forward`, for example of the attention implementation
             return self.get_image_features(pixel_values, grid_thw, **kwargs | {"return_dict": True}).pooler_output
-        return self.normalise(self.embed(pixel_values, grid_thw))
+        return self.embed_pooled(self.embed(pixel_values, grid_thw))
 
-    def normalise(self, pooled: Tensor) -> Tensor:
-        """Whiten and L2-normalise `pooler_output (B, pooled)` to `(B, d)` float32."""
+    def embed_pooled(self, pooled: Tensor) -> Tensor:
+        """Return the retrieval embedding `(B, d)` float32 of `pooler_output (B, pooled)`: whitened, L2-normalised."""
         return nn.functional.normalize(self.whitening(pooled), dim=-1)
 
     def split_tokens(self, last_hidden_state: Tensor, grid_thw: Tensor) -> list[Tensor]:

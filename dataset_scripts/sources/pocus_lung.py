@@ -8,7 +8,7 @@ from modeling_m3ret.data.table import read_table
 
 
 LABELS = {"cov": "COVID-19", "pneu": "bacterial pneumonia", "reg": "regular", "vir": "viral pneumonia"}
-MEDIA = {"pocus_images": (".png", ".jpg", ".jpeg"), "pocus_videos": (".mp4", ".mpeg", ".mov", ".avi", ".gif")}
+SUFFIXES = {"pocus_images": (".png", ".jpg", ".jpeg"), "pocus_videos": (".mp4", ".mpeg", ".mov", ".avi", ".gif")}
 
 
 class PocusLung(Source):
@@ -28,7 +28,7 @@ class PocusLung(Source):
         root = descend(root, "data")
         rows = read_table(root / "dataset_metadata.csv", ["Filename", "Patient ID / Name"])
         patients = {row["Filename"]: row["Patient ID / Name"] for row in rows}
-        for folder, suffixes in MEDIA.items():
+        for folder, suffixes in SUFFIXES.items():
             for path in find_files(root / folder, suffixes):
                 label = LABELS.get(path.stem.replace("_", "-").split("-")[0].lower())
                 labels = (label,) if label and path.parent.name != "label_uncertain" else ()
