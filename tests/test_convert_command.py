@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from test_cli import run as m3ret
 from training_runs import ROOT, assert_same_tensors, command, run, write_scans
 from vit_sources import IMAGENET, save_source
 
-from modeling_m3ret import M3RetImageProcessor, M3RetModel, cli
+from modeling_m3ret import M3RetImageProcessor, M3RetModel
 from modeling_m3ret.convert import convert_vit
 from modeling_m3ret.data.collection import open_collection
 from modeling_m3ret.hub import load_pretrained
@@ -30,15 +30,6 @@ def source(tmp_path: Path) -> Path:
     save_source("dinov2", tmp_path / "dinov2-tiny")
     (tmp_path / "dinov2-tiny" / "README.md").write_text("---\nlicense: cc-by-nc-4.0\n---\n")
     return tmp_path / "dinov2-tiny"
-
-
-def m3ret(monkeypatch: pytest.MonkeyPatch, *argv: object) -> int:
-    monkeypatch.setattr(sys, "argv", ["m3ret", *map(str, argv)])
-    try:
-        cli.main()
-    except SystemExit as ended:
-        return int(ended.code or 0)
-    return 0
 
 
 def test_the_checkpoint_is_the_converted_source(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -131,7 +131,7 @@ def test_a_reader_ends_when_the_server_is_killed(tmp_path: Path) -> None:
         f"import sys\nfrom pathlib import Path\nsys.path[:0] = {[*sys.path]!r}\n"
         "from test_isolation import IsolatedReaders, hang\n"
         "if __name__ == '__main__':\n"
-        "    IsolatedReaders().read('slow.dcm', hang, Path(sys.argv[1]))\n"
+        f"    IsolatedReaders(seconds={TIMEOUT}).read('slow.dcm', hang, Path(sys.argv[1]))\n"
     )
     running = Script([str(server), str(tmp_path / "pid")], tmp_path)
     deadline = time.monotonic() + TIMEOUT
