@@ -21,11 +21,8 @@ from .scan_m3ret import M3RetReadError
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 
-# jsonargparse's message about a value of the wrong type: option, type, value
-WRONG_VALUE = re.compile(
-    r"""Parser key "(\w+)":\s+Expected an? (?:<class ')?(.+?)(?:'>)?\. Got value: (.*)""", re.DOTALL
-)
-
+# jsonargparse's message about a value of the wrong type: option, value
+WRONG_VALUE = re.compile(r'Parser key "(\w+)":.*(?:Got|Given) value: (.*)', re.DOTALL)
 
 # a float where an integer is expected: the error then states the integer to write
 FLOAT_FOR_INTEGER = re.compile(r"expected int\b.*, got ([\d.]+(?:e\+?\d{1,2})?)\.", re.IGNORECASE | re.DOTALL)
@@ -109,12 +106,18 @@ class CommandLine(jsonargparse.ArgumentParser):
         if not self.exit_on_error:  # this parser reads a mapping in a list; that of the command reports the error
             super().error(message, ex)
         if wrong_value := WRONG_VALUE.fullmatch(message):
-            key, expected, value = wrong_value.groups()
-            message = f"{key}: expected {expected.replace('typing.Literal', 'one of ')}, got {value}."
+            key, value = wrong_value.groups()
+            message = f"{key}: expected {self._type_name(key)}, got {value}."
         number = FLOAT_FOR_INTEGER.search(message)
         if number and (value := float(number[1])).is_integer():
             message += f" Write {int(value)}."
         exit_with_error(self.prog, f"{message} (see --help)")
+
+    def _type_name(self, key: str) -> str:
+        """Return the type of an option in words: `float or null`, `one of ['mae', 'simdino']`."""
+        hint = next(getattr(action, "_typehint", action.type) for action in self._actions if action.dest == key)
+        name = hint.__name__ if isinstance(hint, type) and not get_args(hint) else str(hint)
+        return name.replace("typing.Literal", "one of ").replace("typing.", "").replace(" | None", " or null")
 
 
 class _Help(jsonargparse.DefaultHelpFormatter):

@@ -6,11 +6,9 @@ Apart from `run_config`, because a machine that trains without a command line ne
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Sequence
 from dataclasses import fields
 from itertools import zip_longest
-from typing import NoReturn
 
 from ..command_line import CommandLine
 from .run_config import RunConfig
@@ -19,27 +17,14 @@ from .run_config import RunConfig
 TYPES = {entry.name: str(entry.type) for entry in fields(RunConfig)}  # annotations, as written
 
 
-class RunConfigParser(CommandLine):
-    """Parser of all options, which names the expected and the given value in its errors."""
-
-    def __init__(self, description: str | None):
-        super().__init__(description)
-        self.add_argument("--config", action="config", help="YAML file with any of the options below.")
-        for group in RunConfig.__bases__:
-            self.add_class_arguments(group)
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        wrong_value = re.match(r'(?s)Parser key "(\w+)":.*(?:Got|Given) value: (.*)$', message)
-        if wrong_value:
-            key, value = wrong_value.groups()
-            expected = TYPES[key].replace("Literal", "one of ").replace(" | None", " or null")
-            message = f"{key}: expected {expected}, got {value}."
-        super().error(message, ex)
-
-
 @functools.cache  # building it takes longer than parsing
-def run_config_parser(description: str | None) -> RunConfigParser:
-    return RunConfigParser(description)
+def run_config_parser(description: str | None) -> CommandLine:
+    """Return the parser of all options and of `--config`."""
+    parser = CommandLine(description)
+    parser.add_argument("--config", action="config", help="YAML file with any of the options below.")
+    for group in RunConfig.__bases__:
+        parser.add_class_arguments(group)
+    return parser
 
 
 def parse_run_config(arguments: Sequence[str], description: str | None = None) -> RunConfig:
