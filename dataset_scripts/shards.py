@@ -93,6 +93,7 @@ def plan_shards(splits: dict[str, list[Entry]], shard_bytes: int | None = None) 
 
 
 def _estimate_bytes(entry: Entry) -> int:
+    """Return the estimated bytes of a row, from the sizes of its files."""
     size = 0
     if entry.member is None:  # the size of one scan in a file of many is unknown
         for file in entry.files:
@@ -139,7 +140,7 @@ def _write_in_parallel(builder: ScanBuilder, output: Path, missing: Sequence[Sha
             finally:
                 pool.shutdown(cancel_futures=True)  # after an error or Ctrl-C, start no further shard
     except BrokenExecutor as error:
-        problem = "a worker process died, possibly of a lack of memory. Run again with a smaller --num_proc."
+        problem = "a worker process died, possibly for lack of memory. Run again with a smaller --num_proc."
         raise BuildError(output, problem) from error
 
 
@@ -208,6 +209,7 @@ def write_parquet(path: Path, rows: Iterator[dict[str, Any]]) -> int:
 
 
 def _row_groups(rows: Iterator[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    """Group rows up to `ROW_GROUP_BYTES` of media. A yielded list is emptied when the next one is requested."""
     row_group: list[dict[str, Any]] = []
     size = 0
     for row in rows:
@@ -277,6 +279,7 @@ def _check_plan(builder: ScanBuilder, output: Path, shards: Sequence[Shard]) -> 
 
 
 def _compare_plans(output: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
+    """Raise BuildError if two plans differ."""
     differences = {key: (old.get(key), value) for key, value in new.items() if old.get(key) != value}
     if "layout" in differences or "m3ret" in differences:
         problem = (

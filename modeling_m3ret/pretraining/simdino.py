@@ -166,9 +166,8 @@ class SimDINO(nn.Module):
         if decoder is not None and patch_weight > 0:
             raise ValueError("decoder and patch_weight: expected one of them, got both. Each masks the global views.")
         self.loss, self.views, self.patch_weight = loss, views, patch_weight
-        planned = cast(M3RetConfig, encoder.config)
-        self.plan = ViewPlanner(planned, views, self.global_views, decoder is not None, patch_weight > 0)
-        config = encoder.config
+        config = cast(M3RetConfig, encoder.config)
+        self.plan = ViewPlanner(config, views, self.global_views, decoder is not None, patch_weight > 0)
         if patch_weight > 0:  # replaces pixels, so the encoder needs no mask token
             self.mask_patch = nn.Parameter(torch.zeros(1, config.patch_values // config.patch_depth))
         self.student, self.student_head = encoder, SimDINOHead(config.pooled_size)
@@ -242,7 +241,7 @@ class SimDINO(nn.Module):
         """Return pooled views `(B*V, d)`, the global ones masked, and the loss of predicting the masked patches."""
         assert self.decoder is not None
         tokens, _ = self.student.encode(rows[plan.visible], plan.visible_coordinates, plan.encoder)
-        decoded, _ = (tokens, None) if plan.decoded is None else take(tokens, plan.decoded)
+        decoded = tokens if plan.decoded is None else take(tokens, plan.decoded)[0]
         predicted = self.decoder(decoded, plan.decoder, plan.coordinates)
         loss = masked_patch_loss(predicted, rows[plan.masked], plan.row_weights, cast(M3RetConfig, self.student.config))
         return self.student.pool(tokens, plan.encoder), loss * rank_weight(plan.weight, rows.device)
