@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 from PIL import Image
-from torch import Tensor, nn, stack
+from torch import Tensor, nn, stack, tensor
 
 from ..image_processing_m3ret import M3RetImageProcessor
 from .embedding import Embedder, unpatchify
@@ -30,6 +30,15 @@ def is_blank(picture: Image.Image) -> bool:
     """Return whether a picture shows nothing: almost all of its pixels are equal."""
     grey = np.asarray(picture.convert("L"), np.int16)
     return bool((np.abs(grey - np.median(grey)) <= BLANK_RANGE).mean() >= BLANK_SHARE)
+
+
+def miniature(picture: Image.Image) -> Tensor:
+    """Return 32 x 32 grey values minus their mean, L2-normalised: float32 `(1024,)`, zero for a picture of one value.
+
+    The dot product of two miniatures is the correlation of two tiny images (Torralba et al. 2008).
+    """
+    grey = tensor(np.asarray(picture.convert("L").resize((32, 32), Image.Resampling.BOX), np.float32)).flatten()
+    return nn.functional.normalize(grey - grey.mean(), dim=0)
 
 
 def to_image(pixels: Tensor) -> Image.Image:

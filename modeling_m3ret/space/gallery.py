@@ -39,7 +39,7 @@ from ..search.embedding_store import cache_key, fingerprint, read_shards, write_
 from ..search.exact import Hits
 from ..search.filters import MetadataFilter
 from ..search.index import CURRENT, RetrievalIndex, check_model, damaged
-from ..search.thumbnails import THUMBNAIL_SIZE, is_blank, thumbnail_embedder, to_image
+from ..search.thumbnails import THUMBNAIL_SIZE, is_blank, miniature, thumbnail_embedder, to_image
 from .calibration import Calibration
 from .visible import SAMPLE_SOURCE, visible_columns
 
@@ -124,6 +124,11 @@ class Gallery:
     def is_blank(self) -> Callable[[int], bool]:
         """Tells whether the thumbnail of a row shows nothing."""
         return cache(lambda row: (thumbnail := self.thumbnail(row)) is not None and is_blank(thumbnail))
+
+    @cached_property
+    def miniature(self) -> Callable[[int], Tensor | None]:
+        """Returns the `miniature` of the thumbnail of a row, or None if the gallery has no thumbnails."""
+        return cache(lambda row: None if (thumbnail := self.thumbnail(row)) is None else miniature(thumbnail))
 
     def counts(self, column: str) -> dict[str, int]:
         """Return the distinct values of a visible column with their number of scans, sorted, without empty ones."""

@@ -6,10 +6,12 @@ import csv
 import io
 import math
 import re
+from collections.abc import Sequence
 
 import pyarrow as pa
 import pytest
 import torch
+from PIL import Image
 
 
 pytest.importorskip("gradio", reason="the Space needs gradio: pip install m3ret[app]")
@@ -26,6 +28,7 @@ from modeling_m3ret.space.results import (
     group_similar,
     readable,
     to_csv,
+    webp,
 )
 from modeling_m3ret.space.service import HitFacts
 
@@ -35,10 +38,12 @@ def hit(item: int, similarity: float = 0.5, **facts: object) -> HitFacts:
     return HitFacts(**({"item": item, "similarity": similarity, "percentile": 97.25, "weak": False} | values))
 
 
-def gallery_at(*degrees: float) -> Gallery:
+def gallery_at(degrees: Sequence[float], pictures: Sequence[Image.Image] | None = None) -> Gallery:
     angles = torch.tensor(degrees).deg2rad()
     ids = pa.table({"id": [str(row) for row in range(len(degrees))]})
-    return Gallery(RetrievalIndex.build(torch.stack([angles.cos(), angles.sin()], 1), ids, ModelFacts("m", "r", "p")))
+    index = RetrievalIndex.build(torch.stack([angles.cos(), angles.sin()], 1), ids, ModelFacts("m", "r", "p"))
+    thumbnails = None if pictures is None else pa.chunked_array([[webp(picture) for picture in pictures]])
+    return Gallery(index, thumbnails=thumbnails)
 
 
 @pytest.mark.parametrize(
@@ -69,14 +74,21 @@ def test_a_percentile_is_never_zero_percent() -> None:
 
 
 def test_hits_that_look_the_same_are_one_group() -> None:
-    gallery = gallery_at(0, 1, 30, 31, 60)
+    ramp = Image.linear_gradient("L")
+    brighter = ramp.point(lambda value: value // 2 + 100)
     hits = [hit(row) for row in (0, 2, 1, 3, 4)]
-    threshold = math.cos(math.radians(5))
-    groups = group_similar(hits, gallery, count=9, threshold=threshold)
-    assert [[one["item"] for one in group.hits] for group in groups] == [[0, 1], [2, 3], [4]]
-    groups = group_similar(hits, gallery, count=2, threshold=threshold)
-    assert [[one["item"] for one in group.hits] for group in groups] == [[0, 1], [2, 3]]
-    assert group_similar([], gallery, count=2) == []
+    degrees, threshold = (0, 1, 30, 31, 60), math.cos(math.radians(5))
+
+    def items(gallery: Gallery, count: int = 9) -> list[list[int]]:
+        groups = group_similar(hits, gallery, count, threshold)
+        return [[one["item"] for one in group.hits] for group in groups]
+
+    alike = gallery_at(degrees, [ramp, brighter] * 2 + [ramp])
+    assert items(alike) == [[0, 1], [2, 3], [4]]
+    assert items(alike, count=2) == [[0, 1], [2, 3]]
+    assert items(gallery_at(degrees, [ramp, ramp.rotate(90), ramp, brighter, ramp])) == [[0], [2, 3], [1], [4]]
+    assert items(gallery_at(degrees)) == [[0], [2], [1], [3], [4]], "without pictures"
+    assert group_similar([], alike, count=2) == []
 
 
 def test_cards_number_the_groups_and_hide_what_looks_the_same() -> None:
