@@ -17,6 +17,7 @@ from space_server import DirectReaders, small_gallery, small_phantom
 
 from modeling_m3ret import M3RetImageProcessor, M3RetModel, M3RetReadError
 from modeling_m3ret.data.collection import Record
+from modeling_m3ret.reading_m3ret import Scan
 from modeling_m3ret.search.index import RetrievalIndex
 from modeling_m3ret.search.matching import late_interaction, locate, scan_tokens
 from modeling_m3ret.space import service as service_module
@@ -170,6 +171,29 @@ def test_slices_in_a_patch_have_their_centres_in_it(
     for index, patch in enumerate(patches):
         slices = np.flatnonzero(patches == patch)
         assert service.slices_in_patch(query, index) == slice(slices[0], slices[-1] + 1)
+
+
+@pytest.mark.parametrize(("depth", "num_frames"), [(98, 8), (37, 32), (6, 32)])
+def test_slices_in_a_patch_are_those_that_affect_it_most(
+    depth: int, num_frames: int, parts: Parts, readers: DirectReaders
+) -> None:
+    model, _, gallery = parts
+    processor = M3RetImageProcessor(size=32, num_frames=num_frames)
+    spacing = (5.0, 0.7, 0.7)
+    service = SearchService(model, processor, gallery, readers)
+    query = service._query(Scan(np.zeros((1, depth, 32, 32), dtype=np.float32), spacing, {}))
+    marked = [service.slices_in_patch(query, index) for index in range(depth)]
+    patches = sorted({(slices.start, slices.stop) for slices in marked})
+    assert [start for start, _ in patches] == [0, *(stop for _, stop in patches[:-1])]
+    assert patches[-1][1] == depth
+    for index, slices in enumerate(marked):
+        impulse = np.zeros((1, depth, 32, 32), dtype=np.float32)
+        impulse[:, index] = 1
+        weights = processor.resample(Scan(impulse, spacing, {})).sum((0, 2, 3))  # of this slice in each resampled one
+        shares = torch.stack([part.sum() for part in weights.split(processor.patch_depth)]) / weights.sum()
+        assert len(shares) == len(patches)
+        own = shares[patches.index((slices.start, slices.stop))]
+        assert own >= 0.4, "a slice at the border of two patches is in both"
 
 
 def test_reranking_orders_the_hits_by_late_interaction(service: SearchService, records: list[Record]) -> None:
