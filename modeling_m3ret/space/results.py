@@ -22,7 +22,8 @@ from .service import HitFacts
 MODALITY_NAMES = {"xray": "X-ray", "ultrasound": "Ultrasound", "endoscopy": "Endoscopy", "ct": "CT", "mri": "MRI"}
 ACRONYMS = {"covid-19", "covid", "ct", "mri", "ap", "pa", "t1", "t2", "t1w", "t2w", "t1c", "flair", "dwi", "adc", "gi"}
 # Cosine of the embeddings, and correlation of the thumbnails, of scans that look the same. The embeddings alone are not
-# enough: at 0.95, `m3ret-vitt` joins CTs of different patients and findings, whose thumbnails correlate by 0.1 to 0.8.
+# enough: at 0.95, `m3ret-vitt` with patches of 8 px joined CTs of different patients and findings, whose thumbnails
+# correlate by 0.1 to 0.8.
 NEAR_IDENTICAL = 0.95
 TEXTS = ["modality", "anatomy", "labels", "source"]  # columns of the CSV file that may hold a formula
 
